@@ -1,0 +1,59 @@
+"""What several networks share: stacked layers, rotary positions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+
+def stack_layers[M: nnx.Module](make: Callable[[nnx.Rngs], M], layers: int, rngs: nnx.Rngs) -> M:
+    """One module whose every parameter has a leading axis L."""
+
+    @nnx.split_rngs(splits=layers)
+    @nnx.vmap(in_axes=(0,), out_axes=0)
+    def build(rngs: nnx.Rngs) -> M:
+        return make(rngs)
+
+    return build(rngs)
+
+
+def scan_layers[C](stacked: nnx.Module, body: Callable[[Any, C, jax.Array], C], carry: C, *, remat: bool = False) -> C:
+    """Runs `carry = body(layer, carry, index)` over the leading axis of `stacked`'s parameters.
+
+    Compiles the body once whatever the depth. `remat` keeps only `carry` between layers for the
+    backward pass.
+    """
+    graphdef, params = nnx.split(stacked)
+    layers = jax.tree.leaves(params)[0].shape[0]
+
+    def step(carry: C, xs: tuple[Any, jax.Array]) -> tuple[C, None]:
+        layer_params, index = xs
+        return body(nnx.merge(graphdef, layer_params), carry, index), None
+
+    if remat:
+        step = jax.checkpoint(step, prevent_cse=False)
+    carry, _ = jax.lax.scan(step, carry, (params, jnp.arange(layers, dtype=jnp.int32)))
+    return carry
+
+
+def rope_tables(positions: jax.Array, head_width: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, float32 [..., H/2], of integer positions [...]."""
+    exponents = np.arange(0, head_width, 2, dtype=np.float32) / np.float32(head_width)
+    inv_freq = (1.0 / np.float32(theta) ** exponents).astype(np.float32)
+    angles = positions[..., None].astype(jnp.float32) * inv_freq
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Half-split rotary embedding of x [..., H]; cos and sin broadcast against [..., H/2].
+
+    Computed in float32, returned in x's dtype. With `-sin` it is its own inverse.
+    """
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)

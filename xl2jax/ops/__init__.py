@@ -1,0 +1,1 @@
+"""Attention: one signature, several implementations."""
