@@ -1,0 +1,143 @@
+"""Where every token stands: positions, arena slots, and what each query sees.
+
+A video of G groups is, in natural order, `prefix, (time tokens, V visual tokens) per group, suffix`;
+positions count that order. The arena that keys and values live in puts the globals (prefix, then time
+tokens) first and the visual tokens behind them, at slot `visual_start`. Then each query sees
+`[0, g_end) U [v_lo, v_hi)`:
+
+    query                    g_end                     v_lo                                 v_hi
+    prefix token             own slot + 1              empty
+    visual token, chunk c    globals before it         first visual of chunk max(c - w, 0)  own slot + 1
+    time token               own slot + 1              first visual                         visuals before it
+
+(c counts chunks of `chunk_groups` groups, w = window_chunks, None for dense causal attention.) What is
+asked about the video later (suffix, answer) sees all of it, and lives in a cache of its own.
+
+With 2 groups of 1 time token (t) and 2 visual tokens (v), chunks of 1 group, window 0, prefix p:
+
+    natural order       arena order
+    p  t0 v0 v0 t1 v1 v1    slot    p t0 t1 | v0 v0 v1 v1
+    position 0 1 2 3 4 5 6
+    v1 (5)                          1  1  1    .  .  1  .       g_end 3, [v_lo, v_hi) = [5, 6)
+    t1 (4)                          1  1  1    1  1  .  .       g_end 3, [3, 5)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillConfig:
+    """Which visual tokens see which: `window_chunks` chunks before their own; None for dense."""
+
+    chunk_groups: int = 4
+    window_chunks: int | None = 3
+
+
+def token_ranges(
+    prefix: Any, time_lengths: Any, visual_tokens: int, visual_start: Any, config: PrefillConfig,
+    group: Any, offset: Any, is_time: Any, xp: Any = np,
+) -> dict[str, Any]:  # fmt: skip
+    """Position, slot, g_end, v_lo, v_hi (int32) of tokens named by (group, offset in group, is_time).
+
+    `time_lengths` [G] are the time tokens of each group; `offset` counts from the group's first time
+    token or first visual token. numpy, or jax.numpy inside a jitted function (`xp=jnp`).
+    """
+    v = visual_tokens
+    ends = xp.cumsum(time_lengths)
+    before = (ends - time_lengths)[group]  # time tokens of earlier groups
+    own_times = time_lengths[group]
+    global_slot = prefix + before + offset
+    visual_slot = visual_start + group * v + offset
+    if config.window_chunks is None:
+        first_group = xp.zeros_like(group)
+    else:
+        chunk = group // config.chunk_groups
+        first_group = xp.maximum(chunk - config.window_chunks, 0) * config.chunk_groups
+    out = {
+        "position": prefix + before + group * v + xp.where(is_time, offset, own_times + offset),
+        "slot": xp.where(is_time, global_slot, visual_slot),
+        "g_end": xp.where(is_time, global_slot + 1, prefix + before + own_times),
+        "v_lo": xp.where(is_time, visual_start, visual_start + first_group * v),
+        "v_hi": xp.where(is_time, visual_start + group * v, visual_slot + 1),
+    }
+    return {k: x.astype(xp.int32) for k, x in out.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoLayout:
+    """Lengths of one video's tokens. `time_lengths[g]` time tokens stand before group g's V visuals."""
+
+    prefix: int
+    time_lengths: tuple[int, ...]
+    visual_tokens: int
+
+    @property
+    def groups(self) -> int:
+        return len(self.time_lengths)
+
+    @property
+    def global_tokens(self) -> int:
+        return self.prefix + sum(self.time_lengths)
+
+    @property
+    def tokens(self) -> int:
+        """Prefix and video; the position of the first suffix token."""
+        return self.global_tokens + self.groups * self.visual_tokens
+
+
+def natural_ranges(layout: VideoLayout, suffix: int, visual_start: int, config: PrefillConfig) -> dict[str, np.ndarray]:
+    """The columns of `token_ranges` for all tokens in natural order, prefix and suffix included.
+
+    The suffix is placed behind the other globals, as if it were kept in the same arena. For tests and
+    for reading: nothing here is N x N.
+    """
+    times = np.asarray(layout.time_lengths, np.int64)
+    v = layout.visual_tokens
+    group = np.repeat(np.arange(layout.groups), times + v)
+    first = np.repeat(np.cumsum(times + v) - (times + v), times + v)
+    index = np.arange(len(group)) - first
+    is_time = index < times[group]
+    video = token_ranges(
+        layout.prefix, times, v, visual_start, config,
+        group, np.where(is_time, index, index - times[group]), is_time,
+    )  # fmt: skip
+    head, tail = np.arange(layout.prefix), np.arange(suffix)
+    behind = layout.global_tokens + tail
+    end = visual_start + layout.groups * v
+    columns = {
+        "position": (head, layout.tokens + tail),
+        "slot": (head, behind),
+        "g_end": (head + 1, behind + 1),
+        "v_lo": (head * 0, tail * 0 + visual_start),
+        "v_hi": (head * 0, tail * 0 + end),
+    }
+    return {
+        key: np.concatenate([before, video[key], after]).astype(np.int32) for key, (before, after) in columns.items()
+    }
+
+
+def dense_mask(layout: VideoLayout, suffix: int, config: PrefillConfig) -> np.ndarray:
+    """Upstream's rule, token by token, as boolean [N, N] in natural order: the oracle of the tests."""
+    chunk, is_global = [-1] * layout.prefix, [True] * layout.prefix
+    for g, times in enumerate(layout.time_lengths):
+        chunk += [g // config.chunk_groups] * (times + layout.visual_tokens)
+        is_global += [True] * times + [False] * layout.visual_tokens
+    c, glob = np.array(chunk + [-1] * suffix), np.array(is_global + [True] * suffix)
+    causal = np.tri(len(c), dtype=bool)
+    if config.window_chunks is None:
+        return causal
+    distance = c[:, None] - c[None, :]
+    near = (distance >= 0) & (distance <= config.window_chunks)
+    return causal & (glob[None, :] | glob[:, None] | near)
+
+
+def bucket(n: int, unit: int = 1) -> int:
+    """`n` rounded up to a multiple of `unit` with three significant bits: at most a quarter more."""
+    units = max(-(-n // unit), 1)
+    step = 1 << max(units.bit_length() - 3, 0)
+    return -(-units // step) * step * unit
