@@ -1,0 +1,98 @@
+"""Questions and answers behind a video cache: suffix prefill, sampling, the decode loop."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from xl2jax.cache import KVCache, attend_text
+from xl2jax.qwen2 import Qwen2
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """Temperature 0 is greedy. `top_p` keeps the smallest set of tokens with that probability."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+
+type KV = tuple[jax.Array, jax.Array]
+
+
+class DecodeState(NamedTuple):
+    """Everything that changes from token to token."""
+
+    token: jax.Array
+    """int32 []: sampled, not yet cached."""
+    text: KVCache
+    """Suffix and answer so far."""
+    key: jax.Array
+    done: jax.Array
+
+
+def extend(
+    llm: Qwen2, context: KVCache, text: KVCache, ids: jax.Array, length: jax.Array, *, implementation: str = "auto"
+) -> tuple[KVCache, jax.Array]:
+    """Runs ids [T], of which `length` count, behind `context` and `text`.
+
+    Returns the text cache with them and the hidden states [T, D]. Neither cache is changed in place
+    unless donated.
+    """
+    start = text.global_length
+    positions = context.length + start + jnp.arange(ids.shape[0], dtype=jnp.int32)
+
+    def attend(kv: KV, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[KV, jax.Array]:
+        kv, out, _ = attend_text(q, k, v, context, kv, start, layer, implementation)
+        return kv, out
+
+    hidden, (k, v) = llm.forward(llm.embed(ids), positions, attend, (text.k, text.v))
+    return text._replace(k=k, v=v, global_length=start + length), hidden
+
+
+def sample(logits: jax.Array, key: jax.Array, config: SamplingConfig) -> jax.Array:
+    """float32 logits [vocab] -> token id."""
+    if config.temperature == 0.0:
+        return jnp.argmax(logits).astype(jnp.int32)
+    logits = logits / config.temperature
+    if config.top_p < 1.0:
+        order = jnp.argsort(-logits)
+        p = jax.nn.softmax(logits[order])
+        kept = jnp.cumsum(p) - p < config.top_p  # the first token always stays
+        logits = jnp.where(jnp.zeros_like(kept).at[order].set(kept), logits, -jnp.inf)
+    return jax.random.categorical(key, logits).astype(jnp.int32)
+
+
+def first_token(
+    llm: Qwen2, text: KVCache, hidden: jax.Array, length: jax.Array, key: jax.Array, stop: jax.Array, config: SamplingConfig
+) -> DecodeState:  # fmt: skip
+    """Samples from the last valid row of a suffix's hidden states [T, D]."""
+    key, use = jax.random.split(key)
+    token = sample(llm.logits(hidden[length - 1]), use, config)
+    return DecodeState(token, text, key, jnp.any(token == stop))
+
+
+def decode(
+    llm: Qwen2, context: KVCache, state: DecodeState, limit: jax.Array, stop: jax.Array, config: SamplingConfig,
+    *, size: int, implementation: str = "auto",
+) -> tuple[DecodeState, jax.Array, jax.Array]:  # fmt: skip
+    """Up to min(limit, size) further tokens, until one of `stop` [n] is sampled.
+
+    Returns (state, ids [size], how many of them are new).
+    """
+
+    def unfinished(carry: tuple[DecodeState, jax.Array, jax.Array]) -> jax.Array:
+        state, _, n = carry
+        return ~state.done & (n < jnp.minimum(limit, size))
+
+    def one(carry: tuple[DecodeState, jax.Array, jax.Array]) -> tuple[DecodeState, jax.Array, jax.Array]:
+        state, ids, n = carry
+        text, hidden = extend(llm, context, state.text, state.token[None], jnp.int32(1), implementation=implementation)
+        key, use = jax.random.split(state.key)
+        token = sample(llm.logits(hidden[0]), use, config)
+        return DecodeState(token, text, key, jnp.any(token == stop)), ids.at[n].set(token), n + 1
+
+    return jax.lax.while_loop(unfinished, one, (state, jnp.zeros(size, jnp.int32), jnp.int32(0)))
