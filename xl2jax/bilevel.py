@@ -1,0 +1,192 @@
+"""Bi-level KV: chunks that matter keep their dense KV, all others their pooled KV.
+
+A selection block is `select_chunk_groups` consecutive groups; blocks are numbered 1..B, block 0 is the
+prefix. Blocks 0, 1 and B and the selected ones are dense. Of every other block the time tokens stay
+whole, and the visual keys and values of each group are averaged over windows of `pool` tokens (a
+remainder is dropped). Keys are averaged un-rotated, and the mixed cache gets new positions 0..M-1, so
+its keys are rotated anew. Upstream keeps un-rotated keys; ours are stored rotated, which prefill and
+dense decoding read as they are, and are turned back here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xl2jax.cache import KVCache
+from xl2jax.layers import rope_tables, rotate
+from xl2jax.layout import VideoLayout, bucket
+
+UNIT_GROUPS = 2
+"""Groups of one selectable unit in upstream's selection files."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BilevelConfig:
+    """How the video is read at decode time."""
+
+    select_chunk_groups: int = 4
+    pool: int = 4
+    top_chunks: int | None = None
+    """Blocks chosen by relevance; None for 2, or all of a video that has fewer."""
+
+    def blocks(self, layout: VideoLayout) -> int:
+        """B, selection blocks of a video."""
+        return -(-layout.groups // self.select_chunk_groups)
+
+    def top(self, layout: VideoLayout) -> int:
+        return min(2, self.blocks(layout)) if self.top_chunks is None else self.top_chunks
+
+
+class GroupTable(NamedTuple):
+    """The lengths of a video on the device: `time_lengths` [Gcap], of which `groups` count."""
+
+    prefix: jax.Array
+    time_lengths: jax.Array
+    groups: jax.Array
+
+
+def group_table(layout: VideoLayout, capacity: int) -> GroupTable:
+    times = np.zeros(capacity, np.int32)
+    times[: layout.groups] = layout.time_lengths
+    return GroupTable(jnp.int32(layout.prefix), jnp.asarray(times), jnp.int32(layout.groups))
+
+
+class PooledKV(NamedTuple):
+    """Averaged visual keys (un-rotated) and values of every group, [L, K, Gcap * (V // pool), H]."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+def blocks_of_units(units: Iterable[int], groups: int, select_chunk_groups: int) -> np.ndarray:
+    """Dense blocks of upstream's selected units: boolean [B], entry b for block b + 1.
+
+    Unit u is groups 2u and 2u + 1; its block is u // (select_chunk_groups / 2) + 1. No unit at all
+    makes every block dense.
+    """
+    blocks = -(-groups // select_chunk_groups)
+    dense = np.zeros(blocks, bool)
+    dense[[0, -1]] = True
+    units = list(units)
+    for unit in units:
+        block = UNIT_GROUPS * unit // select_chunk_groups
+        if block < blocks:
+            dense[block] = True
+    return dense if units else np.ones(blocks, bool)
+
+
+def choose_blocks(scores: jax.Array, blocks: jax.Array, top: int) -> jax.Array:
+    """Boolean [Bcap]: blocks 1 and B (of `blocks`), and the `top` best-scored of the others."""
+    index = jnp.arange(scores.shape[0])
+    fixed = (index == 0) | (index == blocks - 1)
+    candidate = ~fixed & (index < blocks)
+    _, best = jax.lax.top_k(jnp.where(candidate, scores, -jnp.inf), min(top, scores.shape[0]))
+    return fixed | (jnp.zeros_like(fixed).at[best].set(True) & candidate)
+
+
+def pool_cache(cache: KVCache, table: GroupTable, *, visual_tokens: int, pool: int, theta: float) -> PooledKV:
+    """Pools every group of the video, a layer at a time."""
+    groups, v = table.time_lengths.shape[0], visual_tokens
+    _, kv_heads, _, h = cache.k.shape
+    kept = v // pool
+    before = table.prefix + jnp.cumsum(table.time_lengths)
+    positions = before[:, None] + jnp.arange(groups * v).reshape(groups, v)
+    cos, sin = rope_tables(positions.reshape(-1), h, theta)
+
+    def windows(x: jax.Array) -> jax.Array:  # [K, G * V, H] float32 -> [K, G * kept, H]
+        x = x.reshape(kv_heads, groups, v, h)[:, :, : kept * pool]
+        return x.reshape(kv_heads, groups * kept, pool, h).mean(2)
+
+    def layer(kv: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        k, values = (
+            jax.lax.dynamic_slice_in_dim(x, cache.visual_start, groups * v, axis=1).astype(jnp.float32) for x in kv
+        )
+        return windows(rotate(k, cos, -sin)).astype(kv[0].dtype), windows(values).astype(kv[1].dtype)
+
+    return PooledKV(*jax.lax.map(layer, (cache.k, cache.v)))
+
+
+def mixed_slots(layout: VideoLayout, dense_groups: int, config: BilevelConfig) -> int:
+    """Capacity of a mixed cache with at most `dense_groups` dense groups, bucketed."""
+    dense = min(dense_groups, layout.groups)
+    visual = dense * layout.visual_tokens + (layout.groups - dense) * (layout.visual_tokens // config.pool)
+    return bucket(layout.global_tokens + visual, 128)
+
+
+class MixedSource(NamedTuple):
+    """Where each slot [M] of a mixed cache comes from."""
+
+    valid: jax.Array
+    group: jax.Array
+    """Group of the slot, -1 in the prefix."""
+    pooled: jax.Array
+    """Whether the slot is a pooled token."""
+    slot: jax.Array
+    """Slot in the video cache, or index in the pooled arrays."""
+    position: jax.Array
+    """Position that the source key is rotated to (0 for pooled keys)."""
+    length: jax.Array
+    """M, slots filled."""
+
+
+def mixed_source(
+    table: GroupTable, dense: jax.Array, visual_start: jax.Array, *, visual_tokens: int, pool: int, slots: int
+) -> MixedSource:
+    """The index list of a mixed cache: natural order, groups `dense` [Gcap] whole, the others pooled."""
+    v, kept = visual_tokens, visual_tokens // pool
+    groups = table.time_lengths.shape[0]
+    exists = jnp.arange(groups) < table.groups
+    times = table.time_lengths
+    times_before = jnp.cumsum(times) - times
+    lengths = jnp.where(exists, times + jnp.where(dense, v, kept), 0)
+    starts = table.prefix + jnp.cumsum(lengths) - lengths
+    slot = jnp.arange(slots, dtype=jnp.int32)
+    group = jnp.searchsorted(starts, slot, side="right").astype(jnp.int32) - 1
+    in_prefix = slot < table.prefix
+    # Groups of length 0 (padding) share the start of their successor; the last real group is wanted.
+    group = jnp.clip(jnp.minimum(group, table.groups - 1), 0)
+    offset = slot - starts[group]
+    is_time = offset < times[group]
+    visual = offset - times[group]
+    is_pooled = ~in_prefix & ~is_time & ~dense[group]
+    first = table.prefix + times_before[group]
+    source = jnp.where(is_time, first + offset, visual_start + group * v + visual)
+    source = jnp.where(is_pooled, group * kept + visual, source)
+    position = first + group * v + offset
+    return MixedSource(
+        valid=slot < table.prefix + lengths.sum(),
+        group=jnp.where(in_prefix, -1, group),
+        pooled=is_pooled,
+        slot=jnp.where(in_prefix, slot, source),
+        position=jnp.where(in_prefix, slot, jnp.where(is_pooled, 0, position)),
+        length=table.prefix + lengths.sum(),
+    )
+
+
+def mix(cache: KVCache, pooled: PooledKV, source: MixedSource, *, theta: float) -> KVCache:
+    """Gathers a mixed cache: slot = position, keys rotated to it. The video cache is only read."""
+    h = cache.k.shape[3]
+    slots = source.slot.shape[0]
+    old_cos, old_sin = rope_tables(source.position, h, theta)
+    new_cos, new_sin = rope_tables(jnp.arange(slots), h, theta)
+    whole = jnp.where(source.valid & ~source.pooled, source.slot, 0)
+    part = jnp.where(source.valid & source.pooled, source.slot, 0)
+
+    def layer(xs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        k, v, pooled_k, pooled_v = xs
+
+        def pick(dense: jax.Array, reduced: jax.Array) -> jax.Array:
+            picked = jnp.where(source.pooled[:, None], reduced[:, part], dense[:, whole])
+            return jnp.where(source.valid[:, None], picked, 0)
+
+        keys = rotate(pick(k, pooled_k).astype(jnp.float32), old_cos, -old_sin)
+        return rotate(keys, new_cos, new_sin).astype(k.dtype), pick(v, pooled_v)
+
+    k, v = jax.lax.map(layer, (cache.k, cache.v, *pooled))
+    return KVCache(k, v, source.length, jnp.int32(slots), jnp.int32(0))
