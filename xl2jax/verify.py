@@ -1,0 +1,374 @@
+"""`python -m xl2jax.verify CASE_DIR`: compares every stage with tensors dumped from upstream.
+
+A case folder holds checkpoint/, inputs.safetensors, case.json and expected/ (see tests/goldens). Every
+tensor of expected/ becomes one row; the run passes if each relative L2 is at most 1e-4 and all
+generated ids are equal. An expected tensor that has no counterpart here is an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from flax import nnx
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from xl2jax.bilevel import (
+    BilevelConfig,
+    GroupTable,
+    blocks_of_units,
+    group_table,
+    mix,
+    mixed_slots,
+    mixed_source,
+    pool_cache,
+)  # fmt: skip
+from xl2jax.cache import KVCache, empty_cache
+from xl2jax.checkpoint import load_params, torch_to_orbax
+from xl2jax.dts import resample
+from xl2jax.errors import UserError
+from xl2jax.generate import SamplingConfig, decode, extend, first_token
+from xl2jax.layers import rope_tables, rotate
+from xl2jax.layout import PrefillConfig, VideoLayout, natural_ranges
+from xl2jax.model import VideoXL2, abstract_model, pad_to_groups
+from xl2jax.ops.arena import arena_mask
+from xl2jax.prefill import PrefillPlan, make_plan, new_cache, prefill_prefix, prefill_segment, segments, steps
+from xl2jax.projector import average_pool
+from xl2jax.terminal import run_command
+
+TOLERANCE = 1e-4
+VIDEO_ID = -200
+SECTIONS = ("dense", "chunked", "bilevel")
+_FRAMES_AT_ONCE = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One compared tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    relative_l2: float
+    max_abs: float
+    ok: bool
+
+
+def case_pixels(frames: int, size: int) -> np.ndarray:
+    """The inputs of all cases, which are not stored: float32 [F, H, W, 3]."""
+    f, y, x, c = np.ogrid[:frames, :size, :size, :3]
+    value = np.sin(0.05 * (c + 1) * x + 0.03 * y + 0.4 * f) * np.cos(0.02 * (f + 1) * y - 0.3 * c)
+    return value.astype(np.float32)
+
+
+class Case:
+    """A case folder, and the model loaded from its checkpoint through the real converter."""
+
+    def __init__(self, folder: Path, converted: Path):
+        self.folder = folder
+        if not (folder / "case.json").is_file():
+            raise UserError(f"{folder}: not a case folder (no case.json)")
+        self.case: dict[str, Any] = json.loads((folder / "case.json").read_text())
+        torch_to_orbax(folder / "checkpoint", converted, "float32")
+        self.config, self.params = load_params(converted)
+        self.graphdef = nnx.graphdef(abstract_model(self.config, jnp.float32))
+        inputs = self._tensors(folder / "inputs.safetensors")
+        ids = inputs["input_ids"].tolist()
+        if ids.count(VIDEO_ID) != 1:
+            raise UserError(f"{folder / 'inputs.safetensors'}: input_ids must hold {VIDEO_ID} once")
+        split = ids.index(VIDEO_ID)
+        self.prefix, self.suffix = ids[:split], ids[split + 1 :]
+        self.times = tuple(self.case["time_token_lengths"])
+        self.time_ids = _time_ids(inputs["group_ids"].tolist(), self.times, self.config.visual_tokens, folder)
+        self.layout = VideoLayout(len(self.prefix), self.times, self.config.visual_tokens)
+
+    @staticmethod
+    def _tensors(path: Path) -> dict[str, np.ndarray]:
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as e:
+            raise UserError(f"{path}: cannot be read ({e})") from None
+
+    def expected(self, section: str) -> dict[str, np.ndarray] | None:
+        path = self.folder / "expected" / f"{section}.safetensors"
+        return self._tensors(path) if path.is_file() else None
+
+    @property
+    def model(self) -> VideoXL2:
+        return nnx.merge(self.graphdef, self.params)
+
+    @functools.cached_property
+    def stages(self) -> dict[str, np.ndarray]:
+        """Every vision stage in upstream's layout, computed a few frames at a time."""
+
+        @jax.jit
+        def encode(params: nnx.State, pixels: jax.Array) -> dict[str, jax.Array]:
+            model: VideoXL2 = nnx.merge(self.graphdef, params)
+            features = model.vision(pixels)
+            interpolated = resample(features, self.config.grid)
+            groups = model.dts(interpolated)
+            projected = model.projector(groups)
+            return {
+                "vision_features": features,
+                "interpolated": interpolated,
+                "dts": groups.transpose(0, 3, 1, 2),
+                "projected": projected.reshape(len(projected), -1, projected.shape[-1]),
+                "visual_tokens": average_pool(projected, self.config.pool_stride),
+                "visual_tokens_e2e": model.encode_frames(pixels),
+            }
+
+        pixels = pad_to_groups(jnp.asarray(case_pixels(self.case["frames"], self.config.vision.image_size)))
+        parts = [
+            jax.device_get(encode(self.params, pixels[i : i + _FRAMES_AT_ONCE]))
+            for i in range(0, len(pixels), _FRAMES_AT_ONCE)
+        ]
+        frames = self.case["frames"]
+        stages = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+        return {k: x[:frames] if k in ("vision_features", "interpolated") else x for k, x in stages.items()}
+
+    def prefill(self, config: PrefillConfig) -> tuple[PrefillPlan, KVCache, np.ndarray]:
+        """Cache and hidden states [N without suffix, D] in natural order."""
+        plan = make_plan(self.layout, config)
+        all_steps = steps(self.layout, plan, self.time_ids)
+        visual = self.stages["visual_tokens"]
+        v, hidden = plan.visual_tokens, np.zeros((self.layout.tokens, self.config.llm.width), np.float32)
+        prefix_fn, segment_fn = self._jitted_prefill
+
+        ids = np.zeros(plan.prefix_cap, np.int32)
+        ids[: len(self.prefix)] = self.prefix
+        cache = new_cache(self.config.llm, plan, jnp.float32)
+        cache, h = prefix_fn(self.params, cache, jnp.asarray(ids), jnp.int32(len(self.prefix)))
+        hidden[: len(self.prefix)] = h[: len(self.prefix)]
+        for number, segment in enumerate(segments(all_steps, plan)):
+            part = visual[number * plan.segment_groups : (number + 1) * plan.segment_groups]
+            part = np.pad(part, ((0, plan.segment_groups - len(part)), (0, 0), (0, 0)))
+            cache, h = segment_fn(self.params, cache, jnp.asarray(part), segment)
+            h = np.asarray(h)
+            for i in range(plan.segment_steps):
+                n = int(segment.visuals[i])
+                for first, last in ((0, n), (plan.step_groups * v, plan.step_groups * v + int(segment.times[i]))):
+                    hidden[segment.position[i, first:last]] = h[i, first:last]
+        return plan, cache, hidden
+
+    @functools.cached_property
+    def _jitted_prefill(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        @jax.jit
+        def prefix(params: nnx.State, cache: KVCache, ids: jax.Array, length: jax.Array) -> Any:
+            return prefill_prefix(nnx.merge(self.graphdef, params).llm, cache, ids, length)
+
+        @jax.jit
+        def segment(params: nnx.State, cache: KVCache, visual: jax.Array, xs: Any) -> Any:
+            return prefill_segment(nnx.merge(self.graphdef, params).llm, cache, visual, xs, keep_hidden=True)
+
+        return prefix, segment
+
+    def answer(self, context: KVCache) -> tuple[KVCache, np.ndarray, np.ndarray]:
+        """(text cache after the suffix, suffix hidden states, greedy ids)."""
+        limit = self.case["new_tokens"]
+        config = SamplingConfig()
+        never = jnp.array([-1], jnp.int32)
+
+        @jax.jit
+        def run(params: nnx.State, context: KVCache, ids: jax.Array) -> Any:
+            llm = nnx.merge(self.graphdef, params).llm
+            text = empty_cache(self.config.llm, len(self.suffix) + limit, jnp.float32)
+            n = jnp.int32(len(self.suffix))
+            text, hidden = extend(llm, context, text, ids, n)
+            state = first_token(llm, text, hidden, n, jax.random.key(0), never, config)
+            first = state.token
+            _, rest, _ = decode(llm, context, state, jnp.int32(limit - 1), never, config, size=limit - 1)
+            return text, hidden, jnp.concatenate([first[None], rest])
+
+        text, hidden, ids = run(self.params, context, jnp.asarray(self.suffix, jnp.int32))
+        return text, np.asarray(hidden), np.asarray(ids)
+
+    def logits(self, hidden: np.ndarray) -> np.ndarray:
+        return np.asarray(jax.jit(lambda p, h: nnx.merge(self.graphdef, p).llm.logits(h))(self.params, hidden))
+
+
+def _time_ids(group_ids: list[int], times: tuple[int, ...], visual: int, folder: Path) -> list[list[int]]:
+    if len(group_ids) != sum(times) + visual * len(times):
+        raise UserError(f"{folder}: group_ids do not match time_token_lengths and the model's {visual} tokens a group")
+    out, at = [], 0
+    for n in times:
+        out.append([int(i) for i in group_ids[at : at + n]])
+        at += n + visual
+    return out
+
+
+def _mode(name: str) -> PrefillConfig | None:
+    """`logits_chunk4_prev3` -> its prefill settings."""
+    parts = name.split("_")
+    try:
+        return PrefillConfig(int(parts[-2].removeprefix("chunk")), int(parts[-1].removeprefix("prev")))
+    except (ValueError, IndexError):
+        return None
+
+
+def dense_outputs(case: Case, wanted: set[str]) -> dict[str, np.ndarray]:
+    out: dict[str, np.ndarray] = {k: x for k, x in case.stages.items() if k in wanted}
+    if "inputs_embeds" in wanted:
+        embed = np.asarray(case.params["llm"]["embed"]["embedding"][...])
+        parts = [embed[case.prefix]]
+        for time_ids, visual in zip(case.time_ids, case.stages["visual_tokens"], strict=True):
+            parts += [embed[time_ids], visual]
+        out["inputs_embeds"] = np.concatenate([*parts, embed[case.suffix]])
+    if {"logits", "generated"} & wanted:
+        _, cache, hidden = case.prefill(PrefillConfig(window_chunks=None))
+        _, suffix, ids = case.answer(cache)
+        out["logits"], out["generated"] = case.logits(np.concatenate([hidden, suffix])), ids
+    return out
+
+
+def chunked_outputs(case: Case, wanted: set[str]) -> dict[str, np.ndarray]:
+    out = {}
+    for config in {c for c in map(_mode, wanted) if c is not None}:
+        tail = f"chunk{config.chunk_groups}_prev{config.window_chunks}"
+        if f"mask_{tail}" in wanted:
+            out[f"mask_{tail}"] = _visible(case, config)
+        if {f"logits_{tail}", f"generated_{tail}"} & wanted:
+            _, cache, hidden = case.prefill(config)
+            _, suffix, ids = case.answer(cache)
+            out[f"logits_{tail}"] = case.logits(np.concatenate([hidden, suffix]))
+            out[f"generated_{tail}"] = ids
+    return out
+
+
+def _visible(case: Case, config: PrefillConfig) -> np.ndarray:
+    """The N x N mask that the ranges given to the attention op amount to."""
+    start = case.layout.global_tokens + len(case.suffix)
+    r = natural_ranges(case.layout, len(case.suffix), start, config)
+    slots = np.arange(start + case.layout.groups * case.layout.visual_tokens)
+    return np.asarray(arena_mask(r["g_end"], r["v_lo"], r["v_hi"], slots))[:, r["slot"]].astype(np.uint8)
+
+
+def bilevel_outputs(case: Case, wanted: set[str]) -> dict[str, np.ndarray]:
+    out = {}
+    h, theta = case.config.llm.head_width, case.config.llm.rope_theta
+    caches: dict[PrefillConfig, tuple[PrefillPlan, KVCache]] = {}
+    for i, entry in enumerate(case.case["bilevel"]):
+        prefill = PrefillConfig(**entry["prefill"])
+        if prefill not in caches:
+            caches[prefill] = case.prefill(prefill)[:2]
+        plan, cache = caches[prefill]
+        config = BilevelConfig(entry["select_chunk_groups"], entry["pool"])
+        context = mixed_for_units(case, plan, cache, entry["selected_units"], config)
+        text, hidden, ids = case.answer(context)
+        m, n = int(context.length), len(case.suffix)
+        cos, sin = rope_tables(jnp.arange(m + n), h, theta)
+
+        def whole(a: jax.Array, b: jax.Array, layer: int, m: int = m, n: int = n) -> jax.Array:
+            return jnp.concatenate([a[layer, :, :m], b[layer, :, :n]], axis=1)
+
+        out[f"bilevel{i}_layer0_keys"] = np.asarray(rotate(whole(context.k, text.k, 0), cos, -sin))
+        out[f"bilevel{i}_layer0_values"] = np.asarray(whole(context.v, text.v, 0))
+        out[f"bilevel{i}_last_keys"] = np.asarray(rotate(whole(context.k, text.k, -1), cos, -sin))
+        out[f"bilevel{i}_last_values"] = np.asarray(whole(context.v, text.v, -1))
+        out[f"bilevel{i}_suffix_logits"] = case.logits(hidden)
+        out[f"bilevel{i}_generated"] = ids
+    return out
+
+
+def mixed_for_units(case: Case, plan: PrefillPlan, cache: KVCache, units: list[int], config: BilevelConfig) -> KVCache:
+    v, theta = plan.visual_tokens, case.config.llm.rope_theta
+    table: GroupTable = group_table(case.layout, (plan.slots - plan.visual_start) // v)
+    blocks = blocks_of_units(units, case.layout.groups, config.select_chunk_groups)
+    dense = np.zeros(table.time_lengths.shape[0], bool)
+    dense[: case.layout.groups] = np.repeat(blocks, config.select_chunk_groups)[: case.layout.groups]
+    slots = mixed_slots(case.layout, int(dense.sum()), config)
+
+    @jax.jit
+    def run(cache: KVCache, table: GroupTable, dense: jax.Array) -> KVCache:
+        pooled = pool_cache(cache, table, visual_tokens=v, pool=config.pool, theta=theta)
+        source = mixed_source(table, dense, cache.visual_start, visual_tokens=v, pool=config.pool, slots=slots)
+        return mix(cache, pooled, source, theta=theta)
+
+    return run(cache, table, jnp.asarray(dense))
+
+
+OUTPUTS = {"dense": dense_outputs, "chunked": chunked_outputs, "bilevel": bilevel_outputs}
+
+
+def compare(name: str, expected: np.ndarray, actual: np.ndarray, slim: int | None) -> Row:
+    """Ids and masks must be equal; other tensors within the tolerance. A slim case stores only the
+    first frames or groups of the big stages."""  # fmt: skip
+    if slim is not None and len(expected) == slim and actual.ndim == expected.ndim:
+        actual = actual[:slim]
+    if actual.shape != expected.shape:
+        return Row(name, expected.shape, float("inf"), float("inf"), ok=False)
+    if not np.issubdtype(expected.dtype, np.floating):
+        wrong = float(np.abs(actual.astype(np.int64) - expected.astype(np.int64)).max(initial=0))
+        return Row(name, expected.shape, float(wrong > 0), wrong, ok=wrong == 0)
+    a, e = actual.astype(np.float64), expected.astype(np.float64)
+    norm = float(np.linalg.norm(e)) or 1.0
+    relative = float(np.linalg.norm(a - e)) / norm
+    return Row(name, expected.shape, relative, float(np.abs(a - e).max(initial=0.0)), ok=relative <= TOLERANCE)
+
+
+def verify(folder: Path, sections: tuple[str, ...], converted: Path) -> Iterator[Row]:
+    case = Case(folder, converted)
+    found = [p.stem for p in sorted((folder / "expected").glob("*.safetensors"))]
+    for section in sections:
+        expected = case.expected(section)
+        if expected is None:
+            raise UserError(
+                f"{folder}: expected/ has no {section}.safetensors (it has {', '.join(found) or 'nothing'})"
+            )
+        actual = OUTPUTS[section](case, set(expected))
+        unknown = sorted(set(expected) - set(actual))
+        if unknown:
+            raise UserError(f"{folder}: {section}.safetensors holds tensors unknown here: {', '.join(unknown)}")
+        for name, tensor in expected.items():
+            yield compare(name, tensor, actual[name], case.case.get("slim"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Compares the model with tensors dumped from upstream."""
+
+    case_dir: Annotated[Path, tyro.conf.Positional]
+    """Folder with checkpoint/, inputs.safetensors, case.json and expected/."""
+    only: str = ",".join(SECTIONS)
+    """Sections to check, separated by commas; by default all that expected/ holds."""
+    json: bool = False
+    """Prints one JSON object instead of a table."""
+
+
+def main() -> int:
+    args = tyro.cli(Args, prog="python -m xl2jax.verify")
+    chosen = tuple(args.only.split(","))
+    wrong = [s for s in chosen if s not in SECTIONS]
+    if wrong:
+        raise UserError(f"--only: no section {wrong[0]!r}; choose from {','.join(SECTIONS)}")
+    if args.only == Args.only:
+        chosen = tuple(s for s in chosen if (args.case_dir / "expected" / f"{s}.safetensors").is_file())
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = []
+        if not args.json:
+            print(f"{'tensor':32} {'shape':>20} {'relative L2':>12} {'max abs':>10}  ok")
+        for row in verify(args.case_dir, chosen, Path(scratch) / "checkpoint"):
+            rows.append(row)
+            if not args.json:
+                shape = "x".join(map(str, row.shape))
+                mark = "ok" if row.ok else "WRONG"
+                print(f"{row.name:32} {shape:>20} {row.relative_l2:12.2e} {row.max_abs:10.2e}  {mark}", flush=True)
+    passed = all(r.ok for r in rows) and bool(rows)
+    if args.json:
+        print(json.dumps({"case": str(args.case_dir), "passed": passed, "rows": [dataclasses.asdict(r) for r in rows]}))
+    elif not passed:
+        print(f"{sum(not r.ok for r in rows)} of {len(rows)} tensors differ", file=sys.stderr)
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    run_command(main)
