@@ -1,0 +1,7 @@
+"""`python infer.py --video clip.mp4 --question "..."`: answers on stdout, everything else on stderr."""
+
+from xl2jax.cli import infer
+from xl2jax.terminal import run_command
+
+if __name__ == "__main__":
+    run_command(infer)

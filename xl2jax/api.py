@@ -1,0 +1,455 @@
+"""The Python API: load a model, let it watch a video once, ask it many questions.
+
+model = xl2jax.load("BAAI/Video-XL-2")
+print(model.chat("clip.mp4", "What happens?"))
+
+video = model.watch("lecture.mp4")           # frames -> KV cache, once
+for question in questions:
+    print(model.ask(video, question).text)   # selection, question and answer only
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from xl2jax import memory, prefill, runtime
+from xl2jax.bilevel import BilevelConfig, GroupTable, PooledKV, blocks_of_units, group_table, mixed_slots
+from xl2jax.cache import KVCache
+from xl2jax.checkpoint import find_checkpoint, load_params
+from xl2jax.config import FRAMES_PER_GROUP, VideoXL2Config
+from xl2jax.errors import UserError
+from xl2jax.generate import SamplingConfig
+from xl2jax.layout import PrefillConfig, VideoLayout, bucket
+from xl2jax.names import flatten
+from xl2jax.prompt import PREFIX, PromptTokenizer, Suffix, suffix
+from xl2jax.relevance import AttentionScorer, read_selection
+from xl2jax.video import Backend, SampleConfig, open_video
+
+logger = logging.getLogger(__name__)
+
+_STREAM_TOKENS = 8  # decoded on the device between two looks at the answer
+_GPU_STEP_CHUNKS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class RelevanceConfig:
+    """How the chunks that stay dense are found.
+
+    attention: the question's attention to the pooled cache. similarity: the question's embedding
+    against the visual tokens. file: upstream's selection file. none: blocks 1 and B only.
+    """
+
+    scorer: Literal["attention", "similarity", "file", "none"] = "attention"
+    attention: AttentionScorer = AttentionScorer()  # noqa: RUF009 (frozen)
+    file: Path | None = None
+    category: str | None = None
+    missing: Literal["error", "dense"] = "error"
+    """What to do with a question that the file lacks."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """A selection block of the video."""
+
+    number: int
+    start: float
+    end: float
+    """Times of its first frame and of its last, seconds."""
+    score: float | None
+    dense: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """An answer, and what it cost."""
+
+    question: str
+    text: str
+    new_tokens: int
+    suffix_tokens: int
+    context_tokens: int
+    """Tokens of the video as it was read for this answer."""
+    chunks: list[Chunk]
+    timings: dict[str, float]
+
+
+@dataclasses.dataclass
+class WatchedVideo:
+    """A video in the KV cache. Never changed by questions; `pooled` is filled on first use."""
+
+    path: str
+    duration: float
+    times: list[float]
+    layout: VideoLayout
+    plan: prefill.PrefillPlan
+    cache: KVCache
+    features: jax.Array
+    """One vector a group, [Gcap, D], for the similarity scorer."""
+    timings: dict[str, float]
+    sampling: SampleConfig
+    video_fps: float
+    pooled: dict[int, PooledKV] = dataclasses.field(default_factory=dict)
+
+    @property
+    def group_capacity(self) -> int:
+        return (self.plan.slots - self.plan.visual_start) // self.plan.visual_tokens
+
+    @functools.cached_property
+    def table(self) -> GroupTable:
+        return group_table(self.layout, self.group_capacity)
+
+
+class Model:
+    """A loaded checkpoint. See the module's docstring for its use."""
+
+    def __init__(
+        self, config: VideoXL2Config, params: nnx.State, tokenizer: PromptTokenizer, *, implementation: str = "auto"
+    ):
+        self.config, self.params, self.tokenizer = config, params, tokenizer
+        self.implementation = implementation
+        self.dtype = str(jax.tree.leaves(params)[0].dtype)
+        self._stop = jnp.asarray(tokenizer.stop_ids, jnp.int32)
+        self._prefix = tokenizer.encode(PREFIX)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hash of the config and of a sample of every parameter."""
+        digest = hashlib.blake2b(repr(self.config).encode(), digest_size=16)
+        for name, value in flatten(self.params).items():
+            flat = value.reshape(-1)
+            digest.update(name.encode() + np.asarray(flat[:: max(flat.size // 64, 1)]).tobytes())
+        return digest.hexdigest()
+
+    # --- the video, once ---------------------------------------------------------------------
+
+    def watch(
+        self, video: str | Path, sampling: SampleConfig | None = None, config: PrefillConfig | None = None, *,
+        backend: Backend = "auto", folder_fps: float = 1.0, bilevel: BilevelConfig | None = None,
+        progress: bool = False,
+    ) -> WatchedVideo:  # fmt: skip
+        """Reads, encodes and prefills a video.
+
+        Args:
+          video: a file or a folder of images.
+          sampling: which frames.
+          config: chunk size and window of the prefill.
+          backend, folder_fps: see `open_video`.
+          bilevel: counted in the memory that is checked beforehand.
+
+        Raises:
+          UserError: unreadable video, or more frames than memory holds.
+        """
+        sampling, config = sampling or SampleConfig(), config or PrefillConfig()
+        started = time.perf_counter()
+        clip = open_video(video, sampling, backend=backend, folder_fps=folder_fps)
+        time_ids = self.tokenizer.time_ids(clip.times)
+        layout = self._layout(time_ids)
+        plan = self._plan(layout, config)
+        need = memory.memory_need(self.config, plan, layout, bilevel, self.dtype)
+        memory.check_fits(need, layout.groups)
+        timings = {"read": time.perf_counter() - started, "vision": 0.0, "prefill": 0.0}
+
+        cache = self._start(plan)
+        all_steps = prefill.steps(layout, plan, time_ids)
+        parts = prefill.segments(all_steps, plan)
+        features, groups = [], 0
+        bar = tqdm(total=len(clip.indices), desc="watch", unit="frame", disable=not progress)
+        for frames in _timed(
+            clip.batches(plan.segment_groups * FRAMES_PER_GROUP, self.config.vision.image_size), timings, "read"
+        ):
+            groups += len(frames) // FRAMES_PER_GROUP
+            bar.update(len(frames))
+            started = time.perf_counter()
+            short = plan.segment_groups * FRAMES_PER_GROUP - len(frames)
+            frames = np.pad(frames, ((0, short), (0, 0), (0, 0), (0, 0))) if short else frames
+            visual, feature = runtime.encode(self.config, self.params, frames)
+            features.append(feature)
+            jax.block_until_ready(visual)
+            timings["vision"] += time.perf_counter() - started
+            started = time.perf_counter()
+            segment = next(parts)
+            if groups < layout.groups and short:  # the file ended early: count what is there
+                layout, segment = self._cut(layout, plan, time_ids, groups)
+            cache = runtime.prefill_segment(
+                self.config, self.params, cache, visual, segment, implementation=self.implementation
+            )
+            jax.block_until_ready(cache)
+            timings["prefill"] += time.perf_counter() - started
+        bar.close()
+        if groups < layout.groups:
+            layout = dataclasses.replace(layout, time_lengths=layout.time_lengths[:groups])
+        watched = WatchedVideo(
+            path=str(video), duration=clip.duration, times=clip.times[: groups * FRAMES_PER_GROUP],
+            layout=layout, plan=plan, cache=cache, features=jnp.zeros(0), timings=timings,
+            sampling=sampling, video_fps=clip.reader.fps,
+        )  # fmt: skip
+        stacked = jnp.concatenate(features)
+        watched.features = jnp.pad(stacked, ((0, max(watched.group_capacity - len(stacked), 0)), (0, 0)))
+        return watched
+
+    def _layout(self, time_ids: list[list[int]]) -> VideoLayout:
+        return VideoLayout(len(self._prefix), tuple(map(len, time_ids)), self.config.visual_tokens)
+
+    def _plan(self, layout: VideoLayout, config: PrefillConfig) -> prefill.PrefillPlan:
+        chunks = 1 if jax.default_backend() == "cpu" else _GPU_STEP_CHUNKS
+        return prefill.make_plan(layout, config, step_chunks=chunks)
+
+    def _start(self, plan: prefill.PrefillPlan) -> KVCache:
+        """A cache that holds the prefix."""
+        cache = runtime.new_cache(self.config.llm, plan.slots, self.dtype, plan.visual_start)
+        ids = np.zeros(plan.prefix_cap, np.int32)
+        ids[: len(self._prefix)] = self._prefix
+        length = np.int32(len(self._prefix))
+        return runtime.prefill_prefix(self.config, self.params, cache, ids, length, implementation=self.implementation)
+
+    @staticmethod
+    def _cut(
+        layout: VideoLayout, plan: prefill.PrefillPlan, time_ids: list[list[int]], groups: int
+    ) -> tuple[VideoLayout, prefill.Step]:
+        """The layout of the first `groups` groups, and its last segment."""
+        layout = dataclasses.replace(layout, time_lengths=layout.time_lengths[:groups])
+        *_, last = prefill.segments(prefill.steps(layout, plan, time_ids[:groups]), plan)
+        return layout, last
+
+    # --- questions, many ---------------------------------------------------------------------
+
+    def ask(
+        self, video: WatchedVideo, question: str, *, max_new_tokens: int = 128, sampling: SamplingConfig | None = None,
+        seed: int = 0, bilevel: BilevelConfig | None = BilevelConfig(),  # noqa: B008 (frozen)
+        relevance: RelevanceConfig | None = None,
+        history: list[tuple[str, str]] | None = None, on_text: Callable[[str], None] | None = None,
+    ) -> Answer:  # fmt: skip
+        """Answers a question about a watched video.
+
+        Args:
+          max_new_tokens: most tokens of the answer.
+          sampling: greedy by default.
+          bilevel: which KV the answer reads; None for the whole dense cache.
+          relevance: how dense chunks are chosen under `bilevel`.
+          history: earlier (question, answer) turns.
+          on_text: called with each new piece of the answer.
+
+        Raises:
+          UserError: empty question, options out of range, a selection file without the question.
+        """
+        if max_new_tokens < 1:
+            raise UserError(f"max new tokens must be 1 or more, not {max_new_tokens}")
+        sampling = sampling or SamplingConfig()
+        if sampling.temperature < 0 or not 0 < sampling.top_p <= 1:
+            raise UserError("temperature must be 0 or more, and top-p above 0 and at most 1")
+        text = suffix(self.tokenizer, question, history)
+        started = time.perf_counter()
+        context, chunks = self._context(video, question, text, bilevel, relevance or RelevanceConfig())
+        jax.block_until_ready(context)
+        selected = time.perf_counter()
+        state = runtime.ask(
+            self.config, self.params, context, self._text_cache(text, max_new_tokens), _padded(text.ids),
+            np.int32(len(text.ids)), jax.random.key(seed), self._stop,
+            sampling=sampling, implementation=self.implementation,
+        )  # fmt: skip
+        ids = [int(state.token)]
+        first = time.perf_counter()
+        emit = _Streamer(self.tokenizer, set(self.tokenizer.stop_ids), on_text)
+        emit(ids)
+        while not bool(state.done) and len(ids) < max_new_tokens:
+            state, new, count = runtime.decode(
+                self.config, self.params, context, state, np.int32(max_new_tokens - len(ids)), self._stop,
+                sampling=sampling, size=_STREAM_TOKENS, implementation=self.implementation,
+            )  # fmt: skip
+            ids += np.asarray(new)[: int(count)].tolist()
+            emit(ids)
+        done = time.perf_counter()
+        answer = emit.finish(ids)
+        return Answer(
+            question=question, text=answer, new_tokens=len(ids), suffix_tokens=len(text.ids),
+            context_tokens=int(context.length), chunks=chunks,
+            timings={
+                "select": selected - started, "question": first - selected, "decode": done - first,
+                "decode_tokens_per_s": (len(ids) - 1) / (done - first) if len(ids) > 1 else 0.0,
+            },
+        )  # fmt: skip
+
+    def chat(self, video: str | Path, question: str, **options: Any) -> str:
+        """One question about one video; options as for `ask`."""
+        return self.ask(self.watch(video), question, **options).text
+
+    def _text_cache(self, text: Suffix, room: int) -> KVCache:
+        slots = bucket(len(_padded(text.ids)) + room, 64)
+        return runtime.new_cache(self.config.llm, slots, self.dtype)
+
+    def _context(
+        self, video: WatchedVideo, question: str, text: Suffix, bilevel: BilevelConfig | None, relevance: RelevanceConfig
+    ) -> tuple[KVCache, list[Chunk]]:  # fmt: skip
+        """The cache that an answer reads, and the selection blocks it was made of."""
+        if bilevel is None:
+            return video.cache, []
+        _check(bilevel, video.layout)
+        units: list[int] | None = None
+        if relevance.scorer == "file":
+            found = self._from_file(video, question, relevance)
+            if found is None:
+                return video.cache, []
+            bilevel = BilevelConfig(found["select_chunk_groups"], found["pool"], len(found["units"]))
+            units = found["units"]
+        groups, size = video.layout.groups, bilevel.select_chunk_groups
+        pooled = self._pooled(video, bilevel.pool)
+        scores = None
+        if units is not None:
+            blocks = blocks_of_units(units, groups, size)
+            dense = np.zeros(video.group_capacity, bool)
+            dense[:groups] = np.repeat(blocks, size)[:groups]
+            most = int(dense.sum())
+        else:
+            top = bilevel.top(video.layout) if relevance.scorer != "none" else 0
+            group_scores = self._scores(video, text, pooled, bilevel, relevance)
+            scores, blocks, dense = runtime.choose(group_scores, video.table.groups, select_chunk_groups=size, top=top)
+            most = (top + 2) * size
+        context, _ = runtime.mix(
+            self.config.llm, video.cache, pooled, video.table, jnp.asarray(dense),
+            visual_tokens=video.layout.visual_tokens, pool=bilevel.pool,
+            slots=mixed_slots(video.layout, most, bilevel),
+        )  # fmt: skip
+        if relevance.scorer == "none":
+            scores = None
+        return context, _chunks(video, size, np.asarray(blocks), None if scores is None else np.asarray(scores))
+
+    def _pooled(self, video: WatchedVideo, pool: int) -> PooledKV:
+        if pool not in video.pooled:
+            video.pooled[pool] = runtime.pool_cache(
+                self.config.llm, video.cache, video.table, visual_tokens=video.layout.visual_tokens, pool=pool
+            )
+        return video.pooled[pool]
+
+    def _scores(
+        self, video: WatchedVideo, text: Suffix, pooled: PooledKV, bilevel: BilevelConfig, relevance: RelevanceConfig
+    ) -> jax.Array:
+        """float32 [Gcap]."""
+        ids, first, last = _padded(text.ids), np.int32(text.first), np.int32(text.last)
+        if relevance.scorer == "similarity":
+            return runtime.similarity_scores(
+                self.config, self.params, video.features[: video.group_capacity], ids, first, last
+            )
+        if relevance.scorer == "none":
+            return jnp.zeros(video.group_capacity)
+        context, source = runtime.mix(
+            self.config.llm, video.cache, pooled, video.table, jnp.zeros(video.group_capacity, bool),
+            visual_tokens=video.layout.visual_tokens, pool=bilevel.pool,
+            slots=mixed_slots(video.layout, 0, bilevel),
+        )  # fmt: skip
+        return runtime.attention_scores(
+            self.config, self.params, context, source, self._text_cache(text, 0), ids, first, last,
+            scorer=relevance.attention, groups=video.group_capacity, implementation=self.implementation,
+        )  # fmt: skip
+
+    @staticmethod
+    def _from_file(video: WatchedVideo, question: str, relevance: RelevanceConfig) -> dict[str, Any] | None:
+        if relevance.file is None:
+            raise UserError("the file scorer needs a selection file (--relevance-file)")
+        found = read_selection(relevance.file, Path(video.path).name, question, relevance.category)
+        if found is None:
+            if relevance.missing == "error":
+                raise UserError(
+                    f"{relevance.file}: no entry for {Path(video.path).name} and {question!r} "
+                    "(--relevance-missing dense reads the whole cache instead)"
+                )
+            logger.info("%s has no entry for this question: reading the whole dense cache", relevance.file)
+            return None
+        _check(BilevelConfig(found["select_chunk_groups"], found["pool"], 0), video.layout)
+        units = -(-video.layout.groups // 2)
+        if any(not 0 <= u < units for u in found["units"]):
+            raise UserError(
+                f"{relevance.file}: selects unit {max(found['units'])}, the video has {units} as it was sampled"
+            )
+        return found
+
+
+def _check(bilevel: BilevelConfig, layout: VideoLayout) -> None:
+    if bilevel.select_chunk_groups < 1:
+        raise UserError(f"select chunk groups must be 1 or more, not {bilevel.select_chunk_groups}")
+    if not 1 <= bilevel.pool <= layout.visual_tokens:
+        raise UserError(f"pool must be from 1 to {layout.visual_tokens} (visual tokens a group), not {bilevel.pool}")
+    blocks, top = bilevel.blocks(layout), bilevel.top(layout)
+    if not 0 <= top <= blocks:
+        raise UserError(f"top chunks must be from 0 to {blocks} (the video has {blocks} chunks), not {top}")
+
+
+def _chunks(video: WatchedVideo, size: int, dense: np.ndarray, scores: np.ndarray | None) -> list[Chunk]:
+    frames = size * FRAMES_PER_GROUP
+    return [
+        Chunk(
+            number=b + 1,
+            start=video.times[b * frames],
+            end=video.times[min((b + 1) * frames, len(video.times)) - 1],
+            score=None if scores is None else float(scores[b]),
+            dense=bool(dense[b]),
+        )
+        for b in range(-(-video.layout.groups // size))
+    ]
+
+
+def _padded(ids: list[int]) -> np.ndarray:
+    out = np.zeros(bucket(len(ids), 32), np.int32)
+    out[: len(ids)] = ids
+    return out
+
+
+def _timed[T](items: Iterator[T], timings: dict[str, float], name: str) -> Iterator[T]:
+    """Adds the time spent waiting for each item to `timings[name]`."""
+    while True:
+        started = time.perf_counter()
+        item = next(items, None)
+        timings[name] += time.perf_counter() - started
+        if item is None:
+            return
+        yield item
+
+
+class _Streamer:
+    """Turns growing id lists into pieces of text, holding back half of a multi-byte character."""
+
+    def __init__(self, tokenizer: PromptTokenizer, stop: set[int], on_text: Callable[[str], None] | None):
+        self._tokenizer, self._stop, self._on_text = tokenizer, stop, on_text
+        self._sent = ""
+
+    def _text(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids[:-1] if ids and ids[-1] in self._stop else ids)
+
+    def __call__(self, ids: list[int], final: bool = False) -> None:
+        text = self._text(ids)
+        if self._on_text is None or (text.endswith("\ufffd") and not final):
+            return
+        if text[len(self._sent) :]:
+            self._on_text(text[len(self._sent) :])
+            self._sent = text
+
+    def finish(self, ids: list[int]) -> str:
+        self(ids, final=True)
+        return self._text(ids)
+
+
+def load(
+    checkpoint: str | Path, *, dtype: Literal["float32", "bfloat16"] | None = None, implementation: str = "auto",
+    progress: bool = False,
+) -> Model:  # fmt: skip
+    """Loads an Orbax folder (`xl2jax.convert`), a PyTorch folder or a hub id.
+
+    `dtype` None keeps the stored one. Raises UserError where the checkpoint cannot be used.
+    """
+    folder = find_checkpoint(checkpoint)
+    config = VideoXL2Config.from_hf(folder)
+    tokenizer = PromptTokenizer.load(folder, config.llm.vocab)
+    config, params = load_params(folder, dtype, progress=progress)
+    return Model(config, params, tokenizer, implementation=implementation)

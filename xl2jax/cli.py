@@ -1,0 +1,250 @@
+"""The command line of infer.py: flags, the table of timings, JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import tyro
+
+import xl2jax
+from xl2jax import memory
+from xl2jax.api import Answer, Model, RelevanceConfig, WatchedVideo
+from xl2jax.bilevel import BilevelConfig
+from xl2jax.errors import UserError
+from xl2jax.generate import SamplingConfig
+from xl2jax.layout import PrefillConfig
+from xl2jax.relevance import AttentionScorer
+from xl2jax.store import cache_key, load_cache, save_cache
+from xl2jax.video import Backend, SampleConfig
+
+DEFAULT_CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "demo"
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Answers questions about a video with Video-XL-2."""
+
+    video: Path
+    """A video file, or a folder of images."""
+    question: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """What to ask; may be given several times."""
+    interactive: bool = False
+    """Reads further questions from stdin, a line each; earlier turns are kept."""
+    checkpoint: str = str(DEFAULT_CHECKPOINT)
+    """Orbax folder, PyTorch folder or hub id (BAAI/Video-XL-2)."""
+
+    fps: float = 1.0
+    """Frames a second."""
+    max_fps: int | None = 4
+    """Rate to rise to while --max-frames is not reached."""
+    max_frames: int = 256
+    """Most frames; beyond it they are spread evenly."""
+    folder_fps: float = 1.0
+    """Frames a second of a folder of images."""
+    video_backend: Literal["auto", "decord", "pyav"] = "auto"
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    seed: int = 0
+
+    dtype: Literal["bfloat16", "float32"] | None = None
+    """Of parameters, cache and activations; the checkpoint's own by default."""
+    attention: str = "auto"
+    """Attention implementation: auto, or one by name."""
+
+    prefill: Literal["chunked", "dense"] = "chunked"
+    chunk_groups: int = 4
+    """Groups (of 4 frames) in a prefill chunk."""
+    window_chunks: int = 3
+    """Chunks before its own that a visual token sees."""
+
+    decode: Literal["bilevel", "dense"] = "bilevel"
+    top_chunks: int | None = None
+    """Chunks that stay dense by relevance; 2 by default."""
+    select_chunk_groups: int = 4
+    """Groups in a selection chunk."""
+    pool: int = 4
+    """Visual tokens averaged into one where KV is pooled."""
+    relevance: Literal["attention", "similarity", "file", "none"] = "attention"
+    relevance_layers: tuple[float, float] = (AttentionScorer.first_layer, AttentionScorer.last_layer)
+    """Layers that the attention scorer counts, as shares of the depth."""
+    relevance_heads: Literal["mean", "max"] = AttentionScorer.heads
+    relevance_file: Path | None = None
+    """Upstream's selection file."""
+    relevance_category: str | None = None
+    """Category in that file; all are searched by default."""
+    relevance_missing: Literal["error", "dense"] = "error"
+    """What to do with a question that the file lacks."""
+
+    save_cache: Path | None = None
+    """Keeps the video's KV cache in a file."""
+    load_cache: Path | None = None
+    """Reads it back; it must be of this video, checkpoint and settings."""
+
+    json: bool = False
+    """Prints one JSON object."""
+
+    def sampling(self) -> SampleConfig:
+        return SampleConfig(self.fps, self.max_fps, self.max_frames)
+
+    def prefill_config(self) -> PrefillConfig:
+        if self.chunk_groups < 1 or self.window_chunks < 0:
+            raise UserError("chunk groups must be 1 or more, window chunks 0 or more")
+        return PrefillConfig(self.chunk_groups, self.window_chunks if self.prefill == "chunked" else None)
+
+    def bilevel(self) -> BilevelConfig | None:
+        if self.decode == "dense":
+            return None
+        if self.select_chunk_groups < 1 or self.pool < 1 or (self.top_chunks is not None and self.top_chunks < 0):
+            raise UserError("select chunk groups and pool must be 1 or more, top chunks 0 or more")
+        return BilevelConfig(self.select_chunk_groups, self.pool, self.top_chunks)
+
+    def relevance_config(self) -> RelevanceConfig:
+        first, last = self.relevance_layers
+        if not 0 <= first < last <= 1:
+            raise UserError(f"relevance layers are two rising shares of the depth from 0 to 1, not {first} {last}")
+        if (self.relevance == "file") != (self.relevance_file is not None):
+            raise UserError("--relevance file and --relevance-file go together")
+        return RelevanceConfig(
+            self.relevance, AttentionScorer(first, last, self.relevance_heads),
+            self.relevance_file, self.relevance_category, self.relevance_missing,
+        )  # fmt: skip
+
+    def check(self) -> None:
+        """What can be refused before anything is loaded."""
+        if not self.question and not self.interactive:
+            raise UserError("nothing to ask: give --question or --interactive")
+        if any(not q.strip() for q in self.question):
+            raise UserError("the question is empty")
+        if self.max_new_tokens < 1:
+            raise UserError(f"max new tokens must be 1 or more, not {self.max_new_tokens}")
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise UserError("temperature must be 0 or more, and top-p above 0 and at most 1")
+        if not self.video.exists():
+            raise UserError(f"{self.video}: no such video")
+        for check in (self.sampling, self.prefill_config, self.bilevel, self.relevance_config):
+            check()
+
+
+def infer() -> int:
+    """The command."""
+    args = tyro.cli(Args, prog="python infer.py")
+    args.check()
+    started = time.perf_counter()
+    model = xl2jax.load(args.checkpoint, dtype=args.dtype, implementation=args.attention, progress=True)
+    load_seconds = time.perf_counter() - started
+    video = _watch(args, model)
+    answers = [_ask(args, model, video, q) for q in args.question]
+    if args.interactive:
+        answers += _interact(args, model, video)
+    if args.json:
+        print(json.dumps(_report(model, video, answers, load_seconds)))
+    else:
+        _print_timings(video, answers, load_seconds)
+    return 0
+
+
+def _watch(args: Args, model: Model) -> WatchedVideo:
+    sampling, config = args.sampling(), args.prefill_config()
+    key: dict[str, Any] | None = None
+    if args.save_cache is not None or args.load_cache is not None:
+        key = cache_key(model, args.video, sampling, args.folder_fps, config)
+    if args.load_cache is not None and key is not None:
+        return load_cache(args.load_cache, model, key)
+    backend: Backend = args.video_backend
+    video = model.watch(
+        args.video, sampling, config, backend=backend, folder_fps=args.folder_fps, bilevel=args.bilevel(), progress=True
+    )
+    if args.save_cache is not None and key is not None:
+        save_cache(args.save_cache, video, key)
+    return video
+
+
+def _ask(
+    args: Args, model: Model, video: WatchedVideo, question: str, history: list[tuple[str, str]] | None = None
+) -> Answer:
+    stream: Callable[[str], None] | None = None
+    if not args.json:
+        if len(args.question) > 1:
+            print(f"> {question}")
+
+        def stream(piece: str) -> None:
+            print(piece, end="", flush=True)
+
+    answer = model.ask(
+        video, question, max_new_tokens=args.max_new_tokens, sampling=SamplingConfig(args.temperature, args.top_p),
+        seed=args.seed, bilevel=args.bilevel(), relevance=args.relevance_config(), history=history, on_text=stream,
+    )  # fmt: skip
+    if not args.json:
+        print(flush=True)
+    return answer
+
+
+def _interact(args: Args, model: Model, video: WatchedVideo) -> list[Answer]:
+    answers: list[Answer] = []
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return answers
+        if not line.strip():
+            continue
+        try:
+            answers.append(_ask(args, model, video, line.strip(), [(a.question, a.text) for a in answers]))
+        except UserError as e:  # one bad question does not end the conversation
+            print(f"error: {e}", file=sys.stderr)
+
+
+def _report(model: Model, video: WatchedVideo, answers: list[Answer], load_seconds: float) -> dict[str, Any]:
+    layout, device = video.layout, jax.devices()[0]
+    rows = [
+        {
+            "question": a.question, "answer": a.text, "new_tokens": a.new_tokens, "suffix_tokens": a.suffix_tokens,
+            "context_tokens": a.context_tokens, "chunks": [dataclasses.asdict(c) for c in a.chunks],
+            "timings": a.timings,
+        }
+        for a in answers
+    ]  # fmt: skip
+    return {
+        "video": video.path,
+        "duration_s": round(video.duration, 3),
+        "frames": len(video.times),
+        "groups": layout.groups,
+        "tokens": {
+            "prefix": layout.prefix,
+            "video": layout.tokens - layout.prefix,
+            "suffix": answers[0].suffix_tokens if answers else 0,
+        },
+        "prefill": dataclasses.asdict(video.plan.config),
+        "answers": rows,
+        "timings": {"load": load_seconds, **video.timings},
+        "peak_memory_bytes": memory.peak_bytes(),
+        "device": f"{device.platform}: {device.device_kind}",
+        "dtype": model.dtype,
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in ("xl2jax", "jax", "flax")},
+    }
+
+
+def _print_timings(video: WatchedVideo, answers: list[Answer], load_seconds: float) -> None:
+    rows = [("load", f"{load_seconds:8.2f} s")] + [(k, f"{v:8.2f} s") for k, v in video.timings.items()]
+    for i, a in enumerate(answers, 1):
+        label = f"answer {i}" if len(answers) > 1 else "answer"
+        t = a.timings
+        rows.append(
+            (label, f"{t['select'] + t['question']:8.2f} s to first token, {t['decode_tokens_per_s']:.1f} tokens/s")
+        )
+    rows.append(("peak memory", f"{memory.peak_bytes() / 2**30:8.2f} GiB"))
+    for name, value in rows:
+        print(f"{name:12} {value}", file=sys.stderr)

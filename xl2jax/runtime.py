@@ -1,0 +1,126 @@
+"""The jitted entry points. Each takes the config as its only static model argument.
+
+One compilation a bucket of lengths: nothing here depends on a video's exact length.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from xl2jax import bilevel, generate, prefill, relevance
+from xl2jax.bilevel import GroupTable, MixedSource, PooledKV
+from xl2jax.cache import KVCache, empty_cache
+from xl2jax.config import LLMConfig, VideoXL2Config
+from xl2jax.generate import DecodeState, SamplingConfig
+from xl2jax.model import VideoXL2, abstract_model, normalise
+from xl2jax.prefill import Step
+from xl2jax.relevance import AttentionScorer
+
+
+@functools.cache
+def _graphdef(config: VideoXL2Config) -> nnx.GraphDef:
+    return nnx.graphdef(abstract_model(config, jnp.float32))
+
+
+def merge_model(config: VideoXL2Config, params: nnx.State) -> VideoXL2:
+    """The model over `params`, inside or outside a transformation."""
+    return nnx.merge(_graphdef(config), params)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def encode(config: VideoXL2Config, params: nnx.State, frames: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """uint8 frames [F, H, W, 3] -> visual tokens [G, V, D] and their `unit_features` [G, D]."""
+    visual = merge_model(config, params).encode_frames(normalise(frames))
+    return visual, relevance.unit_features(visual)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "slots", "dtype"))
+def new_cache(config: LLMConfig, slots: int, dtype: str, visual_start: int | jax.Array | None = None) -> KVCache:
+    cache = empty_cache(config, slots, dtype)
+    return cache if visual_start is None else cache._replace(visual_start=jnp.int32(visual_start))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "implementation"), donate_argnames="cache")
+def prefill_prefix(
+    config: VideoXL2Config, params: nnx.State, cache: KVCache, ids: jax.Array, length: jax.Array, *, implementation: str
+) -> KVCache:  # fmt: skip
+    llm = merge_model(config, params).llm
+    return prefill.prefill_prefix(llm, cache, ids, length, implementation=implementation)[0]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "implementation"), donate_argnames="cache")
+def prefill_segment(
+    config: VideoXL2Config, params: nnx.State, cache: KVCache, visual: jax.Array, segment: Step, *, implementation: str
+) -> KVCache:  # fmt: skip
+    llm = merge_model(config, params).llm
+    return prefill.prefill_segment(llm, cache, visual, segment, implementation=implementation)[0]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "visual_tokens", "pool"))
+def pool_cache(config: LLMConfig, cache: KVCache, table: GroupTable, *, visual_tokens: int, pool: int) -> PooledKV:
+    return bilevel.pool_cache(cache, table, visual_tokens=visual_tokens, pool=pool, theta=config.rope_theta)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "visual_tokens", "pool", "slots"))
+def mix(
+    config: LLMConfig, cache: KVCache, pooled: PooledKV, table: GroupTable, dense: jax.Array,
+    *, visual_tokens: int, pool: int, slots: int,
+) -> tuple[KVCache, MixedSource]:  # fmt: skip
+    """The mixed cache with groups `dense` [Gcap] whole, in `slots` slots, and its index list."""
+    source = bilevel.mixed_source(table, dense, cache.visual_start, visual_tokens=visual_tokens, pool=pool, slots=slots)
+    return bilevel.mix(cache, pooled, source, theta=config.rope_theta), source
+
+
+@functools.partial(jax.jit, static_argnames=("config", "scorer", "groups", "implementation"))
+def attention_scores(
+    config: VideoXL2Config, params: nnx.State, context: KVCache, source: MixedSource, text: KVCache,
+    ids: jax.Array, first: jax.Array, last: jax.Array,
+    *, scorer: AttentionScorer, groups: int, implementation: str,
+) -> jax.Array:  # fmt: skip
+    llm = merge_model(config, params).llm
+    return relevance.attention_scores(
+        llm, context, source, text, ids, first, last, scorer, groups, implementation=implementation
+    )
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def similarity_scores(
+    config: VideoXL2Config, params: nnx.State, features: jax.Array, ids: jax.Array, first: jax.Array, last: jax.Array
+) -> jax.Array:
+    return relevance.similarity_scores(merge_model(config, params).llm, features, ids, first, last)
+
+
+@functools.partial(jax.jit, static_argnames=("select_chunk_groups", "top"))
+def choose(
+    scores: jax.Array, groups: jax.Array, *, select_chunk_groups: int, top: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Group scores [Gcap] -> (block scores [Bcap], dense blocks [Bcap], dense groups [Gcap])."""
+    by_block = relevance.block_scores(scores, groups, select_chunk_groups)
+    blocks = -(-groups // select_chunk_groups)
+    dense = bilevel.choose_blocks(by_block, blocks, top)
+    return by_block, dense, dense[jnp.arange(scores.shape[0]) // select_chunk_groups]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "sampling", "implementation"), donate_argnames="text")
+def ask(
+    config: VideoXL2Config, params: nnx.State, context: KVCache, text: KVCache, ids: jax.Array, length: jax.Array,
+    key: jax.Array, stop: jax.Array, *, sampling: SamplingConfig, implementation: str,
+) -> DecodeState:  # fmt: skip
+    """Runs the suffix behind `context` and samples the first token of the answer."""
+    llm = merge_model(config, params).llm
+    text, hidden = generate.extend(llm, context, text, ids, length, implementation=implementation)
+    return generate.first_token(llm, text, hidden, length, key, stop, sampling)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "sampling", "size", "implementation"), donate_argnames="state")
+def decode(
+    config: VideoXL2Config, params: nnx.State, context: KVCache, state: DecodeState, limit: jax.Array,
+    stop: jax.Array, *, sampling: SamplingConfig, size: int, implementation: str,
+) -> tuple[DecodeState, jax.Array, jax.Array]:  # fmt: skip
+    """Up to min(limit, size) further tokens."""
+    llm = merge_model(config, params).llm
+    return generate.decode(llm, context, state, limit, stop, sampling, size=size, implementation=implementation)

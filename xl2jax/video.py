@@ -1,0 +1,299 @@
+"""From a video file or a folder of frames to RGB frames and times.
+
+Frame i is the i-th frame in presentation order, and its time is i / average frame rate: this is what
+upstream does with decord, for variable frame rates too. Rotation metadata is applied, as decord does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from xl2jax.config import FRAMES_PER_GROUP
+from xl2jax.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+type Backend = Literal["auto", "decord", "pyav"]
+
+_IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """Which frames are read: `fps` a second, more (up to `max_fps`) where `max_frames` leaves room."""
+
+    fps: float = 1.0
+    max_fps: int | None = 4
+    max_frames: int = 256
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fps <= 1000:
+            raise UserError(f"fps must be above 0 (at most 1000), not {self.fps}")
+        if self.max_fps is not None and self.max_fps < 1:
+            raise UserError(f"max fps must be 1 or more, not {self.max_fps}")
+        if self.max_frames < FRAMES_PER_GROUP:
+            raise UserError(f"max frames must be {FRAMES_PER_GROUP} or more, not {self.max_frames}")
+
+
+def _candidates(total: int, video_fps: float, fps: float, max_fps: int | None, max_frames: int) -> np.ndarray:
+    """Indices before the tail is cut to whole groups."""
+
+    def every(rate: float) -> np.ndarray:
+        return np.arange(0, total, max(round(video_fps / rate), 1))
+
+    indices = every(fps)
+    if max_fps is not None and len(indices):
+        higher = min(max_frames // len(indices), max_fps)
+        if higher > fps:
+            indices = every(higher)
+    if len(indices) > max_frames:
+        indices = np.linspace(0, total - 1, max_frames).astype(np.int64)
+    return indices
+
+
+def frame_times(indices: np.ndarray, video_fps: float) -> list[float]:
+    """Seconds, rounded to a tenth."""
+    return [round(int(i) / video_fps, 1) for i in indices]
+
+
+def sample_indices(
+    total_frames: int, video_fps: float, fps: float = 1.0, max_fps: int | None = 4, max_frames: int = 256
+) -> tuple[np.ndarray, list[float]]:
+    """Frame indices (a multiple of 4 of them) and their times in seconds, as upstream chooses them.
+
+    Args:
+      total_frames: frames in the file.
+      video_fps: its average frame rate.
+      fps: frames a second wanted.
+      max_fps: rate to rise to while `max_frames` is not reached; None to stay at `fps`.
+      max_frames: most frames; beyond it they are spread evenly over the file.
+
+    Under 4 frames nothing is left: `open_video` pads such clips.
+    """
+    indices = _candidates(total_frames, video_fps, fps, max_fps, max_frames)
+    indices = indices[: len(indices) // FRAMES_PER_GROUP * FRAMES_PER_GROUP]
+    return indices, frame_times(indices, video_fps)
+
+
+class Reader(Protocol):
+    """An open video. `frames` yields RGB uint8 [H, W, 3] for ascending indices, or ends early where
+    the file is damaged."""  # fmt: skip
+
+    total: int
+    fps: float
+
+    def frames(self, indices: np.ndarray) -> Iterator[np.ndarray]: ...
+
+
+class PyAVReader:
+    """Reads through the file with PyAV (FFmpeg)."""
+
+    def __init__(self, path: Path):
+        import av
+
+        self._path = path
+        try:
+            with av.open(str(path)) as container:
+                if not container.streams.video:
+                    raise UserError(
+                        f"{path}: holds no video (only {', '.join(s.type for s in container.streams) or 'nothing'})"
+                    )
+                stream = container.streams.video[0]
+                rate = stream.average_rate or stream.guessed_rate or Fraction(0)
+                self.total = 0
+                try:
+                    for packet in container.demux(stream):
+                        self.total += packet.size > 0
+                except av.FFmpegError:
+                    pass  # cut off: what was counted can be read
+        except (av.FFmpegError, ValueError) as e:
+            raise UserError(f"{path}: not a video that can be read ({_reason(e)})") from None
+        self.fps = float(rate)
+
+    def frames(self, indices: np.ndarray) -> Iterator[np.ndarray]:
+        import av
+
+        wanted = iter(indices.tolist())
+        target = next(wanted, None)
+        with av.open(str(self._path)) as container:
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            number = 0
+            decoder = container.decode(stream)
+            while target is not None:
+                try:
+                    frame = next(decoder)
+                except (StopIteration, av.FFmpegError):
+                    return
+                while target == number:
+                    yield _upright(frame.to_ndarray(format="rgb24"), frame.rotation)
+                    target = next(wanted, None)
+                number += 1
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error).splitlines()[0]
+
+
+def _upright(frame: np.ndarray, degrees: int) -> np.ndarray:
+    """Turns by the display rotation, which FFmpeg counts counter-clockwise."""
+    return np.ascontiguousarray(np.rot90(frame, (degrees // 90) % 4)) if degrees else frame
+
+
+class DecordReader:
+    """Reads with decord: upstream's own reader. Its memory grows on long files."""
+
+    _BATCH = 8
+
+    def __init__(self, path: Path):
+        import decord
+
+        # decord raises its own error, or RuntimeError for a file it cannot open.
+        try:
+            self._reader = decord.VideoReader(str(path), num_threads=1)
+            self.total, self.fps = len(self._reader), float(self._reader.get_avg_fps())
+        except Exception as e:
+            raise UserError(f"{path}: not a video that decord can read ({_reason(e)})") from None
+
+    def frames(self, indices: np.ndarray) -> Iterator[np.ndarray]:
+        for first in range(0, len(indices), self._BATCH):
+            try:
+                batch = self._reader.get_batch(indices[first : first + self._BATCH].tolist()).asnumpy()
+            except Exception as e:
+                logger.info("decord stopped: %s", _reason(e))
+                return
+            yield from batch
+
+
+class FolderReader:
+    """A folder of images, one a frame, in the natural order of their names ("2" before "10")."""
+
+    def __init__(self, path: Path, fps: float):
+        def natural(p: Path) -> list[tuple[int, int, str]]:
+            parts = re.split(r"(\d+)", p.name)
+            return [(0, int(s), "") if s.isdigit() else (1, 0, s) for s in parts]
+
+        self._files = sorted((p for p in path.iterdir() if p.suffix.lower() in _IMAGES), key=natural)
+        self.total, self.fps = len(self._files), fps
+
+    def frames(self, indices: np.ndarray) -> Iterator[np.ndarray]:
+        for i in indices:
+            try:
+                with Image.open(self._files[i]) as image:
+                    frame = np.asarray(image.convert("RGB"))
+            except (OSError, UnidentifiedImageError, SyntaxError) as e:
+                raise UserError(f"{self._files[i]}: not an image that can be read ({_reason(e)})") from None
+            yield frame
+
+
+def open_reader(path: Path, backend: Backend = "auto", folder_fps: float = 1.0) -> Reader:
+    """Opens a file with the backend named; `auto` takes PyAV, or decord where PyAV is missing."""
+    if not path.exists():
+        raise UserError(f"{path}: no such video")
+    if path.is_dir():
+        return FolderReader(path, folder_fps)
+    chosen = backend
+    if backend == "auto":
+        chosen = "pyav" if _available("av") else "decord"
+        logger.info("video backend: %s (auto)", chosen)
+    if not _available({"pyav": "av"}.get(chosen, chosen)):
+        raise UserError(f"video backend {chosen} is not installed")
+    return PyAVReader(path) if chosen == "pyav" else DecordReader(path)
+
+
+def _available(module: str) -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec(module) is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """The chosen frames of an open video. `times[i]` is the time of frame i in seconds.
+
+    `len(indices)` is a multiple of 4: shorter clips repeat their last frame.
+    """
+
+    path: Path
+    reader: Reader
+    indices: np.ndarray
+    times: list[float]
+
+    @property
+    def duration(self) -> float:
+        """Seconds."""
+        return self.reader.total / self.reader.fps
+
+    @property
+    def groups(self) -> int:
+        return len(self.indices) // FRAMES_PER_GROUP
+
+    def batches(self, frames: int, size: int) -> Iterator[np.ndarray]:
+        """uint8 [frames, size, size, 3] at a time (a multiple of 4 frames), the last maybe shorter.
+
+        A file that ends early gives the whole groups that could be read, and a warning that names
+        the last good time. Raises UserError if not one frame could be read.
+        """
+        out: list[np.ndarray] = []
+        count = 0
+        for frame in self.reader.frames(self.indices):
+            out.append(resize(frame, size))
+            count += 1
+            if len(out) == frames:
+                yield np.stack(out)
+                out = []
+        if count == 0:
+            raise UserError(f"{self.path}: no frame could be decoded")
+        if count < len(self.indices):
+            logger.warning(
+                "warning: %s: the file is damaged or cut off, last good frame at %.1f s of %.1f s",
+                self.path, self.times[count - 1], self.times[-1],
+            )  # fmt: skip
+            out = out[: len(out) // FRAMES_PER_GROUP * FRAMES_PER_GROUP] if count >= FRAMES_PER_GROUP else out
+        if out:
+            out += [out[-1]] * (-len(out) % FRAMES_PER_GROUP)
+            yield np.stack(out)
+
+
+def open_video(
+    path: str | Path, config: SampleConfig | None = None, *, backend: Backend = "auto", folder_fps: float = 1.0
+) -> Clip:
+    """Opens a video and chooses its frames.
+
+    Args:
+      path: mp4, mkv, webm, mov, avi, whatever FFmpeg reads, or a folder of images.
+      config: which frames; see `sample_indices`.
+      backend: `pyav`, `decord` or `auto`.
+      folder_fps: frames a second of a folder of images.
+
+    Raises:
+      UserError: missing, unreadable, without video or without frames.
+    """
+    path, config = Path(path), config or SampleConfig()
+    if folder_fps <= 0:
+        raise UserError(f"folder fps must be above 0, not {folder_fps}")
+    reader = open_reader(path, backend, folder_fps)
+    if reader.total == 0:
+        raise UserError(f"{path}: holds no frames")
+    if reader.fps <= 0:
+        raise UserError(f"{path}: reports no frame rate")
+    indices = _candidates(reader.total, reader.fps, config.fps, config.max_fps, config.max_frames)
+    if len(indices) >= FRAMES_PER_GROUP:
+        indices = indices[: len(indices) // FRAMES_PER_GROUP * FRAMES_PER_GROUP]
+    else:
+        indices = np.concatenate([indices, np.repeat(indices[-1:], FRAMES_PER_GROUP - len(indices))])
+    return Clip(path, reader, indices, frame_times(indices, reader.fps))
+
+
+def resize(frame: np.ndarray, size: int) -> np.ndarray:
+    """uint8 RGB [H, W, 3] -> [size, size, 3]: PIL bicubic, aspect ratio not kept."""
+    return np.asarray(Image.fromarray(frame).resize((size, size), Image.Resampling.BICUBIC))
