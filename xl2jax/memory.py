@@ -78,6 +78,18 @@ def check_fits(need: MemoryNeed, groups: int) -> None:
         )
 
 
+def used_bytes() -> int:
+    """Memory in use now: on the device if it counts, else by this process."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "bytes_in_use" in stats:
+        return stats["bytes_in_use"]
+    try:
+        with open("/proc/self/statm") as f:
+            return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return peak_bytes()
+
+
 def peak_bytes() -> int:
     """Most memory used so far: on the device if it counts, else by this process."""
     stats = jax.devices()[0].memory_stats()

@@ -157,6 +157,7 @@ class DecordReader:
     def __init__(self, path: Path):
         import decord
 
+        self._path = path
         # decord raises its own error, or RuntimeError for a file it cannot open.
         try:
             self._reader = decord.VideoReader(str(path), num_threads=1)
@@ -169,6 +170,10 @@ class DecordReader:
             try:
                 batch = self._reader.get_batch(indices[first : first + self._BATCH].tolist()).asnumpy()
             except Exception as e:
+                if "size must exactly match" in str(e):
+                    raise UserError(
+                        f"{self._path}: decord cannot read frames of this size or rotation; use the pyav backend"
+                    ) from None
                 logger.info("decord stopped: %s", _reason(e))
                 return
             yield from batch

@@ -61,8 +61,8 @@ def attend_reference(
 
 
 def _tile_sizes(queries: int, slots: int) -> tuple[int, int]:
-    """(queries, key slots) of a tile: about a megabyte of float32 scores a head."""
-    tile = min(queries, 512)
+    """(queries, key slots) of a tile: equal tiles of at most 640 queries, a chunk as released is 576."""
+    tile = -(-queries // -(-queries // 640))
     return tile, min(slots, 512 if tile >= 64 else 2048)
 
 

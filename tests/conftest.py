@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import xl2jax
+from xl2jax.config import PRESETS
+from xl2jax.demo import make_checkpoint, write_clip
+from xl2jax.terminal import run_command
+
+GOLDENS = Path(__file__).parent / "goldens"
+
+
+@pytest.fixture(scope="session")
+def goldens() -> Path:
+    return GOLDENS
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random checkpoint with a tokenizer. Read only."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
+    make_checkpoint(folder, PRESETS["tiny"])
+    return folder
+
+
+@pytest.fixture
+def copied(checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy of `checkpoint` to damage."""
+    return Path(shutil.copytree(checkpoint, tmp_path / "copied"))
+
+
+@pytest.fixture(scope="session")
+def model(checkpoint: Path) -> xl2jax.Model:
+    return xl2jax.load(checkpoint)
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """30 seconds at 10 frames a second: 120 frames as sampled by default, 30 groups."""
+    path = tmp_path_factory.mktemp("clips") / "clip.mp4"
+    write_clip(path, 30, fps=10, width=96, height=64)
+    return path
+
+
+@pytest.fixture(scope="session")
+def watched(model: xl2jax.Model, clip: Path) -> xl2jax.WatchedVideo:
+    return model.watch(clip)
+
+
+@pytest.fixture
+def command(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command line's main function: (exit status, stdout, stderr)."""
+
+    def run(main: Callable[[], int | None], *argv: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, argv)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as e:
+            run_command(main)
+        out, err = capfd.readouterr()
+        return int(e.value.code or 0), out, err
+
+    return run
+
+
+@pytest.fixture
+def refused(command: Callable[..., tuple[int, str, str]]) -> Callable[..., str]:
+    """Runs a command that must end in one clear line and status 2: that line."""
+
+    def run(main: Callable[[], int | None], *argv: object) -> str:
+        status, out, err = command(main, *argv)
+        errors = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert status == 2, err
+        assert "Traceback" not in err
+        assert out == ""
+        assert len(errors) == 1, err
+        assert err.rstrip().splitlines()[-1] == errors[0]
+        return errors[0].removeprefix("error: ")
+
+    return run
