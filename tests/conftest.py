@@ -41,7 +41,7 @@ def model(checkpoint: Path) -> xl2jax.Model:
 
 @pytest.fixture(scope="session")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """30 seconds at 10 frames a second: 120 frames as sampled by default, 30 groups."""
+    """30 seconds at 10 frames a second: 148 frames as sampled by default (every second one), 37 groups."""
     path = tmp_path_factory.mktemp("clips") / "clip.mp4"
     write_clip(path, 30, fps=10, width=96, height=64)
     return path
@@ -53,9 +53,7 @@ def watched(model: xl2jax.Model, clip: Path) -> xl2jax.WatchedVideo:
 
 
 @pytest.fixture
-def command(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
+def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Runs a command line's main function: (exit status, stdout, stderr)."""
 
     def run(main: Callable[[], int | None], *argv: object) -> tuple[int, str, str]:

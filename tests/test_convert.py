@@ -106,7 +106,9 @@ def edit(folder: Path, change: Callable[[dict[str, np.ndarray]], Any]) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
-def test_all_problems_in_one_line_and_nothing_written(copied: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_all_problems_in_one_line_and_nothing_written(
+    copied: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
     def damage(t: dict[str, np.ndarray]) -> None:
         del t["model.norm.weight"], t["model.sae.temporal_encoding"]
         t["model.layers.9.mlp.up_proj.weight"] = np.zeros((2, 2), np.float32)

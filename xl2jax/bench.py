@@ -6,6 +6,7 @@ Every row runs in a process of its own, so that peak memory and compilation are 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import platform
 import subprocess
@@ -176,7 +177,7 @@ def decode_row(args: DecodeArgs, mode: str, groups: int) -> dict[str, Any]:
     first, (context, state) = _timed(question)
     seconds = []
     for _ in range(4):  # the first compiles
-        taken, (state, _, _) = _timed(lambda state=state: setup.decode(context, state))
+        taken, (state, _, _) = _timed(functools.partial(setup.decode, context, state))
         seconds.append(taken)
     return {
         "mode": mode,

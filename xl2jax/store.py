@@ -47,8 +47,8 @@ def cache_key(
     return {
         "video": content_hash(video),
         "sampling": {**dataclasses.asdict(sampling), "folder_fps": folder_fps if video.is_dir() else None},
-        "checkpoint": model.fingerprint,
         "dtype": model.dtype,
+        "checkpoint": model.fingerprint,
         "prefill": dataclasses.asdict(config),
     }
 

@@ -1,7 +1,8 @@
 """From a video file or a folder of frames to RGB frames and times.
 
 Frame i is the i-th frame in presentation order, and its time is i / average frame rate: this is what
-upstream does with decord, for variable frame rates too. Rotation metadata is applied, as decord does.
+upstream does with decord, for variable frame rates too. Frames are turned by the rotation metadata.
+decord fails on some sizes (odd sides, turned clips whose sides it cannot align), and says so.
 """
 
 from __future__ import annotations
@@ -109,12 +110,19 @@ class PyAVReader:
                     )
                 stream = container.streams.video[0]
                 rate = stream.average_rate or stream.guessed_rate or Fraction(0)
-                self.total = 0
+                self.total, last = 0, 0.0
                 try:
-                    for packet in container.demux(stream):
-                        self.total += packet.size > 0
+                    for packet in container.demux():
+                        self.total += packet.stream is stream and packet.size > 0
+                        if packet.pts is not None and packet.time_base is not None:
+                            last = max(last, float((packet.pts + (packet.duration or 0)) * packet.time_base))
                 except av.FFmpegError:
                     pass  # cut off: what was counted can be read
+                promised = (container.duration or 0) / av.time_base
+                if self.total and last < promised - max(1.0, 0.02 * promised):
+                    logger.warning(
+                        "warning: %s: the file is cut off, last good time %.1f s of %.1f s", path, last, promised
+                    )
         except (av.FFmpegError, ValueError) as e:
             raise UserError(f"{path}: not a video that can be read ({_reason(e)})") from None
         self.fps = float(rate)

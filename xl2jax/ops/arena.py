@@ -27,6 +27,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from xl2jax.errors import UserError
+
 NEGATIVE = -1e30
 """Finite stand-in for minus infinity."""
 
@@ -162,13 +164,13 @@ def arena_attention(
     """The op of this module, by the implementation named; `auto` chooses, and logs its choice once.
 
     Raises:
-      ValueError: no such implementation. A named one never falls back to another.
+      UserError: no such implementation. A named one never falls back to another.
     """
     if implementation == "auto":
         implementation = "blockwise"
         _log_choice(implementation, f"auto on {jax.default_backend()}")
     if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"attention {implementation!r}: choose auto, {', '.join(IMPLEMENTATIONS)}")
+        raise UserError(f"attention {implementation!r}: choose auto, {', '.join(IMPLEMENTATIONS)}")
     return IMPLEMENTATIONS[implementation](q, k, v, rows, g_end, v_lo, v_hi)
 
 

@@ -1,0 +1,161 @@
+"""One suite over every implementation of the arena op."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xl2jax.errors import UserError
+from xl2jax.layout import PrefillConfig, VideoLayout, natural_ranges
+from xl2jax.ops import arena
+from xl2jax.ops.arena import IMPLEMENTATIONS, NEGATIVE, arena_attention, arena_mask, merge
+
+
+def float64_attention(q, k, v, rows, g_end, v_lo, v_hi):
+    """A loop over queries in float64 numpy."""
+    b, t, n, h = q.shape
+    out, lse = np.zeros(q.shape), np.full((b, t, n), NEGATIVE)
+    seen = arena_mask(g_end, v_lo, v_hi, np.arange(k.shape[2]))
+    for i, j, head in np.ndindex(b, t, n):
+        kv = head // (n // k.shape[1])
+        at = np.nonzero(seen[i, j])[0]
+        if len(at):
+            s = k[rows[i], kv, at].astype(np.float64) @ q[i, j, head].astype(np.float64) * h**-0.5
+            p = np.exp(s - s.max())
+            out[i, j, head] = (p / p.sum()) @ v[rows[i], kv, at].astype(np.float64)
+            lse[i, j, head] = s.max() + np.log(p.sum())
+    return out, lse
+
+
+def problem(
+    seed: int, *, t: int, s: int, batch: int = 1, heads: int = 4, kv_heads: int = 2, h: int = 16, rows: int = 3
+):
+    """Random arrays and ranges: empty ones, overlapping intervals and full views among them."""
+    rng = np.random.default_rng(seed)
+    q = rng.standard_normal((batch, t, heads, h)).astype(np.float32)
+    k, v = rng.standard_normal((2, rows, kv_heads, s, h)).astype(np.float32)
+    g_end = rng.integers(0, s // 2 + 1, (batch, t))
+    v_lo = rng.integers(0, s, (batch, t))
+    v_hi = np.minimum(v_lo + rng.integers(-3, s, (batch, t)), s)
+    dead = rng.random((batch, t)) < 0.1
+    g_end, v_hi = np.where(dead, 0, g_end), np.where(dead, 0, v_hi)
+    row = rng.integers(0, rows, batch)
+    return q, k, v, row.astype(np.int32), *(x.astype(np.int32) for x in (g_end, v_lo, v_hi))
+
+
+def close(actual, expected, tolerance: float) -> None:
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert np.isfinite(actual).all()
+    assert np.linalg.norm(actual - expected) <= tolerance * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("name", list(IMPLEMENTATIONS))
+@pytest.mark.parametrize(
+    "shape",
+    [{"t": 7, "s": 50}, {"t": 1, "s": 4500, "heads": 8}, {"t": 700, "s": 1100, "h": 8}, {"t": 3, "s": 33, "batch": 3}],
+)
+def test_against_float64(name: str, shape: dict) -> None:
+    args = problem(0, **shape)
+    out, lse = arena_attention(*map(jnp.asarray, args), implementation=name)
+    expected, expected_lse = float64_attention(*args)
+    close(out, expected, 1e-5)
+    assert np.allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", list(IMPLEMENTATIONS))
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_random_ranges(name: str, seed: int) -> None:
+    # One shape: compiled once. Blocks of 16 slots make lists of many blocks, some overhanging.
+    args = problem(seed, t=20, s=77)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(arena, "_tile_sizes", lambda queries, slots: (8, 16))
+        out, lse = arena_attention(*map(jnp.asarray, args), implementation=name)
+    expected, expected_lse = float64_attention(*args)
+    close(out, expected, 1e-5)
+    assert np.allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", list(IMPLEMENTATIONS))
+def test_bfloat16(name: str) -> None:
+    args = problem(1, t=64, s=600)
+    half = [jnp.asarray(x, jnp.bfloat16) for x in args[:3]]
+    out, _ = arena_attention(*half, *map(jnp.asarray, args[3:]), implementation=name)
+    assert out.dtype == jnp.bfloat16
+    expected, _ = float64_attention(*(np.asarray(x, np.float32) for x in half), *args[3:])
+    close(out.astype(jnp.float32), expected, 1e-2)
+
+
+@pytest.mark.parametrize("name", list(IMPLEMENTATIONS))
+def test_unseen_slots_may_be_poisoned(name: str) -> None:
+    q, k, v, rows, g_end, v_lo, v_hi = problem(2, t=40, s=300)
+    g_end, v_lo, v_hi = np.minimum(g_end, 20), np.maximum(v_lo, 100), np.minimum(v_hi, 200)
+    expected, _ = float64_attention(q, k, v, rows, g_end, v_lo, v_hi)
+    unseen = ~arena_mask(g_end, v_lo, v_hi, np.arange(300)).any((0, 1))
+    assert unseen.sum() > 100
+    k[:, :, unseen], v[:, :, unseen] = np.nan, np.nan
+    out, _ = arena_attention(*map(jnp.asarray, (q, k, v, rows, g_end, v_lo, v_hi)), implementation=name)
+    close(out, expected, 1e-5)
+
+
+@pytest.mark.parametrize("name", list(IMPLEMENTATIONS))
+def test_nothing_seen_is_zero(name: str) -> None:
+    q, k, v, rows, g_end, v_lo, _v_hi = map(jnp.asarray, problem(3, t=5, s=40))
+    out, lse = arena_attention(q, k, v, rows, g_end * 0, v_lo, v_lo, implementation=name)
+    assert not np.asarray(out).any()
+    assert (np.asarray(lse) == NEGATIVE).all()
+
+
+def test_merge_is_attention_over_the_union() -> None:
+    q, k, v, rows, g_end, v_lo, v_hi = problem(4, t=9, s=60)
+    g_end, v_lo, v_hi = g_end * 0 + 25, v_lo * 0 + 30, v_hi * 0 + 55
+    nothing = np.zeros_like(g_end)
+    args = [jnp.asarray(x) for x in (q, k, v, rows)]
+    parts = [
+        arena_attention(*args, jnp.asarray(a), jnp.asarray(b), jnp.asarray(c))
+        for a, b, c in ((g_end, nothing, nothing), (nothing, v_lo, v_hi), (nothing, nothing, nothing))
+    ]
+    expected, expected_lse = float64_attention(q, k, v, rows, g_end, v_lo, v_hi)
+    out, lse = merge(parts)
+    close(out, expected, 1e-5)
+    assert np.allclose(lse, expected_lse, rtol=1e-5)
+
+
+def test_unknown_implementation() -> None:
+    with pytest.raises(UserError, match="choose auto, reference, blockwise"):
+        arena_attention(*map(jnp.asarray, problem(0, t=2, s=4)), implementation="cudnn")
+
+
+def test_auto_says_once_what_it_chose(caplog: pytest.LogCaptureFixture) -> None:
+    arena._log_choice.cache_clear()
+    with caplog.at_level("INFO", "xl2jax"):
+        for _ in range(2):
+            arena_attention(*map(jnp.asarray, problem(0, t=2, s=4)))
+    assert caplog.text.count("arena attention: blockwise (auto on cpu)") == 1
+
+
+def test_blocks_visited_are_the_live_ones() -> None:
+    """A chunk of visual tokens late in a long video reads globals and its window, not what is between."""
+    layout = VideoLayout(5, (3,) * 40, 16)
+    r = natural_ranges(layout, 0, 256, PrefillConfig(2, 1))
+    last = r["slot"] >= 256 + 38 * 16
+    a, b, c = (int(x) for x in arena.live_blocks(*(jnp.asarray(r[k][last]) for k in ("g_end", "v_lo", "v_hi")), 16))
+    assert a == -(-layout.global_tokens // 16)
+    assert (b, c) == ((256 + 36 * 16) // 16, (256 + 40 * 16) // 16)
+
+
+def test_no_array_of_queries_times_slots() -> None:
+    """Temporaries of the blockwise op do not grow with the slots."""
+
+    def temporaries(slots: int) -> int:
+        shape = jax.ShapeDtypeStruct
+        q, kv = shape((1, 64, 4, 16), jnp.float32), shape((2, 2, slots, 16), jnp.float32)
+        ints = [shape((1,), jnp.int32)] + [shape((1, 64), jnp.int32)] * 3
+        compiled = jax.jit(arena.attend_blockwise).lower(q, kv, kv, *ints).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(80_000) == temporaries(8_000)

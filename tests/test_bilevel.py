@@ -1,0 +1,114 @@
+"""The mixed cache against a plain numpy rewriting of upstream's rule."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xl2jax.bilevel import (
+    BilevelConfig,
+    blocks_of_units,
+    choose_blocks,
+    group_table,
+    mix,
+    mixed_slots,
+    mixed_source,
+    pool_cache,
+)
+from xl2jax.cache import KVCache
+from xl2jax.layers import rope_tables, rotate
+from xl2jax.layout import PrefillConfig, VideoLayout, natural_ranges
+
+L, K, H, THETA = 2, 2, 8, 1e4
+
+
+def video_cache(layout: VideoLayout, capacity: int) -> tuple[KVCache, np.ndarray, np.ndarray]:
+    """An arena cache, and its un-rotated keys and values [L, K, N, H] in natural order."""
+    rng = np.random.default_rng(0)
+    start = layout.global_tokens + 3
+    raw, v = rng.standard_normal((2, L, K, layout.tokens, H)).astype(np.float32)
+    cos, sin = rope_tables(jnp.arange(layout.tokens), H, THETA)
+    k = np.asarray(rotate(jnp.asarray(raw), cos, sin))
+    slot = natural_ranges(layout, 0, start, PrefillConfig())["slot"]
+    arena = np.full((2, L, K, start + capacity * layout.visual_tokens, H), 7.0, np.float32)
+    arena[0][:, :, slot], arena[1][:, :, slot] = k, v
+    cache = KVCache(
+        jnp.asarray(arena[0]), jnp.asarray(arena[1]), jnp.int32(layout.global_tokens), jnp.int32(start),
+        jnp.int32(layout.groups * layout.visual_tokens),
+    )  # fmt: skip
+    return cache, raw, v
+
+
+def naive_mix(layout: VideoLayout, dense: np.ndarray, pool: int, x: np.ndarray) -> np.ndarray:
+    """Natural order [L, K, N, H] -> mixed [L, K, M, H]."""
+    parts, at = [x[:, :, : layout.prefix]], layout.prefix
+    for times, whole in zip(layout.time_lengths, dense, strict=True):
+        parts.append(x[:, :, at : at + times])
+        visual = x[:, :, at + times : at + times + layout.visual_tokens]
+        n = layout.visual_tokens // pool
+        parts.append(visual if whole else visual[:, :, : n * pool].reshape(L, K, n, pool, H).mean(3))
+        at += times + layout.visual_tokens
+    return np.concatenate(parts, axis=2)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    times=st.lists(st.integers(1, 4), min_size=1, max_size=6),
+    visual=st.integers(1, 7),
+    pool=st.integers(1, 4),
+    extra=st.integers(0, 3),
+    data=st.data(),
+)
+def test_mixed_cache(times: list[int], visual: int, pool: int, extra: int, data: st.DataObject) -> None:
+    """Any mixture, remainders of pooling dropped, capacity beyond the video unused."""
+    pool = min(pool, visual)
+    layout = VideoLayout(3, tuple(times), visual)
+    dense = np.array(data.draw(st.lists(st.booleans(), min_size=len(times), max_size=len(times))))
+    cache, raw, v = video_cache(layout, layout.groups + extra)
+    table = group_table(layout, layout.groups + extra)
+    pooled = pool_cache(cache, table, visual_tokens=visual, pool=pool, theta=THETA)
+    slots = mixed_slots(layout, int(dense.sum()), BilevelConfig(1, pool))
+    flags = jnp.asarray(np.pad(dense, (0, extra)))
+    source = mixed_source(table, flags, cache.visual_start, visual_tokens=visual, pool=pool, slots=slots)
+    mixed = mix(cache, pooled, source, theta=THETA)
+    expected_k, expected_v = (naive_mix(layout, dense, pool, x) for x in (raw, v))
+    m = expected_k.shape[2]
+    assert (int(mixed.length), int(mixed.visual_length)) == (m, 0)
+    cos, sin = rope_tables(jnp.arange(m), H, THETA)
+    assert np.allclose(rotate(mixed.k[:, :, :m], cos, -sin), expected_k, atol=1e-5)
+    assert np.allclose(mixed.v[:, :, :m], expected_v, atol=1e-6)
+    assert not np.asarray(mixed.k[:, :, m:]).any()
+    assert np.isfinite(np.asarray(mixed.v)).all()
+    group = np.asarray(source.group)[:m]
+    assert (group[: layout.prefix] == -1).all()
+    counts = np.array(times) + np.where(dense, visual, visual // pool)
+    assert np.array_equal(np.bincount(group[layout.prefix :], minlength=len(times)), counts)
+
+
+@pytest.mark.parametrize(
+    ("units", "groups", "size", "dense"),
+    [
+        # Blocks 1 and B always; unit u lies in block u // (size / 2) + 1.
+        ([0, 5, 9], 26, 4, {1, 3, 5, 7}),
+        ([4], 26, 2, {1, 5, 13}),
+        ([], 26, 4, set(range(1, 8))),
+        ([3], 9, 3, {1, 3}),
+        ([2], 6, 1, {1, 5, 6}),
+        ([99], 8, 4, {1, 2}),
+    ],
+)
+def test_blocks_of_units(units: list[int], groups: int, size: int, dense: set[int]) -> None:
+    assert set(np.nonzero(blocks_of_units(units, groups, size))[0] + 1) == dense
+
+
+@given(st.integers(1, 12), st.integers(0, 12), st.integers(0, 10**6))
+def test_choose_blocks(blocks: int, top: int, seed: int) -> None:
+    scores = np.random.default_rng(seed).random(14).astype(np.float32)
+    dense = np.asarray(jax.jit(choose_blocks, static_argnums=2)(scores, jnp.int32(blocks), top))
+    middle = list(range(1, blocks - 1))
+    best = sorted(middle, key=lambda b: -scores[b])[:top]
+    assert set(np.nonzero(dense)[0]) == {0, blocks - 1, *best}

@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import xl2jax
+from xl2jax import PrefillConfig, SampleConfig, SamplingConfig, runtime
+from xl2jax.errors import UserError
+from xl2jax.generate import sample
+
+
+def test_greedy_takes_the_largest() -> None:
+    assert int(sample(jnp.array([0.0, 3.0, 1.0]), jax.random.key(0), SamplingConfig())) == 1
+
+
+def test_sampling_follows_temperature_and_top_p() -> None:
+    p = np.array([0.5, 0.3, 0.15, 0.05])
+    logits = jnp.log(jnp.asarray(p, jnp.float32))
+    keys = jax.random.split(jax.random.key(0), 4000)
+
+    def frequencies(config: SamplingConfig) -> np.ndarray:
+        drawn = jax.vmap(lambda k: sample(logits, k, config))(keys)
+        return np.bincount(drawn, minlength=4) / len(keys)
+
+    assert np.allclose(frequencies(SamplingConfig(1.0)), p, atol=0.03)
+    assert np.allclose(frequencies(SamplingConfig(1.0, 0.7)), [0.625, 0.375, 0, 0], atol=0.03)
+    assert np.allclose(frequencies(SamplingConfig(1.0, 0.01)), [1, 0, 0, 0])
+    cold = p**2 / (p**2).sum()
+    assert np.allclose(frequencies(SamplingConfig(0.5)), cold, atol=0.03)
+
+
+def test_answer_streams_what_it_returns(model: xl2jax.Model, watched: xl2jax.WatchedVideo) -> None:
+    pieces: list[str] = []
+    answer = model.ask(watched, "What happens?", max_new_tokens=20, on_text=pieces.append)
+    assert "".join(pieces) == answer.text
+    assert 1 <= answer.new_tokens <= 20
+    assert answer.text == model.ask(watched, "What happens?", max_new_tokens=20).text
+
+
+def test_decoding_equals_one_run_over_all_tokens(model: xl2jax.Model, watched: xl2jax.WatchedVideo) -> None:
+    """Token by token behind the cache against the answer fed back as part of the suffix."""
+    text = xl2jax.prompt.suffix(model.tokenizer, "Which shape is red?")  # type: ignore[attr-defined]
+    limit = 12
+    never = np.array([-1], np.int32)
+    args = {"sampling": SamplingConfig(), "implementation": "auto"}
+    cache = runtime.new_cache(model.config.llm, 128, "float32")
+    n = np.int32(len(text.ids))
+    state = runtime.ask(
+        model.config, model.params, watched.cache, cache, np.array(text.ids), n, jax.random.key(0), never, **args
+    )
+    first = int(state.token)
+    _, rest, count = runtime.decode(
+        model.config, model.params, watched.cache, state, np.int32(limit), never, size=limit, **args
+    )
+    assert int(count) == limit
+    answer = [first, *np.asarray(rest).tolist()]
+    llm = runtime.merge_model(model.config, model.params).llm
+    ids = np.array(text.ids + answer[:-1])
+    cache = runtime.new_cache(model.config.llm, 128, "float32")
+    _, hidden = xl2jax.generate.extend(llm, watched.cache, cache, ids, jnp.int32(len(ids)))  # type: ignore[attr-defined]
+    assert np.argmax(llm.logits(hidden[len(text.ids) - 1 :]), -1).tolist() == answer
+
+
+def test_stops_at_the_end_token(model: xl2jax.Model, watched: xl2jax.WatchedVideo) -> None:
+    args = {"sampling": SamplingConfig(), "implementation": "auto"}
+    ids = np.array(model.tokenizer.encode("\nWhy?"), np.int32)
+    cache = runtime.new_cache(model.config.llm, 64, "float32")
+    key, never = jax.random.key(0), np.array([-1], np.int32)
+
+    def answer(stop: np.ndarray) -> list[int]:
+        text = jax.tree.map(jnp.copy, cache)
+        state = runtime.ask(model.config, model.params, watched.cache, text, ids, np.int32(len(ids)), key, stop, **args)
+        first = int(state.token)
+        _, new, n = runtime.decode(model.config, model.params, watched.cache, state, np.int32(9), stop, size=12, **args)
+        return [first, *np.asarray(new)[: int(n)].tolist()]
+
+    free = answer(never)
+    assert len(free) == 10
+    stop = free[4]
+    stopped = answer(np.array([stop], np.int32))
+    assert stopped == free[: free.index(stop) + 1]
+
+
+def test_questions_leave_the_video_alone(model: xl2jax.Model, watched: xl2jax.WatchedVideo) -> None:
+    before = np.asarray(watched.cache.k).copy()
+    a = model.ask(watched, "What happens?", max_new_tokens=6).text
+    model.ask(watched, "Something else entirely?", max_new_tokens=6, bilevel=None)
+    assert np.array_equal(before, watched.cache.k)
+    assert model.ask(watched, "What happens?", max_new_tokens=6).text == a
+
+
+def test_a_second_question_compiles_nothing(model: xl2jax.Model, watched: xl2jax.WatchedVideo) -> None:
+    fns = (runtime.pool_cache, runtime.mix, runtime.attention_scores, runtime.choose, runtime.ask, runtime.decode)
+    model.ask(watched, "What happens?", max_new_tokens=6)
+    before = [f._cache_size() for f in fns]
+    model.ask(watched, "And what now?", max_new_tokens=6)
+    assert [f._cache_size() for f in fns] == before
+
+
+def test_bilevel_with_everything_dense_is_dense(model: xl2jax.Model, watched: xl2jax.WatchedVideo) -> None:
+    blocks = -(-watched.layout.groups // 4)
+    everything = xl2jax.BilevelConfig(top_chunks=blocks)
+    a = model.ask(watched, "What happens?", max_new_tokens=16, bilevel=everything)
+    b = model.ask(watched, "What happens?", max_new_tokens=16, bilevel=None)
+    assert a.text == b.text
+    assert a.context_tokens == b.context_tokens == watched.layout.tokens
+    assert all(c.dense for c in a.chunks)
+    assert b.chunks == []
+
+
+def test_chunks_are_reported(model: xl2jax.Model, watched: xl2jax.WatchedVideo) -> None:
+    answer = model.ask(watched, "What happens?", max_new_tokens=1)
+    blocks = -(-watched.layout.groups // 4)
+    assert [c.number for c in answer.chunks] == list(range(1, blocks + 1))
+    assert answer.chunks[0].dense
+    assert answer.chunks[-1].dense
+    assert sum(c.dense for c in answer.chunks) == 4
+    middle = answer.chunks[1:-1]
+    chosen = {c.number for c in middle if c.dense}
+    assert chosen == {c.number for c in sorted(middle, key=lambda c: -(c.score or 0))[:2]}
+    assert answer.chunks[1].start == watched.times[16]
+    assert answer.chunks[1].end == watched.times[31]
+    assert watched.layout.groups == 37
+    pooled = 37 - 3 * 4 - 1  # three whole blocks are dense, and the last one of one group
+    assert answer.context_tokens == watched.layout.tokens - pooled * 3  # 1 of 4 visual tokens stays
+
+
+def test_scorer_none_keeps_the_ends(model: xl2jax.Model, watched: xl2jax.WatchedVideo) -> None:
+    answer = model.ask(watched, "What?", max_new_tokens=1, relevance=xl2jax.RelevanceConfig("none"))
+    assert [c.number for c in answer.chunks if c.dense] == [1, len(answer.chunks)]
+    assert answer.chunks[0].score is None
+
+
+def test_chunked_and_dense_prefill_differ_and_window_covers(model: xl2jax.Model, clip: object) -> None:
+    """A window as long as the video is dense causal attention; a shorter one is not."""
+    sampling = SampleConfig(max_frames=40)
+
+    def keys(config: PrefillConfig) -> np.ndarray:
+        video = model.watch(clip, sampling, config)  # type: ignore[arg-type]
+        return np.asarray(video.cache.k[-1])
+
+    dense, covering, narrow = (keys(PrefillConfig(4, w)) for w in (None, 10, 0))
+    assert np.allclose(dense, covering, atol=1e-5)
+    assert not np.allclose(dense, narrow, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max new tokens"),
+        ({"sampling": SamplingConfig(-1.0)}, "temperature"),
+        ({"sampling": SamplingConfig(1.0, 0.0)}, "top-p"),
+        ({"bilevel": xl2jax.BilevelConfig(top_chunks=99)}, "top chunks must be from 0 to 10"),
+        ({"bilevel": xl2jax.BilevelConfig(pool=99)}, "pool must be from 1 to 4"),
+        ({"bilevel": xl2jax.BilevelConfig(select_chunk_groups=0)}, "select chunk groups"),
+        ({"relevance": xl2jax.RelevanceConfig("file")}, "needs a selection file"),
+    ],
+)
+def test_options_out_of_range(options: dict, message: str, model: xl2jax.Model, watched: xl2jax.WatchedVideo) -> None:
+    with pytest.raises(UserError, match=message):
+        model.ask(watched, "What?", **options)

@@ -1,0 +1,222 @@
+"""infer.py from the outside: answers, JSON, caches on disk, bad input."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import xl2jax
+from xl2jax import memory
+from xl2jax.checkpoint import torch_to_orbax
+from xl2jax.cli import infer
+from xl2jax.demo import write_clip
+
+QUESTION = "Which shape is red?"
+FAST = ("--fps", 2, "--max-frames", 40, "--max-new-tokens", 6)
+
+
+@pytest.fixture
+def ask(
+    command: Callable[..., tuple[int, str, str]], clip: Path, checkpoint: Path
+) -> Callable[..., tuple[int, str, str]]:
+    def run(*flags: object) -> tuple[int, str, str]:
+        return command(infer, "--video", clip, "--checkpoint", checkpoint, *FAST, *flags)
+
+    return run
+
+
+def test_answer_on_stdout_the_rest_on_stderr(ask: Callable[..., Any], model: xl2jax.Model, clip: Path) -> None:
+    status, out, err = ask("--question", QUESTION)
+    assert status == 0, err
+    video = model.watch(clip, xl2jax.SampleConfig(fps=2, max_frames=40))
+    assert out == model.ask(video, QUESTION, max_new_tokens=6).text + "\n"
+    for word in ("load", "read", "vision", "prefill", "tokens/s", "peak memory"):
+        assert word in err
+
+
+def test_json(ask: Callable[..., Any], clip: Path, checkpoint: Path, tmp_path: Path) -> None:
+    status, out, err = ask("--question", QUESTION, "--question", "Why?", "--json")
+    assert status == 0, err
+    report = json.loads(out)
+    assert (report["video"], report["frames"], report["groups"]) == (str(clip), 40, 10)
+    assert report["duration_s"] == 30.0
+    # 10 groups of 4 visual tokens, each behind its time.
+    assert report["tokens"]["video"] > 10 * (4 + 5)
+    assert [a["question"] for a in report["answers"]] == [QUESTION, "Why?"]
+    assert all(1 <= a["new_tokens"] <= 6 for a in report["answers"])
+    chunks = report["answers"][0]["chunks"]
+    assert [c["number"] for c in chunks] == [1, 2, 3]
+    assert all(isinstance(c["score"], float) for c in chunks)
+    assert {"load", "read", "vision", "prefill"} == set(report["timings"])
+    assert report["peak_memory_bytes"] > 1e7
+    assert report["versions"]["jax"]
+    # The Orbax checkpoint answers the same.
+    torch_to_orbax(checkpoint, tmp_path / "orbax", None)
+    _, out, _ = ask("--checkpoint", tmp_path / "orbax", "--question", QUESTION, "--json")
+    assert json.loads(out)["answers"][0]["answer"] == report["answers"][0]["answer"]
+
+
+def test_interactive_keeps_earlier_turns(ask: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is it?\n\nAnd then?\n"))
+    status, out, err = ask("--interactive", "--json")
+    assert status == 0, err
+    first, second = json.loads(out)["answers"]
+    assert (first["question"], second["question"]) == ("What is it?", "And then?")
+    assert second["suffix_tokens"] > first["suffix_tokens"] + first["new_tokens"]
+
+
+def test_dense_bfloat16_similarity(ask: Callable[..., Any]) -> None:
+    for flags in (
+        ("--prefill", "dense", "--decode", "dense"),
+        ("--dtype", "bfloat16", "--relevance", "similarity", "--top-chunks", 1, "--temperature", 0.7, "--seed", 3),
+    ):
+        status, out, err = ask("--question", QUESTION, "--json", *flags)
+        assert status == 0, err
+        assert json.loads(out)["answers"][0]["new_tokens"] >= 1
+
+
+def test_cache_on_disk(ask: Callable[..., Any], tmp_path: Path) -> None:
+    file = tmp_path / "video.cache"
+    _, made, _ = ask("--question", QUESTION, "--json", "--save-cache", file)
+    status, loaded, err = ask("--question", QUESTION, "--json", "--load-cache", file)
+    assert status == 0, err
+    a, b = json.loads(made), json.loads(loaded)
+    assert a["answers"][0]["answer"] == b["answers"][0]["answer"]
+    assert [c["score"] for c in a["answers"][0]["chunks"]] == pytest.approx(
+        [c["score"] for c in b["answers"][0]["chunks"]]
+    )
+    assert a["tokens"] == b["tokens"]
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_cache_of_something_else(
+    refused: Callable[..., str], ask: Callable[..., Any], clip: Path, checkpoint: Path, copied: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "video.cache"
+    assert ask("--question", QUESTION, "--save-cache", file)[0] == 0
+
+    def load(video: Path, folder: Path, *flags: object) -> str:
+        return refused(
+            infer, "--video", video, "--checkpoint", folder, *FAST, *flags, "--question", QUESTION, "--load-cache", file
+        )  # fmt: skip
+
+    other = tmp_path / "other.mp4"
+    write_clip(other, 2, fps=10, width=64, height=48)
+    assert "made from another video" in load(other, checkpoint)
+    assert "other sampling settings (max_frames 40 there, 44 here)" in load(clip, checkpoint, "--max-frames", 44)
+    assert "other prefill settings (window_chunks 3 there, 1 here)" in load(clip, checkpoint, "--window-chunks", 1)
+    assert "made from dtype float32, not bfloat16" in load(clip, checkpoint, "--dtype", "bfloat16")
+    weights = load_file(copied / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"] * 2
+    save_file(weights, copied / "model.safetensors")
+    assert "made from another checkpoint" in load(clip, copied)
+    file.write_bytes(file.read_bytes()[:-50])
+    assert "not a whole video cache" in load(clip, checkpoint)
+    save_file({"x": np.zeros(2, np.float32)}, file)
+    assert "not a video cache" in load(clip, checkpoint)
+
+
+def selection_file(tmp_path: Path, units: list[int]) -> Path:
+    config = {"selected_topk": 8, "selected_chunk_size": 2, "compression": 4, "relevance oracle": "x"}
+    path = tmp_path / "selection.json"
+    path.write_text(json.dumps({"any": {"config": config, "selected_unit_indices": {f"clip.mp4_{QUESTION}": units}}}))
+    return path
+
+
+def test_selection_from_a_file(
+    ask: Callable[..., Any], refused: Callable[..., str], clip: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    flags = ("--relevance", "file", "--relevance-file", selection_file(tmp_path, [2, 3]))
+    _, out, _ = ask("--question", QUESTION, "--json", *flags)
+    chunks = json.loads(out)["answers"][0]["chunks"]
+    assert [c["number"] for c in chunks if c["dense"]] == [1, 3, 4, 5]
+    base = ("--video", clip, "--checkpoint", checkpoint, *FAST, *flags)
+    assert "no entry for clip.mp4 and 'Other?'" in refused(infer, *base, "--question", "Other?")
+    status, out, err = ask("--question", "Other?", *flags, "--relevance-missing", "dense", "--json")
+    assert status == 0
+    assert json.loads(out)["answers"][0]["chunks"] == []
+    assert "reading the whole dense cache" in err
+    selection_file(tmp_path, [2, 77])
+    assert "selects unit 77, the video has 5" in refused(infer, *base, "--question", QUESTION)
+
+
+BAD = [
+    (("--question", " "), "the question is empty"),
+    ((), "nothing to ask"),
+    (("--question", QUESTION, "--fps", 0), "fps must be above 0"),
+    (("--question", QUESTION, "--max-frames", 2), "max frames must be 4 or more"),
+    (("--question", QUESTION, "--max-new-tokens", 0), "max new tokens must be 1 or more"),
+    (("--question", QUESTION, "--top-p", 1.5), "top-p"),
+    (("--question", QUESTION, "--temperature", -1), "temperature"),
+    (("--question", QUESTION, "--window-chunks", -1), "window chunks"),
+    (("--question", QUESTION, "--pool", 0), "pool must be"),
+    (("--question", QUESTION, "--top-chunks", 9), "top chunks must be from 0 to 3 (the video has 3 chunks), not 9"),
+    (("--question", QUESTION, "--relevance", "file"), "--relevance-file go together"),
+    (("--question", QUESTION, "--relevance-layers", 0.5, 0.2), "relevance layers"),
+    (("--question", QUESTION, "--checkpoint", "/nowhere"), "no such checkpoint folder"),
+    (("--question", QUESTION, "--attention", "magic"), "choose auto"),
+    (("--question", QUESTION, "--load-cache", "/nowhere/x"), "not a whole video cache"),
+    (("--question", QUESTION, "--save-cache", "/nowhere/x"), "cannot write the cache"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), BAD)
+def test_bad_options(flags: tuple, message: str, refused: Callable[..., str], clip: Path, checkpoint: Path) -> None:
+    assert message in refused(infer, "--video", clip, "--checkpoint", checkpoint, *FAST, *flags)
+
+
+def test_bad_videos(refused: Callable[..., str], checkpoint: Path, tmp_path: Path) -> None:
+    def line(video: Path) -> str:
+        return refused(infer, "--video", video, "--checkpoint", checkpoint, *FAST, "--question", QUESTION)
+
+    (tmp_path / "text.mp4").write_text("no video\n" * 100)
+    assert "text.mp4: not a video" in line(tmp_path / "text.mp4")
+    assert "no such video" in line(tmp_path / "missing.mp4")
+    (tmp_path / "empty").mkdir()
+    assert "holds no frames" in line(tmp_path / "empty")
+
+
+def test_bad_checkpoints(refused: Callable[..., str], clip: Path, copied: Path) -> None:
+    def line() -> str:
+        return refused(infer, "--video", clip, "--checkpoint", copied, *FAST, "--question", QUESTION)
+
+    weights, tokenizer = copied / "model.safetensors", copied / "tokenizer.json"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:5000])
+    assert "not a whole safetensors file" in line()
+    weights.unlink()
+    assert "no safetensors file" in line()
+    weights.write_bytes(whole)
+    shutil.move(tokenizer, copied / "elsewhere")
+    assert "no tokenizer.json" in line()
+
+
+def test_a_video_too_long_for_memory(
+    refused: Callable[..., str], clip: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The line names a number of frames, and that many do fit."""
+    monkeypatch.setattr(memory, "available_bytes", lambda: (256 << 20) + 200_000)
+    flags = (
+        "--video",
+        clip,
+        "--checkpoint",
+        checkpoint,
+        "--max-new-tokens",
+        2,
+        "--question",
+        QUESTION,
+        "--decode",
+        "dense",
+    )
+    line = refused(infer, *flags, "--max-frames", 120)
+    assert "120 frames need" in line
+    frames = int(line.rsplit(" ", 1)[1].rstrip(")"))
+    assert 4 <= frames < 120

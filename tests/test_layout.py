@@ -1,0 +1,91 @@
+"""Layout: the ranges against upstream's mask rule written out token by token."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xl2jax.layout import PrefillConfig, VideoLayout, bucket, dense_mask, natural_ranges, token_ranges
+from xl2jax.ops.arena import arena_mask
+from xl2jax.prefill import make_plan, segments, steps
+
+layouts = st.builds(
+    VideoLayout,
+    prefix=st.integers(1, 5),
+    time_lengths=st.lists(st.integers(1, 5), min_size=1, max_size=9).map(tuple),
+    visual_tokens=st.integers(1, 4),
+)
+configs = st.builds(
+    PrefillConfig,
+    chunk_groups=st.integers(1, 5),
+    window_chunks=st.one_of(st.none(), st.integers(0, 3), st.just(100)),
+)
+
+
+@given(layouts, configs, st.integers(0, 4), st.integers(0, 3))
+def test_ranges_are_upstreams_mask(layout: VideoLayout, config: PrefillConfig, suffix: int, gap: int) -> None:
+    start = layout.global_tokens + suffix + gap
+    r = natural_ranges(layout, suffix, start, config)
+    n = layout.tokens + suffix
+    assert r["position"].tolist() == list(range(n))
+    assert len(set(r["slot"].tolist())) == n
+    seen = arena_mask(r["g_end"], r["v_lo"], r["v_hi"], np.arange(start + layout.groups * layout.visual_tokens))
+    mask = dense_mask(layout, suffix, config)
+    assert np.array_equal(seen[:, r["slot"]], mask)
+    assert seen.sum() == mask.sum()  # and no slot that holds no token
+
+
+@settings(deadline=None, max_examples=25)
+@given(layouts, configs)
+def test_jnp_gives_the_same(layout: VideoLayout, config: PrefillConfig) -> None:
+    group = np.repeat(np.arange(layout.groups), layout.visual_tokens)
+    offset = np.tile(np.arange(layout.visual_tokens), layout.groups)
+    for is_time in (False, True):
+        args = (config, group, offset, np.full(len(group), is_time))
+        times = np.array(layout.time_lengths)
+        a = token_ranges(layout.prefix, times, layout.visual_tokens, 99, *args)
+        b = token_ranges(
+            layout.prefix, jnp.asarray(times), layout.visual_tokens, 99,
+            config, jnp.asarray(group), jnp.asarray(offset), jnp.asarray(args[3]), xp=jnp,
+        )  # fmt: skip
+        assert all(np.array_equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+
+
+@given(layouts, configs, st.integers(1, 2), st.integers(1, 3))
+def test_steps_hold_every_token_once(
+    layout: VideoLayout, config: PrefillConfig, step_chunks: int, segment_steps: int
+) -> None:
+    plan = make_plan(layout, config, step_chunks=step_chunks, segment_steps=segment_steps)
+    ids = [[100 * g + i for i in range(n)] for g, n in enumerate(layout.time_lengths)]
+    expected = natural_ranges(layout, 0, plan.visual_start, config)
+    visuals = plan.step_groups * plan.visual_tokens
+    positions: list[int] = []
+    global_length, visual_length = layout.prefix, 0
+    for segment in segments(steps(layout, plan, ids), plan):
+        assert segment.time_ids.shape == (plan.segment_steps, plan.step_groups * plan.time_cap)
+        for i in range(plan.segment_steps):
+            assert segment.global_slot[i] == global_length
+            assert segment.visual_slot[i] == plan.visual_start + visual_length or not segment.visuals[i]
+            assert segment.global_slot[i] + segment.time_ids.shape[1] <= plan.visual_start
+            assert segment.visual_slot[i] + visuals <= plan.slots
+            times, real = int(segment.times[i]), int(segment.visuals[i])
+            global_length, visual_length = global_length + times, visual_length + real
+            used = [*range(real), *range(visuals, visuals + times)]
+            positions += segment.position[i, used].tolist()
+            for key in ("g_end", "v_lo", "v_hi"):
+                column = getattr(segment, key)[i]
+                assert np.array_equal(column[used], expected[key][segment.position[i, used]])
+                assert not np.delete(column, used).any()  # padding sees nothing
+    assert sorted(positions) == list(range(layout.prefix, layout.tokens))
+    assert (global_length, visual_length) == (layout.global_tokens, layout.groups * layout.visual_tokens)
+
+
+@given(st.integers(1, 10**6), st.sampled_from([1, 4, 32, 128]))
+def test_bucket(n: int, unit: int) -> None:
+    b = bucket(n, unit)
+    assert b >= n
+    assert b % unit == 0
+    assert b <= max(1.25 * n + unit, unit)
+    assert bucket(b, unit) == b

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import xl2jax
+from xl2jax import runtime
+from xl2jax.bilevel import MixedSource
+from xl2jax.cache import KVCache
+from xl2jax.errors import UserError
+from xl2jax.relevance import AttentionScorer, block_scores, read_selection, unit_features
+
+
+@pytest.mark.parametrize("heads", ["mean", "max"])
+@pytest.mark.parametrize("slots", [300, 1300])
+def test_attention_scores_are_attention_mass(heads: str, slots: int, model: xl2jax.Model) -> None:
+    """Against softmax weights written out, on a cache of random keys; 1300 slots take two blocks."""
+    rng = np.random.default_rng(0)
+    c = model.config.llm
+    length, groups = slots - 40, 7
+    shape = (c.layers, c.kv_heads, slots, c.head_width)
+    k, v = rng.standard_normal((2, *shape)).astype(np.float32)
+    context = KVCache(jnp.asarray(k), jnp.asarray(v), jnp.int32(length), jnp.int32(slots), jnp.int32(0))
+    group = rng.integers(-1, groups, slots)
+    valid = np.arange(slots) < length
+    nothing = jnp.zeros(slots, jnp.int32)
+    source = MixedSource(jnp.asarray(valid), jnp.asarray(group), nothing, nothing, nothing, jnp.int32(length))
+    ids = np.array([3, 1, 4, 1, 5, 9, 2, 6], np.int32)
+    first, last = 2, 6
+    text = runtime.new_cache(c, 32, "float32")
+    scorer = AttentionScorer(0.3, 1.0, heads)
+    scores = runtime.attention_scores(
+        model.config, model.params, context, source, text, ids, np.int32(first), np.int32(last),
+        scorer=scorer, groups=groups, implementation="auto",
+    )  # fmt: skip
+
+    llm = runtime.merge_model(model.config, model.params).llm
+    causal = np.tri(len(ids), dtype=bool)
+    per_layer = []
+
+    def attend(
+        state: None, layer: jax.Array, q: jax.Array, own_k: jax.Array, own_v: jax.Array
+    ) -> tuple[None, jax.Array]:
+        n = q.shape[1] // c.kv_heads
+        keys = jnp.concatenate(
+            [jnp.repeat(context.k[layer, :, :length], n, 0), jnp.repeat(own_k.transpose(1, 0, 2), n, 0)], 1
+        )
+        values = jnp.concatenate(
+            [jnp.repeat(context.v[layer, :, :length], n, 0), jnp.repeat(own_v.transpose(1, 0, 2), n, 0)], 1
+        )
+        scores = jnp.einsum("tnh,nsh->nts", q, keys) * c.head_width**-0.5
+        mask = jnp.concatenate([jnp.ones((len(ids), length), bool), jnp.asarray(causal)], 1)
+        p = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), -1)
+        jax.debug.callback(lambda w: per_layer.append(np.asarray(w)), p[:, first:last, :length].mean(1), ordered=True)
+        return state, jnp.einsum("nts,nsh->tnh", p, values)
+
+    jax.block_until_ready(llm.forward(llm.embed(ids), length + jnp.arange(len(ids)), attend, None))
+    jax.effects_barrier()
+    assert len(per_layer) == c.layers
+    by_group = np.stack([[w[:, group[:length] == g].sum(1) for g in range(groups)] for w in per_layer])  # [L, G, N]
+    by_group = by_group.max(-1) if heads == "max" else by_group.mean(-1)
+    a, b = scorer.layers(c.layers)
+    assert (a, b) == (0, 3)
+    assert np.allclose(scores, by_group[a:b].mean(0), rtol=1e-4)
+    assert np.asarray(scores).sum() < 1 or heads == "max"
+
+
+def test_layers_of_a_scorer() -> None:
+    assert AttentionScorer().layers(28) == (7, 21)
+    assert AttentionScorer(0.0, 1.0).layers(3) == (0, 3)
+    assert AttentionScorer(0.9, 0.95).layers(2) == (1, 2)
+
+
+def test_block_scores_average_over_real_groups() -> None:
+    scores = jnp.array([1.0, 3.0, 5.0, 7.0, 9.0, 100.0])
+    assert np.allclose(block_scores(scores, jnp.int32(5), 2), [2.0, 6.0, 9.0])
+
+
+def test_similarity_finds_the_group_of_the_question(model: xl2jax.Model) -> None:
+    """A group whose visual tokens are the question's embeddings scores highest, near one."""
+    llm = runtime.merge_model(model.config, model.params).llm
+    ids = np.array([0, 40, 41, 42, 0], np.int32)
+    visual = jax.random.normal(jax.random.key(0), (6, 3, model.config.llm.width))
+    visual = visual.at[4].set(llm.embed(jnp.array([40, 41, 42])) * 5)
+    scores = runtime.similarity_scores(model.config, model.params, unit_features(visual), ids, np.int32(1), np.int32(4))
+    assert int(scores.argmax()) == 4
+    assert float(scores[4]) > 3 * float(jnp.sort(scores)[-2])
+
+
+@pytest.fixture
+def selection(tmp_path: Path) -> Path:
+    config = {"selected_topk": 2, "selected_chunk_size": 2, "compression": 4, "relevance oracle": "LanguageBind"}
+    path = tmp_path / "selection.json"
+    path.write_text(json.dumps({
+        "plotQA": None,
+        "needle": {"config": config, "selected_unit_indices": {"clip.mp4_Where is it?": [3, 0, 7]}},
+        "count": {"config": config | {"selected_topk": 8}, "selected_unit_indices": {"lv_How many?": [1]}},
+    }))  # fmt: skip
+    return path
+
+
+def test_selection_file(selection: Path) -> None:
+    found = read_selection(selection, "clip.mp4", "Where is it?", None)
+    assert found == {"units": [3, 0], "select_chunk_groups": 2, "pool": 4}  # the best two of three
+    assert read_selection(selection, "lv.mp4", "How many?", "count") == {
+        "units": [1],
+        "select_chunk_groups": 2,
+        "pool": 4,
+    }
+    assert read_selection(selection, "clip.mp4", "Where?", None) is None
+    assert read_selection(selection, "clip.mp4", "Where is it?", "plotQA") is None
+    with pytest.raises(UserError, match="no category 'other'"):
+        read_selection(selection, "clip.mp4", "Where is it?", "other")
+
+
+def test_broken_selection_files(selection: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a selection file"):
+        read_selection(tmp_path / "none.json", "a", "b", None)
+    selection.write_text(json.dumps({"needle": {"selected_unit_indices": {}}}))
+    with pytest.raises(UserError, match="lacks config"):
+        read_selection(selection, "clip.mp4", "Where is it?", None)
