@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +51,7 @@ def test_shards_bfloat16_and_unused_tensors(checkpoint: Path, tmp_path: Path) ->
     whole |= {
         "model.text_mlp.0.weight": np.ones((4, 4), ml_dtypes.bfloat16),
         "model.vision_tower.vision_tower.vision_model.post_layernorm.weight": np.ones(32, ml_dtypes.bfloat16),
+        "model.vision_tower.vision_tower.vision_model.embeddings.position_ids": np.arange(25),
     }
     source = tmp_path / "shards"
     source.mkdir()
@@ -180,6 +182,22 @@ def test_sources_and_targets(copied: Path, tmp_path: Path, refused: Callable[...
     assert "the hub download failed" in refused(main, "nobody/nothing", tmp_path / "out")
 
 
+def test_vision_folder_stays_inside(copied: Path, tmp_path: Path, command: Callable[..., Any]) -> None:
+    """A config whose tower lies elsewhere is converted to one that stands alone."""
+    raw = json.loads((copied / "config.json").read_text())
+    (copied / "vision_tower").rename(tmp_path / "tower")
+    (copied / "config.json").write_text(json.dumps(raw | {"mm_vision_tower": "../tower"}))
+    before = VideoXL2Config.from_hf(copied)
+    assert command(main, copied, tmp_path / "deep" / "out")[0] == 0
+    assert sorted(p.name for p in (tmp_path / "deep").iterdir()) == ["out"]
+    assert VideoXL2Config.from_hf(tmp_path / "deep" / "out") == before
+
+
+def test_target_below_a_file(copied: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in refused(main, copied, tmp_path / "file" / "out")
+
+
 def test_another_model(tmp_path: Path, refused: Callable[..., str]) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 64}))
     assert "not a Video-XL-2 checkpoint (model_type 'llama'" in refused(main, tmp_path, tmp_path / "out")
@@ -222,11 +240,15 @@ def test_interrupted_run_leaves_nothing_and_can_be_repeated(
         assert command(main, checkpoint, tmp_path / "out")[0] == 130
     assert list(tmp_path.iterdir()) == []
     # A run that was killed leaves its folder beside; the next one starts over.
-    (tmp_path / ".out.incomplete").mkdir()
-    (tmp_path / ".out.incomplete" / "half").write_text("")
+    dead = tmp_path / ".out.incomplete-999999999"
+    dead.mkdir()
+    (dead / "half").write_text("")
+    alive = tmp_path / f".out.incomplete-{os.getppid()}"  # another run's
+    alive.mkdir()
     assert command(main, checkpoint, tmp_path / "out")[0] == 0
     assert not (tmp_path / "out" / "half").exists()
-    assert not (tmp_path / ".out.incomplete").exists()
+    assert not dead.exists()
+    assert alive.exists()
 
 
 def test_damaged_orbax(checkpoint: Path, tmp_path: Path) -> None:

@@ -12,12 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from test_video import write_audio
 
 import xl2jax
 from xl2jax import memory
 from xl2jax.checkpoint import torch_to_orbax
 from xl2jax.cli import infer
+from xl2jax.config import VideoXL2Config
 from xl2jax.demo import write_clip
+from xl2jax.layout import PrefillConfig, VideoLayout
+from xl2jax.prefill import make_plan
 
 QUESTION = "Which shape is red?"
 FAST = ("--fps", 2, "--max-frames", 40, "--max-new-tokens", 6)
@@ -165,6 +169,15 @@ BAD = [
     (("--question", QUESTION, "--attention", "magic"), "choose auto"),
     (("--question", QUESTION, "--load-cache", "/nowhere/x"), "not a whole video cache"),
     (("--question", QUESTION, "--save-cache", "/nowhere/x"), "cannot write the cache"),
+    (("--question", QUESTION, "--save-cache", "/etc/passwd/x"), "cannot write the cache"),
+    (("--question", QUESTION, "--save-cache", "a", "--load-cache", "b"), "not both"),
+    (("--question", QUESTION, "--temperature", "nan"), "temperature"),
+    (("--question", QUESTION, "--folder-fps", "nan"), "folder fps"),
+    (("--question", QUESTION, "--seed", -1), "seed must be"),
+    (("--question", QUESTION, "--top-chunks", 1, "--relevance", "none"), "no effect with --relevance none"),
+    (("--question", QUESTION, "--top-chunks", 1, "--decode", "dense"), "no effect with --decode dense"),
+    (("--question", QUESTION, "--relevance-missing", "dense"), "need --relevance file"),
+    (("--question", QUESTION, "--max-new-tokens", 10**9), "ask for fewer"),
 ]
 
 
@@ -182,6 +195,24 @@ def test_bad_videos(refused: Callable[..., str], checkpoint: Path, tmp_path: Pat
     assert "no such video" in line(tmp_path / "missing.mp4")
     (tmp_path / "empty").mkdir()
     assert "holds no frames" in line(tmp_path / "empty")
+    for i in range(4):
+        (tmp_path / "empty" / f"{i}.png").write_bytes(b"no image")
+    assert "0.png: not an image" in line(tmp_path / "empty")
+    write_audio(tmp_path / "audio.wav")
+    assert "holds no video (only audio)" in line(tmp_path / "audio.wav")
+
+
+def test_cut_off_video_is_answered_with_a_warning(
+    command: Callable[..., Any], checkpoint: Path, tmp_path: Path
+) -> None:
+    whole = tmp_path / "whole.mkv"
+    write_clip(whole, 20, fps=10, width=96, height=64)
+    (tmp_path / "cut.mkv").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    flags = ("--checkpoint", checkpoint, *FAST, "--question", QUESTION, "--json")
+    status, out, err = command(infer, "--video", tmp_path / "cut.mkv", *flags)
+    assert status == 0, err
+    assert "the file is cut off, last good time" in err
+    assert 4 <= json.loads(out)["frames"] < 40
 
 
 def test_bad_checkpoints(refused: Callable[..., str], clip: Path, copied: Path) -> None:
@@ -197,26 +228,29 @@ def test_bad_checkpoints(refused: Callable[..., str], clip: Path, copied: Path) 
     weights.write_bytes(whole)
     shutil.move(tokenizer, copied / "elsewhere")
     assert "no tokenizer.json" in line()
+    raw = json.loads((copied / "elsewhere").read_text())
+    raw["added_tokens"] = raw["added_tokens"][:-1]
+    tokenizer.write_text(json.dumps(raw))
+    assert "lacks the special token" in line()
 
 
 def test_a_video_too_long_for_memory(
-    refused: Callable[..., str], clip: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    refused: Callable[..., str],
+    command: Callable[..., Any],
+    clip: Path,
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The line names a number of frames, and that many do fit."""
-    monkeypatch.setattr(memory, "available_bytes", lambda: (256 << 20) + 200_000)
-    flags = (
-        "--video",
-        clip,
-        "--checkpoint",
-        checkpoint,
-        "--max-new-tokens",
-        2,
-        "--question",
-        QUESTION,
-        "--decode",
-        "dense",
-    )
+    flags = ("--video", clip, "--checkpoint", checkpoint, "--max-new-tokens", 2, "--question", QUESTION)
+    config = VideoXL2Config.from_hf(checkpoint)
+    layout = VideoLayout(40, (8,) * 20, config.visual_tokens)
+    plan = make_plan(layout, PrefillConfig())
+    free = memory.memory_need(config, plan, layout, xl2jax.BilevelConfig(), "float32", 16).total
+    monkeypatch.setattr(memory, "available_bytes", lambda: free)
     line = refused(infer, *flags, "--max-frames", 120)
     assert "120 frames need" in line
     frames = int(line.rsplit(" ", 1)[1].rstrip(")"))
     assert 4 <= frames < 120
+    assert command(infer, *flags, "--max-frames", frames)[0] == 0
+    assert "frames need" in refused(infer, *flags, "--max-frames", frames + 20)

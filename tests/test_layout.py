@@ -53,11 +53,11 @@ def test_jnp_gives_the_same(layout: VideoLayout, config: PrefillConfig) -> None:
         assert all(np.array_equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
 
 
-@given(layouts, configs, st.integers(1, 2), st.integers(1, 3))
+@given(layouts, configs, st.integers(1, 5), st.integers(1, 3))
 def test_steps_hold_every_token_once(
-    layout: VideoLayout, config: PrefillConfig, step_chunks: int, segment_steps: int
+    layout: VideoLayout, config: PrefillConfig, step_groups: int, segment_steps: int
 ) -> None:
-    plan = make_plan(layout, config, step_chunks=step_chunks, segment_steps=segment_steps)
+    plan = make_plan(layout, config, step_groups=step_groups, segment_steps=segment_steps)
     ids = [[100 * g + i for i in range(n)] for g, n in enumerate(layout.time_lengths)]
     expected = natural_ranges(layout, 0, plan.visual_start, config)
     visuals = plan.step_groups * plan.visual_tokens

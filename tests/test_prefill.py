@@ -59,11 +59,11 @@ def masked_forward(
 @pytest.mark.parametrize(
     ("times", "config", "options"),
     [
-        ((2, 1, 3, 2, 2, 1, 3), PrefillConfig(2, 0), {}),
-        ((2, 1, 3, 2, 2, 1, 3), PrefillConfig(3, 1), {"step_chunks": 2}),
-        ((2, 1, 3, 2, 2, 1, 3), PrefillConfig(1, 2), {"segment_steps": 3}),
+        ((2, 1, 3, 2, 2, 1, 3), PrefillConfig(2, 0), {"step_groups": 1}),
+        ((2, 1, 3, 2, 2, 1, 3), PrefillConfig(3, 1), {"step_groups": 6}),
+        ((2, 1, 3, 2, 2, 1, 3), PrefillConfig(1, 2), {"step_groups": 2, "segment_steps": 3}),
         ((3,), PrefillConfig(4, 3), {}),
-        ((2, 2, 1), PrefillConfig(2, 99), {"step_chunks": 1, "segment_steps": 2}),
+        ((2, 2, 1), PrefillConfig(2, 99), {"step_groups": 1, "segment_steps": 2}),
         ((2, 2, 1, 4, 1), PrefillConfig(2, None), {}),
     ],
 )
@@ -126,7 +126,7 @@ def test_no_n_by_n_array_and_no_second_cache(window: int | None) -> None:
 def test_truncated_video_equals_the_shorter_one(model: xl2jax.Model) -> None:
     """Cutting a layout where a file ended early gives the ranges of the shorter video."""
     layout = VideoLayout(4, (2, 3, 1, 2, 2, 3), CONFIG.visual_tokens)
-    plan = prefill.make_plan(layout, PrefillConfig())
+    plan = prefill.make_plan(layout, PrefillConfig(), segment_steps=1)
     ids = [[1] * n for n in layout.time_lengths]
     cut, last = xl2jax.Model._cut(layout, plan, ids, 5)
     assert cut == dataclasses.replace(layout, time_lengths=(2, 3, 1, 2, 2))

@@ -144,6 +144,23 @@ def test_cut_off_file_gives_what_is_there(tmp_path: Path, caplog: pytest.LogCapt
     assert "cut off" in caplog.text
 
 
+def test_damage_in_the_middle_costs_a_few_frames(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "whole.mp4"
+    write_clip(path, 20, fps=10, width=192, height=128)
+    raw = bytearray(path.read_bytes())
+    (tmp_path / "good.mp4").write_bytes(raw)
+    with av.open(str(path)) as container:
+        at = [p.pos for p in container.demux(video=0) if p.pos is not None]
+    raw[at[90] : at[93]] = bytes(at[93] - at[90])
+    path.write_bytes(raw)
+    config = SampleConfig(fps=10, max_fps=None)
+    frames = np.concatenate(list(open_video(path, config).batches(8, 32)))
+    assert len(frames) == 200
+    good = np.concatenate(list(open_video(tmp_path / "good.mp4", config).batches(8, 32)))
+    assert np.array_equal(frames[:80], good[:80])
+    assert np.abs(frames[199].astype(int) - good[199]).mean() < 20  # still in step
+
+
 def test_folder_of_frames(tmp_path: Path) -> None:
     for i in (10, 2, 1, 0, 3):
         Image.fromarray(np.full((20, 30, 3), 10 * i, np.uint8)).save(tmp_path / f"frame{i}.png")

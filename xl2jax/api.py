@@ -10,6 +10,7 @@ for question in questions:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -34,6 +35,7 @@ from xl2jax.errors import UserError
 from xl2jax.generate import SamplingConfig
 from xl2jax.layout import PrefillConfig, VideoLayout, bucket
 from xl2jax.names import flatten
+from xl2jax.ops.arena import IMPLEMENTATIONS
 from xl2jax.prompt import PREFIX, PromptTokenizer, Suffix, suffix
 from xl2jax.relevance import AttentionScorer, read_selection
 from xl2jax.video import Backend, SampleConfig, open_video
@@ -41,7 +43,7 @@ from xl2jax.video import Backend, SampleConfig, open_video
 logger = logging.getLogger(__name__)
 
 _STREAM_TOKENS = 8  # decoded on the device between two looks at the answer
-_GPU_STEP_CHUNKS = 4
+_CPU_STEP_GROUPS, _GPU_STEP_GROUPS = 4, 16  # groups that go through the networks together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +101,6 @@ class WatchedVideo:
     features: jax.Array
     """One vector a group, [Gcap, D], for the similarity scorer."""
     timings: dict[str, float]
-    sampling: SampleConfig
-    video_fps: float
     pooled: dict[int, PooledKV] = dataclasses.field(default_factory=dict)
 
     @property
@@ -118,6 +118,8 @@ class Model:
     def __init__(
         self, config: VideoXL2Config, params: nnx.State, tokenizer: PromptTokenizer, *, implementation: str = "auto"
     ):
+        if implementation not in ("auto", *IMPLEMENTATIONS):
+            raise UserError(f"attention {implementation!r}: choose auto, {', '.join(IMPLEMENTATIONS)}")
         self.config, self.params, self.tokenizer = config, params, tokenizer
         self.implementation = implementation
         self.dtype = str(jax.tree.leaves(params)[0].dtype)
@@ -126,18 +128,19 @@ class Model:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Hash of the config and of a sample of every parameter."""
+        """Hash of the config, the tokenizer and all parameters."""
         digest = hashlib.blake2b(repr(self.config).encode(), digest_size=16)
+        digest.update(self.tokenizer.tokenizer.to_str().encode())
         for name, value in flatten(self.params).items():
-            flat = value.reshape(-1)
-            digest.update(name.encode() + np.asarray(flat[:: max(flat.size // 64, 1)]).tobytes())
+            digest.update(f"{name} {int(runtime.checksum(value))} ".encode())
         return digest.hexdigest()
 
     # --- the video, once ---------------------------------------------------------------------
 
     def watch(
         self, video: str | Path, sampling: SampleConfig | None = None, config: PrefillConfig | None = None, *,
-        backend: Backend = "auto", folder_fps: float = 1.0, bilevel: BilevelConfig | None = None,
+        backend: Backend = "auto", folder_fps: float = 1.0,
+        bilevel: BilevelConfig | None = BilevelConfig(),  # noqa: B008 (frozen)
         progress: bool = False,
     ) -> WatchedVideo:  # fmt: skip
         """Reads, encodes and prefills a video.
@@ -147,7 +150,7 @@ class Model:
           sampling: which frames.
           config: chunk size and window of the prefill.
           backend, folder_fps: see `open_video`.
-          bilevel: counted in the memory that is checked beforehand.
+          bilevel: how questions will read it; checked, and counted in the memory, beforehand.
 
         Raises:
           UserError: unreadable video, or more frames than memory holds.
@@ -156,56 +159,73 @@ class Model:
         started = time.perf_counter()
         clip = open_video(video, sampling, backend=backend, folder_fps=folder_fps)
         time_ids = self.tokenizer.time_ids(clip.times)
-        layout = self._layout(time_ids)
-        plan = self._plan(layout, config)
-        need = memory.memory_need(self.config, plan, layout, bilevel, self.dtype)
-        memory.check_fits(need, layout.groups)
+        layout = VideoLayout(len(self._prefix), tuple(map(len, time_ids)), self.config.visual_tokens)
+        if bilevel is not None:
+            check_bilevel(bilevel, layout)
+        memory.check_fits(layout, lambda layout: self.need(layout, config, bilevel))
+        plan = self.plan(layout, config)
         timings = {"read": time.perf_counter() - started, "vision": 0.0, "prefill": 0.0}
-
-        cache = self._start(plan)
-        all_steps = prefill.steps(layout, plan, time_ids)
-        parts = prefill.segments(all_steps, plan)
+        frames_at_once = min(self._frames_at_once, plan.segment_groups * FRAMES_PER_GROUP)
+        per_segment = -(-plan.segment_groups * FRAMES_PER_GROUP // frames_at_once) * frames_at_once
         features, groups = [], 0
-        bar = tqdm(total=len(clip.indices), desc="watch", unit="frame", disable=not progress)
-        for frames in _timed(
-            clip.batches(plan.segment_groups * FRAMES_PER_GROUP, self.config.vision.image_size), timings, "read"
+        with (
+            self._precision(),
+            tqdm(total=len(clip.indices), desc="watch", unit="frame", disable=not progress) as bar,
         ):
-            groups += len(frames) // FRAMES_PER_GROUP
-            bar.update(len(frames))
-            started = time.perf_counter()
-            short = plan.segment_groups * FRAMES_PER_GROUP - len(frames)
-            frames = np.pad(frames, ((0, short), (0, 0), (0, 0), (0, 0))) if short else frames
-            visual, feature = runtime.encode(self.config, self.params, frames)
-            features.append(feature)
-            jax.block_until_ready(visual)
-            timings["vision"] += time.perf_counter() - started
-            started = time.perf_counter()
-            segment = next(parts)
-            if groups < layout.groups and short:  # the file ended early: count what is there
-                layout, segment = self._cut(layout, plan, time_ids, groups)
-            cache = runtime.prefill_segment(
-                self.config, self.params, cache, visual, segment, implementation=self.implementation
-            )
-            jax.block_until_ready(cache)
-            timings["prefill"] += time.perf_counter() - started
-        bar.close()
+            cache = self._start(plan)
+            parts = prefill.segments(prefill.steps(layout, plan, time_ids), plan)
+            batches = clip.batches(plan.segment_groups * FRAMES_PER_GROUP, self.config.vision.image_size)
+            for frames in _timed(batches, timings, "read"):
+                groups += len(frames) // FRAMES_PER_GROUP
+                bar.update(len(frames))
+                started = time.perf_counter()
+                pixels = np.pad(frames, ((0, per_segment - len(frames)), (0, 0), (0, 0), (0, 0)))
+                visual, feature = runtime.encode(self.config, self.params, pixels, frames_at_once=frames_at_once)
+                visual, feature = visual[: plan.segment_groups], feature[: plan.segment_groups]
+                features.append(feature)
+                jax.block_until_ready(visual)
+                timings["vision"] += time.perf_counter() - started
+                started = time.perf_counter()
+                segment = next(parts)
+                if groups < layout.groups and len(frames) < plan.segment_groups * FRAMES_PER_GROUP:
+                    # The file ended early: count what is there.
+                    layout, segment = self._cut(layout, plan, time_ids, groups)
+                cache = runtime.prefill_segment(
+                    self.config, self.params, cache, visual, segment, implementation=self.implementation
+                )
+                jax.block_until_ready(cache)
+                timings["prefill"] += time.perf_counter() - started
         if groups < layout.groups:
             layout = dataclasses.replace(layout, time_lengths=layout.time_lengths[:groups])
-        watched = WatchedVideo(
+        capacity = (plan.slots - plan.visual_start) // plan.visual_tokens
+        found = jnp.concatenate(features)[:capacity]
+        return WatchedVideo(
             path=str(video), duration=clip.duration, times=clip.times[: groups * FRAMES_PER_GROUP],
-            layout=layout, plan=plan, cache=cache, features=jnp.zeros(0), timings=timings,
-            sampling=sampling, video_fps=clip.reader.fps,
+            layout=layout, plan=plan, cache=cache, timings=timings,
+            features=jnp.pad(found, ((0, capacity - len(found)), (0, 0))),
         )  # fmt: skip
-        stacked = jnp.concatenate(features)
-        watched.features = jnp.pad(stacked, ((0, max(watched.group_capacity - len(stacked), 0)), (0, 0)))
-        return watched
+
+    def plan(self, layout: VideoLayout, config: PrefillConfig) -> prefill.PrefillPlan:
+        """Steps and buckets for the default device."""
+        step_groups = _CPU_STEP_GROUPS if jax.default_backend() == "cpu" else _GPU_STEP_GROUPS
+        return prefill.make_plan(layout, config, step_groups=step_groups)
+
+    @property
+    def _frames_at_once(self) -> int:
+        """Frames that the vision tower takes together."""
+        return FRAMES_PER_GROUP * (_CPU_STEP_GROUPS if jax.default_backend() == "cpu" else _GPU_STEP_GROUPS)
+
+    def need(self, layout: VideoLayout, config: PrefillConfig, bilevel: BilevelConfig | None) -> memory.MemoryNeed:
+        """Memory that a video of this layout will take."""
+        plan = self.plan(layout, config)
+        return memory.memory_need(self.config, plan, layout, bilevel, self.dtype, self._frames_at_once)
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        """float32 means float32: GPUs would multiply in TF32."""
+        return jax.default_matmul_precision("highest" if self.dtype == "float32" else None)
 
     def _layout(self, time_ids: list[list[int]]) -> VideoLayout:
         return VideoLayout(len(self._prefix), tuple(map(len, time_ids)), self.config.visual_tokens)
-
-    def _plan(self, layout: VideoLayout, config: PrefillConfig) -> prefill.PrefillPlan:
-        chunks = 1 if jax.default_backend() == "cpu" else _GPU_STEP_CHUNKS
-        return prefill.make_plan(layout, config, step_chunks=chunks)
 
     def _start(self, plan: prefill.PrefillPlan) -> KVCache:
         """A cache that holds the prefix."""
@@ -248,11 +268,21 @@ class Model:
         if max_new_tokens < 1:
             raise UserError(f"max new tokens must be 1 or more, not {max_new_tokens}")
         sampling = sampling or SamplingConfig()
-        if sampling.temperature < 0 or not 0 < sampling.top_p <= 1:
-            raise UserError("temperature must be 0 or more, and top-p above 0 and at most 1")
-        text = suffix(self.tokenizer, question, history)
+        sampling.check()
+        if not 0 <= seed < 2**32:
+            raise UserError(f"seed must be from 0 to {2**32 - 1}, not {seed}")
+        with self._precision():
+            return self._ask(
+                video, question, suffix(self.tokenizer, question, history), max_new_tokens, sampling, seed, bilevel,
+                relevance or RelevanceConfig(), on_text,
+            )  # fmt: skip
+
+    def _ask(
+        self, video: WatchedVideo, question: str, text: Suffix, max_new_tokens: int, sampling: SamplingConfig, seed: int,
+        bilevel: BilevelConfig | None, relevance: RelevanceConfig, on_text: Callable[[str], None] | None,
+    ) -> Answer:  # fmt: skip
         started = time.perf_counter()
-        context, chunks = self._context(video, question, text, bilevel, relevance or RelevanceConfig())
+        context, chunks = self._context(video, question, text, bilevel, relevance)
         jax.block_until_ready(context)
         selected = time.perf_counter()
         state = runtime.ask(
@@ -287,7 +317,12 @@ class Model:
         return self.ask(self.watch(video), question, **options).text
 
     def _text_cache(self, text: Suffix, room: int) -> KVCache:
-        slots = bucket(len(_padded(text.ids)) + room, 64)
+        slots = bucket(len(_padded(text.ids)) + room, 128)
+        need, free = slots * memory.slot_bytes(self.config, self.dtype), memory.available_bytes()
+        if need > free:
+            raise UserError(
+                f"{room} new tokens need {need / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free: ask for fewer"
+            )
         return runtime.new_cache(self.config.llm, slots, self.dtype)
 
     def _context(
@@ -296,14 +331,19 @@ class Model:
         """The cache that an answer reads, and the selection blocks it was made of."""
         if bilevel is None:
             return video.cache, []
-        _check(bilevel, video.layout)
+        check_bilevel(bilevel, video.layout)
         units: list[int] | None = None
         if relevance.scorer == "file":
-            found = self._from_file(video, question, relevance)
+            found = selection_for(relevance, Path(video.path), question)
             if found is None:
+                logger.info("%s has no entry for this question: reading the whole dense cache", relevance.file)
                 return video.cache, []
-            bilevel = BilevelConfig(found["select_chunk_groups"], found["pool"], len(found["units"]))
             units = found["units"]
+            bilevel = BilevelConfig(found["select_chunk_groups"], found["pool"], 0)
+            check_bilevel(bilevel, video.layout)
+            most = -(-video.layout.groups // 2)
+            if any(not 0 <= u < most for u in units):
+                raise UserError(f"{relevance.file}: selects unit {max(units)}, the video has {most} as it was sampled")
         groups, size = video.layout.groups, bilevel.select_chunk_groups
         pooled = self._pooled(video, bilevel.pool)
         scores = None
@@ -354,29 +394,22 @@ class Model:
             scorer=relevance.attention, groups=video.group_capacity, implementation=self.implementation,
         )  # fmt: skip
 
-    @staticmethod
-    def _from_file(video: WatchedVideo, question: str, relevance: RelevanceConfig) -> dict[str, Any] | None:
-        if relevance.file is None:
-            raise UserError("the file scorer needs a selection file (--relevance-file)")
-        found = read_selection(relevance.file, Path(video.path).name, question, relevance.category)
-        if found is None:
-            if relevance.missing == "error":
-                raise UserError(
-                    f"{relevance.file}: no entry for {Path(video.path).name} and {question!r} "
-                    "(--relevance-missing dense reads the whole cache instead)"
-                )
-            logger.info("%s has no entry for this question: reading the whole dense cache", relevance.file)
-            return None
-        _check(BilevelConfig(found["select_chunk_groups"], found["pool"], 0), video.layout)
-        units = -(-video.layout.groups // 2)
-        if any(not 0 <= u < units for u in found["units"]):
-            raise UserError(
-                f"{relevance.file}: selects unit {max(found['units'])}, the video has {units} as it was sampled"
-            )
-        return found
+
+def selection_for(relevance: RelevanceConfig, video: Path, question: str) -> dict[str, Any] | None:
+    """A question's entry in the selection file; None where it has none and `missing` is `dense`."""
+    if relevance.file is None:
+        raise UserError("the file scorer needs a selection file (--relevance-file)")
+    found = read_selection(relevance.file, video.name, question, relevance.category)
+    if found is None and relevance.missing == "error":
+        raise UserError(
+            f"{relevance.file}: no entry for {video.name} and {question!r} "
+            "(--relevance-missing dense reads the whole cache instead)"
+        )
+    return found
 
 
-def _check(bilevel: BilevelConfig, layout: VideoLayout) -> None:
+def check_bilevel(bilevel: BilevelConfig, layout: VideoLayout) -> None:
+    """Raises UserError for settings that do not fit a video."""
     if bilevel.select_chunk_groups < 1:
         raise UserError(f"select chunk groups must be 1 or more, not {bilevel.select_chunk_groups}")
     if not 1 <= bilevel.pool <= layout.visual_tokens:

@@ -23,13 +23,16 @@ import tyro
 from flax import nnx
 
 from xl2jax import memory, prefill, runtime
-from xl2jax.bilevel import BilevelConfig, GroupTable, group_table, mixed_slots
+from xl2jax.api import check_bilevel
+from xl2jax.bench_kernels import KernelArgs, kernel_rows
+from xl2jax.bilevel import BilevelConfig, GroupTable, MixedSource, PooledKV, group_table, mixed_slots
 from xl2jax.cache import KVCache
 from xl2jax.config import PRESETS, VideoXL2Config
 from xl2jax.errors import UserError
 from xl2jax.generate import SamplingConfig
 from xl2jax.layout import PrefillConfig, VideoLayout
 from xl2jax.model import VideoXL2
+from xl2jax.relevance import AttentionScorer
 from xl2jax.terminal import run_command
 
 PREFIX, SUFFIX, TIMES = 14, 20, 7
@@ -46,8 +49,8 @@ class PrefillArgs:
     dtype: Literal["float32", "bfloat16"] = "float32"
     chunk_groups: int = 4
     window_chunks: int = 3
-    step_chunks: int = 1
-    """Chunks that go through the layers together."""
+    step_groups: int = 4
+    """Groups that go through the layers together."""
     attention: str = "auto"
     json: bool = False
 
@@ -70,7 +73,7 @@ class DecodeArgs:
 class Setup:
     """Random parameters and a video of random embeddings."""
 
-    def __init__(self, preset: str, dtype: str, groups: int, config: PrefillConfig, step_chunks: int, attention: str):
+    def __init__(self, preset: str, dtype: str, groups: int, config: PrefillConfig, step_groups: int, attention: str):
         self.config: VideoXL2Config = PRESETS[preset]
         self.dtype, self.attention, self.groups = dtype, attention, groups
 
@@ -80,11 +83,12 @@ class Setup:
 
         self.params = init(jax.random.key(0))
         self.layout = VideoLayout(PREFIX, (TIMES,) * groups, self.config.visual_tokens)
-        self.plan = prefill.make_plan(self.layout, config, step_chunks=step_chunks)
+        self.plan = prefill.make_plan(self.layout, config, step_groups=step_groups)
         rng = np.random.default_rng(0)
         vocab = self.config.llm.vocab
         self.time_ids = rng.integers(0, vocab, (groups, TIMES)).tolist()
-        self.suffix = rng.integers(0, vocab, SUFFIX).astype(np.int32)
+        self.ids = np.zeros(32, np.int32)
+        self.ids[:SUFFIX] = rng.integers(0, vocab, SUFFIX)
         self.segments = list(prefill.segments(prefill.steps(self.layout, self.plan, self.time_ids), self.plan))
         shape = (self.plan.segment_groups, self.config.visual_tokens, self.config.llm.width)
         self.visual = jax.random.normal(jax.random.key(1), shape, jnp.dtype(dtype)) * 0.02
@@ -100,26 +104,34 @@ class Setup:
             )
         return cache
 
-    def bilevel(self, cache: KVCache, config: BilevelConfig, scores: jax.Array | None = None) -> KVCache:
-        """Pools, picks the best `top_chunks` by `scores` (random by default) and mixes."""
+    def pool(self, cache: KVCache, config: BilevelConfig) -> tuple[GroupTable, PooledKV]:
+        capacity = (self.plan.slots - self.plan.visual_start) // self.plan.visual_tokens
+        table = group_table(self.layout, capacity)
         llm, v = self.config.llm, self.plan.visual_tokens
-        capacity = (self.plan.slots - self.plan.visual_start) // v
-        table: GroupTable = group_table(self.layout, capacity)
-        pooled = runtime.pool_cache(llm, cache, table, visual_tokens=v, pool=config.pool)
-        scores = jax.random.uniform(jax.random.key(2), (capacity,)) if scores is None else scores
-        top = config.top(self.layout)
-        _, _, dense = runtime.choose(scores, table.groups, select_chunk_groups=config.select_chunk_groups, top=top)
-        slots = mixed_slots(self.layout, (top + 2) * config.select_chunk_groups, config)
-        mixed, _ = runtime.mix(llm, cache, pooled, table, dense, visual_tokens=v, pool=config.pool, slots=slots)
-        return mixed
+        return table, runtime.pool_cache(llm, cache, table, visual_tokens=v, pool=config.pool)
+
+    def bilevel(self, cache: KVCache, table: GroupTable, pooled: PooledKV, config: BilevelConfig) -> KVCache:
+        """Scores every chunk for the question as infer.py does by default, picks the best and mixes."""
+        llm, v, size = self.config.llm, self.plan.visual_tokens, config.select_chunk_groups
+        groups, top = len(table.time_lengths), config.top(self.layout)
+
+        def mixed(dense: jax.Array, most: int) -> tuple[KVCache, MixedSource]:
+            slots = mixed_slots(self.layout, most, config)
+            return runtime.mix(llm, cache, pooled, table, dense, visual_tokens=v, pool=config.pool, slots=slots)
+
+        context, source = mixed(jnp.zeros(groups, bool), 0)
+        scores = runtime.attention_scores(
+            self.config, self.params, context, source, runtime.new_cache(llm, 128, self.dtype), self.ids, np.int32(0),
+            np.int32(SUFFIX), scorer=AttentionScorer(), groups=groups, implementation=self.attention,
+        )  # fmt: skip
+        _, _, dense = runtime.choose(scores, table.groups, select_chunk_groups=size, top=top)
+        return mixed(dense, (top + 2) * size)[0]
 
     def first_token(self, context: KVCache) -> Any:
         """Suffix and first token: the state that decoding goes on from."""
         text = runtime.new_cache(self.config.llm, 256, self.dtype)
-        ids = np.zeros(32, np.int32)
-        ids[:SUFFIX] = self.suffix
         return runtime.ask(
-            self.config, self.params, context, text, ids, np.int32(SUFFIX), jax.random.key(0), _NEVER,
+            self.config, self.params, context, text, self.ids, np.int32(SUFFIX), jax.random.key(0), _NEVER,
             sampling=SamplingConfig(), implementation=self.attention,
         )  # fmt: skip
 
@@ -142,10 +154,10 @@ def _timed(run: Callable[[], Any]) -> tuple[float, Any]:
 def prefill_row(args: PrefillArgs, mode: str, groups: int) -> dict[str, Any]:
     window = args.window_chunks if mode == "chunked" else None
     config = PrefillConfig(args.chunk_groups, window)
-    setup = Setup(args.preset, args.dtype, groups, config, args.step_chunks, args.attention)
+    setup = Setup(args.preset, args.dtype, groups, config, args.step_groups, args.attention)
     jax.block_until_ready((setup.params, setup.visual))
     before = memory.used_bytes()  # imports, runtime and parameters
-    compiling, _ = _timed(lambda: setup.prefill(segments=1))
+    compiling = _timed(lambda: setup.prefill(segments=1))[0]
     seconds, cache = _timed(setup.prefill)
     return {
         "mode": mode,
@@ -160,17 +172,17 @@ def prefill_row(args: PrefillArgs, mode: str, groups: int) -> dict[str, Any]:
 
 
 def decode_row(args: DecodeArgs, mode: str, groups: int) -> dict[str, Any]:
-    setup = Setup(args.preset, args.dtype, groups, PrefillConfig(), 1, args.attention)
+    setup = Setup(args.preset, args.dtype, groups, PrefillConfig(), 4, args.attention)
     jax.block_until_ready((setup.params, setup.visual))
     before = memory.used_bytes()
     setup.prefill(segments=1)
     prefilling, cache = _timed(setup.prefill)
-    config = BilevelConfig(
-        args.select_chunk_groups, args.pool, min(args.top_chunks, groups // args.select_chunk_groups)
-    )
+    table, pooled = setup.pool(cache, BilevelConfig(pool=args.pool)) if mode == "bilevel" else (None, None)
+    config = BilevelConfig(args.select_chunk_groups, args.pool, args.top_chunks)
+    check_bilevel(config, setup.layout)
 
     def question() -> tuple[KVCache, Any]:
-        context = cache if mode == "dense" else setup.bilevel(cache, config)
+        context = cache if table is None or pooled is None else setup.bilevel(cache, table, pooled, config)
         return context, setup.first_token(context)
 
     question()  # compiles
@@ -232,12 +244,29 @@ def machine() -> str:
     return f"{device.platform} {device.device_kind} x{jax.device_count()}, {platform.machine()}, {versions}"
 
 
+def _print_kernels(args: KernelArgs) -> None:
+    if jax.default_backend() != "gpu":
+        raise UserError("bench kernels needs a GPU; the tests check the kernel without one")
+    rows = kernel_rows(args)
+    if args.json:
+        print(json.dumps({"machine": machine(), "rows": rows}))
+        return
+    print(machine())
+    for row in rows:
+        print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+
+
 def main() -> None:
     if sys.argv[1:2] == ["row"]:
         _row(sys.argv[2])
         return
-    commands: dict[str, Any] = {"prefill": PrefillArgs, "decode": DecodeArgs}
-    args: PrefillArgs | DecodeArgs = tyro.extras.subcommand_cli_from_dict(commands, prog="python -m xl2jax.bench")
+    commands: dict[str, Any] = {"prefill": PrefillArgs, "decode": DecodeArgs, "kernels": KernelArgs}
+    args: PrefillArgs | DecodeArgs | KernelArgs = tyro.extras.subcommand_cli_from_dict(
+        commands, prog="python -m xl2jax.bench"
+    )
+    if isinstance(args, KernelArgs):
+        _print_kernels(args)
+        return
     command = "prefill" if isinstance(args, PrefillArgs) else "decode"
     modes, known = args.modes.split(","), {"chunked", "dense"} if command == "prefill" else {"dense", "bilevel"}
     if not set(modes) <= known:
@@ -248,6 +277,9 @@ def main() -> None:
         sizes = [int(g) for g in args.groups.split(",")]
     except ValueError:
         sizes = []
+    least = min(getattr(args, n, 1) for n in ("chunk_groups", "step_groups", "select_chunk_groups", "pool"))
+    if least < 1 or getattr(args, "window_chunks", 0) < 0:
+        raise UserError("chunk, step and selection groups and pool must be 1 or more, window chunks 0 or more")
     if not sizes or min(sizes) < 1:
         raise UserError(f"--groups: whole numbers separated by commas, not {args.groups!r}")
     rows = []

@@ -31,7 +31,17 @@ from flax import nnx, traverse_util
 from xl2jax.config import VISION_FOLDER, VideoXL2Config
 from xl2jax.errors import UserError
 from xl2jax.names import Entry, entries, is_unused, unflatten
-from xl2jax.tensor_files import DTYPES, INDEX, SINGLE, ShardWriter, Stored, TensorFolder, listing
+from xl2jax.tensor_files import (
+    DTYPES,
+    FLOATS,
+    INDEX,
+    SINGLE,
+    ShardWriter,
+    Stored,
+    TensorFolder,
+    listing,
+    refuse_pickles,
+)
 from xl2jax.terminal import byte_bar
 
 PARAMS, UNUSED, MANIFEST = "params", "unused.safetensors", "xl2jax.json"
@@ -55,11 +65,17 @@ def find_checkpoint(source: str | Path) -> Path:
         if not path.is_dir():
             raise UserError(f"{source}: no such checkpoint folder")
         return path
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import list_repo_files, snapshot_download
 
     patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", f"{VISION_FOLDER}/*"]
     try:
+        files = list_repo_files(str(source))
+        pickled = [f for f in files if f.endswith((".bin", ".pt", ".pth"))]
+        if pickled and not any(f.endswith(".safetensors") for f in files):
+            raise UserError(f"{source}: {refuse_pickles(pickled)}")
         return Path(snapshot_download(str(source), allow_patterns=patterns))
+    except UserError:
+        raise
     except Exception as e:  # huggingface_hub raises many unrelated types (HTTP, OS, its own)
         raise UserError(f"{source}: no such folder, and the hub download failed ({_first_line(e)})") from None
 
@@ -88,7 +104,8 @@ class TorchCheckpoint:
             for n, e in known.items()
             if n in found and found[n] != e.torch_shape
         ]
-        odd = [f"{n} is {d}" for n, d in self.files.dtypes.items() if d not in DTYPES and n in known]
+        odd = [f"{n} is {d}" for n, d in self.files.dtypes.items() if d not in DTYPES and n in self.unused]
+        odd += [f"{n} is {d}" for n, d in self.files.dtypes.items() if d not in FLOATS and n in known]
         problems = [
             f"{len(names)} {what}: {listing(names)}"
             for what, names in (
@@ -120,8 +137,8 @@ class TorchCheckpoint:
 def load_params(folder: Path, dtype: str | None = None, *, progress: bool = False) -> tuple[VideoXL2Config, nnx.State]:
     """Parameters from either layout, layers stacked, on the default device.
 
-    `dtype`: `float32`, `bfloat16`, or None for the stored one. Host memory stays near one stacked
-    parameter.
+    `dtype`: `float32`, `bfloat16`, or None for the stored one. Beside the parameters themselves, host
+    memory holds one stacked parameter and its layers.
     """
     if is_orbax(folder):
         config = VideoXL2Config.from_hf(folder)
@@ -203,13 +220,13 @@ def written_beside(target: Path, need_bytes: int) -> Iterator[Path]:
     """
     if target.exists():
         raise UserError(f"{target}: already exists; choose another place or remove it first")
-    beside = target.parent / f".{target.name}.incomplete"
+    beside = target.parent / f".{target.name}.incomplete-{os.getpid()}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(target.parent).free
         if free < need_bytes:
             raise UserError(f"{target}: needs {need_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free there")
-        shutil.rmtree(beside, ignore_errors=True)  # of a run that was killed
+        _remove_leftovers(target)
         beside.mkdir()
         yield beside
         os.replace(beside, target)
@@ -217,9 +234,20 @@ def written_beside(target: Path, need_bytes: int) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
         if (isinstance(e, OSError) and e.errno == errno.ENOSPC) or "No space left on device" in str(e):
             raise UserError(f"{target}: no space left on the disk; nothing was kept") from None
-        if isinstance(e, PermissionError):
-            raise UserError(f"{target}: not writable ({e.strerror})") from None
+        if isinstance(e, OSError):
+            raise UserError(f"{target}: cannot be written ({e.strerror})") from None
         raise
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Removes what runs that were killed left beside `target`; a running one is let be."""
+    for folder in target.parent.glob(f".{target.name}.incomplete-*"):
+        try:
+            os.kill(int(folder.name.rpartition("-")[2]), 0)
+        except (ProcessLookupError, ValueError):
+            shutil.rmtree(folder, ignore_errors=True)
+        except PermissionError:
+            pass  # somebody else's running process
 
 
 def copy_companions(source: Path, target: Path) -> None:
@@ -227,12 +255,14 @@ def copy_companions(source: Path, target: Path) -> None:
     for name in ("config.json", *_COMPANIONS):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-    name = str(json.loads((source / "config.json").read_text())["mm_vision_tower"])
-    tower = source / name / "config.json"
+    raw = json.loads((source / "config.json").read_text())
+    tower = source / str(raw["mm_vision_tower"]) / "config.json"
     if tower.is_file():
-        place = target / name if not Path(name).is_absolute() else target / VISION_FOLDER
-        place.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(tower, place / "config.json")
+        (target / VISION_FOLDER).mkdir()
+        shutil.copyfile(tower, target / VISION_FOLDER / "config.json")
+        if raw["mm_vision_tower"] != VISION_FOLDER:  # a name that leads elsewhere means nothing here
+            raw["mm_vision_tower"] = VISION_FOLDER
+            (target / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
 
 
 def torch_to_orbax(source: Path, target: Path, dtype: str | None, *, progress: bool = False) -> None:
@@ -260,7 +290,7 @@ def torch_to_orbax(source: Path, target: Path, dtype: str | None, *, progress: b
 
 
 def _write_unused(torch: TorchCheckpoint, path: Path) -> None:
-    names = [n for n in torch.unused if torch.files.dtypes[n] in DTYPES]
+    names = torch.unused
     if names:
         with ShardWriter(path, [(n, torch.files.shapes[n], torch.files.dtypes[n]) for n in names]) as out:
             for name in names:

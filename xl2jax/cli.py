@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import platform
 import sys
 import time
@@ -17,7 +18,7 @@ import tyro
 
 import xl2jax
 from xl2jax import memory
-from xl2jax.api import Answer, Model, RelevanceConfig, WatchedVideo
+from xl2jax.api import Answer, Model, RelevanceConfig, WatchedVideo, selection_for
 from xl2jax.bilevel import BilevelConfig
 from xl2jax.errors import UserError
 from xl2jax.generate import SamplingConfig
@@ -116,6 +117,12 @@ class Args:
             raise UserError(f"relevance layers are two rising shares of the depth from 0 to 1, not {first} {last}")
         if (self.relevance == "file") != (self.relevance_file is not None):
             raise UserError("--relevance file and --relevance-file go together")
+        if self.relevance_file is None and (self.relevance_category is not None or self.relevance_missing != "error"):
+            raise UserError("--relevance-category and --relevance-missing need --relevance file")
+        if self.top_chunks is not None and self.relevance in ("file", "none"):
+            raise UserError(f"--top-chunks has no effect with --relevance {self.relevance}: leave it out")
+        if self.decode == "dense" and (self.top_chunks is not None or self.relevance != "attention"):
+            raise UserError("--top-chunks and --relevance have no effect with --decode dense: leave them out")
         return RelevanceConfig(
             self.relevance, AttentionScorer(first, last, self.relevance_heads),
             self.relevance_file, self.relevance_category, self.relevance_missing,
@@ -129,12 +136,21 @@ class Args:
             raise UserError("the question is empty")
         if self.max_new_tokens < 1:
             raise UserError(f"max new tokens must be 1 or more, not {self.max_new_tokens}")
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise UserError("temperature must be 0 or more, and top-p above 0 and at most 1")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed must be from 0 to {2**32 - 1}, not {self.seed}")
         if not self.video.exists():
             raise UserError(f"{self.video}: no such video")
-        for check in (self.sampling, self.prefill_config, self.bilevel, self.relevance_config):
+        if self.save_cache is not None and self.load_cache is not None:
+            raise UserError("give --save-cache or --load-cache, not both")
+        if self.save_cache is not None and not os.access(self.save_cache.parent, os.W_OK | os.X_OK):
+            raise UserError(f"{self.save_cache}: cannot write the cache there")
+        SamplingConfig(self.temperature, self.top_p).check()
+        for check in (self.sampling, self.prefill_config, self.bilevel):
             check()
+        relevance = self.relevance_config()
+        if relevance.file is not None and relevance.missing == "error":
+            for question in self.question:
+                selection_for(relevance, self.video, question)
 
 
 def infer() -> int:
@@ -147,7 +163,7 @@ def infer() -> int:
     video = _watch(args, model)
     answers = [_ask(args, model, video, q) for q in args.question]
     if args.interactive:
-        answers += _interact(args, model, video)
+        answers += _interact(args, model, video, answers)
     if args.json:
         print(json.dumps(_report(model, video, answers, load_seconds)))
     else:
@@ -161,7 +177,7 @@ def _watch(args: Args, model: Model) -> WatchedVideo:
     if args.save_cache is not None or args.load_cache is not None:
         key = cache_key(model, args.video, sampling, args.folder_fps, config)
     if args.load_cache is not None and key is not None:
-        return load_cache(args.load_cache, model, key)
+        return load_cache(args.load_cache, model, key, args.video, args.bilevel())
     backend: Backend = args.video_backend
     video = model.watch(
         args.video, sampling, config, backend=backend, folder_fps=args.folder_fps, bilevel=args.bilevel(), progress=True
@@ -191,7 +207,7 @@ def _ask(
     return answer
 
 
-def _interact(args: Args, model: Model, video: WatchedVideo) -> list[Answer]:
+def _interact(args: Args, model: Model, video: WatchedVideo, earlier: list[Answer]) -> list[Answer]:
     answers: list[Answer] = []
     while True:
         if sys.stdin.isatty():
@@ -202,7 +218,7 @@ def _interact(args: Args, model: Model, video: WatchedVideo) -> list[Answer]:
         if not line.strip():
             continue
         try:
-            answers.append(_ask(args, model, video, line.strip(), [(a.question, a.text) for a in answers]))
+            answers.append(_ask(args, model, video, line.strip(), [(a.question, a.text) for a in [*earlier, *answers]]))
         except UserError as e:  # one bad question does not end the conversation
             print(f"error: {e}", file=sys.stderr)
 

@@ -13,7 +13,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated
 
-import av
 import numpy as np
 import tyro
 from PIL import Image, ImageDraw
@@ -51,6 +50,8 @@ def write_clip(
     path: Path, seconds: float = 20.0, *, fps: int = 24, width: int = 640, height: int = 360, codec: str = "libx264"
 ) -> None:
     """Writes `shape_frame` as a video file; the container follows from the file's suffix."""
+    import av  # not needed to make checkpoints
+
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=Fraction(fps))
         assert isinstance(stream, av.VideoStream)

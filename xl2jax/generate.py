@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from xl2jax.cache import KVCache, attend_text
+from xl2jax.errors import UserError
 from xl2jax.qwen2 import Qwen2
 
 
@@ -18,6 +20,11 @@ class SamplingConfig:
 
     temperature: float = 0.0
     top_p: float = 1.0
+
+    def check(self) -> None:
+        """Raises UserError for values out of range."""
+        if not (math.isfinite(self.temperature) and self.temperature >= 0 and 0 < self.top_p <= 1):
+            raise UserError("temperature must be 0 or more, and top-p above 0 and at most 1")
 
 
 type KV = tuple[jax.Array, jax.Array]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
+import contextlib
 import dataclasses
 import os
 import resource
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +20,7 @@ from xl2jax.errors import UserError
 from xl2jax.layout import VideoLayout
 from xl2jax.prefill import PrefillPlan
 
-_WORKSPACE = 256 << 20  # activations of one segment and XLA's temporaries, at least
+_WORKSPACE = 256 << 20  # XLA's temporaries and runtime, at least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,23 +37,34 @@ class MemoryNeed:
         return self.cache + self.pooled + self.mixed + self.workspace
 
 
+def slot_bytes(config: VideoXL2Config, dtype: jax.typing.DTypeLike) -> int:
+    """Keys and values of one token in all layers."""
+    c = config.llm
+    return 2 * c.layers * c.kv_heads * c.head_width * jnp.dtype(dtype).itemsize
+
+
 def memory_need(
-    config: VideoXL2Config, plan: PrefillPlan, layout: VideoLayout, bilevel: BilevelConfig | None, dtype: jax.typing.DTypeLike
+    config: VideoXL2Config, plan: PrefillPlan, layout: VideoLayout, bilevel: BilevelConfig | None,
+    dtype: jax.typing.DTypeLike, frames_at_once: int,
 ) -> MemoryNeed:  # fmt: skip
     """What the video cache and, where `bilevel` is given, its pooled and mixed copies take."""
-    c = config.llm
-    itemsize = jnp.dtype(dtype).itemsize
-    slot = 2 * c.layers * c.kv_heads * c.head_width * itemsize
+    c, v, itemsize = config.llm, config.vision, jnp.dtype(dtype).itemsize
+    slot = slot_bytes(config, dtype)
     pooled = mixed = 0
     if bilevel is not None:
         groups = (plan.slots - plan.visual_start) // plan.visual_tokens
         pooled = groups * (plan.visual_tokens // bilevel.pool) * slot
+        # The scorer's all-pooled cache is gone before the answer's is made.
         mixed = mixed_slots(layout, (bilevel.top(layout) + 2) * bilevel.select_chunk_groups, bilevel) * slot
     tokens = plan.step_groups * (plan.visual_tokens + plan.time_cap)
-    activations = tokens * (4 * c.mlp_width + 8 * c.width) * itemsize
+    prefill = tokens * (4 * c.mlp_width + 8 * c.width) * itemsize
+    patches = frames_at_once * v.patch_grid**2
+    # XLA materialises the scores of all heads of a frame; cuDNN does not.
+    scores = 0 if jax.default_backend() == "gpu" else 2 * v.heads * v.patch_grid**2 * 4
+    vision = patches * ((2 * v.mlp_width + 8 * v.width) * itemsize + scores)
     # One layer of the cache in float32 while it is pooled or gathered.
     layer = 2 * plan.slots * c.kv_heads * c.head_width * 4 if bilevel is not None else 0
-    return MemoryNeed(plan.slots * slot, pooled, mixed, max(_WORKSPACE, activations + layer))
+    return MemoryNeed(plan.slots * slot, pooled, mixed, _WORKSPACE + max(prefill, vision, layer))
 
 
 def available_bytes() -> int:
@@ -57,25 +72,33 @@ def available_bytes() -> int:
     stats = jax.devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
-    try:
-        with open("/proc/meminfo") as f:
-            fields = dict(line.split(":", 1) for line in f)
-        return int(fields["MemAvailable"].split()[0]) << 10
-    except (OSError, KeyError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = []
+    with contextlib.suppress(OSError, KeyError, ValueError), open("/proc/meminfo") as f:
+        fields = dict(line.split(":", 1) for line in f)
+        free.append(int(fields["MemAvailable"].split()[0]) << 10)
+    with contextlib.suppress(OSError, ValueError):  # a container's own limit; "max" is none
+        limit, used = (int(Path("/sys/fs/cgroup", n).read_text()) for n in ("memory.max", "memory.current"))
+        free.append(limit - used)
+    return min(free) if free else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def check_fits(need: MemoryNeed, groups: int) -> None:
-    """Raises UserError if `need` is more than is free; says how many frames would fit."""
-    free = available_bytes()
-    if need.total > free:
-        per_group = (need.total - need.workspace) / groups
-        frames = int(max(free - need.workspace, 0) / per_group) * FRAMES_PER_GROUP
-        advice = f"about {frames} frames would fit (--max-frames {frames})" if frames else "not even 4 frames fit"
-        raise UserError(
-            f"{groups * FRAMES_PER_GROUP} frames need {need.total / 2**30:.2f} GiB beside the model "
-            f"(KV cache {need.cache / 2**30:.2f}), {free / 2**30:.2f} GiB are free: {advice}"
-        )
+def check_fits(layout: VideoLayout, need_of: Callable[[VideoLayout], MemoryNeed]) -> None:
+    """Raises UserError if a video needs more than is free; says how many frames would fit."""
+    free, need = available_bytes(), need_of(layout)
+    if need.total <= free:
+        return
+
+    def fits(groups: int) -> bool:
+        return need_of(dataclasses.replace(layout, time_lengths=layout.time_lengths[:groups])).total <= free
+
+    # Lengths are bucketed, but a longer video never needs less.
+    groups = bisect.bisect_left(range(1, layout.groups), True, key=lambda g: not fits(g))
+    frames = groups * FRAMES_PER_GROUP
+    advice = f"{frames} frames would fit (--max-frames {frames})" if frames else "not even 4 frames fit"
+    raise UserError(
+        f"{layout.groups * FRAMES_PER_GROUP} frames need {need.total / 2**30:.2f} GiB beside the model "
+        f"(KV cache {need.cache / 2**30:.2f}), {free / 2**30:.2f} GiB are free: {advice}"
+    )
 
 
 def used_bytes() -> int:

@@ -1,9 +1,9 @@
 """Prefill: the video goes through the LLM in steps of whole chunks, and only its KV cache stays.
 
-A step is `step_chunks` chunks: its visual tokens, then its time tokens padded to a fixed count. A
-segment is `segment_steps` steps, run by one `lax.scan`; segments are fed one after the other, so that
-frames can be read and encoded while earlier ones are prefilled, and activations do not grow with the
-video. Shapes depend on buckets of lengths only, so another video of about the same length compiles
+A step is a few groups: their visual tokens, then their time tokens padded to a fixed count. What a token
+sees comes from its ranges alone, so that steps need not be chunks: a step may hold several, or a part of
+one. A segment is `segment_steps` steps, run by one `lax.scan`; segments are fed one after the other, so
+that activations do not grow with the video or its chunks. Shapes depend on buckets of lengths only, so another video of about the same length compiles
 nothing.
 """
 
@@ -66,10 +66,11 @@ class PrefillPlan:
 
 
 def make_plan(
-    layout: VideoLayout, config: PrefillConfig, *, step_chunks: int = 1, segment_steps: int = 1
+    layout: VideoLayout, config: PrefillConfig, *, step_groups: int = 4, segment_steps: int = 4
 ) -> PrefillPlan:
-    """Buckets of a video's lengths. The released settings on a GPU want 4 chunks a step."""
-    step_groups = config.chunk_groups * step_chunks
+    """Buckets of a video's lengths. A GPU wants more groups a step than a CPU; short videos have less."""
+    step_groups = min(step_groups, bucket(layout.groups))
+    segment_steps = min(segment_steps, -(-layout.groups // step_groups))
     segment = step_groups * segment_steps
     time_cap = -(-max(layout.time_lengths) // _TIME_UNIT) * _TIME_UNIT
     prefix_cap = bucket(layout.prefix, _PREFIX_UNIT)
@@ -178,6 +179,12 @@ def prefill_segment(
     visuals = visual.shape[1]
 
     def step(cache: KVCache, xs: tuple[jax.Array, Step]) -> tuple[KVCache, jax.Array | None]:
+        if keep_hidden:
+            return run(cache, xs)
+        # Steps that pad the last segment are skipped.
+        return jax.lax.cond(xs[1].visuals > 0, lambda c: run(c, xs)[0], lambda c: c, cache), None
+
+    def run(cache: KVCache, xs: tuple[jax.Array, Step]) -> tuple[KVCache, jax.Array | None]:
         embeddings, s = xs
 
         def attend(kv: KV, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[KV, jax.Array]:

@@ -31,11 +31,32 @@ def merge_model(config: VideoXL2Config, params: nnx.State) -> VideoXL2:
     return nnx.merge(_graphdef(config), params)
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def encode(config: VideoXL2Config, params: nnx.State, frames: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """uint8 frames [F, H, W, 3] -> visual tokens [G, V, D] and their `unit_features` [G, D]."""
-    visual = merge_model(config, params).encode_frames(normalise(frames))
+@functools.partial(jax.jit, static_argnames=("config", "frames_at_once"))
+def encode(
+    config: VideoXL2Config, params: nnx.State, frames: jax.Array, *, frames_at_once: int
+) -> tuple[jax.Array, jax.Array]:
+    """uint8 frames [F, H, W, 3] -> visual tokens [G, V, D] and their `unit_features` [G, D].
+
+    F is a multiple of `frames_at_once`, which bounds the activations.
+    """
+    model = merge_model(config, params)
+
+    def part(frames: jax.Array) -> jax.Array:
+        return model.encode_frames(normalise(frames))
+
+    visual = jax.lax.map(part, frames.reshape(-1, frames_at_once, *frames.shape[1:]))
+    visual = visual.reshape(-1, *visual.shape[2:])
     return visual, relevance.unit_features(visual)
+
+
+@jax.jit
+def checksum(x: jax.Array) -> jax.Array:
+    """uint32 over all bits of an array; any changed or moved element changes it."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint32).reshape(-1)
+    h = bits.astype(jnp.uint32) + jnp.arange(bits.size, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # MurmurHash3's finaliser
+        h = (h ^ (h >> shift)) * jnp.uint32(factor)
+    return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "slots", "dtype"))

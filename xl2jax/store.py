@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -17,14 +18,15 @@ from safetensors import SafetensorError, safe_open
 
 from xl2jax import memory, prefill, runtime
 from xl2jax.api import Model, WatchedVideo
+from xl2jax.bilevel import BilevelConfig
 from xl2jax.cache import KVCache
+from xl2jax.checkpoint import DTYPE_NAMES
 from xl2jax.errors import UserError
 from xl2jax.layout import PrefillConfig, VideoLayout
 from xl2jax.tensor_files import ShardWriter, Stored
 from xl2jax.video import SampleConfig
 
 _FORMAT = "xl2jax video cache 1"
-_CODES = {"float32": "F32", "bfloat16": "BF16"}
 
 
 def content_hash(path: Path) -> str:
@@ -44,8 +46,12 @@ def cache_key(
     """Everything a video cache depends on."""
     if not video.exists():
         raise UserError(f"{video}: no such video")
+    try:
+        content = content_hash(video)
+    except OSError as e:
+        raise UserError(f"{video}: cannot be read ({e.strerror})") from None
     return {
-        "video": content_hash(video),
+        "video": content,
         "sampling": {**dataclasses.asdict(sampling), "folder_fps": folder_fps if video.is_dir() else None},
         "dtype": model.dtype,
         "checkpoint": model.fingerprint,
@@ -55,7 +61,7 @@ def cache_key(
 
 def save_cache(path: Path, video: WatchedVideo, key: dict[str, Any]) -> None:
     """Writes the filled part of a cache, a layer at a time, beside `path` and renames it."""
-    cache, code = video.cache, _CODES[str(video.cache.k.dtype)]
+    cache, code = video.cache, DTYPE_NAMES[str(video.cache.k.dtype)]
     layers, kv_heads, _, h = cache.k.shape
     counts = {"globals": int(cache.global_length), "visual": int(cache.visual_length)}
     starts = {"globals": 0, "visual": int(cache.visual_start)}
@@ -71,10 +77,9 @@ def save_cache(path: Path, video: WatchedVideo, key: dict[str, Any]) -> None:
         "format": _FORMAT,
         "key": json.dumps(key, sort_keys=True),
         "video": json.dumps({
-            "path": video.path, "duration": video.duration, "video_fps": video.video_fps, "times": video.times,
+            "duration": video.duration, "times": video.times,
             "prefix": video.layout.prefix, "time_lengths": video.layout.time_lengths,
             "visual_tokens": video.layout.visual_tokens, "plan": dataclasses.asdict(video.plan),
-            "sampling": dataclasses.asdict(video.sampling),
         }),
     }  # fmt: skip
     beside = path.with_name(f".{path.name}.incomplete")
@@ -87,15 +92,17 @@ def save_cache(path: Path, video: WatchedVideo, key: dict[str, Any]) -> None:
                         out.write(f"{name}.{part}.{layer}", np.asarray(slots))
             out.write("features", features)
         os.replace(beside, path)
-    except OSError as e:
-        beside.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot write the cache ({e.strerror})") from None
-    except BaseException:
-        beside.unlink(missing_ok=True)
+    except BaseException as e:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        if isinstance(e, OSError):
+            raise UserError(f"{path}: cannot write the cache ({e.strerror})") from None
         raise
 
 
-def load_cache(path: Path, model: Model, key: dict[str, Any]) -> WatchedVideo:
+def load_cache(
+    path: Path, model: Model, key: dict[str, Any], video_path: Path, bilevel: BilevelConfig | None
+) -> WatchedVideo:
     """Reads a cache made with the same `key`.
 
     Raises UserError where it is not a cache, or was made from something else: the difference is named.
@@ -110,7 +117,7 @@ def load_cache(path: Path, model: Model, key: dict[str, Any]) -> WatchedVideo:
             layout = VideoLayout(about["prefix"], tuple(about["time_lengths"]), about["visual_tokens"])
             plan = about["plan"]
             plan = prefill.PrefillPlan(**{**plan, "config": PrefillConfig(**plan["config"])})
-            memory.check_fits(memory.memory_need(model.config, plan, layout, None, model.dtype), layout.groups)
+            memory.check_fits(layout, lambda layout: model.need(layout, plan.config, bilevel))
             cache = runtime.new_cache(model.config.llm, plan.slots, model.dtype, plan.visual_start)
             k, v = cache.k, cache.v
             for layer in range(model.config.llm.layers):
@@ -124,13 +131,12 @@ def load_cache(path: Path, model: Model, key: dict[str, Any]) -> WatchedVideo:
         k, v, jnp.int32(layout.global_tokens), jnp.int32(plan.visual_start),
         jnp.int32(layout.groups * layout.visual_tokens),
     )  # fmt: skip
-    video = WatchedVideo(
-        path=about["path"], duration=about["duration"], times=about["times"], layout=layout, plan=plan,
-        cache=cache, features=jnp.zeros(0), timings={"read": 0.0, "vision": 0.0, "prefill": 0.0},
-        sampling=SampleConfig(**about["sampling"]), video_fps=about["video_fps"],
+    capacity = (plan.slots - plan.visual_start) // plan.visual_tokens
+    return WatchedVideo(
+        path=str(video_path), duration=about["duration"], times=about["times"], layout=layout, plan=plan,
+        cache=cache, features=jnp.pad(jnp.asarray(features), ((0, capacity - len(features)), (0, 0))),
+        timings={"read": 0.0, "vision": 0.0, "prefill": 0.0},
     )  # fmt: skip
-    video.features = jnp.pad(jnp.asarray(features), ((0, video.group_capacity - len(features)), (0, 0)))
-    return video
 
 
 def _put(x: jax.Array, part: np.ndarray, layer: int, start: int) -> jax.Array:

@@ -16,10 +16,13 @@ from xl2jax.errors import UserError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+FLOATS = ("F32", "BF16", "F16")
 DTYPES = {
     "F32": np.dtype(np.float32),
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
 }
 _PICKLED = ("*.bin", "*.pt", "*.pth")
 
@@ -77,10 +80,7 @@ class TensorFolder:
         if not files:
             pickled = sorted(p.name for pattern in _PICKLED for p in folder.glob(pattern))
             if pickled:
-                raise UserError(
-                    f"{folder}: {listing(pickled)} is a pickle, which can run code when it is read; "
-                    "save the model as safetensors (model.save_pretrained(dir, safe_serialization=True)) and try again"
-                )
+                raise UserError(f"{folder}: {refuse_pickles(pickled)}")
             raise UserError(f"{folder}: no safetensors file")
         return files
 
@@ -103,6 +103,14 @@ class TensorFolder:
                 return f.get_tensor(name)
         except (SafetensorError, OSError) as e:
             raise UserError(f"{self.file_of[name]}: cannot read {name} ({e})") from None
+
+
+def refuse_pickles(names: list[str]) -> str:
+    """Why pickled weights are not read, and what to do."""
+    return (
+        f"{listing(names)} is a pickle, which can run code when it is read; "
+        "save the model as safetensors (model.save_pretrained(dir, safe_serialization=True)) and try again"
+    )
 
 
 def listing(names: Iterable[str], most: int = 6) -> str:

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable
 
+import jax
 from tqdm import tqdm
 
 from xl2jax.errors import UserError
@@ -36,6 +37,11 @@ def run_command(main: Callable[[], int | None]) -> None:
         sys.stdout.flush()
     except UserError as e:
         print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+        status = 2
+    except jax.errors.JaxRuntimeError as e:
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        print(f"error: out of memory on the device ({str(e).splitlines()[0]}); use fewer frames", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -7,16 +7,18 @@ decord fails on some sizes (odd sides, turned clips whose sides it cannot align)
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
+import math
 import re
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.errors import UserError
@@ -37,7 +39,7 @@ class SampleConfig:
     max_frames: int = 256
 
     def __post_init__(self) -> None:
-        if not 0 < self.fps <= 1000:
+        if not 0 < self.fps <= 1000:  # and not nan
             raise UserError(f"fps must be above 0 (at most 1000), not {self.fps}")
         if self.max_fps is not None and self.max_fps < 1:
             raise UserError(f"max fps must be 1 or more, not {self.max_fps}")
@@ -96,7 +98,7 @@ class Reader(Protocol):
 
 
 class PyAVReader:
-    """Reads through the file with PyAV (FFmpeg)."""
+    """Reads through the file with PyAV (FFmpeg). Damaged packets are passed over."""
 
     def __init__(self, path: Path):
         import av
@@ -104,28 +106,31 @@ class PyAVReader:
         self._path = path
         try:
             with av.open(str(path)) as container:
-                if not container.streams.video:
-                    raise UserError(
-                        f"{path}: holds no video (only {', '.join(s.type for s in container.streams) or 'nothing'})"
-                    )
-                stream = container.streams.video[0]
+                stream = _video_stream(container)
+                if stream is None:
+                    kinds = ", ".join(sorted({s.type for s in container.streams})) or "nothing"
+                    raise UserError(f"{path}: holds no video (only {kinds})")
                 rate = stream.average_rate or stream.guessed_rate or Fraction(0)
-                self.total, last = 0, 0.0
+                times: list[int | None] = []
+                last = 0.0
                 try:
                     for packet in container.demux():
-                        self.total += packet.stream is stream and packet.size > 0
+                        if packet.stream is stream and packet.size > 0 and not packet.is_discard:
+                            times.append(packet.pts)
                         if packet.pts is not None and packet.time_base is not None:
                             last = max(last, float((packet.pts + (packet.duration or 0)) * packet.time_base))
                 except av.FFmpegError:
                     pass  # cut off: what was counted can be read
                 promised = (container.duration or 0) / av.time_base
-                if self.total and last < promised - max(1.0, 0.02 * promised):
-                    logger.warning(
-                        "warning: %s: the file is cut off, last good time %.1f s of %.1f s", path, last, promised
-                    )
-        except (av.FFmpegError, ValueError) as e:
+        except (av.FFmpegError, ValueError, OSError) as e:
             raise UserError(f"{path}: not a video that can be read ({_reason(e)})") from None
-        self.fps = float(rate)
+        if times and last < promised - max(1.0, 0.02 * promised):
+            logger.warning("warning: %s: the file is cut off, last good time %.1f s of %.1f s", path, last, promised)
+        self.total, self.fps = len(times), float(rate)
+        # Presentation times tell which frame a decoded one is, even where others are lost. Some
+        # containers (avi) have none, or not for all frames: then frames are counted.
+        known = sorted(t for t in times if t is not None)
+        self._numbers = {t: i for i, t in enumerate(known)} if len(set(known)) == len(times) else {}
 
     def frames(self, indices: np.ndarray) -> Iterator[np.ndarray]:
         import av
@@ -133,23 +138,50 @@ class PyAVReader:
         wanted = iter(indices.tolist())
         target = next(wanted, None)
         with av.open(str(self._path)) as container:
-            stream = container.streams.video[0]
+            stream = _video_stream(container)
+            assert stream is not None  # __init__ found it
             stream.thread_type = "AUTO"
-            number = 0
-            decoder = container.decode(stream)
-            while target is not None:
-                try:
-                    frame = next(decoder)
-                except (StopIteration, av.FFmpegError):
+            for count, frame in enumerate(_decoded(container, stream)):
+                number = count if not self._numbers or frame.pts is None else self._numbers.get(frame.pts, -1)
+                if target is None:
                     return
-                while target == number:
+                while target is not None and target <= number:
+                    if target < number:
+                        logger.warning(
+                            "warning: %s: frame %d is damaged, the next good one stands in", self._path, target
+                        )
                     yield _upright(frame.to_ndarray(format="rgb24"), frame.rotation)
                     target = next(wanted, None)
-                number += 1
+
+
+def _video_stream(container: Any) -> Any:
+    """The first video stream that is not a cover picture, or None."""
+    from av.stream import Disposition
+
+    return next((s for s in container.streams.video if not s.disposition & Disposition.attached_pic), None)
+
+
+def _decoded(container: Any, stream: Any) -> Iterator[Any]:
+    """Frames of all packets that decode, the buffered ones last."""
+    import av
+
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets)
+        except StopIteration:
+            return
+        except av.FFmpegError:
+            packet = None  # the file ends here: flush
+        with contextlib.suppress(av.FFmpegError):
+            yield from stream.codec_context.decode(packet)
+        if packet is None:
+            return
 
 
 def _reason(error: Exception) -> str:
-    return str(getattr(error, "strerror", None) or error).splitlines()[0]
+    text = str(getattr(error, "strerror", None) or error).strip() or type(error).__name__
+    return text.splitlines()[0]
 
 
 def _upright(frame: np.ndarray, degrees: int) -> np.ndarray:
@@ -171,7 +203,7 @@ class DecordReader:
             self._reader = decord.VideoReader(str(path), num_threads=1)
             self.total, self.fps = len(self._reader), float(self._reader.get_avg_fps())
         except Exception as e:
-            raise UserError(f"{path}: not a video that decord can read ({_reason(e)})") from None
+            raise UserError(f"{path}: not a video that decord can read ({_reason(e)}); pyav reads more") from None
 
     def frames(self, indices: np.ndarray) -> Iterator[np.ndarray]:
         for first in range(0, len(indices), self._BATCH):
@@ -182,9 +214,19 @@ class DecordReader:
                     raise UserError(
                         f"{self._path}: decord cannot read frames of this size or rotation; use the pyav backend"
                     ) from None
-                logger.info("decord stopped: %s", _reason(e))
+                yield from self._one_by_one(indices[first : first + self._BATCH])
                 return
             yield from batch
+
+    def _one_by_one(self, indices: np.ndarray) -> Iterator[np.ndarray]:
+        """The good frames of a batch that failed, up to the first bad one."""
+        for i in indices:
+            try:
+                frame = self._reader[int(i)].asnumpy()
+            except Exception as e:
+                logger.info("decord stopped: %s", _reason(e))
+                return
+            yield frame
 
 
 class FolderReader:
@@ -195,15 +237,18 @@ class FolderReader:
             parts = re.split(r"(\d+)", p.name)
             return [(0, int(s), "") if s.isdigit() else (1, 0, s) for s in parts]
 
-        self._files = sorted((p for p in path.iterdir() if p.suffix.lower() in _IMAGES), key=natural)
+        try:
+            self._files = sorted((p for p in path.iterdir() if p.suffix.lower() in _IMAGES), key=natural)
+        except OSError as e:
+            raise UserError(f"{path}: cannot be read ({_reason(e)})") from None
         self.total, self.fps = len(self._files), fps
 
     def frames(self, indices: np.ndarray) -> Iterator[np.ndarray]:
         for i in indices:
             try:
                 with Image.open(self._files[i]) as image:
-                    frame = np.asarray(image.convert("RGB"))
-            except (OSError, UnidentifiedImageError, SyntaxError) as e:
+                    frame = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
                 raise UserError(f"{self._files[i]}: not an image that can be read ({_reason(e)})") from None
             yield frame
 
@@ -245,10 +290,6 @@ class Clip:
     def duration(self) -> float:
         """Seconds."""
         return self.reader.total / self.reader.fps
-
-    @property
-    def groups(self) -> int:
-        return len(self.indices) // FRAMES_PER_GROUP
 
     def batches(self, frames: int, size: int) -> Iterator[np.ndarray]:
         """uint8 [frames, size, size, 3] at a time (a multiple of 4 frames), the last maybe shorter.
@@ -292,7 +333,7 @@ def open_video(
       UserError: missing, unreadable, without video or without frames.
     """
     path, config = Path(path), config or SampleConfig()
-    if folder_fps <= 0:
+    if not 0 < folder_fps < math.inf:
         raise UserError(f"folder fps must be above 0, not {folder_fps}")
     reader = open_reader(path, backend, folder_fps)
     if reader.total == 0:

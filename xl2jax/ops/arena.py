@@ -13,7 +13,7 @@ Shapes of the op, whatever the implementation:
     -> out        [B, T, N, H]   q's dtype, float32 accumulation
     -> lse        [B, T, N]      float32 log-sum-exp of the scaled scores, NEGATIVE where nothing is seen
 
-Slots that no query sees may hold anything, NaN included.
+Slots that no query sees may hold any finite value; the XLA implementations bear NaN there too.
 """
 
 from __future__ import annotations
@@ -146,15 +146,38 @@ def _attend_tile(
     return out.transpose(1, 0, 2, 3).reshape(t, n, h).astype(q.dtype), lse.transpose(1, 0, 2).reshape(t, n)
 
 
+def _attend_mosaic(*args: jax.Array) -> tuple[jax.Array, jax.Array]:
+    from xl2jax.ops import mosaic  # Pallas is slow to import: only where it is used
+
+    return mosaic.attend_mosaic(*args)
+
+
 IMPLEMENTATIONS: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
     "reference": attend_reference,
     "blockwise": attend_blockwise,
+    "mosaic": _attend_mosaic,
 }
 
 
 @functools.cache
 def _log_choice(name: str, why: str) -> None:
-    logger.info("arena attention: %s (%s)", name, why)
+    logger.info("arena attention: %s (auto on %s)", name, why)
+
+
+def _choose(q: jax.Array, k: jax.Array) -> str:
+    """The implementation that `auto` means here; logged once for each reason."""
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        _log_choice("blockwise", device.platform)
+        return "blockwise"
+    from xl2jax.ops import mosaic
+
+    capability = str(getattr(device, "compute_capability", "0.0"))
+    # The kernel's wgmma instructions are Hopper's own.
+    reason = mosaic.unsupported(q, k) if capability == "9.0" else "only compute capability 9.0 has the kernel"
+    name = "blockwise" if reason else "mosaic"
+    _log_choice(name, f"{device.device_kind}" + (f": {reason}" if reason else ""))
+    return name
 
 
 def arena_attention(
@@ -164,11 +187,11 @@ def arena_attention(
     """The op of this module, by the implementation named; `auto` chooses, and logs its choice once.
 
     Raises:
-      UserError: no such implementation. A named one never falls back to another.
+      UserError: no such implementation, or the one named does not serve these shapes or dtypes. A
+        named one never falls back to another.
     """
     if implementation == "auto":
-        implementation = "blockwise"
-        _log_choice(implementation, f"auto on {jax.default_backend()}")
+        implementation = _choose(q, k)
     if implementation not in IMPLEMENTATIONS:
         raise UserError(f"attention {implementation!r}: choose auto, {', '.join(IMPLEMENTATIONS)}")
     return IMPLEMENTATIONS[implementation](q, k, v, rows, g_end, v_lo, v_hi)
