@@ -44,10 +44,10 @@ def masked_forward(
     llm: Qwen2, layout: VideoLayout, config: PrefillConfig, visual: np.ndarray, suffix: list[int]
 ) -> jax.Array:
     """The whole sequence at once under upstream's N x N mask: hidden states of the suffix."""
-    embeddings = [llm.embed(jnp.arange(layout.prefix))]
+    embeddings = [llm.embed_tokens(jnp.arange(layout.prefix))]
     for g, n in enumerate(layout.time_lengths):
-        embeddings += [llm.embed(jnp.array([(7 * g + i) % 90 for i in range(n)])), jnp.asarray(visual[g])]
-    x = jnp.concatenate([*embeddings, llm.embed(jnp.array(suffix))])
+        embeddings += [llm.embed_tokens(jnp.array([(7 * g + i) % 90 for i in range(n)])), jnp.asarray(visual[g])]
+    x = jnp.concatenate([*embeddings, llm.embed_tokens(jnp.array(suffix))])
     mask = jnp.asarray(dense_mask(layout, len(suffix), config))
 
     def attend(state: None, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[None, jax.Array]:

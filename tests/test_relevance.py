@@ -59,7 +59,7 @@ def test_attention_scores_are_attention_mass(heads: str, slots: int, model: xl2j
         jax.debug.callback(lambda w: per_layer.append(np.asarray(w)), p[:, first:last, :length].mean(1), ordered=True)
         return state, jnp.einsum("nts,nsh->tnh", p, values)
 
-    jax.block_until_ready(llm.forward(llm.embed(ids), length + jnp.arange(len(ids)), attend, None))
+    jax.block_until_ready(llm.forward(llm.embed_tokens(ids), length + jnp.arange(len(ids)), attend, None))
     jax.effects_barrier()
     assert len(per_layer) == c.layers
     by_group = np.stack([[w[:, group[:length] == g].sum(1) for g in range(groups)] for w in per_layer])  # [L, G, N]
@@ -86,7 +86,7 @@ def test_similarity_finds_the_group_of_the_question(model: xl2jax.Model) -> None
     llm = runtime.merge_model(model.config, model.params).llm
     ids = np.array([0, 40, 41, 42, 0], np.int32)
     visual = jax.random.normal(jax.random.key(0), (6, 3, model.config.llm.width))
-    visual = visual.at[4].set(llm.embed(jnp.array([40, 41, 42])) * 5)
+    visual = visual.at[4].set(llm.embed_tokens(jnp.array([40, 41, 42])) * 5)
     scores = runtime.similarity_scores(model.config, model.params, unit_features(visual), ids, np.int32(1), np.int32(4))
     assert int(scores.argmax()) == 4
     assert float(scores[4]) > 3 * float(jnp.sort(scores)[-2])

@@ -82,7 +82,8 @@ class TemporalAttention(nnx.Module):
         q, k = q * c**-0.25, k * c**-0.25
         distance = np.arange(t)[None, :] - np.arange(t)[:, None]  # j - i
         rows = np.clip(distance, -MAX_RELATIVE_POSITION, MAX_RELATIVE_POSITION) + MAX_RELATIVE_POSITION
-        rk, rv = self.relative_position_k(rows), self.relative_position_v(rows)  # [i, j, C]
+        # Not nnx.Embed's call: it casts to the dtype it was built with. [i, j, C]
+        rk, rv = (e.embedding[...][rows] for e in (self.relative_position_k, self.relative_position_v))
         weights = jnp.einsum("pic,pjc->pij", q, k) + jnp.einsum("pjc,jic->pij", q, rk)
         weights = jax.nn.softmax(weights.astype(jnp.float32), axis=-1).astype(v.dtype)
         out = jnp.einsum("pij,pjc->pic", weights, v) + jnp.einsum("pij,ijc->pic", weights, rv)

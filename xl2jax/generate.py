@@ -56,7 +56,7 @@ def extend(
         kv, out, _ = attend_text(q, k, v, context, kv, start, layer, implementation)
         return kv, out
 
-    hidden, (k, v) = llm.forward(llm.embed(ids), positions, attend, (text.k, text.v))
+    hidden, (k, v) = llm.forward(llm.embed_tokens(ids), positions, attend, (text.k, text.v))
     return text._replace(k=k, v=v, global_length=start + length), hidden
 
 

@@ -158,7 +158,7 @@ def prefill_prefix(
         )
         return kv, out[0]
 
-    hidden, kv = llm.forward(llm.embed(ids), at, attend, (cache.k, cache.v))
+    hidden, kv = llm.forward(llm.embed_tokens(ids), at, attend, (cache.k, cache.v))
     return cache._replace(k=kv[0], v=kv[1], global_length=jnp.int32(length)), hidden
 
 
@@ -201,7 +201,7 @@ def prefill_segment(
 
             return kv, jnp.concatenate([part(None, visuals), part(visuals, None)])
 
-        x = jnp.concatenate([embeddings.astype(llm.embed.embedding.dtype), llm.embed(s.time_ids)])
+        x = jnp.concatenate([embeddings.astype(llm.embed.embedding.dtype), llm.embed_tokens(s.time_ids)])
         hidden, (k, v) = llm.forward(x, s.position, attend, (cache.k, cache.v))
         cache = KVCache(k, v, cache.global_length + s.times, cache.visual_start, cache.visual_length + s.visuals)
         return cache, hidden if keep_hidden else None

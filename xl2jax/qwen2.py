@@ -64,6 +64,11 @@ class Qwen2(nnx.Module):
             self.lm_head = nnx.Linear(config.width, config.vocab, use_bias=False, param_dtype=param_dtype, rngs=rngs)
         self.tied = config.tied_embeddings
 
+    def embed_tokens(self, ids: jax.Array) -> jax.Array:
+        """Token ids [...] -> embeddings [..., D] in the parameters' dtype."""
+        # nnx.Embed's own call casts to the dtype it was built with, whatever its parameters are.
+        return self.embed.embedding[...][ids]
+
     def forward[S](
         self, x: jax.Array, positions: jax.Array, attend: Attend[S], state: S, *, remat: bool = False
     ) -> tuple[jax.Array, S]:

@@ -80,7 +80,7 @@ def attention_scores(
 
     positions = context.length + text.global_length + at
     init = ((text.k, text.v), jnp.zeros(groups, jnp.float32))
-    _, (_, sums) = llm.forward(llm.embed(ids), positions, attend, init)
+    _, (_, sums) = llm.forward(llm.embed_tokens(ids), positions, attend, init)
     return sums / (last_layer - first_layer)
 
 
@@ -93,7 +93,7 @@ def unit_features(visual: jax.Array) -> jax.Array:
 def similarity_scores(llm: Qwen2, features: jax.Array, ids: jax.Array, first: jax.Array, last: jax.Array) -> jax.Array:
     """Cosine between the question's mean token embedding and each group's `unit_features`: [G]."""
     at = jnp.arange(ids.shape[0])
-    x = llm.embed(ids).astype(jnp.float32)
+    x = llm.embed_tokens(ids).astype(jnp.float32)
     x = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-6)
     question = jnp.sum(jnp.where(((at >= first) & (at < last))[:, None], x, 0.0), axis=0)
     question = question / jnp.maximum(jnp.linalg.norm(question), 1e-6)
