@@ -161,3 +161,21 @@ def test_no_array_of_queries_times_slots() -> None:
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporaries(80_000) == temporaries(8_000)
+
+
+@pytest.mark.parametrize("shape", [{"t": 20, "s": 77}, {"t": 9, "s": 40, "batch": 3, "rows": 2}])
+def test_gradients_are_those_of_the_reference(shape: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against autodiff of the oracle, through out and lse; batch rows that share an arena row add up."""
+    monkeypatch.setattr(arena, "_tile_sizes", lambda queries, slots: (8, 16))
+    q, k, v, *rest = map(jnp.asarray, problem(5, **shape))
+    weights = jax.random.normal(jax.random.key(0), q.shape)
+
+    def loss(attend, q, k, v):
+        out, lse = attend(q, k, v, *rest)
+        seen = lse > NEGATIVE / 2
+        return jnp.sum(out * weights) + jnp.sum(jnp.where(seen, jnp.sin(lse), 0.0))
+
+    expected = jax.grad(lambda *a: loss(arena.attend_reference, *a), (0, 1, 2))(q, k, v)
+    actual = jax.jit(jax.grad(lambda *a: loss(arena_attention, *a), (0, 1, 2)))(q, k, v)
+    for a, e in zip(actual, expected, strict=True):
+        close(a, e, 1e-5)

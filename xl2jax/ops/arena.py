@@ -21,7 +21,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -103,47 +103,157 @@ def live_blocks(
     return a, b, jnp.maximum(c, b)
 
 
+class _Block(NamedTuple):
+    """Keys and values [K, block, H] of one key block, and what a tile's queries see of it [T, block]."""
+
+    k: jax.Array
+    v: jax.Array
+    mask: jax.Array
+    read_at: jax.Array
+
+
+def _live_blocks_of_tile(
+    k: jax.Array, v: jax.Array, row: jax.Array, g_end: jax.Array, v_lo: jax.Array, v_hi: jax.Array, block: int
+) -> tuple[jax.Array, Callable[[jax.Array], _Block]]:
+    """How many key blocks some query of the tile sees, and a function that reads the i-th of them."""
+    kv_heads, slots, h = k.shape[1:]
+    g_blocks, v_first, v_last = live_blocks(g_end, v_lo, v_hi, block)
+
+    def read(i: jax.Array) -> _Block:
+        start = jnp.where(i < g_blocks, i, i - g_blocks + v_first) * block
+        # The last block may hang over the end: read it further left, and mask what was read before.
+        read_at = jnp.minimum(start, slots - block)
+        kb, vb = (jax.lax.dynamic_slice(x, (row, 0, read_at, 0), (1, kv_heads, block, h))[0] for x in (k, v))
+        columns = read_at + jnp.arange(block, dtype=jnp.int32)
+        mask = arena_mask(g_end, v_lo, v_hi, columns) & (columns >= start)
+        return _Block(kb, jnp.where(jnp.any(mask, axis=0)[:, None], vb, 0), mask, read_at)
+
+    return g_blocks + v_last - v_first, read
+
+
+def _fold(x: jax.Array, kv_heads: int) -> jax.Array:
+    """[T, N, ...] -> [K, T * groups, ...]: the query heads of a KV head become rows."""
+    t, n, *rest = x.shape
+    return jnp.moveaxis(x.reshape(t, kv_heads, n // kv_heads, *rest), 1, 0).reshape(kv_heads, -1, *rest)
+
+
+def _unfold(x: jax.Array, tokens: int) -> jax.Array:
+    """The inverse of `_fold`."""
+    kv_heads, _, *rest = x.shape
+    return jnp.moveaxis(x.reshape(kv_heads, tokens, -1, *rest), 0, 1).reshape(tokens, -1, *rest)
+
+
+def _scores(q: jax.Array, block: _Block) -> jax.Array:
+    """Scaled, masked float32 scores [K, T, groups, block] of folded queries [K, T * groups, H]."""
+    scores = jnp.einsum("kqh,ksh->kqs", q, block.k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    t, width = block.mask.shape
+    return jnp.where(block.mask[:, None], scores.reshape(q.shape[0], t, -1, width), NEGATIVE)
+
+
 def _attend_tile(
     q: jax.Array, row: jax.Array, g_end: jax.Array, v_lo: jax.Array, v_hi: jax.Array,
     *, k: jax.Array, v: jax.Array, block: int,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """q [T, N, H] against row `row` of k and v: (out [T, N, H], lse [T, N])."""
     t, n, h = q.shape
-    kv_heads, slots = k.shape[1], k.shape[2]
-    groups = n // kv_heads
-    queries = q.reshape(t, kv_heads, groups, h).transpose(1, 0, 2, 3).reshape(kv_heads, t * groups, h)
-    g_blocks, v_first, v_last = live_blocks(g_end, v_lo, v_hi, block)
+    kv_heads = k.shape[1]
+    queries = _fold(q, kv_heads)
+    count, read = _live_blocks_of_tile(k, v, row, g_end, v_lo, v_hi, block)
 
     def body(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         acc, top, total = carry
-        start = jnp.where(i < g_blocks, i, i - g_blocks + v_first) * block
-        # The last block may hang over the end: read it further left, and mask what was read before.
-        read_at = jnp.minimum(start, slots - block)
-        kb, vb = (jax.lax.dynamic_slice(x, (row, 0, read_at, 0), (1, kv_heads, block, h))[0] for x in (k, v))
-        columns = read_at + jnp.arange(block, dtype=jnp.int32)
-        mask = arena_mask(g_end, v_lo, v_hi, columns) & (columns >= start)  # [T, block]
-        vb = jnp.where(jnp.any(mask, axis=0)[:, None], vb, 0)
-        scores = jnp.einsum("kqh,ksh->kqs", queries, kb, preferred_element_type=jnp.float32) * h**-0.5
-        scores = jnp.where(mask[:, None], scores.reshape(kv_heads, t, groups, block), NEGATIVE)
+        keys = read(i)
+        scores = _scores(queries, keys)
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
         # A masked score is NEGATIVE: its exponential is 0 once the row has seen a slot. Until then
         # new_top is NEGATIVE too, and what is summed is wiped by the first real score.
         p = jnp.exp(scores - new_top[..., None])
         decay = jnp.exp(top - new_top)
         total = total * decay + jnp.sum(p, axis=-1)
-        p = p.reshape(kv_heads, t * groups, block).astype(vb.dtype)
-        update = jnp.einsum("kqs,ksh->kqh", p, vb, preferred_element_type=jnp.float32)
-        acc = acc * decay[..., None] + update.reshape(kv_heads, t, groups, h)
-        return acc, new_top, total
+        p = p.reshape(kv_heads, -1, block).astype(keys.v.dtype)
+        update = jnp.einsum("kqs,ksh->kqh", p, keys.v, preferred_element_type=jnp.float32)
+        return acc * decay[..., None] + update.reshape(acc.shape), new_top, total
 
-    shape = (kv_heads, t, groups)
+    shape = (kv_heads, t, n // kv_heads)
     init = (jnp.zeros((*shape, h)), jnp.full(shape, NEGATIVE), jnp.zeros(shape))
-    acc, top, total = jax.lax.fori_loop(0, g_blocks + v_last - v_first, body, init)
+    acc, top, total = jax.lax.fori_loop(0, count, body, init)
     seen = top > NEGATIVE / 2
     total = jnp.where(seen, total, 1.0)
     out = jnp.where(seen[..., None], acc / total[..., None], 0.0)
     lse = jnp.where(seen, top + jnp.log(total), NEGATIVE)
-    return out.transpose(1, 0, 2, 3).reshape(t, n, h).astype(q.dtype), lse.transpose(1, 0, 2).reshape(t, n)
+    return _unfold(out.reshape(kv_heads, -1, h), t).astype(q.dtype), _unfold(lse.reshape(kv_heads, -1), t)
+
+
+def _backward(
+    residuals: tuple[jax.Array, ...], cotangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of q, k and v, blockwise in float32: the scores are made again from lse."""
+    q, k, v, rows, g_end, v_lo, v_hi, out, lse = residuals
+    b, t, n, h = q.shape
+    kv_heads = k.shape[1]
+    d_out, d_lse = (x.astype(jnp.float32) for x in cotangents)
+    # The part of a score's gradient that all slots share.
+    shared = d_lse - jnp.sum(d_out * out.astype(jnp.float32), axis=-1)
+    tile, block = _tile_sizes(t, k.shape[2])
+    tiles = -(-t // tile)
+
+    def to_tiles(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), (0, tiles * tile - t)) + ((0, 0),) * (x.ndim - 2))
+        return x.reshape(b * tiles, tile, *x.shape[2:])
+
+    def one(
+        grads: tuple[jax.Array, jax.Array], xs: tuple[jax.Array, ...]
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        row, g_end, v_lo, v_hi, *folding = xs
+        queries, d_outs, norm, part = (_fold(x, kv_heads) for x in folding)
+        count, read = _live_blocks_of_tile(k, v, row, g_end, v_lo, v_hi, block)
+
+        def body(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            d_q, d_k, d_v = carry
+            keys = read(i)
+            scores = _scores(queries, keys)
+            seen = scores > NEGATIVE / 2
+            p = jnp.exp(jnp.where(seen, scores - norm.reshape(scores.shape[:3])[..., None], NEGATIVE))
+            p = p.reshape(kv_heads, -1, block)
+            d_p = jnp.einsum("kqh,ksh->kqs", d_outs, keys.v.astype(jnp.float32))
+            d_scores = p * (d_p + part[..., None]) * h**-0.5
+            at = (row, 0, keys.read_at, 0)
+
+            def add(total: jax.Array, update: jax.Array) -> jax.Array:
+                old = jax.lax.dynamic_slice(total, at, (1, *update.shape))
+                return jax.lax.dynamic_update_slice(total, old + update[None], at)
+
+            d_q = d_q + jnp.einsum("kqs,ksh->kqh", d_scores, keys.k.astype(jnp.float32))
+            d_k = add(d_k, jnp.einsum("kqs,kqh->ksh", d_scores, queries.astype(jnp.float32)))
+            d_v = add(d_v, jnp.einsum("kqs,kqh->ksh", p, d_outs))
+            return d_q, d_k, d_v
+
+        d_q, d_k, d_v = jax.lax.fori_loop(0, count, body, (jnp.zeros(queries.shape), *grads))
+        return (d_k, d_v), _unfold(d_q, tile)
+
+    per_tile = (jnp.repeat(rows, tiles), *(to_tiles(x) for x in (g_end, v_lo, v_hi, q, d_out, lse, shared)))
+    (d_k, d_v), d_q = jax.lax.scan(one, (jnp.zeros(k.shape), jnp.zeros(v.shape)), per_tile)
+    d_q = d_q.reshape(b, tiles * tile, n, h)[:, :t]
+    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _differentiable(implementation: str, *args: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return IMPLEMENTATIONS[implementation](*args)
+
+
+def _forward(implementation: str, *args: jax.Array) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, ...]]:
+    result = IMPLEMENTATIONS[implementation](*args)
+    return result, (*args, *result)
+
+
+def _vjp(
+    implementation: str, residuals: tuple[jax.Array, ...], cotangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array | None, ...]:
+    return (*_backward(residuals, cotangents), None, None, None, None)
+
+
+_differentiable.defvjp(_forward, _vjp)
 
 
 def _attend_mosaic(*args: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -186,6 +296,9 @@ def arena_attention(
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """The op of this module, by the implementation named; `auto` chooses, and logs its choice once.
 
+    Differentiable in q, k and v (out and lse), with a blockwise backward pass in XLA whatever the
+    implementation.
+
     Raises:
       UserError: no such implementation, or the one named does not serve these shapes or dtypes. A
         named one never falls back to another.
@@ -194,7 +307,7 @@ def arena_attention(
         implementation = _choose(q, k)
     if implementation not in IMPLEMENTATIONS:
         raise UserError(f"attention {implementation!r}: choose auto, {', '.join(IMPLEMENTATIONS)}")
-    return IMPLEMENTATIONS[implementation](q, k, v, rows, g_end, v_lo, v_hi)
+    return _differentiable(implementation, q, k, v, rows, g_end, v_lo, v_hi)
 
 
 def merge(parts: list[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
