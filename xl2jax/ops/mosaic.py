@@ -53,12 +53,12 @@ def choose_config(tiles: int, slots: int, multiprocessors: int = 132) -> KernelC
     return KernelConfig(block=block, stages=2 if block == 128 else 4, splits=splits)
 
 
-def tile_blocks(g_end: jax.Array, v_lo: jax.Array, v_hi: jax.Array, block: int) -> jax.Array:
-    """Ranges of rows [..., R] -> int32 [..., R / TILE, 6]: a_full, a, b, b_full, c_full, c (in blocks).
+def tile_blocks(g_end: jax.Array, v_lo: jax.Array, v_hi: jax.Array, block: int, tile: int = TILE) -> jax.Array:
+    """Ranges of rows [..., R] -> int32 [..., R / tile, 6]: a_full, a, b, b_full, c_full, c (in blocks).
 
     Rows that see nothing ask for no block and forbid no unmasked one: their result is wiped.
     """
-    g_end, v_lo, v_hi = (x.reshape(*x.shape[:-1], -1, TILE) for x in (g_end, v_lo, v_hi))
+    g_end, v_lo, v_hi = (x.reshape(*x.shape[:-1], -1, tile) for x in (g_end, v_lo, v_hi))
     big = jnp.iinfo(jnp.int32).max // 2
     seen = v_hi > v_lo
     alive = seen | (g_end > 0)
@@ -108,11 +108,15 @@ def attend_mosaic(
     def fold(x: jax.Array) -> jax.Array:  # [B, T] -> [B, padded]
         return jnp.pad(jnp.repeat(x, group, axis=1), ((0, 0), (0, padded - folded)))
 
-    ranges = [fold(x) for x in (g_end, v_lo, v_hi)]
+    row_g_end, row_v_lo, row_v_hi = (fold(x) for x in (g_end, v_lo, v_hi))
+    if tokens == 1:  # all rows are alike: no reduction over them
+        blocks = tile_blocks(g_end, v_lo, v_hi, config.block, tile=1)
+    else:
+        blocks = tile_blocks(row_g_end, row_v_lo, row_v_hi, config.block)
     queries = q.reshape(batch, tokens, kv_heads, group, h).transpose(0, 2, 1, 3, 4)
     queries = queries.reshape(batch, kv_heads, folded, h)
     queries = jnp.pad(queries, ((0, 0), (0, 0), (0, padded - folded), (0, 0)))
-    out, lse = _call(queries, k, v, rows, *ranges, config=config, interpret=interpret)
+    out, lse = _call(queries, k, v, rows, row_g_end, row_v_lo, row_v_hi, blocks, config=config, interpret=interpret)
     if config.splits > 1:
         total = jax.nn.logsumexp(lse, axis=0)
         share = jnp.where(lse > NEGATIVE / 2, jnp.exp(lse - total), 0.0)
@@ -138,12 +142,12 @@ def unsupported(q: jax.Array, k: jax.Array) -> str | None:
 
 def _call(
     q: jax.Array, k: jax.Array, v: jax.Array, rows: jax.Array, g_end: jax.Array, v_lo: jax.Array, v_hi: jax.Array,
+    blocks: jax.Array,
     *, config: KernelConfig, interpret: Any,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """q [B, K, R, H] folded, ranges [B, R] -> out [splits, B, K, R, H], lse [splits, B, K, R]."""
+    """q [B, K, R, H] folded, ranges [B, R], blocks [B, R / TILE, 6] -> out [splits, B, K, R, H], lse [splits, B, K, R]."""
     batch, kv_heads, padded, h = q.shape
     dtype, block, stages, splits = q.dtype, config.block, config.stages, config.splits
-    blocks = tile_blocks(g_end, v_lo, v_hi, block)
     scale = h**-0.5 * _LOG2E
     compiled = interpret is None
 
