@@ -71,6 +71,30 @@ def test_against_the_reference(tokens: int, slots: int, heads: int, kv_heads: in
     assert_reference(problem(ranges, slots=slots, heads=heads, kv_heads=kv_heads), config)
 
 
+def test_padding_queries_poisoned_with_nan() -> None:
+    """Queries that see nothing share tiles, and so unmasked blocks, with others: their NaN stays out, their result is 0."""
+    rng = np.random.default_rng(1)
+    dead = rng.random((1, 40)) < 0.3
+    g_end, v_lo, v_hi = (
+        rng.integers(130, 200, (1, 40)),
+        rng.integers(200, 250, (1, 40)),
+        rng.integers(400, 500, (1, 40)),
+    )
+    ranges = [np.where(dead, 0, g_end), v_lo, np.where(dead, 0, v_hi)]
+    blocks = np.asarray(tile_blocks(*(jnp.asarray(np.resize(x, (1, TILE)), jnp.int32) for x in ranges), 64))[0, 0]
+    assert blocks[0] > 0
+    assert blocks[4] > blocks[3]
+    args = problem(ranges, slots=512, heads=4, kv_heads=2)
+    clean = attend_reference(*args)
+    args[0] = jnp.where(jnp.asarray(dead)[..., None, None], jnp.nan, args[0])
+    out, lse = interpreted(args, KernelConfig(64, 2))
+    expected, expected_lse = (np.asarray(x, np.float32) for x in clean)
+    assert np.isfinite(out).all()
+    assert np.linalg.norm(out - expected) <= 1e-2 * np.linalg.norm(expected)
+    assert not out[dead].any()
+    assert np.allclose(lse, expected_lse, atol=1e-4)
+
+
 def test_short_lists_and_batches() -> None:
     """Tiles with no block, one block, fewer blocks than splits and stages; two batch rows."""
     g_end = np.array([[0] * 8, [1] * 8])
