@@ -1,9 +1,17 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 
-from xl2jax import bench
+import jax
+import jax.numpy as jnp
+
+from xl2jax import flops
+from xl2jax.bench import __main__ as bench
+from xl2jax.config import PRESETS
+from xl2jax.layout import PrefillConfig, VideoLayout, dense_mask
+from xl2jax.model import abstract_model
 
 
 def test_rows(command: Callable[..., tuple[int, str, str]]) -> None:
@@ -28,9 +36,48 @@ def test_rows(command: Callable[..., tuple[int, str, str]]) -> None:
     assert row["step_ms"] > 0
 
 
+def test_e2e(command: Callable[..., tuple[int, str, str]]) -> None:
+    """Every stage of the whole model on the smallest preset; the dtype that GPUs get."""
+    status, out, err = command(
+        bench.main, "e2e", "--preset", "tiny", "--frames", "32,96", "--step-groups", "4", "--json"
+    )
+    assert status == 0, err
+    card, vision, *videos = json.loads(out)["rows"]
+    assert card["matrix_tflops"] > 0
+    assert vision["tower_frames_s"] > vision["frames_s"] > 0
+    assert [(v["frames"], v["tokens"]) for v in videos] == [(32, 14 + 8 * 11), (96, 14 + 24 * 11)]
+    # Of 6 chunks the ends and the best two are dense.
+    assert videos[1]["bilevel_tokens"] == videos[1]["dense_tokens"] - 2 * 4 * 3
+    for v in videos:
+        assert v["prefill_s"] < v["pixels_to_first_token_s"]
+        assert min(v[k] for k in ("dense_step_ms", "bilevel_step_ms", "question_s", "peak_gib", "dense_prefill_s")) > 0
+
+
+def test_flops() -> None:
+    """Against the compiler's own count, and against the mask rule spelled out."""
+    config = PRESETS["tiny"]
+    model = abstract_model(config, jnp.float32)
+
+    def counted(f: Callable[..., object], *args: object) -> float:
+        return jax.jit(f).lower(*args).compile().cost_analysis()["flops"]
+
+    frames = jax.ShapeDtypeStruct((4, 70, 70, 3), jnp.float32)
+    whole = counted(lambda m, x: m.encode_frames(x), model, frames)
+    # Scans are counted once, softmax and norms on top.
+    layers = config.vision.run_layers
+    once = dataclasses.replace(config, vision=dataclasses.replace(config.vision, layers=2))
+    expected = 4 * flops.vision(once) + flops.dts_and_projector(config)
+    assert layers == 2
+    assert 0.7 * whole < expected < whole
+    layout = VideoLayout(5, (2, 3, 2, 3, 2), 4)
+    for prefill in (PrefillConfig(2, 1), PrefillConfig(2, None)):
+        assert flops.visible_pairs(layout, prefill, suffix=3) == dense_mask(layout, 3, prefill).sum()
+
+
 def test_bad_options(refused: Callable[..., str]) -> None:
     assert "--groups" in refused(bench.main, "prefill", "--groups", "many")
     assert "--modes" in refused(bench.main, "decode", "--modes", "chunked")
     assert "--preset" in refused(bench.main, "prefill", "--preset", "huge")
     assert "must be 1 or more" in refused(bench.main, "prefill", "--chunk-groups", "0")
+    assert "--frames" in refused(bench.main, "e2e", "--frames", "30")
     assert "needs a GPU" in refused(bench.main, "kernels")

@@ -1,0 +1,126 @@
+"""`python -m xl2jax.bench prefill|decode|kernels|e2e`.
+
+Every row of `prefill` and `decode` runs in a process of its own, so that peak memory and compilation are
+its own; `kernels` and `e2e` are one process each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import tyro
+
+from xl2jax.bench.e2e import E2EArgs, e2e_rows
+from xl2jax.bench.kernels import KernelArgs, kernel_rows
+from xl2jax.bench.llm import DecodeArgs, PrefillArgs, decode_row, prefill_row
+from xl2jax.bench.setup import machine
+from xl2jax.config import FRAMES_PER_GROUP, PRESETS
+from xl2jax.errors import UserError
+from xl2jax.terminal import run_command
+
+ROWS: dict[str, Callable[..., dict[str, Any]]] = {"prefill": prefill_row, "decode": decode_row}
+
+
+def _in_own_process(command: str, args: PrefillArgs | DecodeArgs, mode: str, groups: int) -> dict[str, Any]:
+    payload = json.dumps([command, dataclasses.asdict(args), mode, groups])
+    run = subprocess.run(
+        [sys.executable, "-m", "xl2jax.bench", "row", payload], stdout=subprocess.PIPE, text=True, check=False
+    )
+    if run.returncode:
+        raise UserError(f"bench {command} {mode} with {groups} groups failed (status {run.returncode})")
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def _row(payload: str) -> None:
+    command, fields, mode, groups = json.loads(payload)
+    args = PrefillArgs(**fields) if command == "prefill" else DecodeArgs(**fields)
+    print(json.dumps(ROWS[command](args, mode, groups)))
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    """Aligned columns, with the ratio of seconds to the first mode's at the same groups."""
+    cost = "seconds" if "seconds" in rows[0] else "step_ms"
+    table = []
+    for row in rows:
+        base = next(r for r in rows if r["groups"] == row["groups"])
+        shown = {k: v for k, v in row.items() if not k.endswith("bytes")}
+        shown |= {k.removesuffix("_bytes") + "_MB": v / 1e6 for k, v in row.items() if k.endswith("bytes")}
+        shown[f"x {base['mode']}"] = row[cost] / base[cost]
+        table.append({k: f"{v:.2f}" if isinstance(v, float) else str(v) for k, v in shown.items()})
+    names = list(table[0])
+    widths = [max(len(n), *(len(r[n]) for r in table)) for n in names]
+    for line in (dict(zip(names, names, strict=True)), *table):
+        print("  ".join(line[n].rjust(w) for n, w in zip(names, widths, strict=True)))
+
+
+def _print_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
+    """A line a row: its fields differ from row to row."""
+    if as_json:
+        print(json.dumps({"machine": machine(), "rows": rows}))
+        return
+    print(machine())
+    for row in rows:
+        print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+
+
+def _whole_numbers(flag: str, text: str) -> list[int]:
+    try:
+        numbers = [int(x) for x in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise UserError(f"{flag}: whole numbers of 1 or more separated by commas, not {text!r}")
+    return numbers
+
+
+def _check_sizes(args: PrefillArgs | DecodeArgs | E2EArgs) -> None:
+    if args.preset not in PRESETS:
+        raise UserError(f"--preset: choose from {', '.join(PRESETS)}")
+    least = min(getattr(args, n, 1) for n in ("chunk_groups", "step_groups", "select_chunk_groups", "pool"))
+    if least < 1 or getattr(args, "window_chunks", 0) < 0 or getattr(args, "top_chunks", 0) < 0:
+        raise UserError("chunk, step and selection groups and pool must be 1 or more, window and top chunks 0 or more")
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["row"]:
+        _row(sys.argv[2])
+        return
+    commands: dict[str, Any] = {"prefill": PrefillArgs, "decode": DecodeArgs, "kernels": KernelArgs, "e2e": E2EArgs}
+    args: PrefillArgs | DecodeArgs | KernelArgs | E2EArgs = tyro.extras.subcommand_cli_from_dict(
+        commands, prog="python -m xl2jax.bench"
+    )
+    if isinstance(args, KernelArgs):
+        if jax.default_backend() != "gpu":
+            raise UserError("bench kernels needs a GPU; the tests check the kernel without one")
+        _print_rows(kernel_rows(args), args.json)
+        return
+    _check_sizes(args)
+    if isinstance(args, E2EArgs):
+        if any(f % FRAMES_PER_GROUP for f in _whole_numbers("--frames", args.frames)):
+            raise UserError(f"--frames: multiples of {FRAMES_PER_GROUP}, not {args.frames!r}")
+        _print_rows(e2e_rows(args), args.json)
+        return
+    command = "prefill" if isinstance(args, PrefillArgs) else "decode"
+    modes, known = args.modes.split(","), {"chunked", "dense"} if command == "prefill" else {"dense", "bilevel"}
+    if not set(modes) <= known:
+        raise UserError(f"--modes: choose from {', '.join(sorted(known))}")
+    rows = []
+    for groups in _whole_numbers("--groups", args.groups):
+        for mode in modes:
+            print(f"{command} {mode} {groups} groups ...", file=sys.stderr, flush=True)
+            rows.append(_in_own_process(command, args, mode, groups))
+    if args.json:
+        print(json.dumps(rows))
+    else:
+        print(machine())
+        _print_table(rows)
+
+
+if __name__ == "__main__":
+    run_command(main)

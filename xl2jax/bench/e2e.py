@@ -1,0 +1,211 @@
+"""`bench e2e`: the whole model stage by stage, from pixels on the host to the first token and beyond.
+
+Everything runs in one process, lengths ascending, so that a row's peak memory is its own. Times are
+medians after a warm-up that compiles; the whole run is timed once. MFU is against the card's own matrix
+rate, measured first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from xl2jax import flops, memory, runtime
+from xl2jax.api import check_bilevel
+from xl2jax.bench.kernels import ceilings
+from xl2jax.bench.setup import DECODE_TOKENS, Setup, random_params, timed
+from xl2jax.bilevel import BilevelConfig
+from xl2jax.cache import KVCache
+from xl2jax.config import FRAMES_PER_GROUP, PRESETS, VideoXL2Config
+from xl2jax.layout import PrefillConfig
+from xl2jax.model import normalise
+
+
+@dataclasses.dataclass(frozen=True)
+class E2EArgs:
+    """Times every stage of the whole model on random weights and random frames."""
+
+    frames: str = "256,512,1024,2048,4096,10000"
+    preset: str = "video-xl-2"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    random_weights: bool = True
+    """Weights are made on the device. (Speed does not depend on their values.)"""
+    chunk_groups: int = 4
+    window_chunks: int = 3
+    step_groups: int = 16
+    """Groups that go through the networks together."""
+    top_chunks: int = 2
+    select_chunk_groups: int = 4
+    pool: int = 4
+    dense_up_to: int = 2048
+    """Frames up to which prefill is also timed with every token seeing all before it."""
+    whole: bool = True
+    """Also the whole run, from pixels to the first token."""
+    profile: int = 0
+    """Prints as many of the costliest kernels of each stage."""
+    attention: str = "auto"
+    json: bool = False
+
+
+def kernels_of(run: Callable[[], Any], most: int) -> list[dict[str, Any]]:
+    """The costliest kernels of one run on the GPU: name, calls, milliseconds."""
+    totals: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready(run())
+        for path in Path(folder).rglob("*.xplane.pb"):
+            for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+                if not plane.name.startswith("/device:"):
+                    continue
+                for line in plane.lines:
+                    if line.name.startswith("Stream"):
+                        for event in line.events:
+                            total = totals[event.name]
+                            total[0] += 1
+                            total[1] += event.duration_ns / 1e6
+    ranked = sorted(totals.items(), key=lambda item: -item[1][1])[:most]
+    return [{"kernel": name, "calls": int(n), "ms": ms} for name, (n, ms) in ranked]
+
+
+class _Profiler:
+    """Prints what a stage's time went to, where asked."""
+
+    def __init__(self, most: int):
+        self.most = most
+
+    def __call__(self, stage: str, run: Callable[[], Any]) -> None:
+        if self.most:
+            for row in kernels_of(run, self.most):
+                print(f"  {stage}: {row['ms']:9.2f} ms {row['calls']:6d} x {row['kernel'][:110]}", file=sys.stderr)
+
+
+def _median(run: Callable[[], Any], repeats: int = 5) -> float:
+    timed(run)
+    return float(np.median([timed(run)[0] for _ in range(repeats)]))
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _vision(config: VideoXL2Config, params: nnx.State, frames: jax.Array) -> jax.Array:
+    return runtime.merge_model(config, params).vision(normalise(frames))
+
+
+def random_frames(config: VideoXL2Config, count: int) -> np.ndarray:
+    size = config.vision.image_size
+    return np.random.default_rng(0).integers(0, 256, (count, size, size, 3), np.uint8)
+
+
+def vision_row(args: E2EArgs, params: nnx.State, ceiling: float, profile: _Profiler) -> dict[str, Any]:
+    """Frames per second of the tower alone, and of tower, DTS and projector."""
+    config = PRESETS[args.preset]
+    count = args.step_groups * FRAMES_PER_GROUP
+    frames = jnp.asarray(random_frames(config, count))
+    tower = functools.partial(_vision, config, params, frames)
+    whole = functools.partial(runtime.encode, config, params, frames, frames_at_once=count)
+    alone, both = _median(tower), _median(whole)
+    profile("encode", whole)
+    work = count * flops.vision(config)
+    rest = count / FRAMES_PER_GROUP * flops.dts_and_projector(config)
+    return {
+        "stage": "vision", "batch": count, "tower_frames_s": count / alone, "tower_mfu": work / alone / ceiling,
+        "frames_s": count / both, "mfu": (work + rest) / both / ceiling,
+    }  # fmt: skip
+
+
+def watch(setup: Setup, frames: np.ndarray) -> KVCache:
+    """Pixels on the host to a full cache, segment by segment, as Model.watch does without a file to read."""
+    cache = setup.start()
+    for segment in setup.segments:
+        visual, _ = runtime.encode(
+            setup.config, setup.params, frames, frames_at_once=setup.plan.step_groups * FRAMES_PER_GROUP
+        )
+        cache = setup.extend(cache, visual, segment)
+    return cache
+
+
+def prefill_row(setup: Setup, config: PrefillConfig, ceiling: float, profile: _Profiler) -> dict[str, Any]:
+    compiling, _ = timed(lambda: setup.prefill(segments=1))
+    seconds, cache = timed(setup.prefill)
+    profile("prefill, last segment", lambda: setup.extend(cache, setup.visual, setup.segments[-1]))
+    work = flops.prefill(setup.config, setup.layout, config)
+    return {"compile_s": compiling, "prefill_s": seconds, "prefill_mfu": work / seconds / ceiling}
+
+
+def question_row(setup: Setup, bilevel: BilevelConfig, profile: _Profiler) -> dict[str, Any]:
+    """A further question about a cached video, and the steps of its answer."""
+    cache = setup.prefill()
+    table, pooled = setup.pool(cache, bilevel)
+
+    def question() -> Any:
+        context = setup.bilevel(cache, table, pooled, bilevel)
+        return context, setup.first_token(context)
+
+    row = {"question_s": _median(question, 3)}
+    profile("question", question)
+    for name, read in (("dense", cache), ("bilevel", question()[0])):
+        state, *_ = setup.decode(read, setup.first_token(read))
+        taken = []
+        for _ in range(3):
+            spent, (state, *_) = timed(functools.partial(setup.decode, read, state))
+            taken.append(spent)
+        row[f"{name}_step_ms"] = 1e3 * float(np.median(taken)) / DECODE_TOKENS
+        row[f"{name}_tokens"] = int(read.length)
+        profile(f"decode {name}", functools.partial(setup.decode, read, setup.first_token(read)))
+    return row
+
+
+def whole_row(setup: Setup, bilevel: BilevelConfig) -> dict[str, Any]:
+    """Pixels on the host to the first token of the first answer; everything is compiled by now."""
+    frames = random_frames(setup.config, setup.plan.segment_groups * FRAMES_PER_GROUP)
+
+    def first_token() -> Any:
+        cache = watch(setup, frames)
+        table, pooled = setup.pool(cache, bilevel)
+        return setup.first_token(setup.bilevel(cache, table, pooled, bilevel))
+
+    return {"pixels_to_first_token_s": timed(first_token)[0]}
+
+
+def video_row(args: E2EArgs, params: nnx.State, count: int, ceiling: float, profile: _Profiler) -> dict[str, Any]:
+    """One video: prefill, decoding, a question, and the whole run. The card's memory is free again afterwards."""
+
+    def setup(window: int | None) -> tuple[Setup, PrefillConfig]:
+        config = PrefillConfig(args.chunk_groups, window)
+        return Setup(args.preset, params, count // FRAMES_PER_GROUP, config, args.step_groups, args.attention), config
+
+    video, config = setup(args.window_chunks)
+    bilevel = BilevelConfig(args.select_chunk_groups, args.pool, args.top_chunks)
+    check_bilevel(bilevel, video.layout)
+    row: dict[str, Any] = {"stage": "video", "frames": count, "tokens": video.layout.tokens}
+    row |= prefill_row(video, config, ceiling, profile)
+    row |= question_row(video, bilevel, profile)
+    row |= whole_row(video, bilevel) if args.whole else {}
+    row["peak_gib"] = memory.peak_bytes() / 2**30
+    if count <= args.dense_up_to:
+        dense, _ = setup(None)
+        row["dense_prefill_s"] = _median(dense.prefill, 1)
+    return row
+
+
+def e2e_rows(args: E2EArgs) -> list[dict[str, Any]]:
+    """A row for the card, one for the vision tower and DTS, then one for each length."""
+    rows: list[dict[str, Any]] = [{"stage": "card", **ceilings()}]
+    ceiling = rows[0]["matrix_tflops"] * 1e12
+    profile = _Profiler(args.profile)
+    params = random_params(args.preset, args.dtype)
+    rows.append(vision_row(args, params, ceiling, profile))
+    for count in sorted(int(f) for f in args.frames.split(",")):
+        print(f"{count} frames ...", file=sys.stderr, flush=True)
+        rows.append(video_row(args, params, count, ceiling, profile))
+        print(rows[-1], file=sys.stderr, flush=True)
+    return rows

@@ -1,0 +1,100 @@
+"""`bench prefill` and `bench decode`: the LLM alone, on random embeddings."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from xl2jax import memory
+from xl2jax.api import check_bilevel
+from xl2jax.bench.setup import DECODE_TOKENS, Setup, random_params, timed
+from xl2jax.bilevel import BilevelConfig
+from xl2jax.cache import KVCache
+from xl2jax.layout import PrefillConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillArgs:
+    """Times the LLM prefill alone."""
+
+    groups: str = "64,128,256,512"
+    modes: str = "chunked,dense"
+    preset: str = "bench"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    chunk_groups: int = 4
+    window_chunks: int = 3
+    step_groups: int = 4
+    """Groups that go through the layers together."""
+    attention: str = "auto"
+    json: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeArgs:
+    """Times a decode step and the first token of a question, on dense and bi-level caches."""
+
+    groups: str = "64,128,256"
+    modes: str = "dense,bilevel"
+    preset: str = "bench"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    top_chunks: int = 2
+    select_chunk_groups: int = 4
+    pool: int = 4
+    attention: str = "auto"
+    json: bool = False
+
+
+def prefill_row(args: PrefillArgs, mode: str, groups: int) -> dict[str, Any]:
+    window = args.window_chunks if mode == "chunked" else None
+    config = PrefillConfig(args.chunk_groups, window)
+    setup = Setup(args.preset, random_params(args.preset, args.dtype), groups, config, args.step_groups, args.attention)
+    jax.block_until_ready((setup.params, setup.visual))
+    before = memory.used_bytes()  # imports, runtime and parameters
+    compiling = timed(lambda: setup.prefill(segments=1))[0]
+    seconds, cache = timed(setup.prefill)
+    return {
+        "mode": mode,
+        "groups": groups,
+        "tokens": setup.layout.tokens,
+        "seconds": seconds,
+        "compile_seconds": compiling,
+        "tokens_per_s": setup.layout.tokens / seconds,
+        "peak_memory_bytes": memory.peak_bytes() - before,
+        "cache_bytes": cache.k.nbytes + cache.v.nbytes,
+    }
+
+
+def decode_row(args: DecodeArgs, mode: str, groups: int) -> dict[str, Any]:
+    setup = Setup(args.preset, random_params(args.preset, args.dtype), groups, PrefillConfig(), 4, args.attention)
+    jax.block_until_ready((setup.params, setup.visual))
+    before = memory.used_bytes()
+    setup.prefill(segments=1)
+    prefilling, cache = timed(setup.prefill)
+    table, pooled = setup.pool(cache, BilevelConfig(pool=args.pool)) if mode == "bilevel" else (None, None)
+    config = BilevelConfig(args.select_chunk_groups, args.pool, args.top_chunks)
+    check_bilevel(config, setup.layout)
+
+    def question() -> tuple[KVCache, Any]:
+        context = cache if table is None or pooled is None else setup.bilevel(cache, table, pooled, config)
+        return context, setup.first_token(context)
+
+    question()  # compiles
+    first, (context, state) = timed(question)
+    seconds = []
+    for _ in range(4):  # the first compiles
+        taken, (state, _, _) = timed(functools.partial(setup.decode, context, state))
+        seconds.append(taken)
+    return {
+        "mode": mode,
+        "groups": groups,
+        "tokens": setup.layout.tokens,
+        "context_tokens": int(context.length),
+        "prefill_seconds": prefilling,
+        "question_seconds": first,
+        "step_ms": 1e3 * float(np.median(seconds[1:])) / DECODE_TOKENS,
+        "peak_memory_bytes": memory.peak_bytes() - before,
+    }
