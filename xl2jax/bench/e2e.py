@@ -122,14 +122,16 @@ def vision_row(args: E2EArgs, params: nnx.State, ceiling: float, profile: _Profi
     }  # fmt: skip
 
 
+def encode(setup: Setup, frames: np.ndarray) -> jax.Array:
+    at_once = setup.plan.step_groups * FRAMES_PER_GROUP
+    return runtime.encode(setup.config, setup.params, frames, frames_at_once=at_once)[0]
+
+
 def watch(setup: Setup, frames: np.ndarray) -> KVCache:
     """Pixels on the host to a full cache, segment by segment, as Model.watch does without a file to read."""
     cache = setup.start()
     for segment in setup.segments:
-        visual, _ = runtime.encode(
-            setup.config, setup.params, frames, frames_at_once=setup.plan.step_groups * FRAMES_PER_GROUP
-        )
-        cache = setup.extend(cache, visual, segment)
+        cache = setup.extend(cache, encode(setup, frames), segment)
     return cache
 
 
@@ -165,8 +167,9 @@ def question_row(setup: Setup, bilevel: BilevelConfig, profile: _Profiler) -> di
 
 
 def whole_row(setup: Setup, bilevel: BilevelConfig) -> dict[str, Any]:
-    """Pixels on the host to the first token of the first answer; everything is compiled by now."""
+    """Pixels on the host to the first token of the first answer; everything else is compiled by now."""
     frames = random_frames(setup.config, setup.plan.segment_groups * FRAMES_PER_GROUP)
+    jax.block_until_ready(encode(setup, frames))
 
     def first_token() -> Any:
         cache = watch(setup, frames)
