@@ -43,7 +43,6 @@ from xl2jax.video import Backend, SampleConfig, open_video
 logger = logging.getLogger(__name__)
 
 _STREAM_TOKENS = 8  # decoded on the device between two looks at the answer
-_CPU_STEP_GROUPS, _GPU_STEP_GROUPS = 4, 16  # groups that go through the networks together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,13 +206,12 @@ class Model:
 
     def plan(self, layout: VideoLayout, config: PrefillConfig) -> prefill.PrefillPlan:
         """Steps and buckets for the default device."""
-        step_groups = _CPU_STEP_GROUPS if jax.default_backend() == "cpu" else _GPU_STEP_GROUPS
-        return prefill.make_plan(layout, config, step_groups=step_groups)
+        return prefill.make_plan(layout, config)
 
     @property
     def _frames_at_once(self) -> int:
         """Frames that the vision tower takes together."""
-        return FRAMES_PER_GROUP * (_CPU_STEP_GROUPS if jax.default_backend() == "cpu" else _GPU_STEP_GROUPS)
+        return FRAMES_PER_GROUP * prefill.default_steps()[0]
 
     def need(self, layout: VideoLayout, config: PrefillConfig, bilevel: BilevelConfig | None) -> memory.MemoryNeed:
         """Memory that a video of this layout will take."""

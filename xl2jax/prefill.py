@@ -65,11 +65,17 @@ class PrefillPlan:
         return self.step_groups * self.segment_steps
 
 
+def default_steps() -> tuple[int, int]:
+    """(groups that go through the networks together, steps of a segment) for the default device."""
+    return (4, 4) if jax.default_backend() == "cpu" else (32, 2)
+
+
 def make_plan(
-    layout: VideoLayout, config: PrefillConfig, *, step_groups: int = 4, segment_steps: int = 4
+    layout: VideoLayout, config: PrefillConfig, *, step_groups: int | None = None, segment_steps: int | None = None
 ) -> PrefillPlan:
-    """Buckets of a video's lengths. A GPU wants more groups a step than a CPU; short videos have less."""
-    step_groups = min(step_groups, bucket(layout.groups))
+    """Buckets of a video's lengths. Steps are `default_steps` unless named; short videos have smaller ones."""
+    step_groups = min(step_groups or default_steps()[0], bucket(layout.groups))
+    segment_steps = segment_steps or default_steps()[1]
     segment_steps = min(segment_steps, -(-layout.groups // step_groups))
     segment = step_groups * segment_steps
     time_cap = -(-max(layout.time_lengths) // _TIME_UNIT) * _TIME_UNIT

@@ -89,4 +89,8 @@ class Qwen2(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [..., D] -> float32 logits [..., vocab]."""
         kernel = self.embed.embedding[...].T if self.tied else self.lm_head.kernel[...]
-        return jnp.dot(hidden, kernel, preferred_element_type=jnp.float32)
+        if hidden.ndim > 1:
+            return jnp.dot(hidden, kernel, preferred_element_type=jnp.float32)
+        # For one 16-bit row XLA would first write all of lm_head as float32: give it a few rows.
+        rows = jax.lax.optimization_barrier(jnp.pad(hidden[None], ((0, 7), (0, 0))))
+        return jnp.dot(rows, kernel, preferred_element_type=jnp.float32)[0]

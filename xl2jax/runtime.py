@@ -20,6 +20,11 @@ from xl2jax.model import VideoXL2, abstract_model, normalise
 from xl2jax.prefill import Step
 from xl2jax.relevance import AttentionScorer
 
+COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+"""XLA's own Triton products want each scanned layer's weights copied first, and leave bias and GELU to
+kernels of their own. cuBLAS reads the weights in place and takes both along: on an H200 that halves a
+decode step and makes the vision tower an eighth faster. Without effect on other devices."""
+
 
 @functools.cache
 def _graphdef(config: VideoXL2Config) -> nnx.GraphDef:
@@ -31,7 +36,7 @@ def merge_model(config: VideoXL2Config, params: nnx.State) -> VideoXL2:
     return nnx.merge(_graphdef(config), params)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "frames_at_once"))
+@functools.partial(jax.jit, static_argnames=("config", "frames_at_once"), compiler_options=COMPILER_OPTIONS)
 def encode(
     config: VideoXL2Config, params: nnx.State, frames: jax.Array, *, frames_at_once: int
 ) -> tuple[jax.Array, jax.Array]:
@@ -65,7 +70,9 @@ def new_cache(config: LLMConfig, slots: int, dtype: str, visual_start: int | jax
     return cache if visual_start is None else cache._replace(visual_start=jnp.int32(visual_start))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "implementation"), donate_argnames="cache")
+@functools.partial(
+    jax.jit, static_argnames=("config", "implementation"), donate_argnames="cache", compiler_options=COMPILER_OPTIONS
+)
 def prefill_prefix(
     config: VideoXL2Config, params: nnx.State, cache: KVCache, ids: jax.Array, length: jax.Array, *, implementation: str
 ) -> KVCache:  # fmt: skip
@@ -73,7 +80,9 @@ def prefill_prefix(
     return prefill.prefill_prefix(llm, cache, ids, length, implementation=implementation)[0]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "implementation"), donate_argnames="cache")
+@functools.partial(
+    jax.jit, static_argnames=("config", "implementation"), donate_argnames="cache", compiler_options=COMPILER_OPTIONS
+)
 def prefill_segment(
     config: VideoXL2Config, params: nnx.State, cache: KVCache, visual: jax.Array, segment: Step, *, implementation: str
 ) -> KVCache:  # fmt: skip
@@ -96,7 +105,9 @@ def mix(
     return bilevel.mix(cache, pooled, source, theta=config.rope_theta), source
 
 
-@functools.partial(jax.jit, static_argnames=("config", "scorer", "groups", "implementation"))
+@functools.partial(
+    jax.jit, static_argnames=("config", "scorer", "groups", "implementation"), compiler_options=COMPILER_OPTIONS
+)
 def attention_scores(
     config: VideoXL2Config, params: nnx.State, context: KVCache, source: MixedSource, text: KVCache,
     ids: jax.Array, first: jax.Array, last: jax.Array,
@@ -126,7 +137,12 @@ def choose(
     return by_block, dense, dense[jnp.arange(scores.shape[0]) // select_chunk_groups]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sampling", "implementation"), donate_argnames="text")
+@functools.partial(
+    jax.jit,
+    static_argnames=("config", "sampling", "implementation"),
+    donate_argnames="text",
+    compiler_options=COMPILER_OPTIONS,
+)
 def ask(
     config: VideoXL2Config, params: nnx.State, context: KVCache, text: KVCache, ids: jax.Array, length: jax.Array,
     key: jax.Array, stop: jax.Array, *, sampling: SamplingConfig, implementation: str,
@@ -137,7 +153,12 @@ def ask(
     return generate.first_token(llm, text, hidden, length, key, stop, sampling)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sampling", "size", "implementation"), donate_argnames="state")
+@functools.partial(
+    jax.jit,
+    static_argnames=("config", "sampling", "size", "implementation"),
+    donate_argnames="state",
+    compiler_options=COMPILER_OPTIONS,
+)
 def decode(
     config: VideoXL2Config, params: nnx.State, context: KVCache, state: DecodeState, limit: jax.Array,
     stop: jax.Array, *, sampling: SamplingConfig, size: int, implementation: str,

@@ -82,7 +82,10 @@ def _whole_numbers(flag: str, text: str) -> list[int]:
 def _check_sizes(args: PrefillArgs | DecodeArgs | E2EArgs) -> None:
     if args.preset not in PRESETS:
         raise UserError(f"--preset: choose from {', '.join(PRESETS)}")
-    least = min(getattr(args, n, 1) for n in ("chunk_groups", "step_groups", "select_chunk_groups", "pool"))
+    least = min(
+        1 if getattr(args, n, None) is None else getattr(args, n)
+        for n in ("chunk_groups", "step_groups", "select_chunk_groups", "pool")
+    )
     if least < 1 or getattr(args, "window_chunks", 0) < 0 or getattr(args, "top_chunks", 0) < 0:
         raise UserError("chunk, step and selection groups and pool must be 1 or more, window and top chunks 0 or more")
 

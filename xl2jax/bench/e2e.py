@@ -23,6 +23,7 @@ from flax import nnx
 
 from xl2jax import flops, memory, runtime
 from xl2jax.api import check_bilevel
+from xl2jax.bench.check import check_rows
 from xl2jax.bench.kernels import ceilings
 from xl2jax.bench.setup import DECODE_TOKENS, Setup, random_params, timed
 from xl2jax.bilevel import BilevelConfig
@@ -30,6 +31,7 @@ from xl2jax.cache import KVCache
 from xl2jax.config import FRAMES_PER_GROUP, PRESETS, VideoXL2Config
 from xl2jax.layout import PrefillConfig
 from xl2jax.model import normalise
+from xl2jax.prefill import default_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +45,8 @@ class E2EArgs:
     """Weights are made on the device. (Speed does not depend on their values.)"""
     chunk_groups: int = 4
     window_chunks: int = 3
-    step_groups: int = 16
-    """Groups that go through the networks together."""
+    step_groups: int | None = None
+    """Groups that go through the networks together; by default what infer.py takes on this device."""
     top_chunks: int = 2
     select_chunk_groups: int = 4
     pool: int = 4
@@ -52,6 +54,8 @@ class E2EArgs:
     """Frames up to which prefill is also timed with every token seeing all before it."""
     whole: bool = True
     """Also the whole run, from pixels to the first token."""
+    check: bool = True
+    """First compares with float32 and with the XLA path, at full width with few layers."""
     profile: int = 0
     """Prints as many of the costliest kernels of each stage."""
     attention: str = "auto"
@@ -108,7 +112,7 @@ def random_frames(config: VideoXL2Config, count: int) -> np.ndarray:
 def vision_row(args: E2EArgs, params: nnx.State, ceiling: float, profile: _Profiler) -> dict[str, Any]:
     """Frames per second of the tower alone, and of tower, DTS and projector."""
     config = PRESETS[args.preset]
-    count = args.step_groups * FRAMES_PER_GROUP
+    count = (args.step_groups or default_steps()[0]) * FRAMES_PER_GROUP
     frames = jnp.asarray(random_frames(config, count))
     tower = functools.partial(_vision, config, params, frames)
     whole = functools.partial(runtime.encode, config, params, frames, frames_at_once=count)
@@ -184,7 +188,9 @@ def video_row(args: E2EArgs, params: nnx.State, count: int, ceiling: float, prof
 
     def setup(window: int | None) -> tuple[Setup, PrefillConfig]:
         config = PrefillConfig(args.chunk_groups, window)
-        return Setup(args.preset, params, count // FRAMES_PER_GROUP, config, args.step_groups, args.attention), config
+        return Setup(
+            PRESETS[args.preset], params, count // FRAMES_PER_GROUP, config, args.step_groups, args.attention
+        ), config
 
     video, config = setup(args.window_chunks)
     bilevel = BilevelConfig(args.select_chunk_groups, args.pool, args.top_chunks)
@@ -205,7 +211,9 @@ def e2e_rows(args: E2EArgs) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = [{"stage": "card", **ceilings()}]
     ceiling = rows[0]["matrix_tflops"] * 1e12
     profile = _Profiler(args.profile)
-    params = random_params(args.preset, args.dtype)
+    if args.check:
+        rows += check_rows(PRESETS[args.preset], args.dtype, random_frames(PRESETS[args.preset], 32), args.attention)
+    params = random_params(PRESETS[args.preset], args.dtype)
     rows.append(vision_row(args, params, ceiling, profile))
     for count in sorted(int(f) for f in args.frames.split(",")):
         print(f"{count} frames ...", file=sys.stderr, flush=True)

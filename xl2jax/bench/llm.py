@@ -14,6 +14,7 @@ from xl2jax.api import check_bilevel
 from xl2jax.bench.setup import DECODE_TOKENS, Setup, random_params, timed
 from xl2jax.bilevel import BilevelConfig
 from xl2jax.cache import KVCache
+from xl2jax.config import PRESETS
 from xl2jax.layout import PrefillConfig
 
 
@@ -27,8 +28,8 @@ class PrefillArgs:
     dtype: Literal["float32", "bfloat16"] = "float32"
     chunk_groups: int = 4
     window_chunks: int = 3
-    step_groups: int = 4
-    """Groups that go through the layers together."""
+    step_groups: int | None = None
+    """Groups that go through the layers together; by default what infer.py takes on this device."""
     attention: str = "auto"
     json: bool = False
 
@@ -51,7 +52,8 @@ class DecodeArgs:
 def prefill_row(args: PrefillArgs, mode: str, groups: int) -> dict[str, Any]:
     window = args.window_chunks if mode == "chunked" else None
     config = PrefillConfig(args.chunk_groups, window)
-    setup = Setup(args.preset, random_params(args.preset, args.dtype), groups, config, args.step_groups, args.attention)
+    model = PRESETS[args.preset]
+    setup = Setup(model, random_params(model, args.dtype), groups, config, args.step_groups, args.attention)
     jax.block_until_ready((setup.params, setup.visual))
     before = memory.used_bytes()  # imports, runtime and parameters
     compiling = timed(lambda: setup.prefill(segments=1))[0]
@@ -69,7 +71,8 @@ def prefill_row(args: PrefillArgs, mode: str, groups: int) -> dict[str, Any]:
 
 
 def decode_row(args: DecodeArgs, mode: str, groups: int) -> dict[str, Any]:
-    setup = Setup(args.preset, random_params(args.preset, args.dtype), groups, PrefillConfig(), 4, args.attention)
+    model = PRESETS[args.preset]
+    setup = Setup(model, random_params(model, args.dtype), groups, PrefillConfig(), None, args.attention)
     jax.block_until_ready((setup.params, setup.visual))
     before = memory.used_bytes()
     setup.prefill(segments=1)

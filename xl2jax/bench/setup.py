@@ -16,7 +16,7 @@ from flax import nnx
 from xl2jax import prefill, runtime
 from xl2jax.bilevel import BilevelConfig, GroupTable, MixedSource, PooledKV, group_table, mixed_slots
 from xl2jax.cache import KVCache
-from xl2jax.config import PRESETS, VideoXL2Config
+from xl2jax.config import VideoXL2Config
 from xl2jax.generate import SamplingConfig
 from xl2jax.layout import PrefillConfig, VideoLayout
 from xl2jax.model import VideoXL2
@@ -27,12 +27,12 @@ PREFIX, SUFFIX, TIMES = 14, 20, 7
 DECODE_TOKENS = 32
 
 
-def random_params(preset: str, dtype: str) -> nnx.State:
+def random_params(config: VideoXL2Config, dtype: str) -> nnx.State:
     """Random parameters, made on the device in one compiled call."""
 
     @jax.jit
     def init(key: jax.Array) -> nnx.State:
-        return nnx.state(VideoXL2(PRESETS[preset], param_dtype=jnp.dtype(dtype), rngs=nnx.Rngs(key)))
+        return nnx.state(VideoXL2(config, param_dtype=jnp.dtype(dtype), rngs=nnx.Rngs(key)))
 
     return init(jax.random.key(0))
 
@@ -48,13 +48,13 @@ class Setup:
     """Random parameters and a video of random embeddings."""
 
     def __init__(
-        self, preset: str, params: nnx.State, groups: int, config: PrefillConfig, step_groups: int, attention: str
-    ):
-        self.config: VideoXL2Config = PRESETS[preset]
-        self.params, self.attention, self.groups = params, attention, groups
+        self, config: VideoXL2Config, params: nnx.State, groups: int, prefill_config: PrefillConfig,
+        step_groups: int | None, attention: str,
+    ):  # fmt: skip
+        self.config, self.params, self.attention, self.groups = config, params, attention, groups
         self.dtype = dtype = str(jax.tree.leaves(params)[0].dtype)
         self.layout = VideoLayout(PREFIX, (TIMES,) * groups, self.config.visual_tokens)
-        self.plan = prefill.make_plan(self.layout, config, step_groups=step_groups)
+        self.plan = prefill.make_plan(self.layout, prefill_config, step_groups=step_groups)
         rng = np.random.default_rng(0)
         vocab = self.config.llm.vocab
         self.time_ids = rng.integers(0, vocab, (groups, TIMES)).tolist()

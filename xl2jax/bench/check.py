@@ -1,0 +1,80 @@
+"""Correctness at full width: what speed must not have cost. Few layers, a short video, random weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from xl2jax import runtime
+from xl2jax.bench.setup import SUFFIX, Setup, random_params
+from xl2jax.bilevel import BilevelConfig
+from xl2jax.cache import KVCache
+from xl2jax.config import FRAMES_PER_GROUP, VideoXL2Config
+from xl2jax.layout import PrefillConfig
+
+_GROUPS, _LAYERS = 24, 3
+
+
+def _filled(cache: KVCache) -> np.ndarray:
+    """Keys and values of all tokens of a cache, float32."""
+    first, start = int(cache.global_length), int(cache.visual_start)
+    parts = [x[:, :, a:b] for x in cache[:2] for a, b in ((0, first), (start, start + int(cache.visual_length)))]
+    return np.concatenate([np.asarray(x, np.float32) for x in parts], axis=2)
+
+
+def _relative_l2(x: Any, y: Any) -> float:
+    x, y = np.asarray(x, np.float32), np.asarray(y, np.float32)
+    return float(np.linalg.norm(x - y) / np.linalg.norm(y))
+
+
+def check_rows(config: VideoXL2Config, dtype: str, frames: np.ndarray, attention: str) -> list[dict[str, Any]]:
+    """Relative L2 of `dtype` against float32, of the kernel against XLA, of bi-level against dense.
+
+    `frames` uint8 [F, H, W, 3] are repeated to fill the video.
+    """
+    config = dataclasses.replace(
+        config,
+        vision=dataclasses.replace(config.vision, layers=_LAYERS),
+        llm=dataclasses.replace(config.llm, layers=_LAYERS),
+    )
+    exact = random_params(config, "float32")
+    pixels = np.resize(frames, (_GROUPS * FRAMES_PER_GROUP, *frames.shape[1:]))
+    chunked = PrefillConfig(4, 3)
+
+    def run(params: nnx.State, implementation: str) -> tuple[Setup, jax.Array, KVCache]:
+        setup = Setup(config, params, _GROUPS, chunked, _GROUPS, implementation)
+        visual = runtime.encode(config, params, pixels, frames_at_once=len(pixels))[0]
+        short = setup.plan.segment_groups - _GROUPS
+        padded = jnp.pad(visual, ((0, short), (0, 0), (0, 0)))
+        return setup, visual, setup.extend(setup.start(), padded, setup.segments[0])
+
+    with jax.default_matmul_precision("highest"):
+        _, visual, cache = run(exact, "blockwise")
+        expected, expected_visual = _filled(cache), np.asarray(visual)
+    params = jax.tree.map(lambda x: x.astype(dtype), exact)
+    rows, caches = [], {}
+    for implementation in dict.fromkeys((attention, "blockwise")):
+        setup, visual, cache = run(params, implementation)
+        caches[implementation] = _filled(cache)
+        error = _relative_l2(caches[implementation], expected)
+        rows.append({"check": f"KV cache, {dtype} ({implementation}) against float32", "relative_l2": error})
+    error = _relative_l2(visual, expected_visual)
+    rows.insert(0, {"check": f"visual tokens, {dtype} against float32", "relative_l2": error})
+    error = _relative_l2(caches[attention], caches["blockwise"])
+    rows.append({"check": f"KV cache, {attention} against blockwise, {dtype}", "relative_l2": error})
+    whole = BilevelConfig(4, 4, _GROUPS // 4)
+    table, pooled = setup.pool(cache, whole)
+    mixed = setup.bilevel(cache, table, pooled, whole)
+    dense, bilevel = (np.asarray(setup.first_token(c).text.v[:, :, :SUFFIX], np.float32) for c in (cache, mixed))
+    rows.append(
+        {
+            "check": "suffix values, bi-level with every chunk dense against dense",
+            "relative_l2": _relative_l2(bilevel, dense),
+        }
+    )
+    return rows
