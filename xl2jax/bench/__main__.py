@@ -10,7 +10,7 @@ import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -59,14 +59,16 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
         print("  ".join(line[n].rjust(w) for n, w in zip(names, widths, strict=True)))
 
 
-def _print_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
-    """A line a row: its fields differ from row to row."""
-    if as_json:
-        print(json.dumps({"machine": machine(), "rows": rows}))
-        return
-    print(machine())
+def _print_rows(rows: Iterable[dict[str, Any]], as_json: bool) -> None:
+    """A line a row as it comes: their fields differ. JSON is printed whole at the end, lines then go to stderr."""
+    kept = []
+    print(machine(), file=sys.stderr if as_json else sys.stdout, flush=True)
     for row in rows:
-        print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+        kept.append(row)
+        line = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+        print(line, file=sys.stderr if as_json else sys.stdout, flush=True)
+    if as_json:
+        print(json.dumps({"machine": machine(), "rows": kept}))
 
 
 def _whole_numbers(flag: str, text: str) -> list[int]:

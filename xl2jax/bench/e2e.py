@@ -12,7 +12,7 @@ import functools
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -139,24 +139,21 @@ def watch(setup: Setup, frames: np.ndarray) -> KVCache:
     return cache
 
 
-def prefill_row(setup: Setup, config: PrefillConfig, ceiling: float, profile: _Profiler) -> dict[str, Any]:
+def cached_row(
+    setup: Setup, config: PrefillConfig, bilevel: BilevelConfig, ceiling: float, profile: _Profiler
+) -> dict[str, Any]:
+    """Prefill of the video, then a further question about it and the steps of its answer."""
     compiling, _ = timed(lambda: setup.prefill(segments=1))
     seconds, cache = timed(setup.prefill)
-    profile("prefill, last segment", lambda: setup.extend(cache, setup.visual, setup.segments[-1]))
     work = flops.prefill(setup.config, setup.layout, config)
-    return {"compile_s": compiling, "prefill_s": seconds, "prefill_mfu": work / seconds / ceiling}
-
-
-def question_row(setup: Setup, bilevel: BilevelConfig, profile: _Profiler) -> dict[str, Any]:
-    """A further question about a cached video, and the steps of its answer."""
-    cache = setup.prefill()
+    row = {"compile_s": compiling, "prefill_s": seconds, "prefill_mfu": work / seconds / ceiling}
     table, pooled = setup.pool(cache, bilevel)
 
     def question() -> Any:
         context = setup.bilevel(cache, table, pooled, bilevel)
         return context, setup.first_token(context)
 
-    row = {"question_s": _median(question, 3)}
+    row["question_s"] = _median(question, 3)
     profile("question", question)
     for name, read in (("dense", cache), ("bilevel", question()[0])):
         state, *_ = setup.decode(read, setup.first_token(read))
@@ -167,6 +164,8 @@ def question_row(setup: Setup, bilevel: BilevelConfig, profile: _Profiler) -> di
         row[f"{name}_step_ms"] = 1e3 * float(np.median(taken)) / DECODE_TOKENS
         row[f"{name}_tokens"] = int(read.length)
         profile(f"decode {name}", functools.partial(setup.decode, read, setup.first_token(read)))
+    # Last, since it gives the cache up.
+    profile("prefill, last segment", lambda: setup.extend(cache, setup.visual, setup.segments[-1]))
     return row
 
 
@@ -196,8 +195,7 @@ def video_row(args: E2EArgs, params: nnx.State, count: int, ceiling: float, prof
     bilevel = BilevelConfig(args.select_chunk_groups, args.pool, args.top_chunks)
     check_bilevel(bilevel, video.layout)
     row: dict[str, Any] = {"stage": "video", "frames": count, "tokens": video.layout.tokens}
-    row |= prefill_row(video, config, ceiling, profile)
-    row |= question_row(video, bilevel, profile)
+    row |= cached_row(video, config, bilevel, ceiling, profile)
     row |= whole_row(video, bilevel) if args.whole else {}
     row["peak_gib"] = memory.peak_bytes() / 2**30
     if count <= args.dense_up_to:
@@ -206,17 +204,16 @@ def video_row(args: E2EArgs, params: nnx.State, count: int, ceiling: float, prof
     return row
 
 
-def e2e_rows(args: E2EArgs) -> list[dict[str, Any]]:
-    """A row for the card, one for the vision tower and DTS, then one for each length."""
-    rows: list[dict[str, Any]] = [{"stage": "card", **ceilings()}]
-    ceiling = rows[0]["matrix_tflops"] * 1e12
+def e2e_rows(args: E2EArgs) -> Iterator[dict[str, Any]]:
+    """A row for the card, some that check, one for the vision tower and DTS, then one for each length."""
+    card = ceilings()
+    yield {"stage": "card", **card}
+    ceiling = card["matrix_tflops"] * 1e12
     profile = _Profiler(args.profile)
+    config = PRESETS[args.preset]
     if args.check:
-        rows += check_rows(PRESETS[args.preset], args.dtype, random_frames(PRESETS[args.preset], 32), args.attention)
-    params = random_params(PRESETS[args.preset], args.dtype)
-    rows.append(vision_row(args, params, ceiling, profile))
+        yield from check_rows(config, args.dtype, random_frames(config, 32), args.attention)
+    params = random_params(config, args.dtype)
+    yield vision_row(args, params, ceiling, profile)
     for count in sorted(int(f) for f in args.frames.split(",")):
-        print(f"{count} frames ...", file=sys.stderr, flush=True)
-        rows.append(video_row(args, params, count, ceiling, profile))
-        print(rows[-1], file=sys.stderr, flush=True)
-    return rows
+        yield video_row(args, params, count, ceiling, profile)
