@@ -29,10 +29,19 @@ class VideoXL2(nnx.Module):
         self.projector = Projector(width, config.llm.width, param_dtype=param_dtype, rngs=rngs)
         self.llm = Qwen2(config.llm, param_dtype=param_dtype, rngs=rngs)
 
-    def encode_frames(self, pixels: jax.Array) -> jax.Array:
-        """Pixels [F, H, W, 3] in [-1, 1], F a multiple of 4 -> visual tokens [G, V, D]."""
-        features = resample(self.vision(pixels), self.config.grid)
-        return average_pool(self.projector(self.dts(features)), self.config.pool_stride)
+    def encode_frames(self, pixels: jax.Array, *, remat: bool = False) -> jax.Array:
+        """Pixels [F, H, W, 3] in [-1, 1], F a multiple of 4 -> visual tokens [G, V, D].
+
+        `remat` keeps little for the backward pass: layer inputs of the tower, and its features.
+        """
+        features = self.vision(pixels, remat=remat)
+
+        def merge_frames(dts: DTS, projector: Projector, features: jax.Array) -> jax.Array:
+            return average_pool(projector(dts(resample(features, self.config.grid))), self.config.pool_stride)
+
+        if remat:
+            merge_frames = jax.checkpoint(merge_frames)
+        return merge_frames(self.dts, self.projector, features)
 
 
 def normalise(frames: jax.Array) -> jax.Array:

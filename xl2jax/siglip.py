@@ -47,7 +47,7 @@ class VisionTower(nnx.Module):
             lambda rngs: VisionLayer(config, param_dtype=param_dtype, rngs=rngs), config.run_layers, rngs
         )
 
-    def __call__(self, pixels: jax.Array) -> jax.Array:
+    def __call__(self, pixels: jax.Array, *, remat: bool = False) -> jax.Array:
         """Pixels [F, H, W, 3] in [-1, 1] -> features [F, P, C], P = patch_grid squared.
 
         Pixels right of and below the last whole patch are not read (384 = 27 x 14 + 6).
@@ -61,4 +61,4 @@ class VisionTower(nnx.Module):
         )
         x = self.patch_embedding(patches.astype(self.patch_embedding.kernel.dtype))
         x = x + self.position_embedding.embedding[...]
-        return scan_layers(self.layers, lambda layer, x, _: layer(x), x)
+        return scan_layers(self.layers, lambda layer, x, _: layer(x), x, remat=remat)

@@ -1,8 +1,8 @@
 """`python -m xl2jax.verify CASE_DIR`: compares every stage with tensors dumped from upstream.
 
 A case folder holds checkpoint/, inputs.safetensors, case.json and expected/ (see tests/goldens). Every
-tensor of expected/ becomes one row; the run passes if each relative L2 is at most 1e-4 and all
-generated ids are equal. An expected tensor that has no counterpart here is an error.
+tensor of expected/ becomes one row; the run passes if each relative L2 is at most 1e-4 (1e-5 for a
+training loss, 1e-3 for gradients) and all generated ids are equal. An expected tensor that has no counterpart here is an error.
 """
 
 from __future__ import annotations
@@ -36,21 +36,25 @@ from xl2jax.bilevel import (
 )  # fmt: skip
 from xl2jax.cache import KVCache, empty_cache
 from xl2jax.checkpoint import load_params, torch_to_orbax
+from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.dts import resample
 from xl2jax.errors import UserError
 from xl2jax.generate import SamplingConfig, decode, extend, first_token
 from xl2jax.layers import rope_tables, rotate
 from xl2jax.layout import PrefillConfig, VideoLayout, natural_ranges
 from xl2jax.model import VideoXL2, abstract_model, pad_to_groups
+from xl2jax.names import Entry, entries, flatten
 from xl2jax.ops.arena import arena_mask
 from xl2jax.prefill import PrefillPlan, make_plan, new_cache, prefill_prefix, prefill_segment, segments, steps
 from xl2jax.projector import average_pool
 from xl2jax.terminal import run_command
+from xl2jax.training.loss import IGNORE, TokenBatch, token_loss
 
-TOLERANCE = 1e-4
+TOLERANCE, LOSS_TOLERANCE = 1e-4, 1e-5
 VIDEO_ID = -200
-SECTIONS = ("dense", "chunked", "bilevel")
-LATER = ("train", "train_grads")  # training is not part of this version
+TRAIN_TOLERANCE = 1e-3  # of gradients and their norms
+SECTIONS = ("dense", "chunked", "bilevel", "train")
+_STEMS = {"train": "train_grads"}  # files of expected/ that are not named as their section
 _FRAMES_AT_ONCE = 16
 
 
@@ -300,12 +304,70 @@ def mixed_for_units(case: Case, plan: PrefillPlan, cache: KVCache, units: list[i
     return run(cache, table, jnp.asarray(dense))
 
 
+def train_rows(case: Case) -> Iterator[Row]:
+    """Loss, the norm of every parameter's gradient, and the gradients stored."""
+    path = case.folder / "expected" / "train.json"
+    try:
+        sample = json.loads(path.read_text())
+        group_ids, suffix_ids = np.asarray(sample["group_ids"]), sample["suffix_ids"]
+        ids = np.concatenate([sample["prefix_ids"], group_ids, suffix_ids]).astype(np.int32)
+        frames, answer, pad = int(sample["frames"]), int(sample["answer_tokens"]), case.case["pad_token_id"]
+        norms: dict[str, float] = sample["grad_norms"]
+        expected_loss, expected_norm = float(sample["loss"]), float(sample["global_grad_norm"])
+    except (OSError, KeyError, ValueError, TypeError) as e:
+        raise UserError(f"{path}: lacks what a training case needs ({e})") from None
+    is_visual = np.zeros(len(ids), bool)
+    is_visual[len(sample["prefix_ids"]) :][: len(group_ids)] = group_ids == pad
+    visual = np.where(is_visual, np.cumsum(is_visual) - 1, -1)
+    if is_visual.sum() != -(-frames // FRAMES_PER_GROUP) * case.config.visual_tokens:
+        raise UserError(f"{path}: group_ids hold {is_visual.sum()} visual tokens, not those of {frames} frames")
+    labels = np.where(np.arange(len(ids)) >= len(ids) - answer, ids, IGNORE)
+    tokens = TokenBatch(*(jnp.asarray(x, jnp.int32)[None] for x in (ids, visual, labels)))
+    pixels = pad_to_groups(jnp.asarray(case_pixels(frames, case.config.vision.image_size)))[None]
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss_of(params: nnx.State, pixels: jax.Array, tokens: TokenBatch) -> jax.Array:
+        total, count = token_loss(nnx.merge(case.graphdef, params), pixels, tokens, remat=True)
+        return total / count
+
+    loss, grads = loss_of(case.params, pixels, tokens)
+    yield compare("loss", np.float32(expected_loss)[None], np.asarray(loss)[None], None, tolerance=LOSS_TOLERANCE)
+    flat = {name: np.asarray(x) for name, x in flatten(grads).items()}
+    norm = float(np.sqrt(sum(np.sum(x.astype(np.float64) ** 2) for x in flat.values())))
+    # Key biases move all scores of a softmax alike: their gradient is 0, and what is stored is rounding,
+    # which may differ by float32's resolution of the whole gradient.
+    floor = float(np.finfo(np.float32).eps) * expected_norm / TRAIN_TOLERANCE
+    expected = case.expected(_STEMS["train"]) or {}
+    table = {e.torch_name: e for e in entries(case.config)}
+    unknown = sorted({*norms, *expected} - set(table))
+    if unknown:
+        raise UserError(f"{path}: gradients of parameters unknown here: {', '.join(unknown)}")
+    yield compare("global gradient norm", np.array([expected_norm]), np.array([norm]), None, tolerance=TRAIN_TOLERANCE)
+    for name, value in norms.items():
+        found = float(np.linalg.norm(_slice(flat, table[name]).astype(np.float64)))
+        yield compare(f"|{name}|", np.array([value]), np.array([found]), None, tolerance=TRAIN_TOLERANCE, least=floor)
+    for name, tensor in expected.items():
+        entry = table[name]
+        gradient = entry.transform.to_torch(_slice(flat, entry), case.config)
+        yield compare(name, tensor, gradient, None, tolerance=TRAIN_TOLERANCE)
+
+
+def _slice(flat: dict[str, np.ndarray], entry: Entry) -> np.ndarray:
+    return flat[entry.param] if entry.layer is None else flat[entry.param][entry.layer]
+
+
 OUTPUTS = {"dense": dense_outputs, "chunked": chunked_outputs, "bilevel": bilevel_outputs}
 
 
-def compare(name: str, expected: np.ndarray, actual: np.ndarray, slim: int | None) -> Row:
-    """Ids and masks must be equal; other tensors within the tolerance. A slim case stores only the
-    first frames or groups of the big stages."""  # fmt: skip
+def compare(
+    name: str, expected: np.ndarray, actual: np.ndarray, slim: int | None,
+    *, tolerance: float = TOLERANCE, least: float = 0.0,
+) -> Row:  # fmt: skip
+    """Ids and masks must be equal; other tensors within the tolerance, relative to their norm or `least`.
+
+    A slim case stores only the first frames or groups of the big stages.
+    """
     if slim is not None and len(expected) == slim and actual.ndim == expected.ndim:
         actual = actual[:slim]
     if "generated" in name:
@@ -316,18 +378,21 @@ def compare(name: str, expected: np.ndarray, actual: np.ndarray, slim: int | Non
         wrong = float(np.abs(actual.astype(np.int64) - expected.astype(np.int64)).max(initial=0))
         return Row(name, expected.shape, float(wrong > 0), wrong, ok=wrong == 0)
     a, e = actual.astype(np.float64), expected.astype(np.float64)
-    norm = float(np.linalg.norm(e)) or 1.0
+    norm = max(float(np.linalg.norm(e)), least) or 1.0
     relative = float(np.linalg.norm(a - e)) / norm
-    return Row(name, expected.shape, relative, float(np.abs(a - e).max(initial=0.0)), ok=relative <= TOLERANCE)
+    return Row(name, expected.shape, relative, float(np.abs(a - e).max(initial=0.0)), ok=relative <= tolerance)
 
 
 def verify(folder: Path, sections: tuple[str, ...], converted: Path) -> Iterator[Row]:
     case = Case(folder, converted)
     found = [p.stem for p in sorted((folder / "expected").glob("*.safetensors"))]
-    unknown_files = set(found) - set(SECTIONS) - set(LATER)
+    unknown_files = set(found) - {_STEMS.get(s, s) for s in SECTIONS}
     if unknown_files:
         raise UserError(f"{folder}: expected/ holds files unknown here: {', '.join(sorted(unknown_files))}")
     for section in sections:
+        if section == "train":
+            yield from train_rows(case)
+            continue
         expected = case.expected(section)
         if expected is None:
             raise UserError(
@@ -354,7 +419,7 @@ class Args:
     case_dir: Annotated[Path, tyro.conf.Positional]
     """Folder with checkpoint/, inputs.safetensors, case.json and expected/."""
     only: str | None = None
-    """Sections to check (dense,chunked,bilevel); by default all that expected/ holds."""
+    """Sections to check (dense,chunked,bilevel,train); by default all that expected/ holds."""
     json: bool = False
     """Prints one JSON object instead of a table."""
 
@@ -367,10 +432,7 @@ def main() -> int:
         raise UserError(f"--only: no section {wrong[0]!r}; choose from {','.join(SECTIONS)}")
     expected = args.case_dir / "expected"
     if args.only is None:
-        chosen = tuple(s for s in chosen if (expected / f"{s}.safetensors").is_file())
-        skipped = [p.name for p in expected.glob("train*") if p.stem in LATER]
-        if skipped:
-            print(f"not checked by this version: {', '.join(sorted(skipped))}", file=sys.stderr)
+        chosen = tuple(s for s in chosen if (expected / f"{_STEMS.get(s, s)}.safetensors").is_file())
     jax.config.update("jax_default_matmul_precision", "highest")  # float32, not TF32, on GPUs
     with tempfile.TemporaryDirectory() as scratch:
         rows = []

@@ -1,0 +1,1 @@
+"""Training: batches, loss, optimizer, the loop. Upstream trains with dense causal attention, and so does this."""
