@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,15 +32,25 @@ def test_activations_follow_the_parameters(dtype: str, checkpoint: object) -> No
     assert net.llm.logits(hidden).dtype == jnp.float32
 
 
-def test_bfloat16_is_near_float32(checkpoint: object, clip: object) -> None:
-    def keys(dtype: str) -> np.ndarray:
-        model = xl2jax.load(checkpoint, dtype=dtype)  # type: ignore[arg-type]
-        video = model.watch(clip, xl2jax.SampleConfig(max_frames=32))  # type: ignore[arg-type]
-        assert str(video.cache.k.dtype) == dtype
-        return np.asarray(video.cache.k[-1].astype(jnp.float32))
+def test_bfloat16_errs_as_much_as_rounding_the_weights(checkpoint: Path, clip: Path) -> None:
+    """The yardstick is the change that rounding the weights alone makes to the same cache in float32.
 
-    expected, half = keys("float32"), keys("bfloat16")
-    assert np.linalg.norm(half - expected) <= 3e-2 * np.linalg.norm(expected)
+    How far one rounding grows on its way through random layers depends on the weights and the clip; the ratio
+    of the two (1.0 to 1.2 here) hardly does.
+    """
+
+    def keys(model: xl2jax.Model) -> np.ndarray:
+        video = model.watch(clip, xl2jax.SampleConfig(max_frames=32))
+        assert video.cache.k.dtype == jnp.dtype(model.dtype)
+        return np.asarray(video.cache.k.astype(jnp.float32))
+
+    model, half = (xl2jax.load(checkpoint, dtype=d) for d in ("float32", "bfloat16"))
+    exact, actual = keys(model), keys(half)
+    model.params = jax.tree.map(lambda x: x.astype(jnp.float32), half.params)
+    rounded = keys(model)
+    for layer in range(len(exact)):
+        yardstick = np.linalg.norm(rounded[layer] - exact[layer])
+        assert np.linalg.norm(actual[layer] - rounded[layer]) <= 2 * yardstick
 
 
 def test_groups_reinterpret_memory_as_upstream_does() -> None:

@@ -49,13 +49,17 @@ def shape_frame(t: float, width: int, height: int) -> np.ndarray:
 def write_clip(
     path: Path, seconds: float = 20.0, *, fps: int = 24, width: int = 640, height: int = 360, codec: str = "libx264"
 ) -> None:
-    """Writes `shape_frame` as a video file; the container follows from the file's suffix."""
+    """Writes `shape_frame` as a video file; the container follows from the file's suffix.
+
+    H.264 is written with a constant quantiser: libx264's rate control does not give the same bytes each time.
+    """
     import av  # not needed to make checkpoints
 
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=Fraction(fps))
         assert isinstance(stream, av.VideoStream)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.options = {"qp": "20"} if codec == "libx264" else {}
         for i in range(round(seconds * fps)):
             frame = av.VideoFrame.from_ndarray(shape_frame(i / fps, width, height), format="rgb24")
             container.mux(stream.encode(frame))
