@@ -135,10 +135,19 @@ class TorchCheckpoint:
 
 
 def load_params(folder: Path, dtype: str | None = None, *, progress: bool = False) -> tuple[VideoXL2Config, nnx.State]:
-    """Parameters from either layout, layers stacked, on the default device.
+    """Parameters from either layout, layers stacked, on the default device. See `read_params`."""
+    config = VideoXL2Config.from_hf(folder)
+    params = {name: jnp.asarray(array) for name, array in read_params(folder, dtype, progress=progress)}
+    return config, unflatten(params, config)
 
-    `dtype`: `float32`, `bfloat16`, or None for the stored one. Beside the parameters themselves, host
-    memory holds one stacked parameter and its layers.
+
+def read_params(
+    folder: Path, dtype: str | None = None, *, progress: bool = False, wanted: Callable[[str], bool] = lambda _: True
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(dotted name, array) of the wanted parameters of either layout, layers stacked.
+
+    `dtype`: `float32`, `bfloat16`, or None for the stored one. Host memory holds one stacked parameter and
+    its layers at a time.
     """
     if is_orbax(folder):
         config = VideoXL2Config.from_hf(folder)
@@ -154,16 +163,16 @@ def load_params(folder: Path, dtype: str | None = None, *, progress: bool = Fals
 
     by_param: dict[str, list[Entry]] = {}
     for entry in entries(config):
-        by_param.setdefault(entry.param, []).append(entry)
+        if wanted(entry.param):
+            by_param.setdefault(entry.param, []).append(entry)
     target = DTYPES[DTYPE_NAMES[chosen]]
     total = sum(int(np.prod(e.shape)) for es in by_param.values() for e in es) * target.itemsize
-    params = {}
     with byte_bar("load", total, progress) as bar:
         for param, parts in by_param.items():
             arrays = [a.astype(target, copy=False) for a in source(parts)]
-            params[param] = jnp.asarray(arrays[0] if parts[0].layer is None else np.stack(arrays))
-            bar.update(params[param].nbytes)
-    return config, unflatten(params, config)
+            stacked = arrays[0] if parts[0].layer is None else np.stack(arrays)
+            yield param, stacked
+            bar.update(stacked.nbytes)
 
 
 def _orbax_reader(folder: Path, config: VideoXL2Config) -> Callable[[list[Entry]], list[np.ndarray]]:
@@ -322,17 +331,16 @@ def write_torch(
 ) -> None:
     """Writes upstream's layout: config.json, safetensors shards, an index when there are several.
 
-    `read(entry)` gives our array of one tensor in `dtype`. `companions` is the folder that config,
-    tokenizer files and unused tensors are copied from; without it config.json is made from `config`.
+    `read(entry)` gives our array of one tensor in `dtype`. `companions` is the checkpoint folder (either layout)
+    that config, tokenizer files and unused tensors are copied from; without it config.json is made from `config`.
     """
     code = DTYPE_NAMES[dtype]
     items: list[tuple[Stored, Callable[[], np.ndarray]]] = []
     for e in entries(config):
         items.append(((e.torch_name, e.torch_shape, code), functools.partial(_as_torch, read, e, config)))
-    if companions is not None and (companions / UNUSED).is_file():
-        kept = TensorFolder(companions, [companions / UNUSED])
-        for n, shape in kept.shapes.items():
-            items.append(((n, shape, kept.dtypes[n]), functools.partial(kept.read, n)))
+    kept, names = _unused_of(companions)
+    for n in names:
+        items.append(((n, kept.shapes[n], kept.dtypes[n]), functools.partial(kept.read, n)))
     sizes = [int(np.prod(s, dtype=np.int64)) * DTYPES[d].itemsize for (_, s, d), _ in items]
     shards: list[list[int]] = [[]]
     used = 0
@@ -360,6 +368,17 @@ def write_torch(
         if len(shards) > 1:
             index = {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(weight_map.items()))}
             (place / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _unused_of(companions: Path | None) -> tuple[TensorFolder, list[str]]:
+    """The tensors of a checkpoint that upstream stores and never reads, in either layout."""
+    if companions is not None and (companions / UNUSED).is_file():
+        kept = TensorFolder(companions, [companions / UNUSED])
+        return kept, list(kept.shapes)
+    if companions is None or is_orbax(companions):
+        return TensorFolder(Path(), []), []
+    torch = TorchCheckpoint(companions)
+    return torch.files, torch.unused
 
 
 def _as_torch(read: Callable[[Entry], np.ndarray], entry: Entry, config: VideoXL2Config) -> np.ndarray:

@@ -9,6 +9,7 @@ from flax import nnx
 
 from xl2jax.config import VideoXL2Config
 from xl2jax.dts import DTS, resample
+from xl2jax.layers import LoRAConfig
 from xl2jax.projector import Projector, average_pool
 from xl2jax.qwen2 import Qwen2
 from xl2jax.siglip import VisionTower
@@ -18,16 +19,20 @@ class VideoXL2(nnx.Module):
     """SigLIP, DTS, projector, Qwen2.5.
 
     Used purely: `graphdef, params = nnx.split(model)` once, then functions of `params` under jax
-    transformations. Activations follow the dtype of the parameters.
+    transformations. Activations follow the dtype of the parameters. `lora` adds adapters to the LLM's
+    linear layers, for training.
     """
 
-    def __init__(self, config: VideoXL2Config, *, param_dtype: jax.typing.DTypeLike = jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self, config: VideoXL2Config, *, param_dtype: jax.typing.DTypeLike = jnp.float32, rngs: nnx.Rngs,
+        lora: LoRAConfig | None = None,
+    ):  # fmt: skip
         self.config = config
         width = config.vision.width
         self.vision = VisionTower(config.vision, param_dtype=param_dtype, rngs=rngs)
         self.dts = DTS(width, param_dtype=param_dtype, rngs=rngs)
         self.projector = Projector(width, config.llm.width, param_dtype=param_dtype, rngs=rngs)
-        self.llm = Qwen2(config.llm, param_dtype=param_dtype, rngs=rngs)
+        self.llm = Qwen2(config.llm, param_dtype=param_dtype, rngs=rngs, lora=lora)
 
     def encode_frames(self, pixels: jax.Array, *, remat: bool = False) -> jax.Array:
         """Pixels [F, H, W, 3] in [-1, 1], F a multiple of 4 -> visual tokens [G, V, D].
@@ -49,9 +54,11 @@ def normalise(frames: jax.Array) -> jax.Array:
     return frames.astype(jnp.float32) / 127.5 - 1.0
 
 
-def abstract_model(config: VideoXL2Config, param_dtype: jax.typing.DTypeLike) -> VideoXL2:
+def abstract_model(
+    config: VideoXL2Config, param_dtype: jax.typing.DTypeLike, lora: LoRAConfig | None = None
+) -> VideoXL2:
     """The model with `jax.ShapeDtypeStruct` parameters: costs no memory."""
-    return nnx.eval_shape(lambda: VideoXL2(config, param_dtype=param_dtype, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: VideoXL2(config, param_dtype=param_dtype, rngs=nnx.Rngs(0), lora=lora))
 
 
 def pad_to_groups(frames: jax.Array, multiple: int = 4) -> jax.Array:

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from xl2jax.config import VideoXL2Config
+from xl2jax.layers import LoRAConfig
 from xl2jax.model import abstract_model
 
 type Shape = tuple[int, ...]
@@ -113,9 +114,9 @@ def flatten(params: nnx.State) -> dict[str, jax.Array]:
     return {".".join(str(k.key) for k in path): leaf for path, leaf in leaves}
 
 
-def unflatten(params: dict[str, jax.Array], config: VideoXL2Config) -> nnx.State:
+def unflatten(params: dict[str, jax.Array], config: VideoXL2Config, lora: LoRAConfig | None = None) -> nnx.State:
     """The inverse of `flatten`."""
-    state = nnx.state(abstract_model(config, jnp.float32))
+    state = nnx.state(abstract_model(config, jnp.float32, lora))
     names = list(flatten(state))
     treedef = jax.tree.structure(state)
     return jax.tree.unflatten(treedef, [params[name] for name in names])

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xl2jax.config import LLMConfig
-from xl2jax.layers import rope_tables, rotate, scan_layers, stack_layers
+from xl2jax.layers import LoRAConfig, LoRALinear, rope_tables, rotate, scan_layers, stack_layers
 
 type Attend[S] = Callable[[S, jax.Array, jax.Array, jax.Array, jax.Array], tuple[S, jax.Array]]
 """`(state, layer, q, k, v) -> (state, out)`: q and out [..., T, N, H], k and v [..., T, K, H], rotated."""
@@ -19,11 +19,15 @@ type Attend[S] = Callable[[S, jax.Array, jax.Array, jax.Array, jax.Array], tuple
 class DecoderLayer(nnx.Module):
     """RMSNorm, GQA with RoPE, RMSNorm, SwiGLU; the attention itself is passed in."""
 
-    def __init__(self, config: LLMConfig, *, param_dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self, config: LLMConfig, *, param_dtype: jax.typing.DTypeLike, rngs: nnx.Rngs, lora: LoRAConfig | None = None
+    ):
         c = config
         self.head_width = c.head_width
 
         def linear(n: int, m: int, bias: bool = False) -> nnx.Linear:
+            if lora is not None:
+                return LoRALinear(n, m, lora, use_bias=bias, param_dtype=param_dtype, rngs=rngs)
             return nnx.Linear(n, m, use_bias=bias, param_dtype=param_dtype, rngs=rngs)
 
         def norm() -> nnx.RMSNorm:
@@ -53,11 +57,13 @@ class DecoderLayer(nnx.Module):
 class Qwen2(nnx.Module):
     """Embedding, stacked decoder layers, final norm, lm_head."""
 
-    def __init__(self, config: LLMConfig, *, param_dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self, config: LLMConfig, *, param_dtype: jax.typing.DTypeLike, rngs: nnx.Rngs, lora: LoRAConfig | None = None
+    ):
         self.head_width, self.rope_theta = config.head_width, config.rope_theta
         self.embed = nnx.Embed(config.vocab, config.width, param_dtype=param_dtype, rngs=rngs)
         self.layers = stack_layers(
-            lambda rngs: DecoderLayer(config, param_dtype=param_dtype, rngs=rngs), config.layers, rngs
+            lambda rngs: DecoderLayer(config, param_dtype=param_dtype, rngs=rngs, lora=lora), config.layers, rngs
         )
         self.norm = nnx.RMSNorm(config.width, epsilon=config.eps, param_dtype=param_dtype, rngs=rngs)
         if not config.tied_embeddings:

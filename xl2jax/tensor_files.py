@@ -46,7 +46,7 @@ class TensorFolder:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         duplicates = []
-        for path in files or self._files():
+        for path in self._files() if files is None else files:
             try:
                 with safe_open(path, framework="np") as f:
                     for name in f.keys():  # noqa: SIM118 (not a mapping)

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -229,19 +230,12 @@ class DecordReader:
             yield frame
 
 
-class FolderReader:
-    """A folder of images, one a frame, in the natural order of their names ("2" before "10")."""
+class ImageReader:
+    """Image files, one a frame."""
 
-    def __init__(self, path: Path, fps: float):
-        def natural(p: Path) -> list[tuple[int, int, str]]:
-            parts = re.split(r"(\d+)", p.name)
-            return [(0, int(s), "") if s.isdigit() else (1, 0, s) for s in parts]
-
-        try:
-            self._files = sorted((p for p in path.iterdir() if p.suffix.lower() in _IMAGES), key=natural)
-        except OSError as e:
-            raise UserError(f"{path}: cannot be read ({_reason(e)})") from None
-        self.total, self.fps = len(self._files), fps
+    def __init__(self, files: Sequence[Path], fps: float):
+        self._files = files
+        self.total, self.fps = len(files), fps
 
     def frames(self, indices: np.ndarray) -> Iterator[np.ndarray]:
         for i in indices:
@@ -253,19 +247,37 @@ class FolderReader:
             yield frame
 
 
+def images_in(folder: Path) -> list[Path]:
+    """The images of a folder in the natural order of their names ("2" before "10")."""
+
+    def natural(p: Path) -> list[tuple[int, int, str]]:
+        parts = re.split(r"(\d+)", p.name)
+        return [(0, int(s), "") if s.isdigit() else (1, 0, s) for s in parts]
+
+    try:
+        return sorted((p for p in folder.iterdir() if p.suffix.lower() in _IMAGES), key=natural)
+    except OSError as e:
+        raise UserError(f"{folder}: cannot be read ({_reason(e)})") from None
+
+
 def open_reader(path: Path, backend: Backend = "auto", folder_fps: float = 1.0) -> Reader:
     """Opens a file with the backend named; `auto` takes PyAV, or decord where PyAV is missing."""
     if not path.exists():
         raise UserError(f"{path}: no such video")
     if path.is_dir():
-        return FolderReader(path, folder_fps)
+        return ImageReader(images_in(path), folder_fps)
     chosen = backend
     if backend == "auto":
         chosen = "pyav" if _available("av") else "decord"
-        logger.info("video backend: %s (auto)", chosen)
+        _say_once(chosen)
     if not _available({"pyav": "av"}.get(chosen, chosen)):
         raise UserError(f"video backend {chosen} is not installed")
     return PyAVReader(path) if chosen == "pyav" else DecordReader(path)
+
+
+@functools.cache
+def _say_once(chosen: str) -> None:
+    logger.info("video backend: %s (auto)", chosen)
 
 
 def _available(module: str) -> bool:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import einops
 import jax
 import jax.numpy as jnp
 
 from xl2jax.model import VideoXL2
 from xl2jax.ops.dense import dense_attention
+from xl2jax.training.sharding import split_batch
 
 IGNORE = -100
 """Label of a token that the loss does not count."""
 
-_LOSS_BLOCK = 512  # tokens whose logits exist at a time
+_LOSS_BLOCK = 256  # tokens of a row whose logits exist at a time
 
 
 class TokenBatch(NamedTuple):
@@ -25,23 +27,32 @@ class TokenBatch(NamedTuple):
     """int32 [B, T]: which visual token of the sample's own video stands here, -1 for text."""
     labels: jax.Array
     """int32 [B, T]: the token's own id where the loss counts it, else IGNORE."""
+    segment: jax.Array | None = None
+    """int32 [B, T], for rows that hold several samples: which one a token belongs to, -1 for padding.
+    None: one sample a row."""
 
 
 def hidden_states(model: VideoXL2, pixels: jax.Array, tokens: TokenBatch, *, remat: bool) -> jax.Array:
     """Pixels [B, F, H, W, 3] in [-1, 1] and tokens [B, T] -> normed hidden states [B, T, D].
 
-    Attention is dense and causal; padding stands behind everything that could see it.
+    Attention is dense and causal within a sample; padding stands behind everything that could see it.
     """
     b, f = pixels.shape[:2]
-    visual = model.encode_frames(pixels.reshape(b * f, *pixels.shape[2:]), remat=remat)
+    pixels = split_batch(pixels.reshape(b * f, *pixels.shape[2:]))
+    visual = split_batch(model.encode_frames(pixels, remat=remat))
     visual = visual.reshape(b, -1, visual.shape[-1])
     own = jnp.take_along_axis(visual, jnp.maximum(tokens.visual, 0)[..., None], axis=1)
     is_text = (tokens.visual < 0)[..., None]
-    x = jnp.where(is_text, model.llm.embed_tokens(jnp.where(is_text[..., 0], tokens.ids, 0)), own)
+    x = split_batch(jnp.where(is_text, model.llm.embed_tokens(jnp.where(is_text[..., 0], tokens.ids, 0)), own))
     positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
+    mask = None
+    if tokens.segment is not None:
+        changed = jnp.diff(tokens.segment, axis=1, prepend=tokens.segment[:, :1]) != 0
+        positions -= jax.lax.cummax(jnp.where(changed, positions, 0), axis=1)
+        mask = (tokens.segment[:, :, None] == tokens.segment[:, None, :])[:, None]
 
     def attend(state: None, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[None, jax.Array]:
-        return None, dense_attention(q, k, v, causal=True)
+        return None, split_batch(dense_attention(q, k, v, causal=True, mask=mask))
 
     return model.llm.forward(x, positions, attend, None, remat=remat)[0]
 
@@ -52,22 +63,21 @@ def token_loss(
     """(sum of cross-entropies, labelled tokens), float32: their ratio is upstream's loss.
 
     Labels are shifted: the hidden state at t answers for the label at t + 1. Logits are made for a few
-    hundred tokens at a time and again in the backward pass, never for the whole batch.
+    hundred tokens of each row at a time and again in the backward pass, never for the whole batch.
     """
-    hidden = hidden_states(model, pixels, tokens, remat=remat)[:, :-1]
-    hidden = hidden.reshape(-1, hidden.shape[-1])
-    labels = tokens.labels[:, 1:].reshape(-1)
-    block = min(_LOSS_BLOCK, len(labels))
-    short = -len(labels) % block
-    hidden = jnp.pad(hidden, ((0, short), (0, 0))).reshape(-1, block, hidden.shape[-1])
-    labels = jnp.pad(labels, (0, short), constant_values=IGNORE).reshape(-1, block)
+    hidden, labels = hidden_states(model, pixels, tokens, remat=remat)[:, :-1], tokens.labels[:, 1:]
+    block = min(_LOSS_BLOCK, labels.shape[1])
+    short = -labels.shape[1] % block
+    hidden = jnp.pad(hidden, ((0, 0), (0, short), (0, 0)))
+    labels = jnp.pad(labels, ((0, 0), (0, short)), constant_values=IGNORE)
 
     @jax.checkpoint
     def of_block(xs: tuple[jax.Array, jax.Array]) -> jax.Array:
         hidden, labels = xs
         counted = labels != IGNORE
         logits = model.llm.logits(hidden)
-        picked = jnp.take_along_axis(logits, jnp.where(counted, labels, 0)[:, None], axis=1)[:, 0]
-        return jnp.sum(jnp.where(counted, jax.nn.logsumexp(logits, axis=1) - picked, 0.0))
+        picked = jnp.take_along_axis(logits, jnp.where(counted, labels, 0)[..., None], axis=-1)[..., 0]
+        return jnp.sum(jnp.where(counted, jax.nn.logsumexp(logits, axis=-1) - picked, 0.0))
 
-    return jnp.sum(jax.lax.map(of_block, (hidden, labels))), jnp.sum(labels != IGNORE).astype(jnp.float32)
+    blocks = tuple(einops.rearrange(x, "b (n t) ... -> n b t ...", t=block) for x in (hidden, labels))
+    return jnp.sum(jax.lax.map(of_block, blocks)), jnp.sum(labels != IGNORE).astype(jnp.float32)

@@ -1,0 +1,129 @@
+"""Which samples stand together in which batch: a plan made before training, from lengths alone.
+
+The plan is a pure function of the lengths, the seed and the sizes, so the position in the data is one
+number, and a run resumed on other worker processes goes on with the same batches.
+
+The samples of a step have similar lengths: a window of the shuffled samples is sorted by length and cut into
+steps, which are shuffled again. A step is cut into micro-batches, what the devices take at once: `rows` rows of
+one shape. Which samples a step holds does not depend on the devices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from tqdm import tqdm
+
+from xl2jax.config import FRAMES_PER_GROUP
+from xl2jax.errors import UserError
+from xl2jax.layout import bucket
+from xl2jax.prompt import PromptTokenizer
+from xl2jax.training.records import Record
+from xl2jax.training.samples import open_media, read_frames, sample_tokens
+from xl2jax.video import SampleConfig
+
+_TOKEN_UNIT = 64  # lengths of rows are multiples of this
+_WINDOW = 32  # steps sorted by length together
+
+
+@dataclasses.dataclass(frozen=True)
+class Length:
+    """What a sample takes: groups of 4 frames, and tokens."""
+
+    groups: int
+    tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """Lengths of all records, None for those that cannot be used, with the reason by record number."""
+
+    lengths: tuple[Length | None, ...]
+    problems: dict[int, str]
+    cut: int
+    """Samples longer than the limit."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MicroBatch:
+    """Rows of record numbers (several in a row only when packed), and the shape that all are padded to."""
+
+    rows: tuple[tuple[int, ...], ...]
+    groups: int
+    tokens: int
+
+
+def probe_records(
+    records: Sequence[Record], sampling: SampleConfig, tokenizer: PromptTokenizer, visual_tokens: int, max_length: int,
+    *, threads: int, progress: bool = False, decode_size: int | None = None,
+) -> Probe:  # fmt: skip
+    """Opens every record's media for its length; with `decode_size` it reads all frames as well."""
+
+    def one(record: Record) -> tuple[Length, bool] | str:
+        try:
+            clip = open_media(record, sampling)
+            tokens = sample_tokens(record, clip, tokenizer, visual_tokens, max_length)
+            if decode_size is not None:
+                read_frames(record, clip, decode_size)
+        except UserError as e:
+            return str(e)
+        groups = 0 if clip is None else len(clip.indices) // FRAMES_PER_GROUP
+        return Length(groups, len(tokens.ids)), tokens.cut
+
+    with ThreadPoolExecutor(threads) as pool:
+        label = "look at the data" if decode_size is None else "read the data"
+        found = list(tqdm(pool.map(one, records), label, len(records), disable=not progress, unit="sample"))
+    return Probe(
+        tuple(None if isinstance(x, str) else x[0] for x in found),
+        {i: x for i, x in enumerate(found) if isinstance(x, str)},
+        sum(not isinstance(x, str) and x[1] for x in found),
+    )
+
+
+def plan_epoch(
+    lengths: Sequence[Length | None], batch: int, rows: int, seed: int, epoch: int, *, pack_to: int | None = None
+) -> list[list[MicroBatch]]:
+    """The steps of one epoch, each a list of micro-batches: every usable sample once.
+
+    A step has `batch` rows, the last of an epoch maybe fewer; `rows` of them make a micro-batch, the last maybe
+    with empty rows. `pack_to` fills a row with several samples, up to that many tokens.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    order = [int(i) for i in rng.permutation(len(lengths)) if lengths[i] is not None]
+    known = {i: x for i in order if (x := lengths[i]) is not None}
+    steps: list[list[tuple[int, ...]]] = []
+    size = batch * _WINDOW
+    for first in range(0, len(order), size):
+        window = sorted(order[first : first + size], key=lambda i: (known[i].groups, known[i].tokens))
+        filled: list[tuple[int, ...]] = [(i,) for i in window] if pack_to is None else _packed(window, known, pack_to)
+        steps += [filled[start : start + batch] for start in range(0, len(filled), batch)]
+
+    def micro_batch(part: list[tuple[int, ...]]) -> MicroBatch:
+        return MicroBatch(
+            rows=(*part, *[()] * (rows - len(part))),
+            groups=bucket(max(max(sum(known[i].groups for i in row) for row in part), 1)),
+            tokens=bucket(max(sum(known[i].tokens for i in row) for row in part), _TOKEN_UNIT),
+        )
+
+    return [
+        [micro_batch(steps[n][i : i + rows]) for i in range(0, len(steps[n]), rows)]
+        for n in rng.permutation(len(steps))
+    ]
+
+
+def _packed(window: list[int], known: dict[int, Length], limit: int) -> list[tuple[int, ...]]:
+    """First fit, longest samples first."""
+    bins: list[tuple[int, list[int]]] = []
+    for i in reversed(window):
+        tokens = known[i].tokens
+        for n, (used, members) in enumerate(bins):
+            if used + tokens <= limit:
+                members.append(i)
+                bins[n] = (used + tokens, members)
+                break
+        else:
+            bins.append((tokens, [i]))
+    return [tuple(members) for _, members in bins]

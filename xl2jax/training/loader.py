@@ -1,0 +1,97 @@
+"""Micro-batches as arrays, read ahead by grain in threads or worker processes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import TypedDict
+
+import grain
+import numpy as np
+from absl import flags
+
+from xl2jax.config import FRAMES_PER_GROUP
+from xl2jax.errors import UserError
+from xl2jax.prompt import PromptTokenizer
+from xl2jax.training.batches import MicroBatch
+from xl2jax.training.loss import IGNORE
+from xl2jax.training.records import Record
+from xl2jax.training.samples import open_media, read_frames, sample_tokens
+from xl2jax.video import SampleConfig
+
+
+class Arrays(TypedDict):
+    """One process's rows of a micro-batch. B rows, F frames, T tokens."""
+
+    pixels: np.ndarray  # uint8 [B, F, size, size, 3]
+    ids: np.ndarray  # int32 [B, T], as the next two
+    visual: np.ndarray
+    labels: np.ndarray
+    segment: np.ndarray  # which sample of its row a token belongs to, -1 for padding
+    samples: list[str]  # ids of the samples that were read
+    failed: list[str]  # "id: reason" of those that were not
+
+
+@dataclasses.dataclass(frozen=True)
+class Loader:
+    """Reads the rows of one process. Picklable: worker processes hold a copy."""
+
+    records: Sequence[Record]
+    sampling: SampleConfig
+    tokenizer: PromptTokenizer
+    visual_tokens: int
+    max_length: int
+    image_size: int
+
+    def __call__(self, batch: MicroBatch) -> Arrays:
+        """A sample that cannot be read after all leaves its place empty."""
+        shape, size = (len(batch.rows), batch.tokens), self.image_size
+        frames = np.zeros((len(batch.rows), batch.groups * FRAMES_PER_GROUP, size, size, 3), np.uint8)
+        ids, segment = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
+        visual, labels = np.full(shape, -1, np.int32), np.full(shape, IGNORE, np.int32)
+        samples, failed = [], []
+        for b, row in enumerate(batch.rows):
+            t = f = 0
+            for number, index in enumerate(row):
+                record = self.records[index]
+                try:
+                    clip = open_media(record, self.sampling)
+                    tokens = sample_tokens(record, clip, self.tokenizer, self.visual_tokens, self.max_length)
+                    own = read_frames(record, clip, size)
+                except UserError as e:
+                    failed.append(f"{record.id}: {e}")
+                    continue
+                here = slice(t, t + len(tokens.ids))
+                if here.stop > batch.tokens or f + len(own) > frames.shape[1]:
+                    failed.append(f"{record.id}: longer than when training began; was the file changed?")
+                    continue
+                ids[b, here], labels[b, here], segment[b, here] = tokens.ids, tokens.labels, number
+                offset = f // FRAMES_PER_GROUP * self.visual_tokens
+                visual[b, here] = np.where(tokens.visual < 0, -1, tokens.visual + offset)
+                labels[b, t] = IGNORE  # nothing of this sample stands before its first token
+                frames[b, f : f + len(own)] = own
+                t, f = here.stop, f + len(own)
+                samples.append(record.id)
+        return Arrays(
+            pixels=frames, ids=ids, visual=visual, labels=labels, segment=segment, samples=samples, failed=failed
+        )
+
+
+def read_ahead(
+    plan: Sequence[MicroBatch], loader: Loader, start: int, *, process: int, processes: int, workers: int, threads: int
+) -> Iterator[Arrays]:
+    """This process's rows of `plan[start:]`, in order.
+
+    `workers` processes each read with `threads` threads; 0 workers: threads of this process.
+    """
+    rows = len(plan[0].rows) // processes
+    own = slice(process * rows, (process + 1) * rows)
+    local = [dataclasses.replace(m, rows=m.rows[own]) for m in plan[start:]]
+    data = grain.MapDataset.source(local).map(loader)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    stream = data.to_iter_dataset(options)
+    if workers:
+        if not flags.FLAGS.is_parsed():  # grain reads absl flags before it starts processes
+            flags.FLAGS.mark_as_parsed()
+        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
+    return iter(stream)

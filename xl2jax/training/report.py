@@ -1,0 +1,107 @@
+"""The plan of a run as a table, and what reading all data found."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from xl2jax.config import FRAMES_PER_GROUP, VideoXL2Config
+from xl2jax.training.batches import Probe
+from xl2jax.training.config import TrainConfig
+from xl2jax.training.records import Record
+from xl2jax.training.sharding import batch_devices, param_spec
+from xl2jax.training.step import StepConfig
+
+_PARTS = ("vision", "dts", "projector", "llm")
+
+
+def _share(name: str, shape: tuple[int, ...], mesh: Mesh) -> float:
+    """Elements of a parameter on one device."""
+    split = math.prod(mesh.shape[a] for a in param_spec(name, shape, mesh) if a is not None)
+    return math.prod(shape) / split
+
+
+def memory_per_device(
+    config: TrainConfig,
+    step: StepConfig,
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    trained: Sequence[str],
+    mesh: Mesh,
+) -> dict[str, float]:
+    """Bytes by purpose. Activations are an estimate for the longest sample: what remat keeps, one layer's
+    intermediate values, and the logits of a block."""
+    master, compute = jnp.dtype(config.param_dtype).itemsize, jnp.dtype(config.compute_dtype).itemsize
+    own = {n: _share(n, s.shape, mesh) for n, s in shapes.items()}
+    training = sum(own[n] for n in trained)
+    gradient = training * (2.0 if config.global_batch > config.micro_batch * batch_devices(mesh) else 1.0)
+    return {
+        "frozen parameters": compute * (sum(own.values()) - training),
+        "master parameters": master * training,
+        "optimizer state": 2 * master * training,
+        "gradients": master * gradient,
+        "compute copies": compute * training if master != compute else 0.0,
+        "activations (estimate)": _activations(config, step.model, compute),
+    }
+
+
+def _activations(config: TrainConfig, model: VideoXL2Config, itemsize: int) -> float:
+    v, t = model.vision, model.llm
+    rows, tensor = config.micro_batch, config.tensor
+    frames = config.max_frames // FRAMES_PER_GROUP * FRAMES_PER_GROUP * rows
+    patches, tokens = frames * v.patch_grid**2, rows * config.max_length
+    vision_layer = patches * (4 * v.width + (2 * v.mlp_width + 4 * v.width) / tensor)
+    llm_layer = tokens * (4 * t.width + (3 * t.mlp_width + 3 * t.heads * t.head_width) / tensor)
+    kept = float(patches * v.width * v.run_layers + tokens * t.width * t.layers)
+    if not config.remat:
+        kept = vision_layer * v.run_layers + llm_layer * t.layers
+    return itemsize * (kept + max(vision_layer, llm_layer)) + 2 * 4 * rows * 256 * t.vocab / tensor
+
+
+def plan_report(
+    config: TrainConfig, step: StepConfig, shapes: Mapping[str, jax.ShapeDtypeStruct], trained: Sequence[str], mesh: Mesh,
+    samples: int,
+) -> str:  # fmt: skip
+    """Parameters by part, memory of a device, steps."""
+    lines = [f"{'part':24} {'parameters':>14} {'trained':>14}"]
+    chosen = set(trained)
+    total = {n: math.prod(s.shape) for n, s in shapes.items()}
+    for part in _PARTS:
+        own = {n: size for n, size in total.items() if n.startswith(f"{part}.")}
+        lines.append(f"{part:24} {sum(own.values()):14,} {sum(s for n, s in own.items() if n in chosen):14,}")
+    everything, training = sum(total.values()), sum(total[n] for n in trained)
+    lines.append(f"{'all':24} {everything:14,} {training:14,} ({training / everything:.1%})")
+    memory = memory_per_device(config, step, shapes, trained, mesh)
+    lines += ["", "memory of a device"]
+    lines += [f"{name:24} {size / 2**30:10.3f} GiB" for name, size in {**memory, "all": sum(memory.values())}.items()]
+    micro = config.micro_batch * batch_devices(mesh)
+    steps = config.epochs * math.ceil(samples / config.global_batch)
+    steps = min(steps, config.max_steps or steps)
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    lines += [
+        "",
+        f"mesh                     {axes}",
+        f"samples                  {samples:,} (where all can be read{'; fewer rows when packed' * config.packing})",
+        f"step                     {config.global_batch} rows = {config.global_batch // micro} micro-batches of {micro}",
+        f"steps                    {steps:,} in {config.epochs} epochs",
+    ]
+    if config.preset == "stage1":
+        lines.append("stage1                   trains DTS through the language loss (upstream's own is not public)")
+    return "\n".join(lines)
+
+
+def data_report(records: Sequence[Record], probe: Probe) -> str:
+    """What --validate-data found."""
+    lines = [f"sample {records[i].id}: {reason}" for i, reason in probe.problems.items()]
+    good = [x for x in probe.lengths if x is not None]
+    kinds = {k: sum(r.kind == k for r in records) for k in ("video", "image", "text")}
+    lines.append(f"{len(records)} samples ({', '.join(f'{n} {k}' for k, n in kinds.items() if n)})")
+    lines.append(f"{len(good)} can be used, {len(probe.problems)} cannot, {probe.cut} are cut at the length limit")
+    if good:
+        tokens, groups = [x.tokens for x in good], [x.groups for x in good]
+        lines.append(f"tokens {min(tokens)} to {max(tokens)}, mean {sum(tokens) / len(good):.0f}")
+        lines.append(f"frames {4 * min(groups)} to {4 * max(groups)}, mean {4 * sum(groups) / len(good):.0f}")
+    return "\n".join(lines)

@@ -1,0 +1,125 @@
+"""From a record to model inputs: frames, token ids, label mask (upstream: train.py, preprocess_qwen).
+
+The conversation is tokenised piece by piece, as upstream does: role, newline, text, `<|im_end|>`, newline. The
+turn with the video is `<|im_start|>user\\n`, the video, a newline, then the text behind `<image>`. The loss
+counts the assistant's text with its `<|im_end|>\\n`, and, in all turns, `<|im_start|>`, `<|im_end|>` and the
+newline behind it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from xl2jax.config import FRAMES_PER_GROUP
+from xl2jax.errors import UserError
+from xl2jax.prompt import IM_END, IM_START, SYSTEM, PromptTokenizer, time_text
+from xl2jax.training.loss import IGNORE
+from xl2jax.training.records import Record
+from xl2jax.video import Clip, ImageReader, SampleConfig, frame_times, open_video
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """One sample's columns of a TokenBatch, int32 [T]. `cut`: longer than the limit, its end was cut off."""
+
+    ids: np.ndarray
+    visual: np.ndarray
+    labels: np.ndarray
+    cut: bool
+
+
+def group_times(clip: Clip, scale: float) -> list[float]:
+    """Seconds of each group's first frame, times the record's scale, rounded to a tenth."""
+    times = clip.times if scale == 1.0 else [round(t * scale, 1) for t in clip.times]
+    return times[::FRAMES_PER_GROUP]
+
+
+def tokenise(
+    turns: Sequence[tuple[str, str]], times: Sequence[float | None], tokenizer: PromptTokenizer, visual_tokens: int,
+    max_length: int,
+) -> Tokens:  # fmt: skip
+    """Token ids, places of visual tokens and labels of a conversation.
+
+    `times` has one entry a group of frames: its time, or None for a picture, which has no time text.
+    Beyond `max_length` tokens the end is cut off, as upstream does.
+
+    Raises:
+      UserError: the cut leaves nothing of an answer.
+    """
+    start, end, newline = (tokenizer.encode(t) for t in (IM_START, IM_END, "\n"))
+    ids: list[int] = []
+    visual: list[int] = []
+    labels: list[int] = []
+    answer_starts: list[int] = []
+
+    def add(tokens: Sequence[int], counted: bool) -> None:
+        ids.extend(tokens)
+        visual.extend([-1] * len(tokens))
+        labels.extend(tokens if counted else [IGNORE] * len(tokens))
+
+    def add_turn(role: str, text: str, groups: Sequence[float | None]) -> None:
+        add(start, True)
+        add([*tokenizer.encode(role), *newline], False)
+        for g, seconds in enumerate(groups):
+            add([] if seconds is None else tokenizer.encode(time_text(seconds)), False)
+            ids.extend([0] * visual_tokens)
+            visual.extend(range(g * visual_tokens, (g + 1) * visual_tokens))
+            labels.extend([IGNORE] * visual_tokens)
+        if groups:
+            add(newline, False)
+        if role == "assistant":
+            answer_starts.append(len(ids))
+        add(tokenizer.encode(text), role == "assistant")
+        add([*end, *newline], True)
+
+    add_turn("system", SYSTEM, ())
+    for number, (role, text) in enumerate(turns):
+        add_turn(role, text, times if number == 0 else ())
+    cut = len(ids) > max_length
+    if answer_starts[0] >= max_length:
+        raise UserError(f"{len(ids)} tokens: the first {max_length} hold nothing of an answer")
+    arrays = [np.asarray(x[:max_length], np.int32) for x in (ids, visual, labels)]
+    return Tokens(arrays[0], arrays[1], arrays[2], cut)
+
+
+def open_media(record: Record, sampling: SampleConfig) -> Clip | None:
+    """The frames of a record: a video file, a folder of frames (1 a second), a picture as 4 equal frames.
+
+    Raises UserError where it cannot be opened.
+    """
+    if record.kind == "text":
+        return None
+    assert record.media is not None
+    if record.kind == "video":
+        return open_video(record.media, sampling)
+    if not record.media.is_file():
+        raise UserError(f"{record.media}: no such image")
+    reader = ImageReader([record.media], fps=1.0)
+    indices = np.zeros(FRAMES_PER_GROUP, np.int64)
+    return Clip(record.media, reader, indices, frame_times(indices, 1.0))
+
+
+def sample_tokens(
+    record: Record, clip: Clip | None, tokenizer: PromptTokenizer, visual_tokens: int, max_length: int
+) -> Tokens:
+    """The tokens of an opened record."""
+    times: list[float | None] = []
+    if clip is not None:
+        times = [None] if record.kind == "image" else list(group_times(clip, record.scale))
+    return tokenise(record.turns, times, tokenizer, visual_tokens, max_length)
+
+
+def read_frames(record: Record, clip: Clip | None, size: int) -> np.ndarray:
+    """uint8 [F, size, size, 3] of an opened record, all of it.
+
+    Raises UserError where a frame cannot be read: training does not go on with a part.
+    """
+    if clip is None:
+        return np.zeros((0, size, size, 3), np.uint8)
+    frames = np.concatenate(list(clip.batches(len(clip.indices), size)))
+    if len(frames) < len(clip.indices):
+        raise UserError(f"{record.media}: only {len(frames)} of {len(clip.indices)} frames can be read")
+    return frames

@@ -1,0 +1,166 @@
+"""One optimizer step as pure functions of a TrainState: gradients, their sum, the update."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from xl2jax.config import VideoXL2Config
+from xl2jax.layers import LoRAConfig
+from xl2jax.model import VideoXL2, abstract_model, normalise
+from xl2jax.names import unflatten
+from xl2jax.training.config import TrainConfig
+from xl2jax.training.loss import TokenBatch, token_loss
+
+type Params = dict[str, jax.Array]
+"""Parameters by dotted name, layers stacked."""
+
+
+class TrainState(NamedTuple):
+    """Everything that a step changes. No step draws random numbers: data order follows from seed and position."""
+
+    step: jax.Array
+    """int32: optimizer steps done."""
+    params: Params
+    """Master copies of what trains."""
+    opt_state: optax.OptState
+
+
+class Sums(NamedTuple):
+    """Added up over micro-batches."""
+
+    loss: jax.Array
+    """Sum of the cross-entropies, float32."""
+    tokens: jax.Array
+    """Labelled tokens."""
+    grads: Params
+    """Gradient of `loss`, in the dtype of the master copies."""
+
+
+class Metrics(NamedTuple):
+    loss: jax.Array
+    grad_norm: jax.Array
+    """Before clipping."""
+    learning_rate: jax.Array
+    labelled_tokens: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+    """What the step functions are compiled for."""
+
+    model: VideoXL2Config
+    lora: LoRAConfig | None
+    compute_dtype: str
+    remat: bool
+
+
+def learning_rate(config: TrainConfig, steps: int) -> optax.Schedule:
+    """Linear warm-up from 0, then a cosine to 0 at `steps` (transformers' get_cosine_schedule_with_warmup)."""
+    warmup = math.ceil(config.warmup * steps)
+    if config.schedule == "cosine":
+        return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, max(steps, warmup + 1))
+    if warmup == 0:
+        return optax.constant_schedule(config.learning_rate)
+    rise = optax.linear_schedule(0.0, config.learning_rate, warmup)
+    return optax.join_schedules([rise, optax.constant_schedule(config.learning_rate)], [warmup])
+
+
+def optimizer(config: TrainConfig, names: list[str], steps: int) -> optax.GradientTransformation:
+    """Global-norm clip, AdamW (decay on matrices only), per-part rates."""
+    shares = dict.fromkeys(names, 1.0)
+    for pattern, rate in config.part_rates():
+        shares |= {n: rate / config.learning_rate for n in names if fnmatch.fnmatchcase(n, pattern)}
+    decayed = {n: n.endswith((".kernel", ".embedding", ".lora_a", ".lora_b")) for n in names}
+    scaled = optax.stateless(lambda updates, _: {n: u * shares[n] for n, u in updates.items()})
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        optax.add_decayed_weights(config.weight_decay, decayed),
+        scaled,
+        optax.scale_by_learning_rate(learning_rate(config, steps)),
+    )
+
+
+def assemble(config: StepConfig, params: Params) -> VideoXL2:
+    """The model of dotted parameters (trained and frozen together)."""
+    graphdef = nnx.graphdef(abstract_model(config.model, config.compute_dtype, config.lora))
+    return nnx.merge(graphdef, unflatten(params, config.model, config.lora))
+
+
+def gradients(config: StepConfig, params: Params, frozen: Params, pixels: jax.Array, tokens: TokenBatch) -> Sums:
+    """Loss sum and gradients of one micro-batch. Pixels uint8 [B, F, H, W, 3]."""
+
+    def loss_of(params: Params) -> tuple[jax.Array, jax.Array]:
+        compute = {n: p.astype(config.compute_dtype) for n, p in (frozen | params).items()}
+        return token_loss(assemble(config, compute), normalise(pixels), tokens, remat=config.remat)
+
+    (loss, count), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
+    return Sums(loss, count, grads)
+
+
+def update(
+    tx: optax.GradientTransformation, schedule: optax.Schedule, state: TrainState, sums: Sums
+) -> tuple[TrainState, Metrics]:
+    """The optimizer step for the mean loss over all labelled tokens of the micro-batches in `sums`."""
+    count = jnp.maximum(sums.tokens, 1.0)
+    grads = {n: (g / count).astype(g.dtype) for n, g in sums.grads.items()}
+    norm = optax.global_norm({n: g.astype(jnp.float32) for n, g in grads.items()})
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params: Params = optax.apply_updates(state.params, updates)
+    metrics = Metrics(sums.loss / count, norm, jnp.asarray(schedule(state.step), jnp.float32), sums.tokens)
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+
+class Steps:
+    """The functions above, jitted for one run on one mesh. States and sums are donated."""
+
+    def __init__(
+        self, config: StepConfig, tx: optax.GradientTransformation, schedule: optax.Schedule, abstract: TrainState
+    ):
+        shardings = jax.tree.map(lambda s: s.sharding, abstract)
+        scalar = shardings.step
+        sums = Sums(scalar, scalar, shardings.params)
+        result = (shardings, Metrics(*[scalar] * len(Metrics._fields)))
+
+        def micro(params: Params, frozen: Params, pixels: jax.Array, tokens: TokenBatch) -> Sums:
+            return gradients(config, params, frozen, pixels, tokens)
+
+        @functools.partial(jax.jit, donate_argnums=0, out_shardings=result)
+        def whole(state: TrainState, frozen: Params, *batch: Any) -> tuple[TrainState, Metrics]:
+            return update(tx, schedule, state, micro(state.params, frozen, *batch))
+
+        @functools.partial(jax.jit, donate_argnums=0, out_shardings=sums)
+        def accumulate(so_far: Sums, params: Params, frozen: Params, *batch: Any) -> Sums:
+            return jax.tree.map(jnp.add, so_far, micro(params, frozen, *batch))
+
+        @functools.partial(jax.jit, donate_argnums=0, out_shardings=result)
+        def apply(state: TrainState, so_far: Sums) -> tuple[TrainState, Metrics]:
+            return update(tx, schedule, state, so_far)
+
+        @functools.partial(jax.jit, out_shardings=sums)
+        def zeros() -> Sums:
+            grads = {n: jnp.zeros(p.shape, p.dtype) for n, p in abstract.params.items()}
+            return Sums(jnp.float32(0), jnp.float32(0), grads)
+
+        self._whole, self._accumulate, self._apply, self._zeros = whole, accumulate, apply, zeros
+
+    def __call__(
+        self, state: TrainState, frozen: Params, batches: Iterator[tuple[jax.Array, TokenBatch]], count: int
+    ) -> tuple[TrainState, Metrics]:
+        """One optimizer step over the next `count` micro-batches (pixels, tokens)."""
+        if count == 1:
+            return self._whole(state, frozen, *next(batches))
+        so_far = self._zeros()
+        for _ in range(count):
+            so_far = self._accumulate(so_far, state.params, frozen, *next(batches))
+        return self._apply(state, so_far)

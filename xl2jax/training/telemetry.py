@@ -1,0 +1,126 @@
+"""What a run shows and writes: progress bar, metrics.jsonl, TensorBoard, wandb; operations for MFU."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from xl2jax import flops
+from xl2jax.config import VideoXL2Config
+from xl2jax.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# Dense bfloat16 operations a second by the vendor's datasheet.
+_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40": 181e12, "RTX 4090": 165e12}
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    return next((rate for name, rate in _PEAK.items() if name in device.device_kind), None)
+
+
+def sample_flops(config: VideoXL2Config, trained: set[str], groups: int, tokens: int) -> float:
+    """Operations that one row takes forward and backward: what must be computed, not what is recomputed.
+
+    A part whose parameters train costs its forward pass twice more, one that only passes gradients on once more.
+    """
+    parts = {
+        "vision": 4 * groups * flops.vision(config),
+        "merge": groups * flops.dts_and_projector(config),
+        "llm": tokens * (flops.llm_linear(config.llm) + 2.0 * config.llm.width * config.llm.vocab)
+        + flops.attention(config.llm, tokens * (tokens + 1) / 2),
+    }
+    owner = {"vision": "vision", "dts": "merge", "projector": "merge", "llm": "llm"}
+    weights = {owner[n.partition(".")[0]] for n in trained if not n.endswith(("lora_a", "lora_b"))}
+    any_trained = {owner[n.partition(".")[0]] for n in trained}
+    total, before = 0.0, False
+    for part, forward in parts.items():
+        passes = 1 + (part in weights) + (before or part in any_trained)
+        total, before = total + passes * forward, before or part in any_trained
+    return total
+
+
+def _keep_steps(path: Path, last: int) -> None:
+    """Drops the rows of steps that were done after the checkpoint from which a run goes on."""
+    if path.is_file():
+        rows = [row for row in path.read_text().splitlines() if row.endswith("}") and json.loads(row)["step"] <= last]
+        beside = path.with_name(f".{path.name}.incomplete")
+        beside.write_text("".join(f"{row}\n" for row in rows))
+        beside.replace(path)
+
+
+class Telemetry:
+    """One process's view of a run; only process 0 shows and writes."""
+
+    def __init__(
+        self, output: Path, total: int, first: int, *, show: bool, tensorboard: bool, wandb: str | None,
+        config: dict[str, Any],
+    ):  # fmt: skip
+        peak = peak_flops(jax.devices()[0])
+        self._peak = peak and peak * jax.device_count()
+        self.skipped = 0
+        self._bar = tqdm(
+            total=total, initial=first, desc="train", unit="step", file=sys.stderr, disable=not show, dynamic_ncols=True
+        )
+        self._file = self._board = self._wandb = None
+        self._times: deque[tuple[float, float, float]] = deque(maxlen=20)  # (when, tokens, operations)
+        self._last = time.perf_counter()
+        if not show:
+            return
+        path = output / "metrics.jsonl"
+        _keep_steps(path, first)
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115 (closed by __exit__)
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(output / "tensorboard"), purge_step=first + 1)
+        if wandb is not None:
+            try:
+                import wandb as module
+            except ImportError:
+                raise UserError("--wandb: wandb is not installed (pip install wandb)") from None
+            self._wandb = module.init(project=wandb, dir=str(output), config=config, resume="allow")
+
+    def step(self, step: int, metrics: dict[str, float], tokens: int, operations: float) -> None:
+        """`tokens` counts those that are not padding; `operations` those of all devices' rows."""
+        now = time.perf_counter()
+        self._times.append((now - self._last, tokens, operations))
+        self._last = now
+        seconds, done, computed = (sum(x) for x in zip(*self._times, strict=True))
+        row = {**metrics, "tokens_per_s": done / seconds}
+        if self._peak:
+            row["mfu"] = computed / seconds / self._peak
+        shown = {"loss": f"{row['loss']:.4f}", "lr": f"{row['learning_rate']:.2e}", "norm": f"{row['grad_norm']:.2f}"}
+        shown["tok/s"] = f"{row['tokens_per_s']:.0f}"
+        if "mfu" in row:
+            shown["mfu"] = f"{row['mfu']:.0%}"
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update(1)
+        if self._file is not None:
+            self._file.write(json.dumps({"step": step, "seconds": self._times[-1][0], **row}) + "\n")
+        if self._board is not None:
+            for name, value in row.items():
+                self._board.add_scalar(f"train/{name}", value, step)
+        if self._wandb is not None:
+            self._wandb.log(row, step=step)
+
+    def __enter__(self) -> Telemetry:
+        return self
+
+    def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.close()
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
