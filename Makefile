@@ -25,7 +25,7 @@ demo: install
 	$(BIN)/python infer.py --video build/clip.mp4 --question "Which shape is red?" --max-new-tokens 16
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,7 +1,8 @@
 """Things to try the model on without any download: a real H.264 clip, a small random checkpoint.
 
 python -m xl2jax.demo clip build/clip.mp4
-python -m xl2jax.demo checkpoint checkpoints/demo
+python -m xl2jax.demo checkpoint build/random
+python -m xl2jax.demo train build/demo        # how the bundled checkpoint was made
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from xl2jax.checkpoint import DTYPE_NAMES, write_torch
 from xl2jax.config import PRESETS, VideoXL2Config
 from xl2jax.names import Entry
 from xl2jax.prompt import END_OF_TEXT, IM_END, IM_START
+from xl2jax.synthetic import DatasetArgs, corpus, write_dataset
 from xl2jax.tensor_files import DTYPES
 from xl2jax.terminal import run_command
 
@@ -66,7 +68,7 @@ def write_clip(
         container.mux(stream.encode())
 
 
-def make_tokenizer(merges: int = 128) -> Tokenizer:
+def make_tokenizer(merges: int = 256) -> Tokenizer:
     """A byte-level BPE tokenizer with Qwen's pre-tokenisation (single digits) and special tokens.
 
     The merges are learnt from the questions and times that it is meant for.
@@ -81,17 +83,9 @@ def make_tokenizer(merges: int = 128) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=len(alphabet) + merges, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(_CORPUS, trainer)
+    tokenizer.train_from_iterator(corpus(), trainer)
     tokenizer.add_special_tokens([AddedToken(t, special=True) for t in (END_OF_TEXT, IM_START, IM_END)])
     return tokenizer
-
-
-_CORPUS = [
-    "system You are a helpful assistant. user assistant Time 12.0s:",
-    "What happens? Which colour is the circle? Which shape is red? When did the blue square appear?",
-    "Which shape appeared at the start? How many shapes are there? Was there a green star? yes no",
-    "red blue green yellow circle square triangle star appeared seconds first which what when how many",
-]
 
 
 def make_checkpoint(folder: Path, config: VideoXL2Config, *, seed: int = 0, dtype: str = "float32") -> None:
@@ -119,6 +113,23 @@ def make_checkpoint(folder: Path, config: VideoXL2Config, *, seed: int = 0, dtyp
 
 
 @dataclasses.dataclass(frozen=True)
+class Stage:
+    """A part of the bundled checkpoint's training: its videos and its optimizer settings."""
+
+    name: str
+    data: DatasetArgs
+    learning_rate: float
+    batch: int
+    epochs: int
+
+
+STAGES = (
+    Stage("short", DatasetArgs(Path(), videos=8000, groups=(4, 8), records=4, turns=6, seed=1), 1e-3, 64, 2),
+    Stage("long", DatasetArgs(Path(), videos=6000, groups=(16, 32, 64), records=2, turns=8, seed=2), 5e-4, 32, 1),
+)
+
+
+@dataclasses.dataclass(frozen=True)
 class ClipArgs:
     """Writes a clip of moving coloured shapes (H.264, 640x360)."""
 
@@ -137,11 +148,52 @@ class CheckpointArgs:
     seed: int = 0
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainArgs:
+    """Makes the bundled checkpoint: random weights, synthetic videos, one stage of training behind the other."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """Folder for data, runs and results; what is already there is not made again."""
+    processes: int = 2
+    """That write videos, and that read them."""
+    stages: tuple[str, ...] = tuple(s.name for s in STAGES)
+    """Stages to run, in this order."""
+
+
+def train_demo(args: TrainArgs) -> None:
+    """Every stage starts from the one before it; the last one's weights are the bundled checkpoint."""
+    from xl2jax.training.config import PRESETS as TRAINING
+    from xl2jax.training.run import train
+
+    weights = args.folder / "random"
+    if not weights.exists():
+        make_checkpoint(weights, PRESETS["demo"])
+    for stage in (s for s in STAGES if s.name in args.stages):
+        data, result = args.folder / f"data-{stage.name}", args.folder / stage.name
+        if not data.exists():
+            write_dataset(dataclasses.replace(stage.data, folder=data, processes=args.processes))
+        if not result.exists():
+            status = train(
+                dataclasses.replace(
+                    TRAINING["stage4"], checkpoint=str(weights), data=data / "train.json", export=result,
+                    output=args.folder / f"run-{stage.name}", fps=1.0, max_fps=None, max_frames=4 * max(stage.data.groups),
+                    learning_rate=stage.learning_rate, global_batch=stage.batch, micro_batch=stage.batch,
+                    epochs=stage.epochs, warmup=0.05, b2=0.98, weight_decay=0.05, remat=False, save_every=1000,
+                    workers=args.processes if args.processes > 2 else 0, threads=2,
+                )
+            )  # fmt: skip
+            if status:
+                sys.exit(status)
+        weights = result
+
+
 def main() -> None:
     args = tyro.extras.subcommand_cli_from_dict(
-        {"clip": ClipArgs, "checkpoint": CheckpointArgs}, prog="python -m xl2jax.demo"
+        {"clip": ClipArgs, "checkpoint": CheckpointArgs, "train": TrainArgs}, prog="python -m xl2jax.demo"
     )
-    if isinstance(args, ClipArgs):
+    if isinstance(args, TrainArgs):
+        train_demo(args)
+    elif isinstance(args, ClipArgs):
         args.path.parent.mkdir(parents=True, exist_ok=True)
         write_clip(args.path, args.seconds)
         print(f"wrote {args.path}", file=sys.stderr)

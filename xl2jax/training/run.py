@@ -85,6 +85,8 @@ def train(config: TrainConfig) -> int:
     """The whole run; the command's exit status."""
     config.check()
     if config.coordinator is not None:
+        # On CPUs programs that are in flight together would mix up their collectives.
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
         jax.distributed.initialize(config.coordinator, config.processes, config.process)
     run = _prepare(config)
     if _is_main():

@@ -1,0 +1,358 @@
+"""Endless seeded videos with questions whose answers are known: coloured shapes over a moving texture.
+
+python -m xl2jax.synthetic dataset build/data --videos 1000     # mp4 files, train.json in upstream's format
+python -m xl2jax.synthetic clip build/clip.mp4 --seed 3         # one file, its questions on stdout
+
+A scene is a number of frame groups (4 frames) of which some show one shape each; no two shapes of a scene have both
+the same colour and the same form. A needle is a shape that lasts one group. Everything follows from the seed.
+Training scenes have even seeds and never show the `HELD_OUT` combinations; test scenes have odd seeds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import multiprocessing
+import sys
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import tyro
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from xl2jax.config import FRAMES_PER_GROUP
+from xl2jax.errors import UserError
+from xl2jax.terminal import run_command
+from xl2jax.training.records import IMAGE
+
+COLOURS = {
+    "red": (220, 30, 30), "green": (30, 160, 50), "blue": (30, 60, 225), "yellow": (240, 220, 30),
+    "purple": (140, 30, 170), "orange": (245, 130, 20), "cyan": (40, 210, 225), "white": (250, 250, 250),
+}  # fmt: skip
+SHAPES = ("circle", "square", "triangle", "star", "cross")
+PAIRS = tuple((c, s) for c in COLOURS for s in SHAPES)
+HELD_OUT = frozenset({("red", "star"), ("blue", "cross"), ("yellow", "circle"), ("cyan", "triangle")})
+"""Never in training: the test asks whether colour and form are recognised apart."""
+
+type Kind = Literal["colour", "shape", "time", "exists", "count", "first"]
+
+# The last template of each kind is never trained on; its words are.
+TEMPLATES: dict[Kind, tuple[str, ...]] = {
+    "colour": (
+        "Which colour appeared at {time} seconds?", "At {time} seconds, which colour was the shape?",
+        "What colour did the shape have at {time} seconds?", "At {time} seconds, what colour did the shape have?",
+    ),
+    "shape": (
+        "Which shape appeared at {time} seconds?", "At {time} seconds, which shape was there?",
+        "What shape was there at {time} seconds?", "At {time} seconds, what shape appeared?",
+    ),
+    "time": (
+        "When did the {colour} {shape} appear?", "At what time did the {colour} {shape} appear?",
+        "When was there {a} {colour} {shape}?", "At what time was there {a} {colour} {shape}?",
+    ),
+    "exists": (
+        "Was there {a} {colour} {shape}?", "Did {a} {colour} {shape} appear?",
+        "Did the video show {a} {colour} {shape}?", "Was there {a} {colour} {shape} in the video?",
+    ),
+    "count": (
+        "How many shapes appeared?", "How many shapes were there in the video?",
+        "How many shapes did the video show?", "How many shapes were there?",
+    ),
+    "first": (
+        "Which came first, the {one} or the {two}?", "Which appeared first, the {one} or the {two}?",
+        "Did the {one} or the {two} come first?", "Did the {one} or the {two} appear first?",
+    ),
+}  # fmt: skip
+NEEDLE_KINDS: tuple[Kind, ...] = ("colour", "shape", "time")
+_MOST_EVENTS = 9
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """A shape that is seen in `groups` groups from group `start` on. Places and sizes are shares of the frame."""
+
+    start: int
+    groups: int
+    colour: str
+    shape: str
+    x: float
+    y: float
+    radius: float
+    dx: float
+    dy: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.colour} {self.shape}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """A video before it is drawn."""
+
+    seed: int
+    groups: int
+    events: tuple[Event, ...]
+
+    @property
+    def frames(self) -> int:
+        return self.groups * FRAMES_PER_GROUP
+
+    @functools.cached_property
+    def _texture(self) -> tuple[np.ndarray, tuple[float, float, float, float]]:
+        rng = np.random.default_rng([self.seed, 1])
+        base, tint = rng.uniform(70, 150), rng.uniform(-25, 25, 3)
+        small = [rng.uniform(-1, 1, (n, n)).astype(np.float32) for n in (8, 33)]
+        layers = [np.asarray(Image.fromarray(x).resize((512, 512), Image.Resampling.BICUBIC)) for x in small]
+        value = (base + tint)[None, None] + (30 * layers[0] + 25 * layers[1])[..., None]
+        dx, dy = map(float, rng.uniform(-0.02, 0.02, 2))
+        px, py = map(float, rng.uniform(0, 1, 2))
+        return np.clip(value, 0, 255).astype(np.uint8), (dx, dy, px, py)
+
+    def frame(self, index: int, width: int, height: int) -> np.ndarray:
+        """RGB uint8 [height, width, 3] of frame `index`."""
+        texture, (dx, dy, px, py) = self._texture
+        side = len(texture) // 2  # a window of half the texture, there and back
+        x = int(side * abs((px + dx * index) % 2 - 1))
+        y = int(side * abs((py + dy * index) % 2 - 1))
+        image = Image.fromarray(texture[y : y + side, x : x + side]).resize((width, height))
+        draw = ImageDraw.Draw(image)
+        for event in self.events:
+            age = index - event.start * FRAMES_PER_GROUP
+            if 0 <= age < event.groups * FRAMES_PER_GROUP:
+                radius = event.radius * min(width, height)
+                centre = ((event.x + event.dx * age) * width, (event.y + event.dy * age) * height)
+                _draw(draw, event.shape, COLOURS[event.colour], centre, radius)
+        return np.asarray(image)
+
+
+def _draw(
+    draw: ImageDraw.ImageDraw, shape: str, colour: tuple[int, int, int], centre: tuple[float, float], r: float
+) -> None:
+    cx, cy = centre
+    if shape == "circle":
+        draw.ellipse((cx - r, cy - r, cx + r, cy + r), fill=colour)
+    elif shape == "square":
+        s = 0.85 * r
+        draw.rectangle((cx - s, cy - s, cx + s, cy + s), fill=colour)
+    elif shape == "cross":
+        s = 0.33 * r
+        draw.rectangle((cx - r, cy - s, cx + r, cy + s), fill=colour)
+        draw.rectangle((cx - s, cy - r, cx + s, cy + r), fill=colour)
+    else:
+        points, inner = (3, 1.0) if shape == "triangle" else (5, 0.42)
+        corners = []
+        for i in range(points * (1 if shape == "triangle" else 2)):
+            turn = -math.pi / 2 + i * 2 * math.pi / (points * (1 if shape == "triangle" else 2))
+            far = r * 1.1 * (inner if i % 2 and shape == "star" else 1.0)
+            corners.append((cx + far * math.cos(turn), cy + far * math.sin(turn)))
+        draw.polygon(corners, fill=colour)
+
+
+def make_scene(
+    seed: int, groups: int, *, events: int | None = None, longest: int = 3, needle_at: int | None = None
+) -> Scene:
+    """A scene of `groups` groups. Odd seeds may show held-out combinations.
+
+    Args:
+      events: shapes; by default up to 9, as many as fit.
+      longest: most groups that a shape stays.
+      needle_at: the first event is a needle in this group; the others are elsewhere.
+    """
+    rng = np.random.default_rng([seed, 0])
+    allowed = [p for p in PAIRS if seed % 2 or p not in HELD_OUT]
+    wanted = int(rng.integers(1, min(_MOST_EVENTS, groups) + 1)) if events is None else events
+    free = np.ones(groups, bool)
+    out = []
+    for number, pair in enumerate(rng.permutation(len(allowed))[: min(wanted, len(allowed))]):
+        needle = needle_at is not None and number == 0
+        stay = 1 if needle else int(rng.integers(1, longest + 1))
+        starts = [needle_at] if needle else [s for s in range(groups - stay + 1) if free[s : s + stay].all()]
+        if not starts:
+            break
+        start = int(starts[int(rng.integers(len(starts)))])  # type: ignore[arg-type]
+        free[start : start + stay] = False
+        radius = rng.uniform(0.16, 0.26)
+        x, y = rng.uniform(radius + 0.05, 0.95 - radius, 2)
+        dx, dy = rng.uniform(-0.01, 0.01, 2)
+        colour, shape = allowed[int(pair)]
+        out.append(Event(start, stay, colour, shape, *map(float, (x, y, radius, dx, dy))))
+    return Scene(seed, groups, tuple(out))
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    kind: Kind
+    text: str
+    answer: str
+    group: int | None
+    """Group that the answer is seen in."""
+
+
+def ask(
+    scene: Scene, kind: Kind, seconds: float, rng: np.random.Generator, *, template: int | None = None,
+    event: Event | None = None,
+) -> Question | None:  # fmt: skip
+    """A question about a scene whose groups are `seconds` apart; None where the scene has none of that kind.
+
+    `template`: by default one of those that are trained on.
+    """
+    choices = TEMPLATES[kind]
+    text = choices[int(rng.integers(len(choices) - 1)) if template is None else template]
+    event = event or scene.events[int(rng.integers(len(scene.events)))]
+
+    def when(group: int) -> str:
+        return str(round(float(group * seconds), 1))
+
+    def about(colour: str, shape: str) -> str:
+        return text.format(a="an" if colour[0] == "o" else "a", colour=colour, shape=shape)
+
+    if kind in ("colour", "shape"):
+        group = event.start + int(rng.integers(event.groups))
+        answer = event.colour if kind == "colour" else event.shape
+        return Question(kind, text.format(time=when(group)), f"{answer.capitalize()}.", group)
+    if kind == "time":
+        return Question(kind, about(event.colour, event.shape), f"At {when(event.start)} seconds.", event.start)
+    if kind == "exists":
+        if rng.random() < 0.5:
+            return Question(kind, about(event.colour, event.shape), "Yes.", event.start)
+        shown = {(e.colour, e.shape) for e in scene.events}
+        absent = [p for p in PAIRS if p not in shown and (scene.seed % 2 or p not in HELD_OUT)]
+        colour, shape = absent[int(rng.integers(len(absent)))]
+        return Question(kind, about(colour, shape), "No.", None)
+    if kind == "count":
+        return Question(kind, text, f"{len(scene.events)}.", None)
+    if len(scene.events) < 2:
+        return None
+    one, two = (scene.events[int(i)] for i in rng.permutation(len(scene.events))[:2])
+    first = min(one, two, key=lambda e: e.start)
+    return Question(kind, text.format(one=one.name, two=two.name), f"The {first.name}.", first.start)
+
+
+def corpus() -> Iterator[str]:
+    """Every word that questions, answers and times are made of: what a tokenizer learns from."""
+    for kind, texts in TEMPLATES.items():
+        for text in texts:
+            yield (
+                text.format(a="a", time="0.0", colour="red", shape="circle", one="blue star", two="red cross")
+                + f" {kind}"
+            )
+    for colour in COLOURS:
+        for shape in SHAPES:
+            yield f"the {colour} {shape} a {colour} {shape}? an {colour} {shape}"
+            yield f"{colour.capitalize()}. {shape.capitalize()}. The {colour} {shape}. At 0.0 seconds. Yes. No."
+    yield from ["system\nYou are a helpful assistant.", "user\n", "assistant\n", "Time 0.0s:"] * 20
+
+
+def write_video(
+    path: Path, scene: Scene, *, fps: float = 1.0, width: int = 112, height: int = 112, repeat: int = 1
+) -> None:
+    """H.264 with a constant quantiser (the same bytes each time); each frame stands `repeat` times."""
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps * repeat).limit_denominator(1000))
+        assert isinstance(stream, av.VideoStream)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.options = {"qp": "22", "preset": "veryfast"}
+        for i in range(scene.frames):
+            frame = scene.frame(i, width, height)
+            for _ in range(repeat):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+# --- data sets --------------------------------------------------------------------------------
+
+_SIZES = ((112, 112), (144, 112), (112, 144), (160, 90))
+_SCALES = (0.25, 0.5, 1.0, 1.0, 2.0, 4.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetArgs:
+    """Writes mp4 files at one frame a second, and train.json with several records a file."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """Folder to make."""
+    videos: int = 1000
+    groups: tuple[int, ...] = (4, 8)
+    """Lengths of videos in groups of 4 frames: one of these each."""
+    records: int = 2
+    """Conversations about each video."""
+    turns: int = 6
+    """Questions of each."""
+    seed: int = 0
+    processes: int = 2
+
+
+def _one_video(args: DatasetArgs, number: int) -> list[dict[str, Any]]:
+    seed = 2 * (args.seed * 10_000_000 + number)
+    rng = np.random.default_rng([seed, 2])
+    scene = make_scene(seed, args.groups[int(rng.integers(len(args.groups)))])
+    width, height = _SIZES[int(rng.integers(len(_SIZES)))]
+    name = f"{number:06d}.mp4"
+    write_video(args.folder / name, scene, width=width, height=height)
+    rows = []
+    for part in range(args.records):
+        scale = _SCALES[int(rng.integers(len(_SCALES)))]
+        turns: list[dict[str, str]] = []
+        while len(turns) < 2 * args.turns:
+            kinds: tuple[Kind, ...] = tuple(TEMPLATES)
+            kind = kinds[int(rng.choice(len(kinds), p=(0.22, 0.22, 0.22, 0.12, 0.1, 0.12)))]
+            question = ask(scene, kind, FRAMES_PER_GROUP * scale, rng)
+            if question is not None:
+                head = "" if turns else f"{IMAGE}\n"
+                turns += [{"from": "human", "value": head + question.text}, {"from": "gpt", "value": question.answer}]
+        rows.append({"id": f"{number}-{part}", "video": name, "scale": scale, "conversations": turns})
+    return rows
+
+
+def write_dataset(args: DatasetArgs) -> None:
+    """Raises UserError if the folder exists."""
+    if args.folder.exists():
+        raise UserError(f"{args.folder}: already exists; choose another place or remove it first")
+    args.folder.mkdir(parents=True)
+    one = functools.partial(_one_video, args)
+    with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
+        parts = pool.imap(one, range(args.videos), chunksize=8)
+        rows = [row for part in tqdm(parts, "write videos", args.videos, file=sys.stderr) for row in part]
+    (args.folder / "train.json").write_text(json.dumps(rows) + "\n")
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipArgs:
+    """Writes one test video (H.264) and prints questions about it with their answers."""
+
+    path: Annotated[Path, tyro.conf.Positional]
+    """File to write."""
+    seed: int = 1
+    groups: int = 16
+    width: int = 640
+    height: int = 360
+
+
+def main() -> None:
+    args = tyro.extras.subcommand_cli_from_dict(
+        {"dataset": DatasetArgs, "clip": ClipArgs}, prog="python -m xl2jax.synthetic"
+    )
+    if isinstance(args, DatasetArgs):
+        write_dataset(args)
+        return
+    scene = make_scene(2 * args.seed + 1, args.groups)
+    args.path.parent.mkdir(parents=True, exist_ok=True)
+    write_video(args.path, scene, fps=1.0, width=args.width, height=args.height)
+    rng = np.random.default_rng(args.seed)
+    for kind in TEMPLATES:
+        question = ask(scene, kind, FRAMES_PER_GROUP, rng)
+        if question is not None:
+            print(f"{question.text}\t{question.answer}")
+
+
+if __name__ == "__main__":
+    run_command(main)
