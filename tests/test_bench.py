@@ -56,6 +56,16 @@ def test_e2e(command: Callable[..., tuple[int, str, str]]) -> None:
         assert min(v[k] for k in ("dense_step_ms", "bilevel_step_ms", "question_s", "peak_gib", "dense_prefill_s")) > 0
 
 
+def test_train(command: Callable[..., tuple[int, str, str]]) -> None:
+    status, out, err = command(
+        bench.main, "train", "--preset", "tiny", "--frames", "4", "--steps", "1", "--train", "lora+projector", "--json"
+    )
+    assert status == 0, err
+    row = json.loads(out)["rows"][-1]
+    assert (row["frames"], row["rows"], row["mesh"]) == (4, 1, "1x1x1")
+    assert min(row[k] for k in ("step_s", "tokens_per_s", "tflops_per_device", "loss_last", "peak_gib")) > 0
+
+
 def test_flops() -> None:
     """Against the compiler's own count, and against the mask rule spelled out."""
     config = PRESETS["tiny"]

@@ -105,6 +105,7 @@ def test_blocks_of_units(units: list[int], groups: int, size: int, dense: set[in
     assert set(np.nonzero(blocks_of_units(units, groups, size))[0] + 1) == dense
 
 
+@settings(deadline=None)
 @given(st.integers(1, 12), st.integers(0, 12), st.integers(0, 10**6))
 def test_choose_blocks(blocks: int, top: int, seed: int) -> None:
     scores = np.random.default_rng(seed).random(14).astype(np.float32)

@@ -24,6 +24,7 @@ configs = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(layouts, configs, st.integers(0, 4), st.integers(0, 3))
 def test_ranges_are_upstreams_mask(layout: VideoLayout, config: PrefillConfig, suffix: int, gap: int) -> None:
     start = layout.global_tokens + suffix + gap
@@ -53,6 +54,7 @@ def test_jnp_gives_the_same(layout: VideoLayout, config: PrefillConfig) -> None:
         assert all(np.array_equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
 
 
+@settings(deadline=None)
 @given(layouts, configs, st.integers(1, 5), st.integers(1, 3))
 def test_steps_hold_every_token_once(
     layout: VideoLayout, config: PrefillConfig, step_groups: int, segment_steps: int
@@ -82,6 +84,7 @@ def test_steps_hold_every_token_once(
     assert (global_length, visual_length) == (layout.global_tokens, layout.groups * layout.visual_tokens)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 10**6), st.sampled_from([1, 4, 32, 128]))
 def test_bucket(n: int, unit: int) -> None:
     b = bucket(n, unit)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -16,6 +18,7 @@ from xl2jax.config import VideoXL2Config
 from xl2jax.errors import UserError
 from xl2jax.layers import LoRAConfig
 from xl2jax.names import flatten
+from xl2jax.ops.dense import dense_attention, padded_attention
 from xl2jax.training.config import PRESETS, TrainConfig, trained_names
 from xl2jax.training.loss import IGNORE, TokenBatch
 from xl2jax.training.sharding import make_mesh, param_spec
@@ -154,6 +157,21 @@ def test_update_is_adamw_in_float64() -> None:
             p[n] = p[n] - rate * (0.1 if n.startswith("vision") else 1.0) * (step + decay)
             assert np.allclose(state.params[n], p[n], rtol=1e-5, atol=1e-6), (t, n)
     assert int(state.step) == 4
+
+
+def test_padding_to_even_lengths_changes_nothing() -> None:
+    """What cuDNN is given for the gradient of 729 patches: values and gradients against plain attention."""
+    q, k, v, weight = (jax.random.normal(jax.random.key(i), (2, 7, 3, 8)) for i in range(4))
+
+    def value(attention: Callable[..., jax.Array], *x: jax.Array) -> jax.Array:
+        return jnp.sum(attention(*x) * weight)
+
+    plain = jax.value_and_grad(functools.partial(value, dense_attention), argnums=(0, 1, 2))(q, k, v)
+    padded = jax.value_and_grad(
+        functools.partial(value, lambda *x: padded_attention(*x, "xla")), argnums=(0, 1, 2)
+    )(q, k, v)  # fmt: skip
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(padded), strict=True):
+        assert np.allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_presets_and_patterns(model: xl2jax.Model) -> None:

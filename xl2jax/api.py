@@ -38,7 +38,7 @@ from xl2jax.names import flatten
 from xl2jax.ops.arena import IMPLEMENTATIONS
 from xl2jax.prompt import PREFIX, PromptTokenizer, Suffix, suffix
 from xl2jax.relevance import AttentionScorer, read_selection
-from xl2jax.video import Backend, SampleConfig, open_video
+from xl2jax.video import Backend, Clip, SampleConfig, open_video
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ class Model:
     # --- the video, once ---------------------------------------------------------------------
 
     def watch(
-        self, video: str | Path, sampling: SampleConfig | None = None, config: PrefillConfig | None = None, *,
+        self, video: str | Path | Clip, sampling: SampleConfig | None = None, config: PrefillConfig | None = None, *,
         backend: Backend = "auto", folder_fps: float = 1.0,
         bilevel: BilevelConfig | None = BilevelConfig(),  # noqa: B008 (frozen)
         progress: bool = False,
@@ -145,7 +145,7 @@ class Model:
         """Reads, encodes and prefills a video.
 
         Args:
-          video: a file or a folder of images.
+          video: a file or a folder of images, or a clip that was opened (`sampling` and the like play no part then).
           sampling: which frames.
           config: chunk size and window of the prefill.
           backend, folder_fps: see `open_video`.
@@ -156,7 +156,7 @@ class Model:
         """
         sampling, config = sampling or SampleConfig(), config or PrefillConfig()
         started = time.perf_counter()
-        clip = open_video(video, sampling, backend=backend, folder_fps=folder_fps)
+        clip = video if isinstance(video, Clip) else open_video(video, sampling, backend=backend, folder_fps=folder_fps)
         time_ids = self.tokenizer.time_ids(clip.times)
         layout = VideoLayout(len(self._prefix), tuple(map(len, time_ids)), self.config.visual_tokens)
         if bilevel is not None:
@@ -199,7 +199,7 @@ class Model:
         capacity = (plan.slots - plan.visual_start) // plan.visual_tokens
         found = jnp.concatenate(features)[:capacity]
         return WatchedVideo(
-            path=str(video), duration=clip.duration, times=clip.times[: groups * FRAMES_PER_GROUP],
+            path=str(clip.path), duration=clip.duration, times=clip.times[: groups * FRAMES_PER_GROUP],
             layout=layout, plan=plan, cache=cache, timings=timings,
             features=jnp.pad(found, ((0, capacity - len(found)), (0, 0))),
         )  # fmt: skip

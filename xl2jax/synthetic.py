@@ -30,6 +30,7 @@ from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.errors import UserError
 from xl2jax.terminal import run_command
 from xl2jax.training.records import IMAGE
+from xl2jax.video import Clip, frame_times
 
 COLOURS = {
     "red": (220, 30, 30), "green": (30, 160, 50), "blue": (30, 60, 225), "yellow": (240, 220, 30),
@@ -172,7 +173,7 @@ def make_scene(
     out = []
     for number, pair in enumerate(rng.permutation(len(allowed))[: min(wanted, len(allowed))]):
         needle = needle_at is not None and number == 0
-        stay = 1 if needle else int(rng.integers(1, longest + 1))
+        stay = 1 if needle else min(int(rng.integers(1, longest + 1)), groups)
         starts = [needle_at] if needle else [s for s in range(groups - stay + 1) if free[s : s + stay].all()]
         if not starts:
             break
@@ -233,6 +234,25 @@ def ask(
     one, two = (scene.events[int(i)] for i in rng.permutation(len(scene.events))[:2])
     first = min(one, two, key=lambda e: e.start)
     return Question(kind, text.format(one=one.name, two=two.name), f"The {first.name}.", first.start)
+
+
+class SceneReader:
+    """A scene as an open video of one frame a second (times `seconds / 4` apart): no file, no codec."""
+
+    def __init__(self, scene: Scene, seconds: float = FRAMES_PER_GROUP, *, width: int = 112, height: int = 112):
+        self._scene, self._size = scene, (width, height)
+        self.total, self.fps = scene.frames, FRAMES_PER_GROUP / seconds
+
+    def frames(self, indices: np.ndarray) -> Iterator[np.ndarray]:
+        for i in indices:
+            yield self._scene.frame(int(i), *self._size)
+
+
+def scene_clip(scene: Scene, seconds: float = FRAMES_PER_GROUP) -> Clip:
+    """All frames of a scene, for `Model.watch`."""
+    reader = SceneReader(scene, seconds)
+    indices = np.arange(scene.frames)
+    return Clip(Path(f"scene-{scene.seed}"), reader, indices, frame_times(indices, reader.fps))
 
 
 def corpus() -> Iterator[str]:

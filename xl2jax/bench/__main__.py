@@ -1,7 +1,7 @@
-"""`python -m xl2jax.bench prefill|decode|kernels|e2e`.
+"""`python -m xl2jax.bench prefill|decode|kernels|e2e|train`.
 
 Every row of `prefill` and `decode` runs in a process of its own, so that peak memory and compilation are
-its own; `kernels` and `e2e` are one process each.
+its own; the others are one process each.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from xl2jax.bench.e2e import E2EArgs, e2e_rows
 from xl2jax.bench.kernels import KernelArgs, kernel_rows
 from xl2jax.bench.llm import DecodeArgs, PrefillArgs, decode_row, prefill_row
 from xl2jax.bench.setup import machine
+from xl2jax.bench.train import TrainBenchArgs, train_rows
 from xl2jax.config import FRAMES_PER_GROUP, PRESETS
 from xl2jax.errors import UserError
 from xl2jax.terminal import run_command
@@ -97,13 +98,19 @@ def main() -> None:
         _row(sys.argv[2])
         return
     commands: dict[str, Any] = {"prefill": PrefillArgs, "decode": DecodeArgs, "kernels": KernelArgs, "e2e": E2EArgs}
-    args: PrefillArgs | DecodeArgs | KernelArgs | E2EArgs = tyro.extras.subcommand_cli_from_dict(
+    commands["train"] = TrainBenchArgs
+    args: PrefillArgs | DecodeArgs | KernelArgs | E2EArgs | TrainBenchArgs = tyro.extras.subcommand_cli_from_dict(
         commands, prog="python -m xl2jax.bench"
     )
     if isinstance(args, KernelArgs):
         if jax.default_backend() != "gpu":
             raise UserError("bench kernels needs a GPU; the tests check the kernel without one")
         _print_rows(kernel_rows(args), args.json)
+        return
+    if isinstance(args, TrainBenchArgs):
+        if args.preset not in PRESETS or args.frames < FRAMES_PER_GROUP or args.rows < 1 or args.steps < 1:
+            raise UserError(f"--preset is one of {', '.join(PRESETS)}; 4 frames, 1 row and 1 step are the least")
+        _print_rows(train_rows(args), args.json)
         return
     _check_sizes(args)
     if isinstance(args, E2EArgs):

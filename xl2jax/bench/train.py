@@ -1,0 +1,141 @@
+"""`bench train`: one optimizer step of the whole model on random weights, frames and tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xl2jax import memory
+from xl2jax.bench.kernels import ceilings
+from xl2jax.bench.setup import PREFIX, TIMES, timed
+from xl2jax.config import FRAMES_PER_GROUP, PRESETS
+from xl2jax.layout import bucket
+from xl2jax.training.config import PRESETS as TRAINING
+from xl2jax.training.config import TrainConfig, trained_names
+from xl2jax.training.loss import IGNORE, TokenBatch
+from xl2jax.training.sharding import batch_devices, batch_sharding, make_mesh, param_sharding
+from xl2jax.training.state import abstract_state, new_state, parameter_shapes
+from xl2jax.training.step import Params, StepConfig, Steps, learning_rate, optimizer
+from xl2jax.training.telemetry import sample_flops
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainBenchArgs:
+    """Times optimizer steps of the whole model."""
+
+    preset: str = "video-xl-2"
+    frames: int = 148
+    """Of each sample; 148 are the most that stage 4 takes."""
+    rows: int = 1
+    """Samples that a device takes at a time."""
+    train: Literal["lora", "lora+projector", "all"] = "lora"
+    lora_rank: int = 64
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of what trains, with its optimizer state."""
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    fsdp: int | None = None
+    tensor: int = 1
+    steps: int = 5
+    answer_tokens: int = 64
+    json: bool = False
+
+
+def train_rows(args: TrainBenchArgs) -> Iterator[dict[str, Any]]:
+    """The card's own rates, then the step: median seconds after a first one that compiles."""
+    rates = ceilings() if jax.default_backend() == "gpu" else {}
+    yield rates
+    model = PRESETS[args.preset]
+    config = dataclasses.replace(
+        TRAINING["stage4"], checkpoint="random", data=Path(), output=Path(), fsdp=args.fsdp, tensor=args.tensor,
+        param_dtype=args.param_dtype, compute_dtype=args.compute_dtype,
+        lora_rank=0 if args.train == "all" else args.lora_rank,
+        train=("projector.*",) if args.train == "lora+projector" else None,
+    )  # fmt: skip
+    mesh = make_mesh(config.fsdp, config.tensor)
+    step = StepConfig(model, config.lora, config.compute_dtype, remat=True)
+    shapes = parameter_shapes(model, config.lora)
+    names = trained_names(config, list(shapes))
+    tx, schedule = optimizer(config, names, 1000), learning_rate(config, 1000)
+    abstract = abstract_state({n: shapes[n] for n in names}, tx, config.param_dtype, mesh)
+    groups, rows = args.frames // FRAMES_PER_GROUP, args.rows * batch_devices(mesh)
+    with jax.set_mesh(mesh):
+        params = _random(config, shapes, set(names), mesh)
+        state = new_state({n: params[n] for n in names}, tx, abstract)
+        frozen = {n: p for n, p in params.items() if n not in set(names)}
+        del params
+        batch = jax.tree.map(
+            lambda x: jax.device_put(x, batch_sharding(mesh)),
+            _batch(rows, groups, model.visual_tokens, model.vision.image_size, model.llm.vocab, args.answer_tokens),
+        )
+        one_step = Steps(step, tx, schedule, abstract)
+
+        def run() -> Any:
+            nonlocal state
+            state, metrics = one_step(state, frozen, iter([batch]), 1)
+            return metrics
+
+        first, metrics = timed(run)
+        losses = [float(metrics.loss)]
+        seconds = []
+        for _ in range(args.steps):
+            took, metrics = timed(run)
+            seconds.append(took)
+            losses.append(float(metrics.loss))
+    median = statistics.median(seconds)
+    tokens = int(batch[1].ids.shape[1])
+    operations = rows * sample_flops(model, set(names), groups, tokens)
+    row: dict[str, Any] = {
+        "train": args.train, "trained_parameters": int(sum(np.prod(shapes[n].shape) for n in names)),
+        "mesh": "x".join(map(str, mesh.shape.values())), "frames": groups * FRAMES_PER_GROUP, "tokens": tokens,
+        "rows": rows, "step_s": median, "tokens_per_s": rows * tokens / median,
+        "tflops_per_device": operations / median / jax.device_count() / 1e12, "first_step_s": first,
+        "peak_gib": memory.peak_bytes() / 2**30, "loss_first": losses[0], "loss_last": losses[-1],
+    }  # fmt: skip
+    if "matrix_tflops" in rates:
+        row["share_of_card"] = row["tflops_per_device"] / rates["matrix_tflops"]
+    yield row
+
+
+def _random(config: TrainConfig, shapes: dict[str, Any], trained: set[str], mesh: Any) -> Params:
+    """Normal values scaled by fan-in, ones for norms, zeros for biases and adapters' B; made in place on the mesh."""
+    out = {}
+    for number, (name, s) in enumerate(shapes.items()):
+        dtype = jnp.dtype(config.param_dtype if name in trained else config.compute_dtype)
+        shape = s.shape
+
+        def make(name: str = name, shape: Any = shape, dtype: Any = dtype, number: int = number) -> jax.Array:
+            if name.endswith(("bias", "lora_b")):
+                return jnp.zeros(shape, dtype)
+            if name.endswith("scale"):
+                return jnp.ones(shape, dtype)
+            width = 0.02 if name.endswith("embedding") else float(np.prod(shape[-2:-1])) ** -0.5
+            return jax.random.normal(jax.random.key(number), shape, dtype) * jnp.asarray(width, dtype)
+
+        out[name] = jax.jit(make, out_shardings=param_sharding(name, shape, mesh))()
+    return out
+
+
+def _batch(
+    rows: int, groups: int, visual_tokens: int, size: int, vocab: int, answer: int
+) -> tuple[np.ndarray, TokenBatch]:
+    rng = np.random.default_rng(0)
+    per_group = TIMES + visual_tokens
+    used = PREFIX + groups * per_group + answer
+    length = bucket(used, 64)
+    ids = rng.integers(0, vocab, (rows, length)).astype(np.int32)
+    inside = np.arange(length) - PREFIX
+    within = (inside >= 0) & (inside < groups * per_group) & (inside % per_group >= TIMES)
+    place = np.where(within, inside // per_group * visual_tokens + inside % per_group - TIMES, -1)
+    position = np.arange(length)
+    counted = (position >= used - answer) & (position < used)
+    labels = np.where(counted, ids, IGNORE).astype(np.int32)
+    pixels = rng.integers(0, 256, (rows, groups * FRAMES_PER_GROUP, size, size, 3), np.uint8)
+    columns = (ids, np.broadcast_to(place, ids.shape).astype(np.int32), labels)
+    return pixels, TokenBatch(*map(jnp.asarray, columns))
