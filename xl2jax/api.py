@@ -38,10 +38,11 @@ from xl2jax.names import flatten
 from xl2jax.ops.arena import IMPLEMENTATIONS
 from xl2jax.prompt import PREFIX, PromptTokenizer, Suffix, suffix
 from xl2jax.relevance import AttentionScorer, read_selection
-from xl2jax.video import Backend, Clip, SampleConfig, open_video
+from xl2jax.video import Backend, Clip, SampleConfig, open_video, resize
 
 logger = logging.getLogger(__name__)
 
+_THUMBNAILS, _THUMBNAIL_SIZE = 12, 64
 _STREAM_TOKENS = 8  # decoded on the device between two looks at the answer
 
 
@@ -50,10 +51,11 @@ class RelevanceConfig:
     """How the chunks that stay dense are found.
 
     attention: the question's attention to the pooled cache. similarity: the question's embedding
-    against the visual tokens. file: upstream's selection file. none: blocks 1 and B only.
+    against the visual tokens. file: upstream's selection file. none: blocks 1 and B only. random: the same
+    chunks for the same question, whatever it asks; the control of experiments.
     """
 
-    scorer: Literal["attention", "similarity", "file", "none"] = "attention"
+    scorer: Literal["attention", "similarity", "file", "none", "random"] = "attention"
     attention: AttentionScorer = AttentionScorer()  # noqa: RUF009 (frozen)
     file: Path | None = None
     category: str | None = None
@@ -100,6 +102,8 @@ class WatchedVideo:
     features: jax.Array
     """One vector a group, [Gcap, D], for the similarity scorer."""
     timings: dict[str, float]
+    thumbnails: list[tuple[float, np.ndarray]]
+    """Up to 12 (seconds, uint8 [64, 64, 3]), evenly spread; none where the cache came from a file."""
     pooled: dict[int, PooledKV] = dataclasses.field(default_factory=dict)
 
     @property
@@ -167,6 +171,8 @@ class Model:
         frames_at_once = min(self._frames_at_once, plan.segment_groups * FRAMES_PER_GROUP)
         per_segment = -(-plan.segment_groups * FRAMES_PER_GROUP // frames_at_once) * frames_at_once
         features, groups = [], 0
+        wanted = thumbnail_places(clip)
+        thumbnails: list[tuple[float, np.ndarray]] = []
         with (
             self._precision(),
             tqdm(total=len(clip.indices), desc="watch", unit="frame", disable=not progress) as bar,
@@ -175,6 +181,9 @@ class Model:
             parts = prefill.segments(prefill.steps(layout, plan, time_ids), plan)
             batches = clip.batches(plan.segment_groups * FRAMES_PER_GROUP, self.config.vision.image_size)
             for frames in _timed(batches, timings, "read"):
+                first = groups * FRAMES_PER_GROUP
+                here = [i for i in wanted if first <= i < first + len(frames)]
+                thumbnails += [(clip.times[i], resize(frames[i - first], _THUMBNAIL_SIZE)) for i in here]
                 groups += len(frames) // FRAMES_PER_GROUP
                 bar.update(len(frames))
                 started = time.perf_counter()
@@ -200,7 +209,7 @@ class Model:
         found = jnp.concatenate(features)[:capacity]
         return WatchedVideo(
             path=str(clip.path), duration=clip.duration, times=clip.times[: groups * FRAMES_PER_GROUP],
-            layout=layout, plan=plan, cache=cache, timings=timings,
+            layout=layout, plan=plan, cache=cache, timings=timings, thumbnails=thumbnails,
             features=jnp.pad(found, ((0, capacity - len(found)), (0, 0))),
         )  # fmt: skip
 
@@ -382,6 +391,9 @@ class Model:
             )
         if relevance.scorer == "none":
             return jnp.zeros(video.group_capacity)
+        if relevance.scorer == "random":
+            seed = int.from_bytes(hashlib.blake2b(repr(text.ids).encode(), digest_size=4).digest(), "little")
+            return jax.random.uniform(jax.random.key(seed), (video.group_capacity,))
         context, source = runtime.mix(
             self.config.llm, video.cache, pooled, video.table, jnp.zeros(video.group_capacity, bool),
             visual_tokens=video.layout.visual_tokens, pool=bilevel.pool,
@@ -391,6 +403,18 @@ class Model:
             self.config, self.params, context, source, self._text_cache(text, 0), ids, first, last,
             scorer=relevance.attention, groups=video.group_capacity, implementation=self.implementation,
         )  # fmt: skip
+
+
+def thumbnail_places(clip: Clip) -> list[int]:
+    """Which of a clip's frames become thumbnails."""
+    return np.linspace(0, len(clip.indices) - 1, min(_THUMBNAILS, len(clip.indices))).astype(int).tolist()
+
+
+def read_thumbnails(clip: Clip) -> list[tuple[float, np.ndarray]]:
+    """(seconds, image), read from the file: for a video whose cache was not made in this process."""
+    places = thumbnail_places(clip)
+    frames = clip.reader.frames(clip.indices[places])
+    return [(clip.times[i], resize(frame, _THUMBNAIL_SIZE)) for i, frame in zip(places, frames, strict=False)]
 
 
 def selection_for(relevance: RelevanceConfig, video: Path, question: str) -> dict[str, Any] | None:

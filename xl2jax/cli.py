@@ -18,14 +18,14 @@ import tyro
 
 import xl2jax
 from xl2jax import memory
-from xl2jax.api import Answer, Model, RelevanceConfig, WatchedVideo, selection_for
+from xl2jax.api import Answer, Model, RelevanceConfig, WatchedVideo, read_thumbnails, selection_for
 from xl2jax.bilevel import BilevelConfig
 from xl2jax.errors import UserError
 from xl2jax.generate import SamplingConfig
 from xl2jax.layout import PrefillConfig
 from xl2jax.relevance import AttentionScorer
 from xl2jax.store import cache_key, load_cache, save_cache
-from xl2jax.video import Backend, SampleConfig
+from xl2jax.video import Backend, SampleConfig, open_video
 
 DEFAULT_CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "demo"
 
@@ -77,7 +77,7 @@ class Args:
     """Groups in a selection chunk."""
     pool: int = 4
     """Visual tokens averaged into one where KV is pooled."""
-    relevance: Literal["attention", "similarity", "file", "none"] = "attention"
+    relevance: Literal["attention", "similarity", "file", "none", "random"] = "attention"
     relevance_layers: tuple[float, float] = (AttentionScorer.first_layer, AttentionScorer.last_layer)
     """Layers that the attention scorer counts, as shares of the depth."""
     relevance_heads: Literal["mean", "max"] = AttentionScorer.heads
@@ -95,6 +95,8 @@ class Args:
 
     json: bool = False
     """Prints one JSON object."""
+    plot: Path | None = None
+    """PNG of the timeline: thumbnails, relevance of every chunk, which ones stayed dense, the answers."""
 
     def sampling(self) -> SampleConfig:
         return SampleConfig(self.fps, self.max_fps, self.max_frames)
@@ -144,6 +146,8 @@ class Args:
             raise UserError("give --save-cache or --load-cache, not both")
         if self.save_cache is not None and not os.access(self.save_cache.parent, os.W_OK | os.X_OK):
             raise UserError(f"{self.save_cache}: cannot write the cache there")
+        if self.plot is not None and not os.access(self.plot.parent, os.W_OK | os.X_OK):
+            raise UserError(f"{self.plot}: cannot write the plot there")
         SamplingConfig(self.temperature, self.top_p).check()
         for check in (self.sampling, self.prefill_config, self.bilevel):
             check()
@@ -164,6 +168,13 @@ def infer() -> int:
     answers = [_ask(args, model, video, q) for q in args.question]
     if args.interactive:
         answers += _interact(args, model, video, answers)
+    if args.plot is not None:
+        from xl2jax.plot import plot_answers
+
+        if not video.thumbnails:  # the cache came from a file
+            clip = open_video(args.video, args.sampling(), backend=args.video_backend, folder_fps=args.folder_fps)
+            video.thumbnails = read_thumbnails(clip)
+        plot_answers(args.plot, video, answers)
     if args.json:
         print(json.dumps(_report(model, video, answers, load_seconds)))
     else:

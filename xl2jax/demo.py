@@ -21,6 +21,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from xl2jax.checkpoint import DTYPE_NAMES, write_torch
 from xl2jax.config import PRESETS, VideoXL2Config
+from xl2jax.errors import UserError
 from xl2jax.names import Entry
 from xl2jax.prompt import END_OF_TEXT, IM_END, IM_START
 from xl2jax.synthetic import DatasetArgs, corpus, write_dataset
@@ -124,8 +125,9 @@ class Stage:
 
 
 STAGES = (
-    Stage("short", DatasetArgs(Path(), videos=8000, groups=(4, 8), records=4, turns=6, seed=1), 1e-3, 64, 2),
-    Stage("long", DatasetArgs(Path(), videos=6000, groups=(16, 32, 64), records=2, turns=8, seed=2), 5e-4, 32, 1),
+    Stage("see", DatasetArgs(Path(), videos=20000, groups=(2,), records=2, turns=6, seed=1), 1e-3, 128, 8),
+    Stage("short", DatasetArgs(Path(), videos=8000, groups=(8,), records=6, turns=6, seed=2), 7e-4, 64, 2),
+    Stage("long", DatasetArgs(Path(), videos=4000, groups=(16, 64), records=4, turns=8, seed=3), 5e-4, 32, 1),
 )
 
 
@@ -156,8 +158,8 @@ class TrainArgs:
     """Folder for data, runs and results; what is already there is not made again."""
     processes: int = 2
     """That write videos, and that read them."""
-    stages: tuple[str, ...] = tuple(s.name for s in STAGES)
-    """Stages to run, in this order."""
+    stages: tuple[str, ...] = ()
+    """Names of the stages to run; all by default."""
 
 
 def train_demo(args: TrainArgs) -> None:
@@ -168,7 +170,10 @@ def train_demo(args: TrainArgs) -> None:
     weights = args.folder / "random"
     if not weights.exists():
         make_checkpoint(weights, PRESETS["demo"])
-    for stage in (s for s in STAGES if s.name in args.stages):
+    unknown = sorted(set(args.stages) - {s.name for s in STAGES})
+    if unknown:
+        raise UserError(f"--stages: no stage {', '.join(unknown)}")
+    for stage in (s for s in STAGES if not args.stages or s.name in args.stages):
         data, result = args.folder / f"data-{stage.name}", args.folder / stage.name
         if not data.exists():
             write_dataset(dataclasses.replace(stage.data, folder=data, processes=args.processes))

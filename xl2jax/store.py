@@ -135,7 +135,7 @@ def load_cache(
     return WatchedVideo(
         path=str(video_path), duration=about["duration"], times=about["times"], layout=layout, plan=plan,
         cache=cache, features=jnp.pad(jnp.asarray(features), ((0, capacity - len(features)), (0, 0))),
-        timings={"read": 0.0, "vision": 0.0, "prefill": 0.0},
+        thumbnails=[], timings={"read": 0.0, "vision": 0.0, "prefill": 0.0},
     )  # fmt: skip
 
 

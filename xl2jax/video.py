@@ -101,10 +101,11 @@ class Reader(Protocol):
 class PyAVReader:
     """Reads through the file with PyAV (FFmpeg). Damaged packets are passed over."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, threads: int = 0):
+        """`threads` decode; 0: as many as FFmpeg likes."""
         import av
 
-        self._path = path
+        self._path, self._threads = path, threads
         try:
             with av.open(str(path)) as container:
                 stream = _video_stream(container)
@@ -142,6 +143,7 @@ class PyAVReader:
             stream = _video_stream(container)
             assert stream is not None  # __init__ found it
             stream.thread_type = "AUTO"
+            stream.codec_context.thread_count = self._threads
             for count, frame in enumerate(_decoded(container, stream)):
                 number = count if not self._numbers or frame.pts is None else self._numbers.get(frame.pts, -1)
                 if target is None:
@@ -260,7 +262,7 @@ def images_in(folder: Path) -> list[Path]:
         raise UserError(f"{folder}: cannot be read ({_reason(e)})") from None
 
 
-def open_reader(path: Path, backend: Backend = "auto", folder_fps: float = 1.0) -> Reader:
+def open_reader(path: Path, backend: Backend = "auto", folder_fps: float = 1.0, threads: int = 0) -> Reader:
     """Opens a file with the backend named; `auto` takes PyAV, or decord where PyAV is missing."""
     if not path.exists():
         raise UserError(f"{path}: no such video")
@@ -272,7 +274,7 @@ def open_reader(path: Path, backend: Backend = "auto", folder_fps: float = 1.0) 
         _say_once(chosen)
     if not _available({"pyav": "av"}.get(chosen, chosen)):
         raise UserError(f"video backend {chosen} is not installed")
-    return PyAVReader(path) if chosen == "pyav" else DecordReader(path)
+    return PyAVReader(path, threads) if chosen == "pyav" else DecordReader(path)
 
 
 @functools.cache
@@ -331,8 +333,9 @@ class Clip:
 
 
 def open_video(
-    path: str | Path, config: SampleConfig | None = None, *, backend: Backend = "auto", folder_fps: float = 1.0
-) -> Clip:
+    path: str | Path, config: SampleConfig | None = None, *, backend: Backend = "auto", folder_fps: float = 1.0,
+    threads: int = 0,
+) -> Clip:  # fmt: skip
     """Opens a video and chooses its frames.
 
     Args:
@@ -340,6 +343,7 @@ def open_video(
       config: which frames; see `sample_indices`.
       backend: `pyav`, `decord` or `auto`.
       folder_fps: frames a second of a folder of images.
+      threads: of the pyav decoder; 0 leaves it to FFmpeg. Where many files are read at once, 1 is fastest.
 
     Raises:
       UserError: missing, unreadable, without video or without frames.
@@ -347,7 +351,7 @@ def open_video(
     path, config = Path(path), config or SampleConfig()
     if not 0 < folder_fps < math.inf:
         raise UserError(f"folder fps must be above 0, not {folder_fps}")
-    reader = open_reader(path, backend, folder_fps)
+    reader = open_reader(path, backend, folder_fps, threads)
     if reader.total == 0:
         raise UserError(f"{path}: holds no frames")
     if reader.fps <= 0:

@@ -94,7 +94,7 @@ def open_media(record: Record, sampling: SampleConfig) -> Clip | None:
         return None
     assert record.media is not None
     if record.kind == "video":
-        return open_video(record.media, sampling)
+        return open_video(record.media, sampling, threads=1)
     if not record.media.is_file():
         raise UserError(f"{record.media}: no such image")
     reader = ImageReader([record.media], fps=1.0)

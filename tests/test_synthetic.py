@@ -1,0 +1,238 @@
+"""Scenes, questions, data sets, the needle test and its pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import xl2jax
+from xl2jax import needle, synthetic
+from xl2jax.api import Answer
+from xl2jax.cli import infer
+from xl2jax.demo import make_tokenizer
+from xl2jax.needle import NeedleArgs, make_cases, parse_modes, summary
+from xl2jax.synthetic import (
+    COLOURS,
+    HELD_OUT,
+    PAIRS,
+    SHAPES,
+    TEMPLATES,
+    Scene,
+    ask,
+    make_scene,
+    scene_clip,
+    write_video,
+)
+from xl2jax.training.records import read_records
+from xl2jax.video import SampleConfig, open_video
+
+seeds, lengths = st.integers(0, 10**6), st.integers(1, 60)
+
+
+@settings(deadline=None, max_examples=60)
+@given(seeds, lengths)
+def test_scenes(seed: int, groups: int) -> None:
+    """Shapes never overlap in time or share colour and form; training scenes never show what is held out."""
+    scene = make_scene(seed, groups)
+    assert scene == make_scene(seed, groups)
+    assert 1 <= len(scene.events) <= 9
+    spans = [set(range(e.start, e.start + e.groups)) for e in scene.events]
+    assert set().union(*spans) <= set(range(groups))
+    assert sum(map(len, spans)) == len(set().union(*spans))
+    pairs = [(e.colour, e.shape) for e in scene.events]
+    assert len(set(pairs)) == len(pairs)
+    if seed % 2 == 0:
+        assert not HELD_OUT & set(pairs)
+
+
+@settings(deadline=None, max_examples=60)
+@given(seeds, st.integers(2, 60), st.data())
+def test_needle_is_alone_in_its_group(seed: int, groups: int, data: st.DataObject) -> None:
+    at = data.draw(st.integers(0, groups - 1))
+    first, *others = make_scene(seed, groups, events=6, needle_at=at).events
+    assert (first.start, first.groups) == (at, 1)
+    assert all(not e.start <= at < e.start + e.groups for e in others)
+
+
+@settings(deadline=None, max_examples=100)
+@given(seeds, st.integers(1, 40), st.sampled_from(list(TEMPLATES)), st.sampled_from([0.25, 1.0, 4.0]))
+def test_answers_are_what_the_scene_shows(seed: int, groups: int, kind: synthetic.Kind, seconds: float) -> None:
+    scene = make_scene(seed, groups)
+    question = ask(scene, kind, seconds, np.random.default_rng(seed))
+    if question is None:
+        assert kind == "first"
+        assert len(scene.events) == 1
+        return
+    at = {g: e for e in scene.events for g in range(e.start, e.start + e.groups)}
+    said = question.answer.rstrip(".").lower()
+    if kind in ("colour", "shape"):
+        event = at[question.group or 0]
+        assert said == (event.colour if kind == "colour" else event.shape)
+        assert str(round(float((question.group or 0) * seconds), 1)) in question.text
+    elif kind == "time":
+        event = at[question.group or 0]
+        assert event.name in question.text
+        assert said == f"at {round(float(event.start * seconds), 1)} seconds"
+    elif kind == "count":
+        assert int(said) == len(scene.events)
+    elif kind == "exists":
+        named = [e for e in scene.events if e.name in question.text]
+        assert said == ("yes" if named else "no")
+    else:
+        named = sorted((e for e in scene.events if e.name in question.text), key=lambda e: e.start)
+        assert said == f"the {named[0].name}"
+
+
+def test_shapes_are_drawn_in_their_colours_and_forms() -> None:
+    areas: dict[str, float] = {}
+    for colour, shape in PAIRS:
+        event = synthetic.Event(0, 1, colour, shape, 0.5, 0.5, 0.3, 0.0, 0.0)
+        image = Scene(1, 2, (event,)).frame(0, 200, 200)
+        hit = (image == np.array(COLOURS[colour], np.uint8)).all(-1)
+        assert hit[100, 100]
+        assert not (Scene(1, 2, (event,)).frame(4, 200, 200) == np.array(COLOURS[colour], np.uint8)).all(-1).any()
+        ys, xs = np.nonzero(hit)
+        areas.setdefault(shape, hit.sum() / ((np.ptp(xs) + 1) * (np.ptp(ys) + 1)))
+    # Share of the bounding box: pi / 4, 1, about half, star and cross below.
+    assert areas["square"] == pytest.approx(1.0, abs=0.03)
+    assert areas["circle"] == pytest.approx(np.pi / 4, abs=0.03)
+    assert areas["triangle"] == pytest.approx(0.5, abs=0.05)
+    assert len({round(a, 1) for a in areas.values()}) == len(SHAPES)
+
+
+def test_every_template_asks_in_known_words() -> None:
+    """What is held out is how the words stand together, and no word is split into bytes."""
+    tokenizer = make_tokenizer()
+
+    def words(text: str) -> set[str]:
+        return set(text.lower().replace("?", "").replace(",", "").split())
+
+    trained = {w for texts in TEMPLATES.values() for t in texts[:-1] for w in words(t)}
+    for texts in TEMPLATES.values():
+        assert words(texts[-1]) <= trained
+        assert len(set(texts)) == 4
+    for word in (*COLOURS, *SHAPES):
+        assert len(tokenizer.encode(f" {word}", add_special_tokens=False).ids) == 1
+
+
+def test_files_show_the_scene(tmp_path: Path) -> None:
+    scene = make_scene(5, 6)
+    write_video(tmp_path / "a.mp4", scene, width=160, height=120)
+    write_video(tmp_path / "b.mp4", scene, width=160, height=120)
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+    clip = open_video(tmp_path / "a.mp4", SampleConfig(1.0, None, 24))
+    assert clip.times == scene_clip(scene).times
+    (read,), (drawn,) = list(clip.batches(24, 112)), list(scene_clip(scene).batches(24, 112))
+    assert read.shape == drawn.shape
+    assert np.abs(read.astype(float) - drawn).mean() < 6
+
+
+def test_dataset(tmp_path: Path, command: Callable[..., tuple[int, str, str]], refused: Callable[..., str]) -> None:
+    folder = tmp_path / "d"
+    flags = ("dataset", folder, "--videos", 3, "--groups", 2, 3, "--records", 2, "--turns", 3, "--processes", 1)
+    status, _, err = command(synthetic.main, *flags)
+    assert status == 0, err
+    records = read_records(folder / "train.json", 0)
+    assert len(records) == 6
+    assert all(len(r.turns) == 6 and r.media is not None and r.media.is_file() for r in records)
+    assert "already exists" in refused(synthetic.main, *flags)
+
+
+def picture(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+# --- needle -----------------------------------------------------------------------------------
+
+
+def test_cases_cover_lengths_depths_and_kinds() -> None:
+    cases = list(make_cases([64, 256], [0, 0.5, 1], 3, 5, 0))
+    assert len(cases) == 2 * 3 * 3
+    assert len({c.scene.seed for c in cases}) == len(cases)
+    for case in cases:
+        assert case.scene.seed % 2 == 1
+        assert case.question.group == round(case.depth * (case.frames // 4 - 1))
+        assert len(case.scene.events) == 6
+    assert {c.question.kind for c in cases} == {"colour", "shape", "time"}
+
+
+def test_needle_command(checkpoint: Path, tmp_path: Path, command: Callable[..., tuple[int, str, str]]) -> None:
+    """Random weights answer nothing; what is selected is counted, and the picture is written."""
+    plot = tmp_path / "needle.png"
+    status, out, err = command(
+        needle.main, "--checkpoint", checkpoint, "--frames", "128", "--depths", "0,0.5", "--cases", "2", "--others", "2",
+        "--modes", "chunked,top1", "--plot", plot, "--json",
+    )  # fmt: skip
+    assert status == 0, err
+    report = json.loads(out)
+    assert [(r["mode"], r["cases"]) for r in report["rows"]] == [("chunked", 4), ("top1", 4)]
+    assert report["rows"][0]["recall"] is None
+    # The first chunk is always dense.
+    assert all(c["selected"] for c in report["cases"] if c["depth"] == 0 and c["mode"] != "chunked")
+    assert picture(plot).shape[1] > 300
+
+
+def test_summary_counts() -> None:
+    def result(mode: str, correct: bool, selected: bool | None) -> needle.Result:
+        return needle.Result(64, 0.5, mode, "time", correct, selected)
+
+    rows = summary([result("dense", True, None), result("dense", False, None), result("top1", True, True),
+                    result("top1", True, False)])  # fmt: skip
+    assert [(r["mode"], r["accuracy"], r["recall"], r["time"]) for r in rows] == [
+        ("dense", 0.5, None, 0.5), ("top1", 1.0, 0.5, 1.0),
+    ]  # fmt: skip
+
+
+def test_needle_refusals(checkpoint: Path, refused: Callable[..., str]) -> None:
+    def refuse(*flags: object) -> str:
+        return refused(needle.main, "--checkpoint", checkpoint, *flags)
+
+    assert "--frames" in refuse("--frames", "some")
+    assert "multiples of 4" in refuse("--frames", "30")
+    assert "--depths: numbers from 0 to 1" in refuse("--depths", "0,2")
+    assert "--modes" in refuse("--modes", "sparse")
+    assert "--modes" in refuse("--modes", "top")
+    assert parse_modes("dense,top12") == {"dense": ("dense", 0), "top12": ("top", 12)}
+    assert dataclasses.fields(NeedleArgs)
+
+
+def test_random_chunks_differ_by_question(model: xl2jax.Model, watched: xl2jax.WatchedVideo) -> None:
+    def chosen(question: str) -> list[int]:
+        answer: Answer = model.ask(
+            watched, question, max_new_tokens=1, relevance=xl2jax.RelevanceConfig("random"),
+        )  # fmt: skip
+        return [c.number for c in answer.chunks if c.dense]
+
+    sets = [tuple(chosen(f"What about {i}?")) for i in range(6)]
+    assert sets[0] == tuple(chosen("What about 0?"))
+    assert len(set(sets)) > 2
+    assert all(len(s) == 4 for s in sets)
+
+
+def test_plot_of_answers(
+    checkpoint: Path,
+    clip: Path,
+    tmp_path: Path,
+    command: Callable[..., tuple[int, str, str]],
+    refused: Callable[..., str],
+) -> None:
+    flags = ("--checkpoint", checkpoint, "--video", clip, "--question", "What?", "--max-new-tokens", 2)
+    status, _, err = command(infer, *flags, "--plot", tmp_path / "a.png", "--save-cache", tmp_path / "c")
+    assert status == 0, err
+    status, _, err = command(infer, *flags, "--plot", tmp_path / "b.png", "--load-cache", tmp_path / "c")
+    assert status == 0, err
+    first, second = picture(tmp_path / "a.png"), picture(tmp_path / "b.png")
+    assert np.abs(first.astype(float) - second).mean() < 2  # thumbnails come from frames of other sizes
+    # Dense chunks, pooled chunks and the thumbnails are all there.
+    for colour in ((0x2B, 0x6C, 0xB0), (0xCB, 0xD5, 0xE0), (220, 40, 40)):
+        assert (np.abs(first.astype(int) - colour).max(-1) < 40).sum() > 20, colour
+    assert "cannot write the plot there" in refused(infer, *flags, "--plot", tmp_path / "none" / "a.png")

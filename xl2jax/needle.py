@@ -1,0 +1,220 @@
+"""Needle in a video: does the answer survive chunked prefill and bi-level decoding?
+
+python -m xl2jax.needle --checkpoint DIR --frames 64,256,1024 --depths 0,0.25,0.5,0.75,1 --plot needle.png
+
+Every case is a scene of `xl2jax.synthetic` with an odd seed (never trained on) and a shape that lasts one group at
+a given depth, among others elsewhere, and a question that only this group answers: its colour, its form or its time.
+The same cases are asked of the dense model (every token sees all before it), after chunked prefill, and with
+bi-level decoding: the best 1, 2 and 4 chunks, and as many chosen at random (`random`), as the control.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+import xl2jax
+from xl2jax.api import Answer, Model, RelevanceConfig, WatchedVideo
+from xl2jax.bilevel import BilevelConfig
+from xl2jax.config import FRAMES_PER_GROUP
+from xl2jax.errors import UserError
+from xl2jax.layout import PrefillConfig
+from xl2jax.relevance import AttentionScorer
+from xl2jax.synthetic import NEEDLE_KINDS, TEMPLATES, Question, Scene, ask, make_scene, scene_clip
+from xl2jax.terminal import run_command
+
+
+@dataclasses.dataclass(frozen=True)
+class NeedleArgs:
+    """Accuracy by length and depth for dense, chunked and bi-level reading."""
+
+    checkpoint: str
+    """Any checkpoint folder or hub id."""
+    frames: str = "64,256,1024"
+    """Lengths of the videos in frames."""
+    depths: str = "0,0.25,0.5,0.75,1"
+    """Where the needle is, as shares of the video."""
+    cases: int = 6
+    """Videos of each length and depth."""
+    modes: str = "dense,chunked,top1,top2,top4,random2"
+    """What to compare: dense, chunked, topN and randomN (N chunks stay dense besides the first and the last)."""
+    others: int = 5
+    """Other shapes in the video."""
+    seed: int = 0
+    chunk_groups: int = 4
+    window_chunks: int = 3
+    select_chunk_groups: int = 4
+    pool: int = 4
+    relevance: Literal["attention", "similarity"] = "attention"
+    relevance_layers: tuple[float, float] = (AttentionScorer.first_layer, AttentionScorer.last_layer)
+    relevance_heads: Literal["mean", "max"] = AttentionScorer.heads
+    held_out_template: bool = False
+    """Asks in words that were never put together like this in training."""
+    dtype: Literal["bfloat16", "float32"] | None = None
+    json: bool = False
+    plot: Path | None = None
+    """PNG of accuracy by length and depth."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One video and its question."""
+
+    frames: int
+    depth: float
+    scene: Scene
+    question: Question
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    frames: int
+    depth: float
+    mode: str
+    kind: str
+    correct: bool
+    selected: bool | None
+    """Whether the needle's chunk stayed dense; None where all do."""
+
+
+def numbers(flag: str, text: str, low: float, high: float) -> list[float]:
+    """Comma-separated numbers within [low, high]. Raises UserError."""
+    try:
+        out = [float(x) for x in text.split(",")]
+    except ValueError:
+        out = []
+    if not out or not all(low <= x <= high for x in out):
+        raise UserError(f"{flag}: numbers from {low:g} to {high:g} separated by commas, not {text!r}")
+    return out
+
+
+def parse_modes(text: str) -> dict[str, tuple[str, int]]:
+    """Mode name -> (dense | chunked | top | random, chunks). Raises UserError."""
+    out = {}
+    for name in text.split(","):
+        kind = name.rstrip("0123456789")
+        count = name.removeprefix(kind)
+        if kind not in ("dense", "chunked", "top", "random") or (kind in ("top", "random")) != bool(count):
+            raise UserError(f"--modes: dense, chunked, topN or randomN, not {name!r}")
+        out[name] = (kind, int(count or 0))
+    return out
+
+
+def make_cases(
+    frames: Sequence[int],
+    depths: Sequence[float],
+    cases: int,
+    others: int,
+    seed: int,
+    *,
+    held_out_template: bool = False,
+) -> Iterator[Case]:
+    """The cases in order of length; colour, form and time in turn."""
+    for length in frames:
+        groups = length // FRAMES_PER_GROUP
+        for depth in depths:
+            for number in range(cases):
+                scene_seed = 2 * (((seed * 1000 + round(depth * 100)) * 1000 + number) * 10_000 + groups) + 1
+                needle_at = round(depth * (groups - 1))
+                scene = make_scene(scene_seed, groups, events=others + 1, needle_at=needle_at)
+                kind = NEEDLE_KINDS[number % len(NEEDLE_KINDS)]
+                template = len(TEMPLATES[kind]) - 1 if held_out_template else None
+                rng = np.random.default_rng([scene_seed, 3])
+                question = ask(scene, kind, FRAMES_PER_GROUP, rng, template=template, event=scene.events[0])
+                assert question is not None  # these kinds always have one
+                yield Case(length, depth, scene, question)
+
+
+def run_case(model: Model, case: Case, modes: dict[str, tuple[str, int]], args: NeedleArgs) -> Iterator[Result]:
+    """One video watched once per kind of prefill, and asked in every mode."""
+    watched: dict[bool, WatchedVideo] = {}
+    for mode, (kind, top) in modes.items():
+        dense = kind == "dense"
+        if dense not in watched:
+            prefill = PrefillConfig(args.chunk_groups, None if dense else args.window_chunks)
+            watched[dense] = model.watch(scene_clip(case.scene), None, prefill)
+        bilevel, relevance = None, None
+        if kind in ("top", "random"):
+            blocks = -(-case.scene.groups // args.select_chunk_groups)
+            bilevel = BilevelConfig(args.select_chunk_groups, args.pool, min(top, blocks))
+            scorer = AttentionScorer(*args.relevance_layers, args.relevance_heads)
+            relevance = RelevanceConfig("random" if kind == "random" else args.relevance, scorer)
+        answer = model.ask(watched[dense], case.question.text, max_new_tokens=16, bilevel=bilevel, relevance=relevance)
+        yield Result(
+            case.frames, case.depth, mode, case.question.kind, answer.text.strip() == case.question.answer,
+            _selected(answer, case.question, args.select_chunk_groups),
+        )  # fmt: skip
+
+
+def _selected(answer: Answer, question: Question, select_chunk_groups: int) -> bool | None:
+    assert question.group is not None
+    return answer.chunks[question.group // select_chunk_groups].dense if answer.chunks else None
+
+
+def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """Accuracy by mode and length; recall where chunks were selected."""
+    rows = []
+    for mode in dict.fromkeys(r.mode for r in results):
+        for frames in dict.fromkeys(r.frames for r in results):
+            own = [r for r in results if (r.mode, r.frames) == (mode, frames)]
+            picked = [r.selected for r in own if r.selected is not None]
+            kinds = {k: [r.correct for r in own if r.kind == k] for k in NEEDLE_KINDS}
+            row: dict[str, Any] = {"mode": mode, "frames": frames, "cases": len(own)}
+            row["accuracy"] = sum(r.correct for r in own) / len(own)
+            row["recall"] = sum(picked) / len(picked) if picked else None
+            rows.append(row | {k: sum(x) / len(x) for k, x in kinds.items() if x})
+    return rows
+
+
+def _print_table(rows: Sequence[dict[str, Any]]) -> None:
+    names = ("mode", "frames", "cases", "accuracy", "recall", *NEEDLE_KINDS)
+    print("  ".join(n.rjust(9) for n in names))
+    for row in rows:
+        cells = [row.get(n) for n in names]
+        text = ["-" if c is None else f"{c:.3f}" if isinstance(c, float) else str(c) for c in cells]
+        print("  ".join(t.rjust(9) for t in text))
+
+
+def needle(args: NeedleArgs, model: Model) -> list[Result]:
+    """All results, with a progress bar."""
+    lengths = [int(f) for f in numbers("--frames", args.frames, FRAMES_PER_GROUP, 1e6)]
+    if any(f % FRAMES_PER_GROUP for f in lengths):
+        raise UserError(f"--frames: multiples of {FRAMES_PER_GROUP}, not {args.frames!r}")
+    depths, modes = numbers("--depths", args.depths, 0, 1), parse_modes(args.modes)
+    if args.cases < 1 or args.others < 0:
+        raise UserError("--cases must be 1 or more, --others 0 or more")
+    cases = list(
+        make_cases(lengths, depths, args.cases, args.others, args.seed, held_out_template=args.held_out_template)
+    )
+    bar = tqdm(cases, "needle", unit="video", file=sys.stderr)
+    return [result for case in bar for result in run_case(model, case, modes, args)]
+
+
+def main() -> None:
+    args = tyro.cli(NeedleArgs, prog="python -m xl2jax.needle")
+    numbers("--frames", args.frames, FRAMES_PER_GROUP, 1e6)
+    numbers("--depths", args.depths, 0, 1)
+    parse_modes(args.modes)
+    model = xl2jax.load(args.checkpoint, dtype=args.dtype)
+    results = needle(args, model)
+    rows = summary(results)
+    if args.plot is not None:
+        from xl2jax.plot import plot_needle
+
+        plot_needle(args.plot, results)
+    if args.json:
+        print(json.dumps({"rows": rows, "cases": [dataclasses.asdict(r) for r in results]}))
+    else:
+        _print_table(rows)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,102 @@
+"""Pictures: an answer's timeline, and accuracy by length and depth."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from xl2jax.api import Answer, WatchedVideo
+from xl2jax.errors import UserError
+
+if TYPE_CHECKING:
+    from xl2jax.needle import Result
+
+_DENSE, _POOLED = "#2b6cb0", "#cbd5e0"
+
+
+def _figure(width: float, height: float) -> Any:
+    """A figure that needs no screen."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Any, path: Path) -> None:
+    """Written beside, then renamed. Raises UserError where it cannot be written."""
+    beside = path.with_name(f".{path.name}.incomplete")
+    try:
+        figure.savefig(beside, dpi=120, format="png")
+        beside.replace(path)
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written ({e.strerror})") from None
+
+
+def plot_answers(path: Path, video: WatchedVideo, answers: Sequence[Answer]) -> None:
+    """Thumbnails over time; under them, for every answer, the score of each chunk and which ones stayed dense.
+
+    Raises UserError where `path` cannot be written.
+    """
+    rows = max(len(answers), 1)
+    figure = _figure(10, 1.3 + 1.7 * rows)
+    axes = figure.subplots(rows + 1, 1, sharex=True, height_ratios=[0.9, *[1.0] * rows], squeeze=False)[:, 0]
+    end = max(video.times[-1], 1e-6)
+    axes[0].set_title(Path(video.path).name, fontsize=9, loc="left")
+    shown = video.thumbnails
+    for number, (_, image) in enumerate(shown):
+        left = end * number / len(shown)
+        axes[0].imshow(image, extent=(left, left + 0.96 * end / len(shown), 0, 1), aspect="auto")
+    axes[0].set_xlim(0, end)
+    axes[0].set_ylim(0, 1)
+    axes[0].axis("off")
+    for axis, answer in zip(axes[1:], answers, strict=False):
+        asked = textwrap.shorten(answer.question, 90, placeholder="…")
+        said = textwrap.shorten(answer.text, 110, placeholder="…")
+        axis.set_title(f"{asked}\n{said}", fontsize=8, loc="left")
+        scores = [c.score for c in answer.chunks]
+        known = [s for s in scores if s is not None]
+        top = max(known, default=0.0) or 1.0
+        for chunk in answer.chunks:
+            height = 1.0 if chunk.score is None else chunk.score / top
+            width = max(chunk.end - chunk.start, end / 200)
+            colour = _DENSE if chunk.dense else _POOLED
+            axis.bar(
+                chunk.start, max(height, 0.02), width, align="edge", color=colour, edgecolor="white", linewidth=0.4
+            )
+        if not answer.chunks:
+            axis.bar(0, 1.0, end, align="edge", color=_DENSE)
+        axis.set_yticks([])
+        axis.set_ylabel("relevance", fontsize=7)
+    axes[-1].set_xlabel("seconds (dark: dense KV, light: pooled KV)", fontsize=8)
+    _save(figure, path)
+
+
+def plot_needle(path: Path, results: Sequence[Result]) -> None:
+    """One heat map a mode: length across, depth down, accuracy as colour."""
+    modes = list(dict.fromkeys(r.mode for r in results))
+    lengths, depths = sorted({r.frames for r in results}), sorted({r.depth for r in results})
+    figure = _figure(1.5 + 2.1 * len(modes), 1.2 + 0.45 * len(depths))
+    axes = figure.subplots(1, len(modes), squeeze=False)[0]
+    image = None
+    for axis, mode in zip(axes, modes, strict=True):
+        grid = np.full((len(depths), len(lengths)), np.nan)
+        for i, depth in enumerate(depths):
+            for j, length in enumerate(lengths):
+                own = [r.correct for r in results if (r.mode, r.frames, r.depth) == (mode, length, depth)]
+                grid[i, j] = np.mean(own) if own else np.nan
+        image = axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        for (i, j), value in np.ndenumerate(grid):
+            axis.text(j, i, f"{value:.0%}", ha="center", va="center", fontsize=7)
+        axis.set_title(mode, fontsize=9)
+        axis.set_xticks(range(len(lengths)), map(str, lengths), fontsize=7)
+        axis.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths], fontsize=7)
+        axis.set_xlabel("frames", fontsize=8)
+    axes[0].set_ylabel("depth of the needle", fontsize=8)
+    figure.colorbar(image, ax=list(axes), label="accuracy", shrink=0.8)
+    _save(figure, path)
