@@ -37,8 +37,9 @@ from xl2jax.layout import PrefillConfig, VideoLayout, bucket
 from xl2jax.names import flatten
 from xl2jax.ops.arena import IMPLEMENTATIONS
 from xl2jax.prompt import PREFIX, PromptTokenizer, Suffix, suffix
+from xl2jax.read_ahead import default_workers, resize
 from xl2jax.relevance import AttentionScorer, read_selection
-from xl2jax.video import Backend, Clip, SampleConfig, open_video, resize
+from xl2jax.video import Backend, Clip, SampleConfig, open_video
 
 logger = logging.getLogger(__name__)
 
@@ -179,7 +180,9 @@ class Model:
         ):
             cache = self._start(plan)
             parts = prefill.segments(prefill.steps(layout, plan, time_ids), plan)
-            batches = clip.batches(plan.segment_groups * FRAMES_PER_GROUP, self.config.vision.image_size)
+            batches = clip.batches(
+                plan.segment_groups * FRAMES_PER_GROUP, self.config.vision.image_size, workers=default_workers()
+            )
             for frames in _timed(batches, timings, "read"):
                 first = groups * FRAMES_PER_GROUP
                 here = [i for i in wanted if first <= i < first + len(frames)]

@@ -243,6 +243,9 @@ class SceneReader:
         self._scene, self._size = scene, (width, height)
         self.total, self.fps = scene.frames, FRAMES_PER_GROUP / seconds
 
+    def spans(self, indices: np.ndarray) -> list[np.ndarray]:
+        return [indices]
+
     def frames(self, indices: np.ndarray) -> Iterator[np.ndarray]:
         for i in indices:
             yield self._scene.frame(int(i), *self._size)

@@ -23,11 +23,14 @@ from PIL import Image, ImageOps
 
 from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.errors import UserError
+from xl2jax.read_ahead import read_resized
 
 logger = logging.getLogger(__name__)
 
 type Backend = Literal["auto", "decord", "pyav"]
 
+_SPAN_FRAMES = 16  # fewest frames that a thread reads in one go
+_WORTH_A_SEEK = 16  # frames that a jump must save
 _IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 
@@ -90,12 +93,14 @@ def sample_indices(
 
 class Reader(Protocol):
     """An open video. `frames` yields RGB uint8 [H, W, 3] for ascending indices, or ends early where
-    the file is damaged."""  # fmt: skip
+    the file is damaged. `spans` cuts indices into runs that several threads may read side by side."""  # fmt: skip
 
     total: int
     fps: float
 
     def frames(self, indices: np.ndarray) -> Iterator[np.ndarray]: ...
+
+    def spans(self, indices: np.ndarray) -> list[np.ndarray]: ...
 
 
 class PyAVReader:
@@ -114,11 +119,14 @@ class PyAVReader:
                     raise UserError(f"{path}: holds no video (only {kinds})")
                 rate = stream.average_rate or stream.guessed_rate or Fraction(0)
                 times: list[int | None] = []
+                keys: list[int] = []
                 last = 0.0
                 try:
                     for packet in container.demux():
                         if packet.stream is stream and packet.size > 0 and not packet.is_discard:
                             times.append(packet.pts)
+                            if packet.is_keyframe and packet.pts is not None:
+                                keys.append(packet.pts)
                         if packet.pts is not None and packet.time_base is not None:
                             last = max(last, float((packet.pts + (packet.duration or 0)) * packet.time_base))
                 except av.FFmpegError:
@@ -133,28 +141,71 @@ class PyAVReader:
         # containers (avi) have none, or not for all frames: then frames are counted.
         known = sorted(t for t in times if t is not None)
         self._numbers = {t: i for i, t in enumerate(known)} if len(set(known)) == len(times) else {}
+        # Numbers and presentation times of the frames that decoding can begin at.
+        self._keys = sorted((self._numbers[t], t) for t in keys) if self._numbers else []
+        self._key_numbers = np.asarray([n for n, _ in self._keys], np.int64)
+
+    def _key_before(self, number: int) -> int:
+        """Which key frame decoding up to `number` can begin at, -1 for none."""
+        return int(np.searchsorted(self._key_numbers, number, side="right")) - 1
+
+    def spans(self, indices: np.ndarray) -> list[np.ndarray]:
+        """Runs of frames, each begun by the first one wanted behind a key frame: no frame is decoded twice."""
+        keys = np.searchsorted(self._key_numbers, indices, side="right")
+        cuts, first = [], 0
+        for i in np.flatnonzero(np.diff(keys)) + 1:
+            if i - first >= _SPAN_FRAMES:
+                cuts.append(int(i))
+                first = int(i)
+        return np.split(indices, cuts)
 
     def frames(self, indices: np.ndarray) -> Iterator[np.ndarray]:
+        """Reads through, or jumps to a key frame where that leaves enough frames undecoded."""
         import av
 
-        wanted = iter(indices.tolist())
-        target = next(wanted, None)
+        wanted = indices.tolist()
+        done = 0
         with av.open(str(self._path)) as container:
             stream = _video_stream(container)
             assert stream is not None  # __init__ found it
             stream.thread_type = "AUTO"
             stream.codec_context.thread_count = self._threads
-            for count, frame in enumerate(_decoded(container, stream)):
-                number = count if not self._numbers or frame.pts is None else self._numbers.get(frame.pts, -1)
-                if target is None:
-                    return
-                while target is not None and target <= number:
-                    if target < number:
-                        logger.warning(
-                            "warning: %s: frame %d is damaged, the next good one stands in", self._path, target
-                        )
-                    yield _upright(frame.to_ndarray(format="rgb24"), frame.rotation)
-                    target = next(wanted, None)
+            seek = bool(self._keys)
+            at = sent = -1  # the last frame decoded, the last key frame that was jumped to
+            while done < len(wanted):
+                key = self._key_before(wanted[done]) if seek else -1
+                jumped = key > sent and self._keys[key][0] > max(at, 0) + _WORTH_A_SEEK
+                if jumped:
+                    sent = key
+                    container.seek(self._keys[key][1], stream=stream)
+                elif at >= 0:
+                    return  # the file ended
+                for count, frame in enumerate(_decoded(container, stream)):
+                    number = count if not self._numbers or frame.pts is None else self._numbers.get(frame.pts, -1)
+                    if jumped and number > self._keys[key][0]:
+                        break  # the container did not go where it was sent
+                    jumped, at = False, max(at, number)
+                    while done < len(wanted) and wanted[done] <= number:
+                        if wanted[done] < number:
+                            logger.warning(
+                                "warning: %s: frame %d is damaged, the next good one stands in",
+                                self._path,
+                                wanted[done],
+                            )
+                        yield _upright(frame.to_ndarray(format="rgb24"), frame.rotation)
+                        done += 1
+                    if done == len(wanted):
+                        return
+                    if seek and wanted[done] > at + _WORTH_A_SEEK:
+                        ahead = self._key_before(wanted[done])
+                        if ahead > sent and self._keys[ahead][0] > at + _WORTH_A_SEEK:
+                            break  # (a container may land before the key frame it was sent to: then read on)
+                else:
+                    if not jumped:
+                        return  # the file ended
+                if jumped:  # from here on the file is read through from its beginning
+                    seek, at = False, -1
+                    container.seek(0)
 
 
 def _video_stream(container: Any) -> Any:
@@ -193,7 +244,7 @@ def _upright(frame: np.ndarray, degrees: int) -> np.ndarray:
 
 
 class DecordReader:
-    """Reads with decord: upstream's own reader. Its memory grows on long files."""
+    """Reads with decord: upstream's own reader. Its memory grows on long files. One thread reads at a time."""
 
     _BATCH = 8
 
@@ -207,6 +258,9 @@ class DecordReader:
             self.total, self.fps = len(self._reader), float(self._reader.get_avg_fps())
         except Exception as e:
             raise UserError(f"{path}: not a video that decord can read ({_reason(e)}); pyav reads more") from None
+
+    def spans(self, indices: np.ndarray) -> list[np.ndarray]:
+        return [indices]
 
     def frames(self, indices: np.ndarray) -> Iterator[np.ndarray]:
         for first in range(0, len(indices), self._BATCH):
@@ -238,6 +292,9 @@ class ImageReader:
     def __init__(self, files: Sequence[Path], fps: float):
         self._files = files
         self.total, self.fps = len(files), fps
+
+    def spans(self, indices: np.ndarray) -> list[np.ndarray]:
+        return np.split(indices, range(_SPAN_FRAMES, len(indices), _SPAN_FRAMES))
 
     def frames(self, indices: np.ndarray) -> Iterator[np.ndarray]:
         for i in indices:
@@ -305,16 +362,17 @@ class Clip:
         """Seconds."""
         return self.reader.total / self.reader.fps
 
-    def batches(self, frames: int, size: int) -> Iterator[np.ndarray]:
+    def batches(self, frames: int, size: int, *, workers: int = 0) -> Iterator[np.ndarray]:
         """uint8 [frames, size, size, 3] at a time (a multiple of 4 frames), the last maybe shorter.
 
+        `workers` threads read and resize ahead of the caller; 0: as it asks.
         A file that ends early gives the whole groups that could be read, and a warning that names
         the last good time. Raises UserError if not one frame could be read.
         """
         out: list[np.ndarray] = []
         count = 0
-        for frame in self.reader.frames(self.indices):
-            out.append(resize(frame, size))
+        for frame in read_resized(self.reader, self.indices, size, workers, str(self.path)):
+            out.append(frame)
             count += 1
             if len(out) == frames:
                 yield np.stack(out)
@@ -362,8 +420,3 @@ def open_video(
     else:
         indices = np.concatenate([indices, np.repeat(indices[-1:], FRAMES_PER_GROUP - len(indices))])
     return Clip(path, reader, indices, frame_times(indices, reader.fps))
-
-
-def resize(frame: np.ndarray, size: int) -> np.ndarray:
-    """uint8 RGB [H, W, 3] -> [size, size, 3]: PIL bicubic, aspect ratio not kept."""
-    return np.asarray(Image.fromarray(frame).resize((size, size), Image.Resampling.BICUBIC))

@@ -1,0 +1,215 @@
+"""Every way of reading gives the frames of the simple sequential read; nothing grows, hangs or is lost."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+
+from xl2jax import read_ahead, video
+from xl2jax.demo import shape_frame
+from xl2jax.errors import UserError
+from xl2jax.read_ahead import read_resized
+from xl2jax.video import DecordReader, PyAVReader, SampleConfig, images_in, open_reader, open_video
+
+SIZE = 48
+
+
+def write(
+    path: Path, *, frames: int = 150, size: tuple[int, int] = (96, 64), rate: int = 24, codec: str = "libx264",
+    pixel_format: str = "yuv420p", variable: bool = False, **options: str,
+) -> Path:  # fmt: skip
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=Fraction(rate))
+        assert isinstance(stream, av.VideoStream)
+        stream.width, stream.height, stream.pix_fmt = *size, pixel_format
+        stream.options = {"qp": "22"} | options
+        if variable:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for i in range(frames):
+            frame = av.VideoFrame.from_ndarray(shape_frame(i / 8, *size), format="rgb24")
+            if variable:
+                frame.pts, frame.time_base = 40 * i + 300 * (i // 30) + 7 * (i % 3), Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "constant": {"g": "24"},
+    "variable": {"variable": True, "g": "20"},
+    "b-frames": {"g": "30", "bf": "4", "b-pyramid": "normal"},
+    "open-gop": {"g": "25", "bf": "3", "x264-params": "open-gop=1:keyint=25:min-keyint=25"},
+    "long-gop": {"g": "1000", "x264-params": "keyint=1000:scenecut=0"},
+    "odd-size": {"size": (97, 65), "pixel_format": "yuv444p", "g": "24"},
+    "10-bit": {"pixel_format": "yuv420p10le", "g": "24"},
+    "all-key": {"g": "1"},
+}
+
+
+def sequential(path: Path) -> list[np.ndarray]:
+    """All frames as FFmpeg gives them, without any of our code."""
+    with av.open(str(path)) as container:
+        return [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
+def file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[np.ndarray]]:
+    path = write(tmp_path_factory.mktemp("kinds") / f"{request.param}.mp4", **KINDS[request.param])
+    return path, sequential(path)
+
+
+SETS = {
+    "all": np.arange(150), "sparse": np.array([3, 40, 41, 90, 149]), "every-9th": np.arange(0, 150, 9),
+    "late": np.array([120, 121]), "repeated": np.array([7, 7, 100, 100]), "single": np.array([66]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(SETS))
+def test_same_frames(file: tuple[Path, list[np.ndarray]], name: str) -> None:
+    path, expected = file
+    indices = SETS[name]
+    reader = PyAVReader(path)
+    assert reader.total == len(expected) == 150
+    got = list(reader.frames(indices))
+    assert len(got) == len(indices)
+    assert all(np.array_equal(a, expected[i]) for a, i in zip(got, indices, strict=True))
+    parts = reader.spans(indices)
+    assert np.concatenate(parts).tolist() == indices.tolist()
+    resized = [read_ahead.resize(expected[i], SIZE) for i in indices]
+    for workers in (0, 1, 3):
+        ahead = list(read_resized(PyAVReader(path, threads=1), indices, SIZE, workers, "x"))
+        assert all(np.array_equal(a, b) for a, b in zip(ahead, resized, strict=True))
+
+
+def test_sparse_reading_decodes_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.mp4", frames=600, g="30")
+    decoded = 0
+    plain = video._decoded
+
+    def counted(*args: Any) -> Iterator[Any]:
+        nonlocal decoded
+        for frame in plain(*args):
+            decoded += 1
+            yield frame
+
+    monkeypatch.setattr(video, "_decoded", counted)
+    reader = PyAVReader(path, threads=1)
+    list(reader.frames(np.array([10, 300, 599])))
+    assert decoded < 100
+    decoded = 0
+    for span in reader.spans(np.arange(0, 600, 2)):
+        list(reader.frames(span))
+    assert decoded < 660  # every span begins at a key frame: next to nothing is decoded twice
+
+
+def test_other_readers(clip: Path, tmp_path: Path) -> None:
+    indices = np.arange(0, 300, 7)
+    one = list(read_resized(DecordReader(clip), indices, SIZE, 2, "x"))
+    two = list(read_resized(PyAVReader(clip), indices, SIZE, 2, "x"))
+    assert all(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
+    from PIL import Image
+
+    for i in range(40):
+        Image.fromarray(np.full((20, 30, 3), 6 * i, np.uint8)).save(tmp_path / f"{i}.png")
+    reader = open_reader(tmp_path)
+    assert len(images_in(tmp_path)) == 40
+    got = list(read_resized(reader, np.arange(40), 8, 3, "x"))
+    assert [int(f[0, 0, 0]) for f in got] == [6 * i for i in range(40)]
+
+
+def test_truncated_file_gives_the_same_part(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole = write(tmp_path / "whole.mkv", frames=300, g="24")
+    cut = tmp_path / "cut.mkv"
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    config = SampleConfig(fps=24, max_fps=None, max_frames=300)
+    plain, ahead = (
+        np.concatenate(list(open_video(cut, config).batches(16, SIZE, workers=w))) for w in (0, 3)
+    )  # fmt: skip
+    assert 40 < len(plain) < 300
+    assert np.array_equal(plain, ahead)
+    assert "cut off" in caplog.text
+
+
+class Endless:
+    """A video of any length that takes no time to decode."""
+
+    fps = 1.0
+
+    def __init__(self, total: int, span: int = 50):
+        self.total, self._span = total, span
+        self.given = itertools.count()
+        self.last = 0
+
+    def spans(self, indices: np.ndarray) -> list[np.ndarray]:
+        return np.split(indices, range(self._span, len(indices), self._span))
+
+    def frames(self, indices: np.ndarray) -> Iterator[np.ndarray]:
+        for i in indices:
+            self.last = next(self.given)
+            yield np.full((8, 8, 3), i % 251, np.uint8)
+
+
+def test_reading_ahead_is_bounded_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(read_ahead, "_QUEUE_BYTES", 10 * 3 * 8 * 8)
+    reader = Endless(5000)
+    frames = read_resized(reader, np.arange(5000), 8, 4, "x")
+    for i in range(200):
+        assert next(frames)[0, 0, 0] == i % 251
+    time.sleep(0.3)
+    assert reader.last < 200 + 4 * (10 + 2) + 50
+    assert [int(f[0, 0, 0]) for f in frames] == [i % 251 for i in range(200, 5000)]
+
+
+def test_closing_ends_the_threads() -> None:
+    frames = read_resized(Endless(10**6), np.arange(10**6), 8, 3, "closing")
+    next(frames)
+    frames.close()  # type: ignore[attr-defined]
+    deadline = time.monotonic() + 5
+    while any("closing" in t.name for t in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_errors_come_in_their_turn() -> None:
+    class Broken(Endless):
+        def frames(self, indices: np.ndarray) -> Iterator[np.ndarray]:
+            for frame in super().frames(indices):
+                if indices[0] == 100:
+                    raise UserError("frame 100 is broken")
+                yield frame
+
+    got: list[np.ndarray] = []
+    with pytest.raises(UserError, match="frame 100 is broken"):
+        got.extend(read_resized(Broken(500), np.arange(500), 8, 4, "x"))
+    assert len(got) == 100
+
+
+def test_a_decoder_that_hangs_is_an_error() -> None:
+    class Hung(Endless):
+        def frames(self, indices: np.ndarray) -> Iterator[np.ndarray]:
+            yield from itertools.islice(super().frames(indices), 30)
+            threading.Event().wait(20)
+
+    with pytest.raises(UserError, match=r"x.mp4: the decoder gave no frame for .* at 30.0 s"):
+        list(read_resized(Hung(500, span=500), np.arange(500), 8, 2, "x.mp4", stall_seconds=0.5))
+
+
+def test_the_caller_may_be_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waiting for the caller is not a hang."""
+    monkeypatch.setattr(read_ahead, "_QUEUE_BYTES", 8 * 3 * 8 * 8)
+    frames = read_resized(Endless(60, span=60), np.arange(60), 8, 1, "x", stall_seconds=0.3)
+    count = 0
+    for _ in frames:
+        count += 1
+        if count == 20:
+            time.sleep(1.0)
+    assert count == 60
