@@ -3,15 +3,19 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from xl2jax import flops
 from xl2jax.bench import __main__ as bench
+from xl2jax.bench.read import write_long
 from xl2jax.config import PRESETS
 from xl2jax.layout import PrefillConfig, VideoLayout, dense_mask
 from xl2jax.model import abstract_model
+from xl2jax.video import PyAVReader
 
 
 def test_rows(command: Callable[..., tuple[int, str, str]]) -> None:
@@ -64,6 +68,27 @@ def test_train(command: Callable[..., tuple[int, str, str]]) -> None:
     row = json.loads(out)["rows"][-1]
     assert (row["frames"], row["rows"], row["mesh"]) == (4, 1, "1x1x1")
     assert min(row[k] for k in ("step_s", "tokens_per_s", "tflops_per_device", "loss_last", "peak_gib")) > 0
+
+
+def test_read(tmp_path: Path, command: Callable[..., tuple[int, str, str]], refused: Callable[..., str]) -> None:
+    """A file made of repeated pieces is read whole."""
+    path = tmp_path / "long.mp4"
+    write_long(path, 45, 64, 48)
+    reader = PyAVReader(path)
+    assert reader.total == 60 * 24  # whole pieces of 20 seconds
+    assert reader.fps == 24
+    first, again = reader.frames(np.array([30, 30 + 480]))
+    assert np.array_equal(first, again)
+    status, out, err = command(
+        bench.main, "read", "--video", path, "--frames", "40", "--size", "32", "--modes", "decord,overlap", "--json"
+    )
+    assert status == 0, err
+    rows = json.loads(out)
+    assert [(r["mode"], r["frames"]) for r in rows] == [(m, 40) for m in ("decord", "overlap")]
+    assert all(r["seconds"] > 0 for r in rows)
+    assert "--synthetic" in refused(bench.main, "read", "--synthetic", "1h")
+    assert "--modes" in refused(bench.main, "read", "--modes", "fast")
+    assert "no such video" in refused(bench.main, "read", "--video", tmp_path / "none.mp4")
 
 
 def test_flops() -> None:

@@ -45,9 +45,13 @@ def slot_bytes(config: VideoXL2Config, dtype: jax.typing.DTypeLike) -> int:
 
 def memory_need(
     config: VideoXL2Config, plan: PrefillPlan, layout: VideoLayout, bilevel: BilevelConfig | None,
-    dtype: jax.typing.DTypeLike, frames_at_once: int,
+    dtype: jax.typing.DTypeLike, frames_at_once: int, *, gpu: bool | None = None,
 ) -> MemoryNeed:  # fmt: skip
-    """What the video cache and, where `bilevel` is given, its pooled and mixed copies take."""
+    """What the video cache and, where `bilevel` is given, its pooled and mixed copies take.
+
+    `gpu`: on which kind of device; the default one if not told.
+    """
+    gpu = jax.default_backend() == "gpu" if gpu is None else gpu
     c, v, itemsize = config.llm, config.vision, jnp.dtype(dtype).itemsize
     slot = slot_bytes(config, dtype)
     pooled = mixed = 0
@@ -60,7 +64,7 @@ def memory_need(
     prefill = tokens * (4 * c.mlp_width + 8 * c.width) * itemsize
     patches = frames_at_once * v.patch_grid**2
     # XLA materialises the scores of all heads of a frame; cuDNN does not.
-    scores = 0 if jax.default_backend() == "gpu" else 2 * v.heads * v.patch_grid**2 * 4
+    scores = 0 if gpu else 2 * v.heads * v.patch_grid**2 * 4
     vision = patches * ((2 * v.mlp_width + 8 * v.width) * itemsize + scores)
     # One layer of the cache in float32 while it is pooled or gathered.
     layer = 2 * plan.slots * c.kv_heads * c.head_width * 4 if bilevel is not None else 0

@@ -65,9 +65,10 @@ class PrefillPlan:
         return self.step_groups * self.segment_steps
 
 
-def default_steps() -> tuple[int, int]:
-    """(groups that go through the networks together, steps of a segment) for the default device."""
-    return (4, 4) if jax.default_backend() == "cpu" else (32, 2)
+def default_steps(gpu: bool | None = None) -> tuple[int, int]:
+    """(groups that go through the networks together, steps of a segment), for the default device or as told."""
+    gpu = jax.default_backend() != "cpu" if gpu is None else gpu
+    return (32, 2) if gpu else (4, 4)
 
 
 def make_plan(

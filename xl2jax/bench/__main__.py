@@ -1,6 +1,6 @@
-"""`python -m xl2jax.bench prefill|decode|kernels|e2e|train`.
+"""`python -m xl2jax.bench prefill|decode|read|kernels|e2e|train`.
 
-Every row of `prefill` and `decode` runs in a process of its own, so that peak memory and compilation are
+Every row of `prefill`, `decode` and `read` runs in a process of its own, so that peak memory and compilation are
 its own; the others are one process each.
 """
 
@@ -19,17 +19,20 @@ import tyro
 from xl2jax.bench.e2e import E2EArgs, e2e_rows
 from xl2jax.bench.kernels import KernelArgs, kernel_rows
 from xl2jax.bench.llm import DecodeArgs, PrefillArgs, decode_row, prefill_row
+from xl2jax.bench.read import ReadArgs, check_modes, parse_synthetic, read_row
 from xl2jax.bench.setup import machine
 from xl2jax.bench.train import TrainBenchArgs, train_rows
 from xl2jax.config import FRAMES_PER_GROUP, PRESETS
 from xl2jax.errors import UserError
 from xl2jax.terminal import run_command
 
-ROWS: dict[str, Callable[..., dict[str, Any]]] = {"prefill": prefill_row, "decode": decode_row}
+ROWS: dict[str, tuple[type, Callable[..., dict[str, Any]]]] = {
+    "prefill": (PrefillArgs, prefill_row), "decode": (DecodeArgs, decode_row), "read": (ReadArgs, read_row),
+}  # fmt: skip
 
 
-def _in_own_process(command: str, args: PrefillArgs | DecodeArgs, mode: str, groups: int) -> dict[str, Any]:
-    payload = json.dumps([command, dataclasses.asdict(args), mode, groups])
+def _in_own_process(command: str, args: PrefillArgs | DecodeArgs | ReadArgs, mode: str, groups: int) -> dict[str, Any]:
+    payload = json.dumps([command, dataclasses.asdict(args), mode, groups], default=str)
     run = subprocess.run(
         [sys.executable, "-m", "xl2jax.bench", "row", payload], stdout=subprocess.PIPE, text=True, check=False
     )
@@ -40,16 +43,17 @@ def _in_own_process(command: str, args: PrefillArgs | DecodeArgs, mode: str, gro
 
 def _row(payload: str) -> None:
     command, fields, mode, groups = json.loads(payload)
-    args = PrefillArgs(**fields) if command == "prefill" else DecodeArgs(**fields)
-    print(json.dumps(ROWS[command](args, mode, groups)))
+    kind, row = ROWS[command]
+    print(json.dumps(row(kind(**fields), mode, groups)))
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
     """Aligned columns, with the ratio of seconds to the first mode's at the same groups."""
     cost = "seconds" if "seconds" in rows[0] else "step_ms"
+    size = "groups" if "groups" in rows[0] else "frames"
     table = []
     for row in rows:
-        base = next(r for r in rows if r["groups"] == row["groups"])
+        base = next(r for r in rows if r[size] == row[size])
         shown = {k: v for k, v in row.items() if not k.endswith("bytes")}
         shown |= {k.removesuffix("_bytes") + "_MB": v / 1e6 for k, v in row.items() if k.endswith("bytes")}
         shown[f"x {base['mode']}"] = row[cost] / base[cost]
@@ -98,9 +102,9 @@ def main() -> None:
         _row(sys.argv[2])
         return
     commands: dict[str, Any] = {"prefill": PrefillArgs, "decode": DecodeArgs, "kernels": KernelArgs, "e2e": E2EArgs}
-    commands["train"] = TrainBenchArgs
-    args: PrefillArgs | DecodeArgs | KernelArgs | E2EArgs | TrainBenchArgs = tyro.extras.subcommand_cli_from_dict(
-        commands, prog="python -m xl2jax.bench"
+    commands |= {"train": TrainBenchArgs, "read": ReadArgs}
+    args: PrefillArgs | DecodeArgs | KernelArgs | E2EArgs | TrainBenchArgs | ReadArgs = (
+        tyro.extras.subcommand_cli_from_dict(commands, prog="python -m xl2jax.bench")
     )
     if isinstance(args, KernelArgs):
         if jax.default_backend() != "gpu":
@@ -112,6 +116,13 @@ def main() -> None:
             raise UserError(f"--preset is one of {', '.join(PRESETS)}; 4 frames, 1 row and 1 step are the least")
         _print_rows(train_rows(args), args.json)
         return
+    if isinstance(args, ReadArgs):
+        modes, counts = check_modes(args.modes), _whole_numbers("--frames", args.frames)
+        parse_synthetic(args.synthetic)
+        if args.video is not None and not args.video.exists():
+            raise UserError(f"{args.video}: no such video")
+        _rows_in_processes("read", args, modes, counts)
+        return
     _check_sizes(args)
     if isinstance(args, E2EArgs):
         if any(f % FRAMES_PER_GROUP for f in _whole_numbers("--frames", args.frames)):
@@ -122,11 +133,17 @@ def main() -> None:
     modes, known = args.modes.split(","), {"chunked", "dense"} if command == "prefill" else {"dense", "bilevel"}
     if not set(modes) <= known:
         raise UserError(f"--modes: choose from {', '.join(sorted(known))}")
+    _rows_in_processes(command, args, modes, _whole_numbers("--groups", args.groups))
+
+
+def _rows_in_processes(
+    command: str, args: PrefillArgs | DecodeArgs | ReadArgs, modes: list[str], sizes: list[int]
+) -> None:
     rows = []
-    for groups in _whole_numbers("--groups", args.groups):
+    for size in sizes:
         for mode in modes:
-            print(f"{command} {mode} {groups} groups ...", file=sys.stderr, flush=True)
-            rows.append(_in_own_process(command, args, mode, groups))
+            print(f"{command} {mode} {size} ...", file=sys.stderr, flush=True)
+            rows.append(_in_own_process(command, args, mode, size))
     if args.json:
         print(json.dumps(rows))
     else:

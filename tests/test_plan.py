@@ -1,0 +1,100 @@
+"""Predicted memory and time against the compiler's own analysis and against what was measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xl2jax import memory, plan, prefill, runtime
+from xl2jax.config import PRESETS
+from xl2jax.layout import PrefillConfig
+from xl2jax.model import abstract_model
+from xl2jax.plan import DEVICES, PlanArgs, largest, layout_of, predict
+
+RELEASED = PRESETS["video-xl-2"]
+
+
+@pytest.mark.parametrize(
+    ("frames", "prefill_s", "vision_s", "step_s"),
+    [(512, 0.48, 0.76, 6.0e-3), (2048, 2.12, 3.03, 6.4e-3), (4096, 5.54, 6.07, 6.8e-3), (10000, 14.2, 14.8, 7.5e-3)],
+)
+def test_times_are_near_those_measured(frames: int, prefill_s: float, vision_s: float, step_s: float) -> None:
+    """The table of the README, one H200. 512 frames are short enough for fixed costs to show."""
+    found = predict(RELEASED, layout_of(RELEASED, None, frames, 1.0), PlanArgs(device="h200"))
+    assert found.seconds is not None
+    vision, llm, step = found.seconds.values()
+    assert vision == pytest.approx(vision_s, rel=0.1)
+    assert llm == pytest.approx(prefill_s, rel=0.3)
+    assert step == pytest.approx(step_s, rel=0.2)
+
+
+def test_memory_is_near_that_measured() -> None:
+    """57.5 GiB at 10,000 frames on an H200."""
+    found = predict(RELEASED, layout_of(RELEASED, None, 10000, 1.0), PlanArgs(device="h200"))
+    assert found.total == pytest.approx(57.5 * 2**30, rel=0.15)
+
+
+@pytest.mark.parametrize("name", ["tiny", "small"])
+def test_the_compiler_needs_no_more_than_predicted(name: str) -> None:
+    """Cache bytes exactly; temporaries of encoder and prefill within the workspace and not far below it."""
+    config = PRESETS[name]
+    layout = layout_of(config, None, 256, 1.0)
+    step = prefill.make_plan(layout, PrefillConfig())
+    frames_at_once = 4 * prefill.default_steps()[0]
+    need = memory.memory_need(config, step, layout, None, "float32", frames_at_once)
+    params = nnx.state(abstract_model(config, jnp.float32))
+    cache = jax.eval_shape(lambda: runtime.new_cache(config.llm, step.slots, "float32", step.visual_start))
+    assert need.cache == cache.k.size * 4 + cache.v.size * 4
+    size = config.vision.image_size
+    frames = jax.ShapeDtypeStruct((step.segment_groups * 4, size, size, 3), np.uint8)
+    encode = runtime.encode.lower(config, params, frames, frames_at_once=frames_at_once).compile()
+    visual = jax.ShapeDtypeStruct((step.segment_groups, config.visual_tokens, config.llm.width), jnp.float32)
+    segment = next(prefill.segments(prefill.steps(layout, step, [[0] * t for t in layout.time_lengths]), step))
+    extend = runtime.prefill_segment.lower(
+        config, params, cache, visual, segment, implementation="blockwise"
+    ).compile()  # fmt: skip
+    most = max(c.memory_analysis().temp_size_in_bytes for c in (encode, extend))
+    assert most <= need.workspace
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.sampled_from(list(DEVICES)), st.sampled_from([512, 4096, 20000]), st.sampled_from([1, 4, 16]))
+def test_what_is_said_to_fit_fits_and_no_more_does(device: Any, frames: int, pool: int) -> None:
+    args = PlanArgs(device=device, pool=pool)
+    layout = layout_of(RELEASED, None, frames, 1.0)
+    most = largest(RELEASED, layout, args)
+
+    def fits(n: int) -> bool:
+        return predict(RELEASED, dataclasses.replace(layout, time_lengths=layout.time_lengths[: n // 4]), args).fits
+
+    assert 0 <= most <= frames
+    assert most == 0 or fits(most)
+    assert most == frames or not fits(most + 4)
+
+
+def test_command(checkpoint: Path, command: Callable[..., tuple[int, str, str]], refused: Callable[..., str]) -> None:
+    status, out, err = command(plan.main, "--frames", 10000, "--device", "h200", "--json")
+    assert status == 0, err
+    report = json.loads(out)
+    assert report["fits"]
+    assert report["frames_that_fit"] == 10000
+    status, out, _ = command(plan.main, "--frames", 10000, "--device", "rtx4090")
+    assert status == 1
+    assert "it does not fit: 1024 frames would" in out
+    status, out, _ = command(plan.main, "--frames", 64, "--checkpoint", checkpoint, "--dtype", "float32")
+    assert status == 0
+    assert "it fits" in out
+    assert "multiple of 4" in refused(plan.main, "--frames", 30)
+    assert "no such checkpoint" in refused(plan.main, "--checkpoint", "/none")
+    assert "must be 1 or more" in refused(plan.main, "--pool", 0)

@@ -1,0 +1,133 @@
+"""`bench read`: frames from a file, resized, against one decord batch of the same frames; overlap with an encoder."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xl2jax import memory
+from xl2jax.errors import UserError
+from xl2jax.read_ahead import default_workers, resize
+from xl2jax.synthetic import make_scene
+from xl2jax.video import SampleConfig, open_video
+
+_MODES = ("stream", "sequential", "decord", "overlap")
+_HEIGHTS = {"360p": (640, 360), "480p": (854, 480), "720p": (1280, 720), "1080p": (1920, 1080)}
+_PIECE_SECONDS, _FPS = 20, 24
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadArgs:
+    """Times reading and resizing frames. Each row runs in a process of its own."""
+
+    video: Path | None = None
+    """A file; by default one is made."""
+    synthetic: str = "20m@720p"
+    """Length and size of the file that is made: 90s, 20m or 1h @ 360p, 480p, 720p or 1080p; kept in build/."""
+    frames: str = "400,1200"
+    modes: str = "decord,sequential,stream,overlap"
+    """decord: one get_batch, then resize. sequential: a frame at a time. stream: what infer.py does.
+    overlap: stream beside a stand-in encoder (it sleeps) that takes as long as reading does."""
+    size: int = 384
+    json: bool = False
+
+
+def parse_synthetic(text: str) -> tuple[int, int, int]:
+    """`1h@720p` -> (seconds, width, height). Raises UserError."""
+    match = re.fullmatch(r"(\d+)([smh])@(\d+p)", text)
+    if match is None or match[3] not in _HEIGHTS or int(match[1]) < 1:
+        raise UserError(f"--synthetic: such as 90s@360p or 1h@720p ({', '.join(_HEIGHTS)}), not {text!r}")
+    return int(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]], *_HEIGHTS[match[3]]
+
+
+def write_long(path: Path, seconds: int, width: int, height: int) -> None:
+    """H.264 at 24 frames a second with libx264's own key frames: 20 seconds are encoded, then repeated without loss."""
+    import av
+
+    length = min(seconds, _PIECE_SECONDS)
+    scene = make_scene(1, 5 * length)
+    piece, beside = path.with_name(f".{path.stem}.piece.mp4"), path.with_name(f".{path.name}")
+    with av.open(str(piece), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(_FPS))
+        assert isinstance(stream, av.VideoStream)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.options = {"qp": "24", "preset": "veryfast"}
+        for i in range(length * _FPS):
+            frame = scene.frame(i * scene.frames // (length * _FPS), width, height)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    with av.open(str(beside), "w", format="mp4") as out:
+        target = None
+        for part in range(-(-seconds // length)):
+            with av.open(str(piece)) as source:
+                stream = source.streams.video[0]
+                target = target or out.add_stream_from_template(stream)
+                assert stream.time_base is not None
+                offset = int(part * length / stream.time_base)
+                for packet in source.demux(stream):
+                    if packet.pts is not None and packet.dts is not None:
+                        packet.pts, packet.dts, packet.stream = packet.pts + offset, packet.dts + offset, target
+                        out.mux(packet)
+    piece.unlink()
+    beside.replace(path)
+
+
+def the_file(args: ReadArgs) -> Path:
+    """The file to read, made first if need be."""
+    if args.video is not None:
+        return Path(args.video)
+    seconds, width, height = parse_synthetic(args.synthetic)
+    path = Path("build") / f"synthetic-{args.synthetic.replace('@', '-')}.mp4"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        write_long(path, seconds, width, height)
+    return path
+
+
+def read_row(args: ReadArgs, mode: str, frames: int) -> dict[str, Any]:
+    """Seconds and peak memory above what was there before of reading `frames` evenly spread frames."""
+    before = memory.peak_bytes()
+    started = time.perf_counter()
+    clip = open_video(the_file(args), SampleConfig(fps=1.0, max_fps=None, max_frames=frames))
+    opened = time.perf_counter() - started
+    count = len(clip.indices)
+    alone: float | None = None
+    if mode == "decord":
+        import decord
+
+        batch = decord.VideoReader(str(clip.path)).get_batch(clip.indices.tolist()).asnumpy()
+        kept = np.stack([resize(frame, args.size) for frame in batch])
+        assert len(kept) == count
+    else:
+        workers = 0 if mode == "sequential" else default_workers()
+        pause = 0.0
+        if mode == "overlap":
+            reading = time.perf_counter()
+            for _ in clip.batches(16, args.size, workers=workers):
+                pass
+            alone = time.perf_counter() - reading
+            pause = alone * 16 / count
+            started = time.perf_counter()
+        got = 0
+        for batch in clip.batches(16, args.size, workers=workers):
+            got += len(batch)
+            time.sleep(pause)
+        assert got == count
+    seconds = time.perf_counter() - started
+    return {
+        "mode": mode, "frames": count, "seconds": seconds, "open_s": opened, "frames_per_s": count / seconds,
+        "peak_memory_bytes": memory.peak_bytes() - before, "x alone": seconds / (alone or seconds),
+    }  # fmt: skip
+
+
+def check_modes(text: str) -> list[str]:
+    modes = text.split(",")
+    if not set(modes) <= set(_MODES):
+        raise UserError(f"--modes: choose from {', '.join(_MODES)}")
+    return modes
