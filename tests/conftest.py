@@ -2,15 +2,21 @@ from __future__ import annotations
 
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import pytest
 
 import xl2jax
 from xl2jax.config import PRESETS
 from xl2jax.demo import make_checkpoint, write_clip
 from xl2jax.terminal import run_command
+
+# Several tests run the same programs from the beginning: each is compiled once a session.
+_COMPILED = tempfile.TemporaryDirectory(prefix="xl2jax-compiled-")
+jax.config.update("jax_compilation_cache_dir", _COMPILED.name)
 
 GOLDENS = Path(__file__).parent / "goldens"
 

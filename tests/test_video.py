@@ -16,7 +16,8 @@ from safetensors.numpy import load_file
 
 from xl2jax.demo import shape_frame, write_clip
 from xl2jax.errors import UserError
-from xl2jax.video import PyAVReader, SampleConfig, open_reader, open_video, resize, sample_indices
+from xl2jax.read_ahead import resize
+from xl2jax.video import PyAVReader, SampleConfig, open_reader, open_video, sample_indices
 
 
 def test_sampling_is_upstreams(goldens: Path) -> None:
