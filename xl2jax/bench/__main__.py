@@ -19,7 +19,7 @@ import tyro
 from xl2jax.bench.e2e import E2EArgs, e2e_rows
 from xl2jax.bench.kernels import KernelArgs, kernel_rows
 from xl2jax.bench.llm import DecodeArgs, PrefillArgs, decode_row, prefill_row
-from xl2jax.bench.read import ReadArgs, check_modes, parse_synthetic, read_row
+from xl2jax.bench.read import ReadArgs, check_modes, parse_synthetic, read_row, the_file
 from xl2jax.bench.setup import machine
 from xl2jax.bench.train import TrainBenchArgs, train_rows
 from xl2jax.config import FRAMES_PER_GROUP, PRESETS
@@ -121,6 +121,7 @@ def main() -> None:
         parse_synthetic(args.synthetic)
         if args.video is not None and not args.video.exists():
             raise UserError(f"{args.video}: no such video")
+        the_file(args)  # made before anything is timed
         _rows_in_processes("read", args, modes, counts)
         return
     _check_sizes(args)
