@@ -148,6 +148,36 @@ def test_learns_stops_resumes_exports_and_answers(
         assert out.strip() == ANSWERS[i]
 
 
+def test_adapters_train_resume_and_merge_into_the_checkpoint(start: Start, checkpoint: Path, tmp_path: Path) -> None:
+    """bfloat16 compute: what is frozen is exported as it was, bit for bit, not as the compute copy has it."""
+    flags = (
+        "--global-batch",
+        4,
+        "--epochs",
+        6,
+        "--learning-rate",
+        1e-2,
+        "--save-every",
+        3,
+        "--lora-rank",
+        4,
+        "--keep",
+        9,
+    )
+    flags += ("--compute-dtype", "bfloat16", "--train", "projector.*")
+    finished(start(tmp_path / "run", *flags))
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
+    assert "resumed from step 3" in finished(start(tmp_path / "run", *flags, "--export", tmp_path / "out"))
+    before, after = (load_file(p / "model.safetensors") for p in (checkpoint, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    changed = {n for n in before if not np.array_equal(before[n], after[n])}
+    linear = {n for n in before if ".layers." in n and "vision" not in n and n.endswith("_proj.weight")}
+    assert changed == linear | {n for n in before if "mm_projector" in n}
+    rows = metrics(tmp_path / "run")
+    assert [r["step"] for r in rows] == [1, 2, 3, 4, 5, 6]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+
 SHORT = ("--global-batch", 8, "--epochs", 3)
 MESHES = {"data": (1, 1), "fsdp": (8, 1), "all": (2, 2)}
 

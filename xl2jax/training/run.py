@@ -307,7 +307,7 @@ def _steps(run: _Run, plan: list[list[MicroBatch]], lengths: Sequence[Length | N
                     logger.info("SIGTERM: saved step %d of %d", number, len(plan))
                     return TERMINATED
     if config.export is not None:
-        export(config.export, run.step, frozen | state.params, config.export_dtype, run.folder)
+        export(config.export, run.step, state.params, config.export_dtype, run.folder)
         logger.info("wrote %s", config.export)
     return 0
 

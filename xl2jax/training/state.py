@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -131,52 +130,55 @@ class Checkpoints:
         self._checkpointer.close()
 
 
-def merge_adapters(params: Params, lora: LoRAConfig) -> Params:
-    """Parameters with every adapter added to its kernel and dropped, in float32 where one was."""
-    out = {n: p for n, p in params.items() if n.rpartition(".")[2] not in ("lora_a", "lora_b")}
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def merged(kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-        low = jnp.einsum("lnr,lrm->lnm", *(x.astype(jnp.float32) for x in (a, b)), precision="highest")
-        return kernel.astype(jnp.float32) + lora.alpha / lora.rank * low
-
-    for name in [n for n in params if n.endswith(".lora_a")]:
-        base = name.removesuffix(".lora_a")
-        out[f"{base}.kernel"] = merged(out[f"{base}.kernel"], params[name], params[f"{base}.lora_b"])
-    return out
+def merge_adapter(kernel: np.ndarray, a: np.ndarray, b: np.ndarray, lora: LoRAConfig) -> np.ndarray:
+    """Stacked kernels [L, n, m] with their adapters a [L, n, rank] and b [L, rank, m] added, float32."""
+    return kernel.astype(np.float32) + np.float32(lora.alpha / lora.rank) * (
+        a.astype(np.float32) @ b.astype(np.float32)
+    )
 
 
-def export(target: Path, config: StepConfig, params: Params, dtype: str, companions: Path) -> None:
-    """Writes upstream's PyTorch layout, tokenizer and configs from `companions`. Process 0 writes, all take part."""
-    if config.lora is not None:
-        params = merge_adapters(params, config.lora)
-    held: dict[str, np.ndarray] = {}  # one stacked parameter at a time
+def export(target: Path, config: StepConfig, params: Params, dtype: str, source: Path) -> None:
+    """Writes upstream's PyTorch layout: what trained from `params`, all else as `source` has it, adapters merged.
 
-    def fetch(name: str) -> np.ndarray:
-        if name not in held:
-            held.clear()
-            array = params[name]
-            held[name] = np.asarray(
-                array if array.is_fully_addressable else multihost_utils.process_allgather(array, tiled=True)
-            )
-        return held[name]
+    Tokenizer and configs are those of `source`. Process 0 writes, all take part.
+    """
+    main = jax.process_index() == 0
+
+    def gathered(name: str) -> np.ndarray:
+        array = params[name]
+        whole = array if array.is_fully_addressable else multihost_utils.process_allgather(array, tiled=True)
+        return np.asarray(whole)
+
+    def stacked(name: str) -> np.ndarray | None:
+        """A parameter of all layers; only process 0 reads what did not train."""
+        if name in params:
+            return gathered(name)
+        base = name.removesuffix(".kernel")
+        adapter = (gathered(f"{base}.lora_a"), gathered(f"{base}.lora_b")) if f"{base}.lora_a" in params else None
+        if not main:
+            return None
+        ((_, array),) = read_params(source, "float32", wanted=lambda n: n == name)
+        if adapter is None or config.lora is None:
+            return array
+        return merge_adapter(array, adapter[0], adapter[1], config.lora)
+
+    held: dict[str, np.ndarray | None] = {}  # one stacked parameter at a time
 
     def read(entry: Entry) -> np.ndarray:
-        array = fetch(entry.param)
+        if entry.param not in held:
+            held.clear()
+            held[entry.param] = stacked(entry.param)
+        array = held[entry.param]
+        assert array is not None
         return (array if entry.layer is None else array[entry.layer]).astype(DTYPES[DTYPE_NAMES[dtype]])
 
-    if jax.process_index() == 0:
-        write_torch(target, config.model, read, dtype, companions=companions, progress=True)
-    else:
-        for name in _export_order(config.model):
-            fetch(name)
+    if main:
+        write_torch(target, config.model, read, dtype, companions=source, progress=True)
+    else:  # in the order in which write_torch reads
+        for name in dict.fromkeys(e.param for e in entries(config.model)):
+            stacked(name)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("export")
-
-
-def _export_order(config: VideoXL2Config) -> list[str]:
-    """Stacked parameters in the order in which write_torch reads them."""
-    return list(dict.fromkeys(e.param for e in entries(config)))
 
 
 def write_json(path: Path, value: Any) -> None:
