@@ -22,6 +22,7 @@ from xl2jax.config import VideoXL2Config
 from xl2jax.demo import write_clip
 from xl2jax.layout import PrefillConfig, VideoLayout
 from xl2jax.prefill import make_plan
+from xl2jax.prompt import PREFIX, PromptTokenizer
 
 QUESTION = "Which shape is red?"
 FAST = ("--fps", 2, "--max-frames", 40, "--max-new-tokens", 6)
@@ -244,7 +245,10 @@ def test_a_video_too_long_for_memory(
     """The line names a number of frames, and that many do fit."""
     flags = ("--video", clip, "--checkpoint", checkpoint, "--max-new-tokens", 2, "--question", QUESTION)
     config = VideoXL2Config.from_hf(checkpoint)
-    layout = VideoLayout(40, (8,) * 20, config.visual_tokens)
+    tokenizer = PromptTokenizer.load(checkpoint, config.llm.vocab)
+    layout = VideoLayout(
+        len(tokenizer.encode(PREFIX)), (len(tokenizer.encode("Time 12.0s:")),) * 20, config.visual_tokens
+    )
     plan = make_plan(layout, PrefillConfig())
     free = memory.memory_need(config, plan, layout, xl2jax.BilevelConfig(), "float32", 16).total
     monkeypatch.setattr(memory, "available_bytes", lambda: free)
