@@ -103,7 +103,7 @@ def temporaries(groups: int, config: PrefillConfig) -> tuple[int, int]:
     layout = VideoLayout(5, (3,) * groups, CONFIG.visual_tokens)
     plan = prefill.make_plan(layout, config)
     params = nnx.state(abstract_model(CONFIG, jnp.float32))
-    cache = jax.eval_shape(lambda: prefill.new_cache(CONFIG.llm, plan, jnp.float32))
+    cache = jax.eval_shape(lambda: runtime.new_cache(CONFIG.llm, plan.slots, "float32", plan.visual_start))
     segment = next(prefill.segments(prefill.steps(layout, plan, [[1, 2, 3]] * groups), plan))
     visual = jax.ShapeDtypeStruct((plan.segment_groups, CONFIG.visual_tokens, CONFIG.llm.width), jnp.float32)
     lowered = runtime.prefill_segment.lower(CONFIG, params, cache, visual, segment, implementation="auto")

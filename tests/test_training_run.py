@@ -28,6 +28,7 @@ from xl2jax.demo import make_checkpoint, write_clip
 ROOT = Path(__file__).parent.parent
 ANSWERS = ("Red.", "Blue.", "Four.", "A ring.")
 QUESTION = "<image>\nWhat is it?"
+_PINNED = "import os, sys; os.sched_setaffinity(0, {int(sys.argv[1])}); os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"
 
 
 def rows(answers: tuple[str, ...] = ANSWERS) -> list[dict[str, Any]]:
@@ -89,10 +90,11 @@ def start(checkpoint: Path, data: Path, cache: Path) -> Iterator[Start]:
             "--compute-dtype", "float32", "--no-tensorboard", "--export-dtype", "float32",
         )  # fmt: skip
         program = ["train.py"] if code is None else ["-c", code]
+        if core is not None:  # not preexec_fn: JAX warns of any fork
+            program = ["-c", _PINNED, str(core), *program]
         process = subprocess.Popen(
             [sys.executable, *program, *map(str, (*common, *flags))], cwd=ROOT, env=env, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            preexec_fn=None if core is None else lambda: os.sched_setaffinity(0, {core}),
         )  # fmt: skip
         running.append(process)
         return process

@@ -27,7 +27,15 @@ from flax import nnx
 from tqdm import tqdm
 
 from xl2jax import memory, prefill, runtime
-from xl2jax.bilevel import BilevelConfig, GroupTable, PooledKV, blocks_of_units, group_table, mixed_slots
+from xl2jax.bilevel import (
+    BilevelConfig,
+    GroupTable,
+    MixedSource,
+    PooledKV,
+    blocks_of_units,
+    group_table,
+    mixed_slots,
+)  # fmt: skip
 from xl2jax.cache import KVCache
 from xl2jax.checkpoint import find_checkpoint, load_params
 from xl2jax.config import FRAMES_PER_GROUP, VideoXL2Config
@@ -35,6 +43,7 @@ from xl2jax.errors import UserError
 from xl2jax.generate import SamplingConfig
 from xl2jax.layout import PrefillConfig, VideoLayout, bucket
 from xl2jax.names import flatten
+from xl2jax.offload import HostKV, fetch, pool_host, to_host
 from xl2jax.ops.arena import IMPLEMENTATIONS
 from xl2jax.prompt import PREFIX, PromptTokenizer, Suffix, suffix
 from xl2jax.read_ahead import default_workers, resize
@@ -62,6 +71,29 @@ class RelevanceConfig:
     category: str | None = None
     missing: Literal["error", "dense"] = "error"
     """What to do with a question that the file lacks."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheConfig:
+    """How a video's KV is kept.
+
+    dtype: int8, with a scale for each token and head, or the model's own (None).
+    offload: the visual KV goes to host memory once the video is watched; only bi-level decoding can read it there.
+    """
+
+    dtype: Literal["bfloat16", "float32", "int8"] | None = None
+    offload: bool = False
+
+    def check(self, model_dtype: str) -> None:
+        """Raises UserError for a dtype that is neither int8 nor the model's."""
+        if self.dtype not in (None, "int8", model_dtype):
+            raise UserError(
+                f"cache dtype {self.dtype}: choose int8 or the model's own, {model_dtype} (--dtype changes both)"
+            )
+
+    @property
+    def quantized(self) -> bool:
+        return self.dtype == "int8"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +137,8 @@ class WatchedVideo:
     timings: dict[str, float]
     thumbnails: list[tuple[float, np.ndarray]]
     """Up to 12 (seconds, uint8 [64, 64, 3]), evenly spread; none where the cache came from a file."""
+    host: HostKV | None = None
+    """The visual KV where it was offloaded; `cache` holds the globals alone then."""
     pooled: dict[int, PooledKV] = dataclasses.field(default_factory=dict)
 
     @property
@@ -145,6 +179,7 @@ class Model:
         self, video: str | Path | Clip, sampling: SampleConfig | None = None, config: PrefillConfig | None = None, *,
         backend: Backend = "auto", folder_fps: float = 1.0,
         bilevel: BilevelConfig | None = BilevelConfig(),  # noqa: B008 (frozen)
+        cache: CacheConfig = CacheConfig(),
         progress: bool = False,
     ) -> WatchedVideo:  # fmt: skip
         """Reads, encodes and prefills a video.
@@ -155,18 +190,20 @@ class Model:
           config: chunk size and window of the prefill.
           backend, folder_fps: see `open_video`.
           bilevel: how questions will read it; checked, and counted in the memory, beforehand.
+          cache: in how many bits, and where, the KV is kept.
 
         Raises:
           UserError: unreadable video, or more frames than memory holds.
         """
         sampling, config = sampling or SampleConfig(), config or PrefillConfig()
+        self.check_cache(cache, bilevel)
         started = time.perf_counter()
         clip = video if isinstance(video, Clip) else open_video(video, sampling, backend=backend, folder_fps=folder_fps)
         time_ids = self.tokenizer.time_ids(clip.times)
         layout = VideoLayout(len(self._prefix), tuple(map(len, time_ids)), self.config.visual_tokens)
         if bilevel is not None:
             check_bilevel(bilevel, layout)
-        memory.check_fits(layout, lambda layout: self.need(layout, config, bilevel))
+        self.check_fits(layout, config, bilevel, cache)
         plan = self.plan(layout, config)
         timings = {"read": time.perf_counter() - started, "vision": 0.0, "prefill": 0.0}
         frames_at_once = min(self._frames_at_once, plan.segment_groups * FRAMES_PER_GROUP)
@@ -178,7 +215,7 @@ class Model:
             self._precision(),
             tqdm(total=len(clip.indices), desc="watch", unit="frame", disable=not progress) as bar,
         ):
-            cache = self._start(plan)
+            kv = self._start(plan, quantized=cache.quantized)
             parts = prefill.segments(prefill.steps(layout, plan, time_ids), plan)
             batches = clip.batches(
                 plan.segment_groups * FRAMES_PER_GROUP, self.config.vision.image_size, workers=default_workers()
@@ -201,18 +238,21 @@ class Model:
                 if groups < layout.groups and len(frames) < plan.segment_groups * FRAMES_PER_GROUP:
                     # The file ended early: count what is there.
                     layout, segment = self._cut(layout, plan, time_ids, groups)
-                cache = runtime.prefill_segment(
-                    self.config, self.params, cache, visual, segment, implementation=self.implementation
+                kv = runtime.prefill_segment(
+                    self.config, self.params, kv, visual, segment, implementation=self.implementation
                 )
-                jax.block_until_ready(cache)
+                jax.block_until_ready(kv)
                 timings["prefill"] += time.perf_counter() - started
         if groups < layout.groups:
             layout = dataclasses.replace(layout, time_lengths=layout.time_lengths[:groups])
         capacity = (plan.slots - plan.visual_start) // plan.visual_tokens
         found = jnp.concatenate(features)[:capacity]
+        host = None
+        if cache.offload:
+            kv, host = to_host(kv, plan.visual_start)
         return WatchedVideo(
             path=str(clip.path), duration=clip.duration, times=clip.times[: groups * FRAMES_PER_GROUP],
-            layout=layout, plan=plan, cache=cache, timings=timings, thumbnails=thumbnails,
+            layout=layout, plan=plan, cache=kv, host=host, timings=timings, thumbnails=thumbnails,
             features=jnp.pad(found, ((0, capacity - len(found)), (0, 0))),
         )  # fmt: skip
 
@@ -225,10 +265,36 @@ class Model:
         """Frames that the vision tower takes together."""
         return FRAMES_PER_GROUP * prefill.default_steps()[0]
 
-    def need(self, layout: VideoLayout, config: PrefillConfig, bilevel: BilevelConfig | None) -> memory.MemoryNeed:
-        """Memory that a video of this layout will take."""
-        plan = self.plan(layout, config)
-        return memory.memory_need(self.config, plan, layout, bilevel, self.dtype, self._frames_at_once)
+    def check_cache(self, cache: CacheConfig, bilevel: BilevelConfig | None) -> None:
+        """Raises UserError for a cache that this model, or the way that questions read it, cannot have."""
+        cache.check(self.dtype)
+        if cache.offload and bilevel is None:
+            raise UserError("offloaded KV is read with bi-level decoding only (dense decoding needs all of it)")
+
+    def check_fits(
+        self, layout: VideoLayout, config: PrefillConfig, bilevel: BilevelConfig | None, cache: CacheConfig
+    ) -> None:
+        """Raises UserError, with what would fit, where a video of this layout takes more memory than is free."""
+
+        def need(
+            layout: VideoLayout, bilevel: BilevelConfig | None = bilevel, cache: CacheConfig = cache
+        ) -> memory.MemoryNeed:
+            return memory.memory_need(
+                self.config, self.plan(layout, config), layout, bilevel, self.dtype, self._frames_at_once,
+                quantized=cache.quantized, offload=cache.offload,
+            )  # fmt: skip
+
+        others = {}
+        if bilevel is not None:
+            pool = min(4 * bilevel.pool, layout.visual_tokens)
+            others[f"--pool {pool}"] = need(layout, bilevel=dataclasses.replace(bilevel, pool=pool))
+        if not cache.quantized:
+            others["--cache-dtype int8"] = need(layout, cache=dataclasses.replace(cache, dtype="int8"))
+        if bilevel is not None and not cache.offload:
+            others["--offload"] = need(layout, cache=dataclasses.replace(cache, offload=True))
+            both = dataclasses.replace(cache, dtype="int8", offload=True)
+            others["--cache-dtype int8 --offload"] = need(layout, cache=both)
+        memory.check_fits(layout, need, others)
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         """float32 means float32: GPUs would multiply in TF32."""
@@ -237,9 +303,9 @@ class Model:
     def _layout(self, time_ids: list[list[int]]) -> VideoLayout:
         return VideoLayout(len(self._prefix), tuple(map(len, time_ids)), self.config.visual_tokens)
 
-    def _start(self, plan: prefill.PrefillPlan) -> KVCache:
+    def _start(self, plan: prefill.PrefillPlan, *, quantized: bool) -> KVCache:
         """A cache that holds the prefix."""
-        cache = runtime.new_cache(self.config.llm, plan.slots, self.dtype, plan.visual_start)
+        cache = runtime.new_cache(self.config.llm, plan.slots, self.dtype, plan.visual_start, quantized=quantized)
         ids = np.zeros(plan.prefix_cap, np.int32)
         ids[: len(self._prefix)] = self._prefix
         length = np.int32(len(self._prefix))
@@ -340,14 +406,14 @@ class Model:
     ) -> tuple[KVCache, list[Chunk]]:  # fmt: skip
         """The cache that an answer reads, and the selection blocks it was made of."""
         if bilevel is None:
-            return video.cache, []
+            return _whole(video), []
         check_bilevel(bilevel, video.layout)
         units: list[int] | None = None
         if relevance.scorer == "file":
             found = selection_for(relevance, Path(video.path), question)
             if found is None:
                 logger.info("%s has no entry for this question: reading the whole dense cache", relevance.file)
-                return video.cache, []
+                return _whole(video), []
             units = found["units"]
             bilevel = BilevelConfig(found["select_chunk_groups"], found["pool"], 0)
             check_bilevel(bilevel, video.layout)
@@ -367,21 +433,33 @@ class Model:
             group_scores = self._scores(video, text, pooled, bilevel, relevance)
             scores, blocks, dense = runtime.choose(group_scores, video.table.groups, select_chunk_groups=size, top=top)
             most = (top + 2) * size
-        context, _ = runtime.mix(
-            self.config.llm, video.cache, pooled, video.table, jnp.asarray(dense),
-            visual_tokens=video.layout.visual_tokens, pool=bilevel.pool,
-            slots=mixed_slots(video.layout, most, bilevel),
-        )  # fmt: skip
+        context, _ = self._mix(video, pooled, dense, most, bilevel)
         if relevance.scorer == "none":
             scores = None
         return context, _chunks(video, size, np.asarray(blocks), None if scores is None else np.asarray(scores))
 
     def _pooled(self, video: WatchedVideo, pool: int) -> PooledKV:
         if pool not in video.pooled:
-            video.pooled[pool] = runtime.pool_cache(
-                self.config.llm, video.cache, video.table, visual_tokens=video.layout.visual_tokens, pool=pool
-            )
+            llm, visual_tokens = self.config.llm, video.layout.visual_tokens
+            if video.host is None:
+                found = runtime.pool_cache(llm, video.cache, video.table, visual_tokens=visual_tokens, pool=pool)
+            else:
+                found = pool_host(llm, video.cache, video.host, video.table, visual_tokens=visual_tokens, pool=pool)
+            video.pooled[pool] = found
         return video.pooled[pool]
+
+    def _mix(
+        self, video: WatchedVideo, pooled: PooledKV, dense: jax.Array | np.ndarray, most: int, bilevel: BilevelConfig
+    ) -> tuple[KVCache, MixedSource]:
+        """The mixed cache with groups `dense` [Gcap], at most `most`, whole."""
+        cache, visual_tokens = video.cache, video.layout.visual_tokens
+        if video.host is not None:
+            exists = np.arange(video.group_capacity) < video.layout.groups
+            cache = fetch(cache, video.host, np.asarray(dense) & exists, visual_tokens=visual_tokens)
+        return runtime.mix(
+            self.config.llm, cache, pooled, video.table, jnp.asarray(dense), visual_tokens=visual_tokens,
+            pool=bilevel.pool, slots=mixed_slots(video.layout, most, bilevel), compact=video.host is not None,
+        )  # fmt: skip
 
     def _scores(
         self, video: WatchedVideo, text: Suffix, pooled: PooledKV, bilevel: BilevelConfig, relevance: RelevanceConfig
@@ -397,15 +475,18 @@ class Model:
         if relevance.scorer == "random":
             seed = int.from_bytes(hashlib.blake2b(repr(text.ids).encode(), digest_size=4).digest(), "little")
             return jax.random.uniform(jax.random.key(seed), (video.group_capacity,))
-        context, source = runtime.mix(
-            self.config.llm, video.cache, pooled, video.table, jnp.zeros(video.group_capacity, bool),
-            visual_tokens=video.layout.visual_tokens, pool=bilevel.pool,
-            slots=mixed_slots(video.layout, 0, bilevel),
-        )  # fmt: skip
+        context, source = self._mix(video, pooled, np.zeros(video.group_capacity, bool), 0, bilevel)
         return runtime.attention_scores(
             self.config, self.params, context, source, self._text_cache(text, 0), ids, first, last,
             scorer=relevance.attention, groups=video.group_capacity, implementation=self.implementation,
         )  # fmt: skip
+
+
+def _whole(video: WatchedVideo) -> KVCache:
+    """The whole dense cache. Raises UserError where it is not on the device."""
+    if video.host is not None:
+        raise UserError("the video's KV was offloaded: it is read with bi-level decoding and chosen chunks only")
+    return video.cache
 
 
 def thumbnail_places(clip: Clip) -> list[int]:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xl2jax.cache import KVCache
+from xl2jax.cache import KVArray, KVCache, unpack
 from xl2jax.layers import rope_tables, rotate
 from xl2jax.layout import VideoLayout, bucket
 
@@ -93,7 +93,7 @@ def choose_blocks(scores: jax.Array, blocks: jax.Array, top: int) -> jax.Array:
 def pool_cache(cache: KVCache, table: GroupTable, *, visual_tokens: int, pool: int, theta: float) -> PooledKV:
     """Pools every group of the video, a layer at a time."""
     groups, v = table.time_lengths.shape[0], visual_tokens
-    _, kv_heads, _, h = cache.k.shape
+    _, kv_heads, _, h = cache.shape
     kept = v // pool
     before = table.prefix + jnp.cumsum(table.time_lengths)
     positions = before[:, None] + jnp.arange(groups * v).reshape(groups, v)
@@ -103,11 +103,15 @@ def pool_cache(cache: KVCache, table: GroupTable, *, visual_tokens: int, pool: i
         x = x.reshape(kv_heads, groups, v, h)[:, :, : kept * pool]
         return x.reshape(kv_heads, groups * kept, pool, h).mean(2)
 
-    def layer(kv: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        k, values = (
-            jax.lax.dynamic_slice_in_dim(x, cache.visual_start, groups * v, axis=1).astype(jnp.float32) for x in kv
+    def visual(x: KVArray) -> jax.Array:
+        return unpack(
+            jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, cache.visual_start, groups * v, axis=1), x)
         )
-        return windows(rotate(k, cos, -sin)).astype(kv[0].dtype), windows(values).astype(kv[1].dtype)
+
+    def layer(kv: tuple[KVArray, KVArray]) -> tuple[jax.Array, jax.Array]:
+        k, values = map(visual, kv)
+        pooled_k = windows(rotate(k.astype(jnp.float32), cos, -sin))
+        return pooled_k.astype(k.dtype), windows(values.astype(jnp.float32)).astype(values.dtype)
 
     return PooledKV(*jax.lax.map(layer, (cache.k, cache.v)))
 
@@ -136,9 +140,13 @@ class MixedSource(NamedTuple):
 
 
 def mixed_source(
-    table: GroupTable, dense: jax.Array, visual_start: jax.Array, *, visual_tokens: int, pool: int, slots: int
-) -> MixedSource:
-    """The index list of a mixed cache: natural order, groups `dense` [Gcap] whole, the others pooled."""
+    table: GroupTable, dense: jax.Array, visual_start: jax.Array, *, visual_tokens: int, pool: int, slots: int,
+    compact: bool = False,
+) -> MixedSource:  # fmt: skip
+    """The index list of a mixed cache: natural order, groups `dense` [Gcap] whole, the others pooled.
+
+    `compact`: the video cache holds the visual tokens of the dense groups alone, one behind the other.
+    """
     v, kept = visual_tokens, visual_tokens // pool
     groups = table.time_lengths.shape[0]
     exists = jnp.arange(groups) < table.groups
@@ -156,7 +164,8 @@ def mixed_source(
     visual = offset - times[group]
     is_pooled = ~in_prefix & ~is_time & ~dense[group]
     first = table.prefix + times_before[group]
-    source = jnp.where(is_time, first + offset, visual_start + group * v + visual)
+    place = jnp.cumsum(dense)[group] - 1 if compact else group
+    source = jnp.where(is_time, first + offset, visual_start + place * v + visual)
     source = jnp.where(is_pooled, group * kept + visual, source)
     position = first + group * v + offset
     return MixedSource(
@@ -171,22 +180,23 @@ def mixed_source(
 
 def mix(cache: KVCache, pooled: PooledKV, source: MixedSource, *, theta: float) -> KVCache:
     """Gathers a mixed cache: slot = position, keys rotated to it. The video cache is only read."""
-    h = cache.k.shape[3]
+    h = cache.shape[3]
     slots = source.slot.shape[0]
     old_cos, old_sin = rope_tables(source.position, h, theta)
     new_cos, new_sin = rope_tables(jnp.arange(slots), h, theta)
     whole = jnp.where(source.valid & ~source.pooled, source.slot, 0)
     part = jnp.where(source.valid & source.pooled, source.slot, 0)
 
-    def layer(xs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    def layer(xs: tuple[KVArray, KVArray, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         k, v, pooled_k, pooled_v = xs
 
-        def pick(dense: jax.Array, reduced: jax.Array) -> jax.Array:
-            picked = jnp.where(source.pooled[:, None], reduced[:, part], dense[:, whole])
+        def pick(dense: KVArray, reduced: jax.Array) -> jax.Array:
+            dense = unpack(jax.tree.map(lambda a: a[:, whole], dense))
+            picked = jnp.where(source.pooled[:, None], reduced[:, part], dense)
             return jnp.where(source.valid[:, None], picked, 0)
 
         keys = rotate(pick(k, pooled_k).astype(jnp.float32), old_cos, -old_sin)
-        return rotate(keys, new_cos, new_sin).astype(k.dtype), pick(v, pooled_v)
+        return rotate(keys, new_cos, new_sin).astype(pooled_k.dtype), pick(v, pooled_v)
 
     k, v = jax.lax.map(layer, (cache.k, cache.v, *pooled))
     return KVCache(k, v, source.length, jnp.int32(slots), jnp.int32(0))

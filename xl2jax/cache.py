@@ -11,6 +11,33 @@ from xl2jax.config import LLMConfig
 from xl2jax.ops.arena import arena_attention, merge
 
 
+class QuantizedKV(NamedTuple):
+    """Keys or values in 8 bits: `values * scale`, a scale for each token and head."""
+
+    values: jax.Array
+    """int8 [..., K, S, H]"""
+    scale: jax.Array
+    """[..., K, S]; its dtype is the one that is unpacked to."""
+
+
+type KVArray = jax.Array | QuantizedKV
+
+
+def quantize(x: jax.Array) -> QuantizedKV:
+    """Symmetric: the largest magnitude along H becomes 127. No element is off by more than half a scale."""
+    scale = (jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1) / 127).astype(x.dtype)
+    # The rounded scale is what will be multiplied with: divide by that one.
+    steps = x.astype(jnp.float32) / jnp.where(scale == 0, 1, scale).astype(jnp.float32)[..., None]
+    return QuantizedKV(jnp.clip(jnp.round(steps), -127, 127).astype(jnp.int8), scale)
+
+
+def unpack(x: KVArray) -> jax.Array:
+    """Keys or values as they are multiplied with."""
+    if isinstance(x, QuantizedKV):
+        return (x.values.astype(jnp.float32) * x.scale.astype(jnp.float32)[..., None]).astype(x.scale.dtype)
+    return x
+
+
 class KVCache(NamedTuple):
     """Rotated keys and values of all layers, and how much of them is filled.
 
@@ -18,9 +45,9 @@ class KVCache(NamedTuple):
     tokens. Caches without visual tokens (text, bi-level) keep every slot equal to its position.
     """
 
-    k: jax.Array
+    k: KVArray
     """[L, K, S, H]"""
-    v: jax.Array
+    v: KVArray
     """[L, K, S, H]"""
     global_length: jax.Array
     visual_start: jax.Array
@@ -32,28 +59,62 @@ class KVCache(NamedTuple):
         return self.global_length + self.visual_length
 
     @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """L, K, S, H."""
+        layers, kv_heads, slots, h = (self.k.values if isinstance(self.k, QuantizedKV) else self.k).shape
+        return layers, kv_heads, slots, h
+
+    @property
     def slots(self) -> int:
-        return self.k.shape[2]
+        return self.shape[2]
 
 
-def empty_cache(config: LLMConfig, slots: int, dtype: jax.typing.DTypeLike, visual_start: int | None = None) -> KVCache:
-    """Zeros. The visual region starts at `visual_start`, by default behind the last slot."""
+type KV = tuple[KVArray, KVArray]
+
+
+def empty_cache(
+    config: LLMConfig, slots: int, dtype: jax.typing.DTypeLike, visual_start: int | None = None, *,
+    quantized: bool = False,
+) -> KVCache:  # fmt: skip
+    """Zeros. The visual region starts at `visual_start`, by default behind the last slot.
+
+    `quantized`: kept in 8 bits, unpacked to `dtype`.
+    """
     shape = (config.layers, config.kv_heads, slots, config.head_width)
     zero = jnp.int32(0)
     start = jnp.int32(slots if visual_start is None else visual_start)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), zero, start, zero)
+
+    def zeros() -> KVArray:
+        if quantized:
+            return QuantizedKV(jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:-1], dtype))
+        return jnp.zeros(shape, dtype)
+
+    return KVCache(zeros(), zeros(), zero, start, zero)
 
 
-def write(
-    cache: tuple[jax.Array, jax.Array], layer: jax.Array, k: jax.Array, v: jax.Array, slot: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def write(cache: KV, layer: jax.Array, k: jax.Array, v: jax.Array, slot: jax.Array) -> KV:
     """Puts k, v [T, K, H] into slots `slot ...` of one layer. The slots must exist."""
-    at = (layer, 0, slot, 0)
-    keys, values = (
-        jax.lax.dynamic_update_slice(old, new.transpose(1, 0, 2)[None].astype(old.dtype), at)
-        for old, new in zip(cache, (k, v), strict=True)
-    )
-    return keys, values
+
+    def put(old: KVArray, new: jax.Array) -> KVArray:
+        new = new.transpose(1, 0, 2)[None]
+        if isinstance(old, QuantizedKV):
+            values, scale = quantize(new.astype(old.scale.dtype))
+            return QuantizedKV(
+                jax.lax.dynamic_update_slice(old.values, values, (layer, 0, slot, 0)),
+                jax.lax.dynamic_update_slice(old.scale, scale, (layer, 0, slot)),
+            )
+        return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (layer, 0, slot, 0))
+
+    return put(cache[0], k), put(cache[1], v)
+
+
+def rows(cache: KV, layer: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(k, v, row): the arguments of `arena_attention` that read one layer. A quantised one is unpacked for it."""
+    k, v = cache
+    if not isinstance(k, QuantizedKV):
+        return k, unpack(v), layer[None]
+    k, v = (jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, layer, keepdims=True), x) for x in (k, v))
+    return unpack(k), unpack(v), jnp.zeros(1, jnp.int32)
 
 
 def attend_all(q: jax.Array, cache: KVCache, layer: jax.Array, implementation: str) -> tuple[jax.Array, jax.Array]:
@@ -63,7 +124,7 @@ def attend_all(q: jax.Array, cache: KVCache, layer: jax.Array, implementation: s
         return jnp.broadcast_to(x, (1, q.shape[0]))
 
     out, lse = arena_attention(
-        q[None], cache.k, cache.v, layer[None],
+        q[None], *rows((cache.k, cache.v), layer),
         per_query(cache.global_length), per_query(cache.visual_start),
         per_query(cache.visual_start + cache.visual_length),
         implementation=implementation,
@@ -72,9 +133,9 @@ def attend_all(q: jax.Array, cache: KVCache, layer: jax.Array, implementation: s
 
 
 def attend_text(
-    q: jax.Array, k: jax.Array, v: jax.Array, context: KVCache, text: tuple[jax.Array, jax.Array],
+    q: jax.Array, k: jax.Array, v: jax.Array, context: KVCache, text: KV,
     text_length: jax.Array, layer: jax.Array, implementation: str,
-) -> tuple[tuple[jax.Array, jax.Array], jax.Array, jax.Array]:  # fmt: skip
+) -> tuple[KV, jax.Array, jax.Array]:  # fmt: skip
     """Tokens behind the video: they see all of `context`, the text before them, and each other causally.
 
     q [T, N, H], k and v [T, K, H] rotated; `text` is the (k, v) of a cache holding `text_length` tokens.
@@ -84,7 +145,7 @@ def attend_text(
     ends = text_length + jnp.arange(1, q.shape[0] + 1, dtype=jnp.int32)
     nothing = jnp.zeros_like(ends)
     own, own_lse = arena_attention(
-        q[None], *text, layer[None], ends[None], nothing[None], nothing[None], implementation=implementation
+        q[None], *rows(text, layer), ends[None], nothing[None], nothing[None], implementation=implementation
     )
     out, lse = merge([attend_all(q, context, layer, implementation), (own[0], own_lse[0])])
     return text, out, lse

@@ -18,7 +18,7 @@ import tyro
 
 import xl2jax
 from xl2jax import memory
-from xl2jax.api import Answer, Model, RelevanceConfig, WatchedVideo, read_thumbnails, selection_for
+from xl2jax.api import Answer, CacheConfig, Model, RelevanceConfig, WatchedVideo, read_thumbnails, selection_for
 from xl2jax.bilevel import BilevelConfig
 from xl2jax.errors import UserError
 from xl2jax.generate import SamplingConfig
@@ -88,6 +88,10 @@ class Args:
     relevance_missing: Literal["error", "dense"] = "error"
     """What to do with a question that the file lacks."""
 
+    cache_dtype: Literal["bfloat16", "float32", "int8"] | None = None
+    """Of the video's KV: int8 (a scale for each token and head), or --dtype by default."""
+    offload: bool = False
+    """Moves the video's dense KV to host memory; the device keeps pooled KV and the chosen chunks."""
     save_cache: Path | None = None
     """Keeps the video's KV cache in a file."""
     load_cache: Path | None = None
@@ -112,6 +116,11 @@ class Args:
         if self.select_chunk_groups < 1 or self.pool < 1 or (self.top_chunks is not None and self.top_chunks < 0):
             raise UserError("select chunk groups and pool must be 1 or more, top chunks 0 or more")
         return BilevelConfig(self.select_chunk_groups, self.pool, self.top_chunks)
+
+    def cache_config(self) -> CacheConfig:
+        if self.offload and self.decode == "dense":
+            raise UserError("--offload has no use with --decode dense, which reads all of the KV: leave one out")
+        return CacheConfig(self.cache_dtype, self.offload)
 
     def relevance_config(self) -> RelevanceConfig:
         first, last = self.relevance_layers
@@ -149,7 +158,7 @@ class Args:
         if self.plot is not None and not os.access(self.plot.parent, os.W_OK | os.X_OK):
             raise UserError(f"{self.plot}: cannot write the plot there")
         SamplingConfig(self.temperature, self.top_p).check()
-        for check in (self.sampling, self.prefill_config, self.bilevel):
+        for check in (self.sampling, self.prefill_config, self.bilevel, self.cache_config):
             check()
         relevance = self.relevance_config()
         if relevance.file is not None and relevance.missing == "error":
@@ -183,16 +192,17 @@ def infer() -> int:
 
 
 def _watch(args: Args, model: Model) -> WatchedVideo:
-    sampling, config = args.sampling(), args.prefill_config()
+    sampling, config, cache = args.sampling(), args.prefill_config(), args.cache_config()
     key: dict[str, Any] | None = None
     if args.save_cache is not None or args.load_cache is not None:
-        key = cache_key(model, args.video, sampling, args.folder_fps, config)
+        key = cache_key(model, args.video, sampling, args.folder_fps, config, cache)
     if args.load_cache is not None and key is not None:
-        return load_cache(args.load_cache, model, key, args.video, args.bilevel())
+        return load_cache(args.load_cache, model, key, args.video, args.bilevel(), cache)
     backend: Backend = args.video_backend
     video = model.watch(
-        args.video, sampling, config, backend=backend, folder_fps=args.folder_fps, bilevel=args.bilevel(), progress=True
-    )
+        args.video, sampling, config, backend=backend, folder_fps=args.folder_fps, bilevel=args.bilevel(), cache=cache,
+        progress=True,
+    )  # fmt: skip
     if args.save_cache is not None and key is not None:
         save_cache(args.save_cache, video, key)
     return video
@@ -260,6 +270,10 @@ def _report(model: Model, video: WatchedVideo, answers: list[Answer], load_secon
         "peak_memory_bytes": memory.peak_bytes(),
         "device": f"{device.platform}: {device.device_kind}",
         "dtype": model.dtype,
+        "cache": {
+            "bytes": sum(x.nbytes for x in jax.tree.leaves((video.cache.k, video.cache.v))),
+            "host_bytes": 0 if video.host is None else video.host.nbytes,
+        },
         "versions": {"python": platform.python_version()} | {p: version(p) for p in ("xl2jax", "jax", "flax")},
     }
 

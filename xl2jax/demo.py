@@ -8,23 +8,33 @@ python -m xl2jax.demo train build/demo        # how the bundled checkpoint was m
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import multiprocessing
 import sys
+from collections import deque
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import tyro
+from flax import nnx
 from PIL import Image, ImageDraw
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
 
-from xl2jax.checkpoint import DTYPE_NAMES, write_torch
-from xl2jax.config import PRESETS, VideoXL2Config
+from xl2jax.checkpoint import DTYPE_NAMES, load_params, write_torch
+from xl2jax.config import FRAMES_PER_GROUP, PRESETS, VideoXL2Config
 from xl2jax.errors import UserError
-from xl2jax.names import Entry
+from xl2jax.model import abstract_model, normalise
+from xl2jax.names import Entry, flatten
 from xl2jax.prompt import END_OF_TEXT, IM_END, IM_START
-from xl2jax.synthetic import DatasetArgs, corpus, write_dataset
+from xl2jax.read_ahead import resize
+from xl2jax.synthetic import COLOURS, SHAPES, SIZES, DatasetArgs, corpus, make_scene, write_dataset
 from xl2jax.tensor_files import DTYPES
 from xl2jax.terminal import run_command
 
@@ -89,10 +99,21 @@ def make_tokenizer(merges: int = 256) -> Tokenizer:
     return tokenizer
 
 
-def make_checkpoint(folder: Path, config: VideoXL2Config, *, seed: int = 0, dtype: str = "float32") -> None:
+_VISION_SEED = 100_000_000
+_BRANCH_ENDS = (".out.kernel", ".fc2.kernel", ".proj_out.kernel", ".o.kernel", ".down.kernel")
+
+
+def make_checkpoint(
+    folder: Path, config: VideoXL2Config, *, seed: int = 0, dtype: str = "float32", embedding: float = 0.02,
+    branch: float = 1.0,
+) -> None:  # fmt: skip
     """Writes random weights in the PyTorch layout, with `make_tokenizer`'s tokenizer.
 
     Every value follows from `seed`: normal, scaled by fan-in; norms start at one.
+
+    Args:
+      embedding: standard deviation of embeddings (tokens, positions).
+      branch: factor on the last layer of every residual branch.
     """
     tokenizer = make_tokenizer()
     tokens = tokenizer.get_vocab_size(with_added_tokens=True)
@@ -106,7 +127,9 @@ def make_checkpoint(folder: Path, config: VideoXL2Config, *, seed: int = 0, dtyp
             value = np.zeros(entry.shape)
         else:
             fan_in = 1 if "embed" in entry.name.rsplit(".", 1)[1] else math.prod(entry.shape[:-1])
-            value = rng.standard_normal(entry.shape) * (0.02 if fan_in == 1 else fan_in**-0.5)
+            value = rng.standard_normal(entry.shape) * (embedding if fan_in == 1 else fan_in**-0.5)
+            if entry.name.endswith(_BRANCH_ENDS) and not entry.name.startswith("projector"):
+                value *= branch
         return value.astype(DTYPES[DTYPE_NAMES[dtype]])
 
     write_torch(folder, config, read, dtype)
@@ -162,6 +185,73 @@ class TrainArgs:
     """Names of the stages to run; all by default."""
 
 
+def _labelled_groups(batch: int, size: int, first_seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """uint8 frames [batch * 4, size, size, 3] of one group each, and the colour and form in it, the last class
+    standing for none."""
+    frames, colours, forms = [], [], []
+    for i in range(batch):
+        seed = 2 * (first_seed + i)
+        empty = i % 8 == 0
+        scene = make_scene(seed, 1, events=0 if empty else 1)
+        width, height = SIZES[seed // 2 % len(SIZES)]
+        frames += [resize(scene.frame(f, width, height), size) for f in range(FRAMES_PER_GROUP)]
+        colours.append(len(COLOURS) if empty else list(COLOURS).index(scene.events[0].colour))
+        forms.append(len(SHAPES) if empty else SHAPES.index(scene.events[0].shape))
+    return np.stack(frames), np.array(colours), np.array(forms)
+
+
+def pretrain_vision(source: Path, target: Path, *, steps: int = 900, batch: int = 64, rate: float = 1e-3) -> None:
+    """Vision tower, DTS and projector learn colours and forms through linear heads, which are thrown away.
+
+    Stands for SigLIP's own pre-training: from random weights, the language loss alone learns colours at once and
+    forms not at all in the steps that a CPU has time for.
+    """
+    config = VideoXL2Config.from_hf(source)
+    _, params = load_params(source, "float32")
+    graphdef = nnx.graphdef(abstract_model(config, "float32"))
+    classes = np.cumsum([len(COLOURS) + 1, len(SHAPES) + 1])
+    rng = np.random.default_rng(0)
+    head = jnp.asarray(rng.standard_normal((config.llm.width, classes[-1])) * config.llm.width**-0.5, jnp.float32)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, steps // 20, steps)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.05))
+    parts = {name: params[name] for name in ("vision", "dts", "projector")}
+    state = (parts, head)
+
+    def loss_of(state: Any, frames: jax.Array, colours: jax.Array, forms: jax.Array) -> tuple[jax.Array, jax.Array]:
+        model = nnx.merge(graphdef, nnx.State({**params, **state[0]}))
+        logits = jnp.split(model.encode_frames(normalise(frames)).mean(1) @ state[1], [int(classes[0])], axis=-1)
+        losses, right = [], []
+        for x, label in zip(logits, (colours, forms), strict=True):
+            losses.append(optax.softmax_cross_entropy_with_integer_labels(x, label).mean())
+            right.append((x.argmax(-1) == label).mean())
+        return losses[0] + losses[1], jnp.stack(right)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(state: Any, opt_state: Any, *examples: jax.Array) -> Any:
+        (loss, right), grads = jax.value_and_grad(loss_of, has_aux=True)(state, *examples)
+        updates, opt_state = tx.update(grads, opt_state, state)
+        return optax.apply_updates(state, updates), opt_state, loss, right
+
+    opt_state = tx.init(state)
+    make = functools.partial(_labelled_groups, batch, config.vision.image_size)
+    recent: deque[Any] = deque(maxlen=50)
+    with multiprocessing.get_context("spawn").Pool(1) as pool, tqdm(total=steps, desc="vision", file=sys.stderr) as bar:
+        ahead = deque(pool.apply_async(make, (_VISION_SEED + i * batch,)) for i in range(4))
+        for i in range(4, steps + 4):
+            ahead.append(pool.apply_async(make, (_VISION_SEED + i * batch,)))
+            state, opt_state, loss, right = step(state, opt_state, *ahead.popleft().get())
+            recent.append([float(loss), *map(float, right)])
+            loss_mean, colour, form = np.mean(recent, axis=0)
+            bar.set_postfix(loss=f"{loss_mean:.3f}", colour=f"{colour:.3f}", form=f"{form:.3f}")
+            bar.update()
+    learnt = {name: np.asarray(x) for name, x in flatten(nnx.State({**params, **state[0]})).items()}
+
+    def read(entry: Entry) -> np.ndarray:
+        return learnt[entry.param] if entry.layer is None else learnt[entry.param][entry.layer]
+
+    write_torch(target, config, read, "float32", companions=source)
+
+
 def train_demo(args: TrainArgs) -> None:
     """Every stage starts from the one before it; the last one's weights are the bundled checkpoint."""
     from xl2jax.training.config import PRESETS as TRAINING
@@ -169,7 +259,7 @@ def train_demo(args: TrainArgs) -> None:
 
     weights = args.folder / "random"
     if not weights.exists():
-        make_checkpoint(weights, PRESETS["demo"])
+        make_checkpoint(weights, PRESETS["demo"], embedding=0.3, branch=0.4)
     unknown = sorted(set(args.stages) - {s.name for s in STAGES})
     if unknown:
         raise UserError(f"--stages: no stage {', '.join(unknown)}")

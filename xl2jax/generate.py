@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from xl2jax.cache import KVCache, attend_text
+from xl2jax.cache import KV, KVCache, attend_text
 from xl2jax.errors import UserError
 from xl2jax.qwen2 import Qwen2
 
@@ -25,9 +25,6 @@ class SamplingConfig:
         """Raises UserError for values out of range."""
         if not (math.isfinite(self.temperature) and self.temperature >= 0 and 0 < self.top_p <= 1):
             raise UserError("temperature must be 0 or more, and top-p above 0 and at most 1")
-
-
-type KV = tuple[jax.Array, jax.Array]
 
 
 class DecodeState(NamedTuple):

@@ -8,7 +8,7 @@ import dataclasses
 import os
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from xl2jax.bilevel import BilevelConfig, mixed_slots
 from xl2jax.config import FRAMES_PER_GROUP, VideoXL2Config
 from xl2jax.errors import UserError
-from xl2jax.layout import VideoLayout
+from xl2jax.layout import VideoLayout, bucket
 from xl2jax.prefill import PrefillPlan
 
 _WORKSPACE = 256 << 20  # XLA's temporaries and runtime, at least
@@ -28,38 +28,50 @@ class MemoryNeed:
     """Bytes beyond the parameters."""
 
     cache: int
+    """While the video is watched."""
+    kept: int
+    """Of the cache, while questions are asked: all of it, unless it is offloaded."""
     pooled: int
     mixed: int
+    """With what is fetched for it, where the cache is offloaded."""
     workspace: int
 
     @property
     def total(self) -> int:
-        return self.cache + self.pooled + self.mixed + self.workspace
+        return max(self.cache, self.kept + self.pooled + self.mixed) + self.workspace
 
 
-def slot_bytes(config: VideoXL2Config, dtype: jax.typing.DTypeLike) -> int:
+def slot_bytes(config: VideoXL2Config, dtype: jax.typing.DTypeLike, *, quantized: bool = False) -> int:
     """Keys and values of one token in all layers."""
-    c = config.llm
-    return 2 * c.layers * c.kv_heads * c.head_width * jnp.dtype(dtype).itemsize
+    c, itemsize = config.llm, jnp.dtype(dtype).itemsize
+    return 2 * c.layers * c.kv_heads * (c.head_width + itemsize if quantized else c.head_width * itemsize)
 
 
 def memory_need(
     config: VideoXL2Config, plan: PrefillPlan, layout: VideoLayout, bilevel: BilevelConfig | None,
-    dtype: jax.typing.DTypeLike, frames_at_once: int, *, gpu: bool | None = None,
+    dtype: jax.typing.DTypeLike, frames_at_once: int, *, quantized: bool = False, offload: bool = False,
+    gpu: bool | None = None,
 ) -> MemoryNeed:  # fmt: skip
     """What the video cache and, where `bilevel` is given, its pooled and mixed copies take.
 
+    `quantized`, `offload`: see `CacheConfig`. A CPU is its own host: offloading moves the bytes, it frees none.
     `gpu`: on which kind of device; the default one if not told.
     """
     gpu = jax.default_backend() == "gpu" if gpu is None else gpu
     c, v, itemsize = config.llm, config.vision, jnp.dtype(dtype).itemsize
-    slot = slot_bytes(config, dtype)
+    slot, kept_slot = slot_bytes(config, dtype), slot_bytes(config, dtype, quantized=quantized)
+    cache = kept = plan.slots * kept_slot
     pooled = mixed = 0
+    if offload and gpu:
+        kept = plan.visual_start * kept_slot
     if bilevel is not None:
         groups = (plan.slots - plan.visual_start) // plan.visual_tokens
         pooled = groups * (plan.visual_tokens // bilevel.pool) * slot
         # The scorer's all-pooled cache is gone before the answer's is made.
-        mixed = mixed_slots(layout, (bilevel.top(layout) + 2) * bilevel.select_chunk_groups, bilevel) * slot
+        dense = min((bilevel.top(layout) + 2) * bilevel.select_chunk_groups, layout.groups)
+        mixed = mixed_slots(layout, dense, bilevel) * slot
+        if offload:
+            mixed += (plan.visual_start + bucket(dense) * plan.visual_tokens) * kept_slot
     tokens = plan.step_groups * (plan.visual_tokens + plan.time_cap)
     prefill = tokens * (4 * c.mlp_width + 8 * c.width) * itemsize
     patches = frames_at_once * v.patch_grid**2
@@ -67,8 +79,9 @@ def memory_need(
     scores = 0 if gpu else 2 * v.heads * v.patch_grid**2 * 4
     vision = patches * ((2 * v.mlp_width + 8 * v.width) * itemsize + scores)
     # One layer of the cache in float32 while it is pooled or gathered.
-    layer = 2 * plan.slots * c.kv_heads * c.head_width * 4 if bilevel is not None else 0
-    return MemoryNeed(plan.slots * slot, pooled, mixed, _WORKSPACE + max(prefill, vision, layer))
+    layer = 2 * plan.slots * c.kv_heads * c.head_width * 4 if bilevel is not None or quantized else 0
+    prefill += layer if quantized else 0
+    return MemoryNeed(cache, kept, pooled, mixed, _WORKSPACE + max(prefill, vision, layer))
 
 
 def available_bytes() -> int:
@@ -86,8 +99,11 @@ def available_bytes() -> int:
     return min(free) if free else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def check_fits(layout: VideoLayout, need_of: Callable[[VideoLayout], MemoryNeed]) -> None:
-    """Raises UserError if a video needs more than is free; says how many frames would fit."""
+def check_fits(
+    layout: VideoLayout, need_of: Callable[[VideoLayout], MemoryNeed], others: Mapping[str, MemoryNeed] | None = None
+) -> None:
+    """Raises UserError if a video needs more than is free; says how many frames would fit, and which of `others`
+    (flags, and what the same video needs with them)."""
     free, need = available_bytes(), need_of(layout)
     if need.total <= free:
         return
@@ -98,10 +114,11 @@ def check_fits(layout: VideoLayout, need_of: Callable[[VideoLayout], MemoryNeed]
     # Lengths are bucketed, but a longer video never needs less.
     groups = bisect.bisect_left(range(1, layout.groups), True, key=lambda g: not fits(g))
     frames = groups * FRAMES_PER_GROUP
-    advice = f"{frames} frames would fit (--max-frames {frames})" if frames else "not even 4 frames fit"
+    advice = [f"{frames} frames would fit (--max-frames {frames})" if frames else "not even 4 frames fit"]
+    advice += [f"all fit with {flags}" for flags, other in (others or {}).items() if other.total <= free]
     raise UserError(
         f"{layout.groups * FRAMES_PER_GROUP} frames need {need.total / 2**30:.2f} GiB beside the model "
-        f"(KV cache {need.cache / 2**30:.2f}), {free / 2**30:.2f} GiB are free: {advice}"
+        f"(KV cache {need.cache / 2**30:.2f}), {free / 2**30:.2f} GiB are free: {'; '.join(advice)}"
     )
 
 
@@ -122,5 +139,10 @@ def peak_bytes() -> int:
     stats = jax.devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]
+    return host_peak_bytes()
+
+
+def host_peak_bytes() -> int:
+    """Most memory that this process has used so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak << 10

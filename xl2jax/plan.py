@@ -71,6 +71,10 @@ class PlanArgs:
     top_chunks: int = 2
     select_chunk_groups: int = 4
     pool: int = 4
+    cache_dtype: Literal["int8"] | None = None
+    """Of the KV cache; --dtype by default."""
+    offload: bool = False
+    """Visual KV in host memory once the video is watched."""
     json: bool = False
 
 
@@ -79,14 +83,12 @@ class Prediction:
     tokens: int
     memory: dict[str, float]
     """Bytes by purpose."""
+    total: float
+    """Bytes at the peak; less than the sum where the KV is offloaded before it is pooled."""
     available: float
     """Bytes of the device, all of it or, here, what is free and the weights."""
     seconds: dict[str, float] | None
     """By stage; None where the device's rates are not known."""
-
-    @property
-    def total(self) -> float:
-        return sum(self.memory.values())
 
     @property
     def fits(self) -> bool:
@@ -98,8 +100,8 @@ def _parameters(config: VideoXL2Config) -> int:
     return sum(math.prod(s.shape) for s in flatten(nnx.state(abstract_model(config, jnp.float32))).values())
 
 
-def predict_memory(config: VideoXL2Config, layout: VideoLayout, args: PlanArgs) -> dict[str, float]:
-    """Bytes by purpose, as `infer.py` counts them on that device."""
+def predict_memory(config: VideoXL2Config, layout: VideoLayout, args: PlanArgs) -> tuple[dict[str, float], float]:
+    """Bytes by purpose, and at the peak, as `infer.py` counts them on that device."""
     gpu = args.device != "here" or jax.default_backend() == "gpu"
     step_groups, segment_steps = prefill.default_steps(gpu)
     plan = prefill.make_plan(layout, _prefill(args), step_groups=step_groups, segment_steps=segment_steps)
@@ -107,13 +109,17 @@ def predict_memory(config: VideoXL2Config, layout: VideoLayout, args: PlanArgs) 
     if args.decode == "bilevel":
         bilevel = BilevelConfig(args.select_chunk_groups, args.pool, args.top_chunks)
         bilevel = dataclasses.replace(bilevel, top_chunks=min(args.top_chunks, bilevel.blocks(layout)))
-    need = memory.memory_need(config, plan, layout, bilevel, args.dtype, FRAMES_PER_GROUP * step_groups, gpu=gpu)
-    parts: dict[str, float] = {
-        "weights": _parameters(config) * jnp.dtype(args.dtype).itemsize, "KV cache": need.cache,
-    }  # fmt: skip
+    need = memory.memory_need(
+        config, plan, layout, bilevel, args.dtype, FRAMES_PER_GROUP * step_groups,
+        quantized=args.cache_dtype == "int8", offload=args.offload, gpu=gpu,
+    )  # fmt: skip
+    weights = _parameters(config) * jnp.dtype(args.dtype).itemsize
+    parts: dict[str, float] = {"weights": weights, "KV cache": need.cache}
+    if args.offload:
+        parts["KV cache, of it kept"] = need.kept
     if bilevel is not None:
         parts |= {"pooled KV": need.pooled, "mixed KV": need.mixed}
-    return parts | {"activations and workspace": need.workspace}
+    return parts | {"activations and workspace": need.workspace}, weights + need.total
 
 
 def _prefill(args: PlanArgs) -> PrefillConfig:
@@ -126,9 +132,9 @@ def _available(args: PlanArgs) -> float:
 
 def predict(config: VideoXL2Config, layout: VideoLayout, args: PlanArgs) -> Prediction:
     """Memory, and time by stage where the device's rates are known."""
-    parts = predict_memory(config, layout, args)
+    parts, total = predict_memory(config, layout, args)
     if args.device == "here":
-        return Prediction(layout.tokens, parts, _available(args), None)
+        return Prediction(layout.tokens, parts, total, _available(args), None)
     device = DEVICES[args.device]
     read = parts.get("mixed KV", layout.tokens * memory.slot_bytes(config, args.dtype))
     embedding = 0 if config.llm.tied_embeddings else config.llm.vocab * config.llm.width
@@ -140,7 +146,23 @@ def predict(config: VideoXL2Config, layout: VideoLayout, args: PlanArgs) -> Pred
         "prefill": flops.prefill(config, layout, _prefill(args)) / device.matrix_rate / PREFILL_SHARE,
         "decode, each token": (weights + read) / device.bandwidth / DECODE_SHARE,
     }
-    return Prediction(layout.tokens, parts, _available(args), seconds)
+    return Prediction(layout.tokens, parts, total, _available(args), seconds)
+
+
+def alternatives(config: VideoXL2Config, layout: VideoLayout, args: PlanArgs) -> list[str]:
+    """Flags with which the same video fits, the least change first."""
+    changes: list[tuple[str, dict[str, Any]]] = [("--cache-dtype int8", {"cache_dtype": "int8"})]
+    if args.decode == "bilevel":
+        pool = min(4 * args.pool, config.visual_tokens)
+        changes = [
+            (f"--pool {pool}", {"pool": pool}), *changes, ("--offload", {"offload": True}),
+            ("--cache-dtype int8 --offload", {"cache_dtype": "int8", "offload": True}),
+        ]  # fmt: skip
+    return [
+        flags
+        for flags, change in changes
+        if predict_memory(config, layout, dataclasses.replace(args, **change))[1] <= _available(args)
+    ]
 
 
 def largest(config: VideoXL2Config, layout: VideoLayout, args: PlanArgs) -> int:
@@ -149,7 +171,7 @@ def largest(config: VideoXL2Config, layout: VideoLayout, args: PlanArgs) -> int:
 
     def too_long(groups: int) -> bool:
         shorter = dataclasses.replace(layout, time_lengths=layout.time_lengths[:groups])
-        return sum(predict_memory(config, shorter, args).values()) > available
+        return predict_memory(config, shorter, args)[1] > available
 
     return bisect.bisect_left(range(1, layout.groups + 1), True, key=too_long) * FRAMES_PER_GROUP
 
@@ -173,6 +195,8 @@ def main() -> int:
         raise UserError(
             "chunk and selection groups and pool must be 1 or more, window and top chunks 0 or more, seconds above 0"
         )
+    if args.offload and args.decode == "dense":
+        raise UserError("--offload needs --decode bilevel")
     config, tokenizer = PRESETS["video-xl-2"], None
     if args.checkpoint is not None:
         folder: Path = find_checkpoint(args.checkpoint)
@@ -181,16 +205,18 @@ def main() -> int:
     layout = layout_of(config, tokenizer, args.frames, args.seconds_per_frame)
     found = predict(config, layout, args)
     fitting = args.frames if found.fits else largest(config, layout, args)
+    others = [] if found.fits else alternatives(config, layout, args)
     if args.json:
-        print(json.dumps({**dataclasses.asdict(found), "fits": found.fits, "frames_that_fit": fitting}))
+        verdict = {"fits": found.fits, "frames_that_fit": fitting, "would_fit_with": others}
+        print(json.dumps({**dataclasses.asdict(found), **verdict}))
     else:
-        print(_report(args, found, fitting))
+        print(_report(args, found, fitting, others))
     return 0 if found.fits else 1
 
 
-def _report(args: PlanArgs, found: Prediction, fitting: int) -> str:
+def _report(args: PlanArgs, found: Prediction, fitting: int, others: list[str]) -> str:
     lines = [f"{args.frames} frames, {found.tokens:,} tokens, {args.dtype}, on {args.device}", ""]
-    rows: dict[str, Any] = {**found.memory, "all": found.total, "there": found.available}
+    rows: dict[str, Any] = {**found.memory, "at the peak": found.total, "there": found.available}
     lines += [f"{name:28} {size / 2**30:8.2f} GiB" for name, size in rows.items()]
     if found.seconds is not None:
         lines += ["", *(f"{name:28} {s:8.3g} s" for name, s in found.seconds.items())]
@@ -200,7 +226,7 @@ def _report(args: PlanArgs, found: Prediction, fitting: int) -> str:
     verdict = (
         "it fits" if found.fits else f"it does not fit: {fitting} frames would" if fitting else "not even 4 frames fit"
     )
-    return "\n".join([*lines, "", verdict])
+    return "\n".join([*lines, "", verdict, *(f"all frames fit with {flags}" for flags in others)])
 
 
 if __name__ == "__main__":

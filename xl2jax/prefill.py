@@ -17,16 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xl2jax.cache import KVCache, empty_cache, write
-from xl2jax.config import LLMConfig
+from xl2jax.cache import KV, KVCache, rows, write
 from xl2jax.layout import PrefillConfig, VideoLayout, bucket, token_ranges
 from xl2jax.ops.arena import arena_attention
 from xl2jax.qwen2 import Qwen2
 
 _PREFIX_UNIT, _TIME_UNIT, _SLOT_UNIT = 32, 4, 128
-
-
-type KV = tuple[jax.Array, jax.Array]
 
 
 class Step(NamedTuple):
@@ -146,10 +142,6 @@ def segments(all_steps: Step, plan: PrefillPlan) -> Iterator[Step]:
         yield Step(*(x[first : first + plan.segment_steps] for x in all_steps))
 
 
-def new_cache(config: LLMConfig, plan: PrefillPlan, dtype: jax.typing.DTypeLike) -> KVCache:
-    return empty_cache(config, plan.slots, dtype, plan.visual_start)
-
-
 def prefill_prefix(
     llm: Qwen2, cache: KVCache, ids: jax.Array, length: jax.Array, *, implementation: str = "auto"
 ) -> tuple[KVCache, jax.Array]:
@@ -161,7 +153,7 @@ def prefill_prefix(
     def attend(kv: KV, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[KV, jax.Array]:
         kv = write(kv, layer, k, v, jnp.int32(0))
         out, _ = arena_attention(
-            q[None], *kv, layer[None], ends[None], nothing[None], nothing[None], implementation=implementation
+            q[None], *rows(kv, layer), ends[None], nothing[None], nothing[None], implementation=implementation
         )
         return kv, out[0]
 
@@ -197,11 +189,12 @@ def prefill_segment(
         def attend(kv: KV, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[KV, jax.Array]:
             kv = write(kv, layer, k[:visuals], v[:visuals], s.visual_slot)
             kv = write(kv, layer, k[visuals:], v[visuals:], s.global_slot)
+            source = rows(kv, layer)
 
             def part(a: int | None, b: int | None) -> jax.Array:
                 # Visual and time tokens see very different sets: separate calls keep tiles tight.
                 out, _ = arena_attention(
-                    q[None, a:b], *kv, layer[None], s.g_end[None, a:b], s.v_lo[None, a:b], s.v_hi[None, a:b],
+                    q[None, a:b], *source, s.g_end[None, a:b], s.v_lo[None, a:b], s.v_hi[None, a:b],
                     implementation=implementation,
                 )  # fmt: skip
                 return out[0]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from xl2jax.bilevel import MixedSource
-from xl2jax.cache import KVCache, attend_text
+from xl2jax.cache import KVCache, attend_text, unpack
 from xl2jax.errors import UserError
 from xl2jax.qwen2 import Qwen2
 
@@ -45,14 +45,14 @@ def attention_scores(
     """
     at = jnp.arange(ids.shape[0], dtype=jnp.int32)
     counted = (at >= first) & (at < last)
-    slots, depth = context.slots, context.k.shape[0]
+    depth, kv_heads, slots, h = context.shape
+    keys = unpack(context.k)
     block = min(1024, slots)
     first_layer, last_layer = scorer.layers(depth)
     group = jnp.where(source.valid & (source.group >= 0), source.group, groups)
 
     def mass(q: jax.Array, lse: jax.Array, layer: jax.Array) -> jax.Array:
         """[groups]: attention of the counted tokens, averaged over them, reduced over heads."""
-        kv_heads, h = context.k.shape[1], q.shape[-1]
         heads = q.shape[1]
         queries = q.reshape(q.shape[0], kv_heads, -1, h)
         norm = lse.reshape(queries.shape[:3])
@@ -60,7 +60,7 @@ def attention_scores(
         def one(i: jax.Array, total: jax.Array) -> jax.Array:
             start = i * block
             read_at = jnp.minimum(start, slots - block)
-            k = jax.lax.dynamic_slice(context.k, (layer, 0, read_at, 0), (1, kv_heads, block, h))[0]
+            k = jax.lax.dynamic_slice(keys, (layer, 0, read_at, 0), (1, kv_heads, block, h))[0]
             scores = jnp.einsum("tkgh,ksh->tkgs", queries, k, preferred_element_type=jnp.float32)
             use = counted[:, None, None, None] & (read_at + jnp.arange(block) >= start)
             p = jnp.where(use, jnp.exp(jnp.where(use, scores * h**-0.5 - norm[..., None], 0.0)), 0.0)

@@ -64,9 +64,11 @@ def checksum(x: jax.Array) -> jax.Array:
     return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "slots", "dtype"))
-def new_cache(config: LLMConfig, slots: int, dtype: str, visual_start: int | jax.Array | None = None) -> KVCache:
-    cache = empty_cache(config, slots, dtype)
+@functools.partial(jax.jit, static_argnames=("config", "slots", "dtype", "quantized"))
+def new_cache(
+    config: LLMConfig, slots: int, dtype: str, visual_start: int | jax.Array | None = None, *, quantized: bool = False
+) -> KVCache:
+    cache = empty_cache(config, slots, dtype, quantized=quantized)
     return cache if visual_start is None else cache._replace(visual_start=jnp.int32(visual_start))
 
 
@@ -95,13 +97,15 @@ def pool_cache(config: LLMConfig, cache: KVCache, table: GroupTable, *, visual_t
     return bilevel.pool_cache(cache, table, visual_tokens=visual_tokens, pool=pool, theta=config.rope_theta)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "visual_tokens", "pool", "slots"))
+@functools.partial(jax.jit, static_argnames=("config", "visual_tokens", "pool", "slots", "compact"))
 def mix(
     config: LLMConfig, cache: KVCache, pooled: PooledKV, table: GroupTable, dense: jax.Array,
-    *, visual_tokens: int, pool: int, slots: int,
+    *, visual_tokens: int, pool: int, slots: int, compact: bool = False,
 ) -> tuple[KVCache, MixedSource]:  # fmt: skip
     """The mixed cache with groups `dense` [Gcap] whole, in `slots` slots, and its index list."""
-    source = bilevel.mixed_source(table, dense, cache.visual_start, visual_tokens=visual_tokens, pool=pool, slots=slots)
+    source = bilevel.mixed_source(
+        table, dense, cache.visual_start, visual_tokens=visual_tokens, pool=pool, slots=slots, compact=compact
+    )
     return bilevel.mix(cache, pooled, source, theta=config.rope_theta), source
 
 

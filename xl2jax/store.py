@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 from pathlib import Path
@@ -16,17 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from xl2jax import memory, prefill, runtime
-from xl2jax.api import Model, WatchedVideo
+from xl2jax import prefill, runtime
+from xl2jax.api import CacheConfig, Model, WatchedVideo
 from xl2jax.bilevel import BilevelConfig
-from xl2jax.cache import KVCache
-from xl2jax.checkpoint import DTYPE_NAMES
+from xl2jax.cache import KVArray, KVCache, QuantizedKV
 from xl2jax.errors import UserError
 from xl2jax.layout import PrefillConfig, VideoLayout
-from xl2jax.tensor_files import ShardWriter, Stored
+from xl2jax.offload import HostKV
+from xl2jax.tensor_files import DTYPES, ShardWriter, Stored
 from xl2jax.video import SampleConfig
 
 _FORMAT = "xl2jax video cache 1"
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 def content_hash(path: Path) -> str:
@@ -41,7 +43,7 @@ def content_hash(path: Path) -> str:
 
 
 def cache_key(
-    model: Model, video: Path, sampling: SampleConfig, folder_fps: float, config: PrefillConfig
+    model: Model, video: Path, sampling: SampleConfig, folder_fps: float, config: PrefillConfig, cache: CacheConfig
 ) -> dict[str, Any]:
     """Everything a video cache depends on."""
     if not video.exists():
@@ -53,7 +55,7 @@ def cache_key(
     return {
         "video": content,
         "sampling": {**dataclasses.asdict(sampling), "folder_fps": folder_fps if video.is_dir() else None},
-        "dtype": model.dtype,
+        "dtype": "int8" if cache.quantized else model.dtype,
         "checkpoint": model.fingerprint,
         "prefill": dataclasses.asdict(config),
     }
@@ -61,15 +63,20 @@ def cache_key(
 
 def save_cache(path: Path, video: WatchedVideo, key: dict[str, Any]) -> None:
     """Writes the filled part of a cache, a layer at a time, beside `path` and renames it."""
-    cache, code = video.cache, DTYPE_NAMES[str(video.cache.k.dtype)]
-    layers, kv_heads, _, h = cache.k.shape
+    cache = video.cache
     counts = {"globals": int(cache.global_length), "visual": int(cache.visual_length)}
-    starts = {"globals": 0, "visual": int(cache.visual_start)}
+    kept = _arrays(cache.k, cache.v)
+    regions = {
+        "globals": {name: (x, 0) for name, x in kept.items()},
+        "visual": {name: (x, int(cache.visual_start)) for name, x in kept.items()}
+        if video.host is None
+        else {name: (x, 0) for name, x in _arrays(video.host.k, video.host.v).items()},
+    }
+    layers, kv_heads = cache.shape[:2]
+    places = [(name, part, layer) for layer in range(layers) for name in kept for part in regions]
     tensors: list[Stored] = [
-        (f"{name}.{part}.{layer}", (kv_heads, counts[part], h), code)
-        for layer in range(layers)
-        for name in ("k", "v")
-        for part in counts
+        (f"{name}.{part}.{layer}", (kv_heads, counts[part], *kept[name].shape[3:]), _CODES[kept[name].dtype])
+        for name, part, layer in places
     ]
     features = np.asarray(video.features[: video.layout.groups], np.float32)
     tensors.append(("features", features.shape, "F32"))
@@ -85,11 +92,9 @@ def save_cache(path: Path, video: WatchedVideo, key: dict[str, Any]) -> None:
     beside = path.with_name(f".{path.name}.incomplete")
     try:
         with ShardWriter(beside, tensors, metadata) as out:
-            for layer in range(layers):
-                for name, x in (("k", cache.k), ("v", cache.v)):
-                    for part, count in counts.items():
-                        slots = x[layer, :, starts[part] : starts[part] + count]
-                        out.write(f"{name}.{part}.{layer}", np.asarray(slots))
+            for name, part, layer in places:
+                x, start = regions[part][name]
+                out.write(f"{name}.{part}.{layer}", np.asarray(x[layer, :, start : start + counts[part]]))
             out.write("features", features)
         os.replace(beside, path)
     except BaseException as e:
@@ -100,10 +105,25 @@ def save_cache(path: Path, video: WatchedVideo, key: dict[str, Any]) -> None:
         raise
 
 
+def _arrays(k: KVArray, v: KVArray) -> dict[str, Any]:
+    """The arrays [L, K, S, ...] that a cache is made of, by name."""
+    if isinstance(k, QuantizedKV) and isinstance(v, QuantizedKV):
+        return {"k": k.values, "v": v.values, "k_scale": k.scale, "v_scale": v.scale}
+    return {"k": k, "v": v}
+
+
+def _cache_of(arrays: dict[str, Any]) -> tuple[KVArray, KVArray]:
+    """`_arrays`' inverse."""
+    if "k_scale" in arrays:
+        return QuantizedKV(arrays["k"], arrays["k_scale"]), QuantizedKV(arrays["v"], arrays["v_scale"])
+    return arrays["k"], arrays["v"]
+
+
 def load_cache(
-    path: Path, model: Model, key: dict[str, Any], video_path: Path, bilevel: BilevelConfig | None
-) -> WatchedVideo:
-    """Reads a cache made with the same `key`.
+    path: Path, model: Model, key: dict[str, Any], video_path: Path, bilevel: BilevelConfig | None,
+    cache: CacheConfig = CacheConfig(),  # noqa: B008 (frozen)
+) -> WatchedVideo:  # fmt: skip
+    """Reads a cache made with the same `key`. With `cache.offload` its visual KV never sees the device.
 
     Raises UserError where it is not a cache, or was made from something else: the difference is named.
     """
@@ -117,24 +137,36 @@ def load_cache(
             layout = VideoLayout(about["prefix"], tuple(about["time_lengths"]), about["visual_tokens"])
             plan = about["plan"]
             plan = prefill.PrefillPlan(**{**plan, "config": PrefillConfig(**plan["config"])})
-            memory.check_fits(layout, lambda layout: model.need(layout, plan.config, bilevel))
-            cache = runtime.new_cache(model.config.llm, plan.slots, model.dtype, plan.visual_start)
-            k, v = cache.k, cache.v
-            for layer in range(model.config.llm.layers):
-                for part, start in (("globals", 0), ("visual", plan.visual_start)):
-                    k = _put(k, f.get_tensor(f"k.{part}.{layer}"), layer, start)
-                    v = _put(v, f.get_tensor(f"v.{part}.{layer}"), layer, start)
+            model.check_cache(cache, bilevel)
+            model.check_fits(layout, plan.config, bilevel, cache)
+            slots = plan.visual_start if cache.offload else plan.slots
+            empty = runtime.new_cache(
+                model.config.llm, slots, model.dtype, plan.visual_start, quantized=cache.quantized
+            )
+            arrays, visual = _arrays(empty.k, empty.v), {}
+            if cache.offload:
+                visual = {
+                    n: np.zeros((*a.shape[:2], plan.slots - plan.visual_start, *a.shape[3:]), a.dtype)
+                    for n, a in arrays.items()
+                }
+            for layer, name in itertools.product(range(model.config.llm.layers), list(arrays)):
+                arrays[name] = _put(arrays[name], f.get_tensor(f"{name}.globals.{layer}"), layer, 0)
+                part = f.get_tensor(f"{name}.visual.{layer}")
+                if cache.offload:
+                    visual[name][layer, :, : part.shape[1]] = part
+                else:
+                    arrays[name] = _put(arrays[name], part, layer, plan.visual_start)
             features = f.get_tensor("features")
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as e:
         raise UserError(f"{path}: not a whole video cache ({str(e).splitlines()[0]})") from None
-    cache = KVCache(
-        k, v, jnp.int32(layout.global_tokens), jnp.int32(plan.visual_start),
+    kv = KVCache(
+        *_cache_of(arrays), jnp.int32(layout.global_tokens), jnp.int32(plan.visual_start),
         jnp.int32(layout.groups * layout.visual_tokens),
     )  # fmt: skip
     capacity = (plan.slots - plan.visual_start) // plan.visual_tokens
     return WatchedVideo(
         path=str(video_path), duration=about["duration"], times=about["times"], layout=layout, plan=plan,
-        cache=cache, features=jnp.pad(jnp.asarray(features), ((0, capacity - len(features)), (0, 0))),
+        cache=kv, host=HostKV(*_cache_of(visual)) if cache.offload else None, features=jnp.pad(jnp.asarray(features), ((0, capacity - len(features)), (0, 0))),
         thumbnails=[], timings={"read": 0.0, "vision": 0.0, "prefill": 0.0},
     )  # fmt: skip
 
@@ -145,7 +177,7 @@ def _put(x: jax.Array, part: np.ndarray, layer: int, start: int) -> jax.Array:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _update(x: jax.Array, part: jax.Array, layer: jax.Array, start: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_slice(x, part, (layer, 0, start, 0))
+    return jax.lax.dynamic_update_slice(x, part, (layer, 0, start, 0)[: x.ndim])
 
 
 def _check_key(path: Path, made: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -47,23 +47,31 @@ type Kind = Literal["colour", "shape", "time", "exists", "count", "first"]
 TEMPLATES: dict[Kind, tuple[str, ...]] = {
     "colour": (
         "Which colour appeared at {time} seconds?", "At {time} seconds, which colour was the shape?",
-        "What colour did the shape have at {time} seconds?", "At {time} seconds, what colour did the shape have?",
+        "What colour did the shape have at {time} seconds?", "What colour appeared at {time} seconds?",
+        "At {time} seconds, what colour was there?", "Which colour was there at {time} seconds?",
+        "At {time} seconds, what colour did the shape have?",
     ),
     "shape": (
         "Which shape appeared at {time} seconds?", "At {time} seconds, which shape was there?",
-        "What shape was there at {time} seconds?", "At {time} seconds, what shape appeared?",
+        "What shape was there at {time} seconds?", "What shape appeared at {time} seconds?",
+        "At {time} seconds, which shape appeared?", "Which shape did the video show at {time} seconds?",
+        "At {time} seconds, what shape appeared?",
     ),
     "time": (
         "When did the {colour} {shape} appear?", "At what time did the {colour} {shape} appear?",
-        "When was there {a} {colour} {shape}?", "At what time was there {a} {colour} {shape}?",
+        "When was there {a} {colour} {shape}?", "When was the {colour} {shape} there?",
+        "At what time was the {colour} {shape} there?", "When did {a} {colour} {shape} appear?",
+        "At what time was there {a} {colour} {shape}?",
     ),
     "exists": (
         "Was there {a} {colour} {shape}?", "Did {a} {colour} {shape} appear?",
-        "Did the video show {a} {colour} {shape}?", "Was there {a} {colour} {shape} in the video?",
+        "Did the video show {a} {colour} {shape}?", "Did {a} {colour} {shape} appear in the video?",
+        "Was there {a} {colour} {shape} in the video?",
     ),
     "count": (
         "How many shapes appeared?", "How many shapes were there in the video?",
-        "How many shapes did the video show?", "How many shapes were there?",
+        "How many shapes did the video show?", "How many shapes appeared in the video?",
+        "How many shapes were there?",
     ),
     "first": (
         "Which came first, the {one} or the {two}?", "Which appeared first, the {one} or the {two}?",
@@ -110,7 +118,7 @@ class Scene:
         rng = np.random.default_rng([self.seed, 1])
         base, tint = rng.uniform(70, 150), rng.uniform(-25, 25, 3)
         small = [rng.uniform(-1, 1, (n, n)).astype(np.float32) for n in (8, 33)]
-        layers = [np.asarray(Image.fromarray(x).resize((512, 512), Image.Resampling.BICUBIC)) for x in small]
+        layers = [np.asarray(Image.fromarray(x).resize((256, 256), Image.Resampling.BICUBIC)) for x in small]
         value = (base + tint)[None, None] + (30 * layers[0] + 25 * layers[1])[..., None]
         dx, dy = map(float, rng.uniform(-0.02, 0.02, 2))
         px, py = map(float, rng.uniform(0, 1, 2))
@@ -179,7 +187,7 @@ def make_scene(
             break
         start = int(starts[int(rng.integers(len(starts)))])  # type: ignore[arg-type]
         free[start : start + stay] = False
-        radius = rng.uniform(0.16, 0.26)
+        radius = rng.uniform(0.26, 0.34)
         x, y = rng.uniform(radius + 0.05, 0.95 - radius, 2)
         dx, dy = rng.uniform(-0.01, 0.01, 2)
         colour, shape = allowed[int(pair)]
@@ -293,7 +301,7 @@ def write_video(
 
 # --- data sets --------------------------------------------------------------------------------
 
-_SIZES = ((112, 112), (144, 112), (112, 144), (160, 90))
+SIZES = ((64, 64), (80, 64), (64, 80), (96, 54))
 _SCALES = (0.25, 0.5, 1.0, 1.0, 2.0, 4.0)
 
 
@@ -309,7 +317,9 @@ class DatasetArgs:
     records: int = 2
     """Conversations about each video."""
     turns: int = 6
-    """Questions of each."""
+    """Questions of each, at most: the same is not asked twice."""
+    kinds: tuple[Kind, ...] = tuple(TEMPLATES)
+    """Of these, all as often."""
     seed: int = 0
     processes: int = 2
 
@@ -318,20 +328,22 @@ def _one_video(args: DatasetArgs, number: int) -> list[dict[str, Any]]:
     seed = 2 * (args.seed * 10_000_000 + number)
     rng = np.random.default_rng([seed, 2])
     scene = make_scene(seed, args.groups[int(rng.integers(len(args.groups)))])
-    width, height = _SIZES[int(rng.integers(len(_SIZES)))]
+    width, height = SIZES[int(rng.integers(len(SIZES)))]
     name = f"{number:06d}.mp4"
     write_video(args.folder / name, scene, width=width, height=height)
     rows = []
     for part in range(args.records):
         scale = _SCALES[int(rng.integers(len(_SCALES)))]
         turns: list[dict[str, str]] = []
-        while len(turns) < 2 * args.turns:
-            kinds: tuple[Kind, ...] = tuple(TEMPLATES)
-            kind = kinds[int(rng.choice(len(kinds), p=(0.22, 0.22, 0.22, 0.12, 0.1, 0.12)))]
-            question = ask(scene, kind, FRAMES_PER_GROUP * scale, rng)
-            if question is not None:
+        asked = set()
+        for _ in range(2 * args.turns):
+            question = ask(scene, args.kinds[int(rng.integers(len(args.kinds)))], FRAMES_PER_GROUP * scale, rng)
+            if question is not None and (what := (question.kind, question.answer, question.group)) not in asked:
+                asked.add(what)
                 head = "" if turns else f"{IMAGE}\n"
                 turns += [{"from": "human", "value": head + question.text}, {"from": "gpt", "value": question.answer}]
+            if len(turns) == 2 * args.turns:
+                break
         rows.append({"id": f"{number}-{part}", "video": name, "scale": scale, "conversations": turns})
     return rows
 

@@ -23,6 +23,7 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
+    "I8": np.dtype(np.int8),
 }
 _PICKLED = ("*.bin", "*.pt", "*.pth")
 

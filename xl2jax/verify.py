@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ from xl2jax.bilevel import (
     mixed_source,
     pool_cache,
 )  # fmt: skip
-from xl2jax.cache import KVCache, empty_cache
+from xl2jax.cache import KVArray, KVCache, empty_cache, unpack
 from xl2jax.checkpoint import load_params, torch_to_orbax
 from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.dts import resample
@@ -45,12 +45,13 @@ from xl2jax.layout import PrefillConfig, VideoLayout, natural_ranges
 from xl2jax.model import VideoXL2, abstract_model, pad_to_groups
 from xl2jax.names import Entry, entries, flatten
 from xl2jax.ops.arena import arena_mask
-from xl2jax.prefill import PrefillPlan, make_plan, new_cache, prefill_prefix, prefill_segment, segments, steps
+from xl2jax.prefill import PrefillPlan, make_plan, prefill_prefix, prefill_segment, segments, steps
 from xl2jax.projector import average_pool
 from xl2jax.terminal import run_command
 from xl2jax.training.loss import IGNORE, TokenBatch, token_loss
 
 TOLERANCE, LOSS_TOLERANCE = 1e-4, 1e-5
+INT8_TOLERANCE = 1e-2  # with --cache-dtype int8
 VIDEO_ID = -200
 TRAIN_TOLERANCE = 1e-3  # of gradients and their norms
 SECTIONS = ("dense", "chunked", "bilevel", "train")
@@ -79,8 +80,8 @@ def case_pixels(frames: int, size: int) -> np.ndarray:
 class Case:
     """A case folder, and the model loaded from its checkpoint through the real converter."""
 
-    def __init__(self, folder: Path, converted: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, converted: Path, *, quantized: bool = False):
+        self.folder, self.quantized = folder, quantized
         if not (folder / "case.json").is_file():
             raise UserError(f"{folder}: not a case folder (no case.json)")
         torch_to_orbax(folder / "checkpoint", converted, "float32")
@@ -154,7 +155,7 @@ class Case:
 
         ids = np.zeros(plan.prefix_cap, np.int32)
         ids[: len(self.prefix)] = self.prefix
-        cache = new_cache(self.config.llm, plan, jnp.float32)
+        cache = empty_cache(self.config.llm, plan.slots, jnp.float32, plan.visual_start, quantized=self.quantized)
         cache, h = prefix_fn(self.params, cache, jnp.asarray(ids), jnp.int32(len(self.prefix)))
         hidden[: len(self.prefix)] = h[: len(self.prefix)]
         for number, segment in enumerate(segments(all_steps, plan)):
@@ -275,8 +276,8 @@ def bilevel_outputs(case: Case, wanted: set[str]) -> dict[str, np.ndarray]:
         m, n = int(context.length), len(case.suffix)
         cos, sin = rope_tables(jnp.arange(m + n), h, theta)
 
-        def whole(a: jax.Array, b: jax.Array, layer: int, m: int = m, n: int = n) -> jax.Array:
-            return jnp.concatenate([a[layer, :, :m], b[layer, :, :n]], axis=1)
+        def whole(a: KVArray, b: KVArray, layer: int, m: int = m, n: int = n) -> jax.Array:
+            return jnp.concatenate([unpack(a)[layer, :, :m], unpack(b)[layer, :, :n]], axis=1)
 
         out[f"bilevel{i}_layer0_keys"] = np.asarray(rotate(whole(context.k, text.k, 0), cos, -sin))
         out[f"bilevel{i}_layer0_values"] = np.asarray(whole(context.v, text.v, 0))
@@ -383,8 +384,9 @@ def compare(
     return Row(name, expected.shape, relative, float(np.abs(a - e).max(initial=0.0)), ok=relative <= tolerance)
 
 
-def verify(folder: Path, sections: tuple[str, ...], converted: Path) -> Iterator[Row]:
-    case = Case(folder, converted)
+def verify(folder: Path, sections: tuple[str, ...], converted: Path, *, quantized: bool = False) -> Iterator[Row]:
+    case = Case(folder, converted, quantized=quantized)
+    tolerance = INT8_TOLERANCE if quantized else TOLERANCE
     found = [p.stem for p in sorted((folder / "expected").glob("*.safetensors"))]
     unknown_files = set(found) - {_STEMS.get(s, s) for s in SECTIONS}
     if unknown_files:
@@ -403,7 +405,7 @@ def verify(folder: Path, sections: tuple[str, ...], converted: Path) -> Iterator
         if unknown:
             raise UserError(f"{folder}: {section}.safetensors holds tensors unknown here: {', '.join(unknown)}")
         for name, tensor in expected.items():
-            yield compare(name, tensor, actual[name], case.case.get("slim"))
+            yield compare(name, tensor, actual[name], case.case.get("slim"), tolerance=tolerance)
 
 
 def _as_json(row: Row) -> dict[str, Any]:
@@ -420,6 +422,8 @@ class Args:
     """Folder with checkpoint/, inputs.safetensors, case.json and expected/."""
     only: str | None = None
     """Sections to check (dense,chunked,bilevel,train); by default all that expected/ holds."""
+    cache_dtype: Literal["float32", "int8"] = "float32"
+    """Of the video's KV. int8 has a wider tolerance."""
     json: bool = False
     """Prints one JSON object instead of a table."""
 
@@ -438,7 +442,8 @@ def main() -> int:
         rows = []
         if not args.json:
             print(f"{'tensor':32} {'shape':>20} {'relative L2':>12} {'max abs':>10}  ok")
-        for row in verify(args.case_dir, chosen, Path(scratch) / "checkpoint"):
+        quantized = args.cache_dtype == "int8"
+        for row in verify(args.case_dir, chosen, Path(scratch) / "checkpoint", quantized=quantized):
             rows.append(row)
             if not args.json:
                 shape = "x".join(map(str, row.shape))

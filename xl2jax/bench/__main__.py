@@ -1,6 +1,6 @@
 """`python -m xl2jax.bench prefill|decode|read|kernels|e2e|train`.
 
-Every row of `prefill`, `decode` and `read` runs in a process of its own, so that peak memory and compilation are
+Every row of `prefill`, `decode`, `read` and `e2e --video` runs in a process of its own, so that peak memory and compilation are
 its own; the others are one process each.
 """
 
@@ -11,12 +11,14 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import jax
 import tyro
 
 from xl2jax.bench.e2e import E2EArgs, e2e_rows
+from xl2jax.bench.file import file_row, plot_rows
 from xl2jax.bench.kernels import KernelArgs, kernel_rows
 from xl2jax.bench.llm import DecodeArgs, PrefillArgs, decode_row, prefill_row
 from xl2jax.bench.read import ReadArgs, check_modes, parse_synthetic, read_row, the_file
@@ -28,10 +30,14 @@ from xl2jax.terminal import run_command
 
 ROWS: dict[str, tuple[type, Callable[..., dict[str, Any]]]] = {
     "prefill": (PrefillArgs, prefill_row), "decode": (DecodeArgs, decode_row), "read": (ReadArgs, read_row),
+    "e2e": (E2EArgs, file_row),
 }  # fmt: skip
 
 
-def _in_own_process(command: str, args: PrefillArgs | DecodeArgs | ReadArgs, mode: str, groups: int) -> dict[str, Any]:
+type _Args = PrefillArgs | DecodeArgs | ReadArgs | E2EArgs
+
+
+def _in_own_process(command: str, args: _Args, mode: str, groups: int) -> dict[str, Any]:
     payload = json.dumps([command, dataclasses.asdict(args), mode, groups], default=str)
     run = subprocess.run(
         [sys.executable, "-m", "xl2jax.bench", "row", payload], stdout=subprocess.PIPE, text=True, check=False
@@ -118,16 +124,21 @@ def main() -> None:
         return
     if isinstance(args, ReadArgs):
         modes, counts = check_modes(args.modes), _whole_numbers("--frames", args.frames)
-        parse_synthetic(args.synthetic)
-        if args.video is not None and not args.video.exists():
-            raise UserError(f"{args.video}: no such video")
-        the_file(args)  # made before anything is timed
+        _make_file(args.video, args.synthetic)
         _rows_in_processes("read", args, modes, counts)
         return
     _check_sizes(args)
     if isinstance(args, E2EArgs):
         if any(f % FRAMES_PER_GROUP for f in _whole_numbers("--frames", args.frames)):
             raise UserError(f"--frames: multiples of {FRAMES_PER_GROUP}, not {args.frames!r}")
+        if args.video is not None or args.synthetic is not None:
+            _make_file(args.video, args.synthetic or "")
+            rows = _rows_in_processes("e2e", args, ["watch"], _whole_numbers("--frames", args.frames))
+            if args.plot is not None:
+                plot_rows(args.plot, rows)
+            return
+        if (args.checkpoint, args.cache_dtype, args.plot) != (None, None, None) or args.offload:
+            raise UserError("--checkpoint, --cache-dtype, --offload and --plot need --video or --synthetic")
         _print_rows(e2e_rows(args), args.json)
         return
     command = "prefill" if isinstance(args, PrefillArgs) else "decode"
@@ -137,9 +148,16 @@ def main() -> None:
     _rows_in_processes(command, args, modes, _whole_numbers("--groups", args.groups))
 
 
-def _rows_in_processes(
-    command: str, args: PrefillArgs | DecodeArgs | ReadArgs, modes: list[str], sizes: list[int]
-) -> None:
+def _make_file(video: Path | None, synthetic: str) -> None:
+    """Before anything is timed. Raises UserError."""
+    if video is None:
+        parse_synthetic(synthetic)
+    elif not video.exists():
+        raise UserError(f"{video}: no such video")
+    the_file(video, synthetic)
+
+
+def _rows_in_processes(command: str, args: _Args, modes: list[str], sizes: list[int]) -> list[dict[str, Any]]:
     rows = []
     for size in sizes:
         for mode in modes:
@@ -150,6 +168,7 @@ def _rows_in_processes(
     else:
         print(machine())
         _print_table(rows)
+    return rows
 
 
 if __name__ == "__main__":

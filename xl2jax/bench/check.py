@@ -13,7 +13,7 @@ from flax import nnx
 from xl2jax import runtime
 from xl2jax.bench.setup import SUFFIX, Setup, random_params
 from xl2jax.bilevel import BilevelConfig
-from xl2jax.cache import KVCache
+from xl2jax.cache import KVCache, unpack
 from xl2jax.config import FRAMES_PER_GROUP, VideoXL2Config
 from xl2jax.layout import PrefillConfig
 
@@ -23,7 +23,11 @@ _GROUPS, _LAYERS = 24, 3
 def _filled(cache: KVCache) -> np.ndarray:
     """Keys and values of all tokens of a cache, float32."""
     first, start = int(cache.global_length), int(cache.visual_start)
-    parts = [x[:, :, a:b] for x in cache[:2] for a, b in ((0, first), (start, start + int(cache.visual_length)))]
+    parts = [
+        unpack(x)[:, :, a:b]
+        for x in (cache.k, cache.v)
+        for a, b in ((0, first), (start, start + int(cache.visual_length)))
+    ]
     return np.concatenate([np.asarray(x, np.float32) for x in parts], axis=2)
 
 

@@ -39,6 +39,18 @@ class E2EArgs:
     """Times every stage of the whole model on random weights and random frames."""
 
     frames: str = "256,512,1024,2048,4096,10000"
+    video: Path | None = None
+    """A file: times reading it and answering with --checkpoint, beside each other as infer.py does; a process a row."""
+    synthetic: str | None = None
+    """Instead of --video, a file that is made: such as 20m@1080p or 1h@720p."""
+    checkpoint: str | None = None
+    """With --video or --synthetic; the bundled one by default."""
+    fps: float = 1.0
+    """Frames a second that are taken from the file; the most are --frames."""
+    cache_dtype: Literal["int8"] | None = None
+    offload: bool = False
+    plot: Path | None = None
+    """PNG of seconds by stage and peak memory, with --video or --synthetic."""
     preset: str = "video-xl-2"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     random_weights: bool = True

@@ -78,12 +78,12 @@ def write_long(path: Path, seconds: int, width: int, height: int) -> None:
     beside.replace(path)
 
 
-def the_file(args: ReadArgs) -> Path:
+def the_file(video: Path | None, synthetic: str) -> Path:
     """The file to read, made first if need be."""
-    if args.video is not None:
-        return Path(args.video)
-    seconds, width, height = parse_synthetic(args.synthetic)
-    path = Path("build") / f"synthetic-{args.synthetic.replace('@', '-')}.mp4"
+    if video is not None:
+        return Path(video)
+    seconds, width, height = parse_synthetic(synthetic)
+    path = Path("build") / f"synthetic-{synthetic.replace('@', '-')}.mp4"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
         write_long(path, seconds, width, height)
@@ -94,7 +94,7 @@ def read_row(args: ReadArgs, mode: str, frames: int) -> dict[str, Any]:
     """Seconds and peak memory above what was there before of reading `frames` evenly spread frames."""
     before = memory.peak_bytes()
     started = time.perf_counter()
-    clip = open_video(the_file(args), SampleConfig(fps=1.0, max_fps=None, max_frames=frames))
+    clip = open_video(the_file(args.video, args.synthetic), SampleConfig(fps=1.0, max_fps=None, max_frames=frames))
     opened = time.perf_counter() - started
     count = len(clip.indices)
     alone: float | None = None

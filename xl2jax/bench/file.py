@@ -1,0 +1,84 @@
+"""`bench e2e --video`: from a file on disk to an answer, with reading and computing side by side."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import xl2jax
+from xl2jax import memory
+from xl2jax.api import CacheConfig
+from xl2jax.bench.e2e import E2EArgs
+from xl2jax.bench.read import the_file
+from xl2jax.bilevel import BilevelConfig
+from xl2jax.cli import DEFAULT_CHECKPOINT
+from xl2jax.layout import PrefillConfig
+from xl2jax.read_ahead import default_workers
+from xl2jax.video import SampleConfig, open_video
+
+_QUESTION = "What is shown?"
+STAGES = ("read_alone_s", "read_wait_s", "vision_s", "prefill_s", "first_token_s")
+
+
+class _Compilation:
+    """Seconds that XLA compiles for from now on."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._add)
+
+    def _add(self, event: str, duration_secs: float, **_: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            self.seconds += duration_secs
+
+
+def file_row(args: E2EArgs, _: str, frames: int) -> dict[str, Any]:
+    """Watching `frames` frames of a file, and a question about them.
+
+    `read_alone_s`: reading the same frames with nothing beside it. `overlap`: seconds of watching over the slower of
+    reading alone and computing (vision and prefill), without compilation: 1 where the faster is hidden altogether.
+    `file_read_bytes` is the memory that reading alone took.
+    """
+    path = the_file(args.video, args.synthetic or "")
+    sampling = SampleConfig(args.fps, None, frames)
+    model = xl2jax.load(args.checkpoint or DEFAULT_CHECKPOINT, dtype=args.dtype)
+    before, started = memory.host_peak_bytes(), time.perf_counter()
+    clip = open_video(path, sampling)
+    for _batch in clip.batches(64, model.config.vision.image_size, workers=default_workers()):
+        pass
+    alone, reader = time.perf_counter() - started, memory.host_peak_bytes() - before
+    compilation = _Compilation()
+    started = time.perf_counter()
+    video = model.watch(
+        path, sampling, PrefillConfig(args.chunk_groups, args.window_chunks),
+        cache=CacheConfig(args.cache_dtype, args.offload), progress=True,
+    )  # fmt: skip
+    watching = time.perf_counter() - started
+    compile_s = compilation.seconds
+    bilevel = BilevelConfig(
+        args.select_chunk_groups, args.pool, min(args.top_chunks, video.layout.groups // args.select_chunk_groups)
+    )
+    for _repeat in range(2):  # the first compiles
+        started = time.perf_counter()
+        answer = model.ask(video, _QUESTION, max_new_tokens=16, bilevel=bilevel)
+    timings = answer.timings
+    computing = video.timings["vision"] + video.timings["prefill"] - compile_s
+    return {
+        "mode": "watch", "frames": len(video.times), "tokens": video.layout.tokens, "read_alone_s": alone,
+        "seconds": watching, "read_wait_s": video.timings["read"], "vision_s": video.timings["vision"],
+        "prefill_s": video.timings["prefill"], "compile_s": compile_s,
+        "overlap": (watching - compile_s) / max(alone, computing),
+        "first_token_s": timings["select"] + timings["question"], "tokens_per_s": timings["decode_tokens_per_s"],
+        "reader_bytes": reader, "cache_bytes": sum(x.nbytes for x in jax.tree.leaves((video.cache.k, video.cache.v))),
+        "peak_memory_bytes": memory.peak_bytes(),
+    }  # fmt: skip
+
+
+def plot_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Seconds by stage and peak memory over the number of frames."""
+    from xl2jax.plot import plot_stages
+
+    plot_stages(path, rows, STAGES)
