@@ -104,6 +104,31 @@ def test_read(tmp_path: Path, command: Callable[..., tuple[int, str, str]], refu
     assert "no such video" in refused(bench.main, "read", "--video", tmp_path / "none.mp4")
 
 
+def test_a_file_from_reading_to_the_answer(
+    checkpoint: Path,
+    clip: Path,
+    tmp_path: Path,
+    command: Callable[..., tuple[int, str, str]],
+    refused: Callable[..., str],
+) -> None:
+    status, out, err = command(
+        bench.main, "e2e", "--video", clip, "--checkpoint", checkpoint, "--dtype", "float32", "--frames", "16,28",
+        "--cache-dtype", "int8", "--offload", "--plot", tmp_path / "p.png", "--json",
+    )  # fmt: skip
+    assert status == 0, err
+    rows = json.loads(out)
+    assert [r["frames"] for r in rows] == [16, 28]
+    for row in rows:
+        computing = row["vision_s"] + row["prefill_s"] - row["compile_s"]
+        alone = max(row["read_alone_s"], computing)
+        assert row["overlap"] == (row["seconds"] - row["compile_s"]) / alone
+        assert row["seconds"] >= row["read_wait_s"] + row["vision_s"] + row["prefill_s"]
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    assert "--plot need --video" in refused(bench.main, "e2e", "--plot", tmp_path / "q.png")
+    assert "no such video" in refused(bench.main, "e2e", "--video", tmp_path / "none.mp4")
+    assert "--synthetic" in refused(bench.main, "e2e", "--synthetic", "1h@99p")
+
+
 def test_flops() -> None:
     """Against the compiler's own count, and against the mask rule spelled out."""
     config = PRESETS["tiny"]

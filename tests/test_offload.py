@@ -18,7 +18,6 @@ from hypothesis.extra import numpy as hnp
 
 import xl2jax
 from xl2jax import memory, verify
-from xl2jax.api import CacheConfig, RelevanceConfig
 from xl2jax.bilevel import BilevelConfig
 from xl2jax.cache import QuantizedKV, empty_cache, quantize, rows, unpack, write
 from xl2jax.cli import infer
@@ -27,6 +26,8 @@ from xl2jax.errors import UserError
 from xl2jax.layout import VideoLayout
 from xl2jax.offload import fetch, to_host
 from xl2jax.prefill import default_steps
+from xl2jax.selection import RelevanceConfig, choose_context
+from xl2jax.watched import CacheConfig
 
 QUESTION = "What is shown?"
 INT8 = CacheConfig("int8")
@@ -99,7 +100,7 @@ def context(model: xl2jax.Model, video: xl2jax.WatchedVideo, relevance: Relevanc
     from xl2jax.prompt import suffix
 
     bilevel = BilevelConfig(2, 4, top)
-    return model._context(video, QUESTION, suffix(model.tokenizer, QUESTION), bilevel, relevance)
+    return choose_context(model, video, QUESTION, suffix(model.tokenizer, QUESTION), bilevel, relevance)
 
 
 @pytest.mark.parametrize("dtype", [None, "int8"])

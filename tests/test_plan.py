@@ -96,5 +96,20 @@ def test_command(checkpoint: Path, command: Callable[..., tuple[int, str, str]],
     assert status == 0
     assert "it fits" in out
     assert "multiple of 4" in refused(plan.main, "--frames", 30)
+    assert "--decode bilevel" in refused(plan.main, "--offload", "--decode", "dense")
     assert "no such checkpoint" in refused(plan.main, "--checkpoint", "/none")
     assert "must be 1 or more" in refused(plan.main, "--pool", 0)
+
+
+def test_options_that_would_fit_do(command: Callable[..., tuple[int, str, str]]) -> None:
+    """An A100 with 40 GB, of which the weights take 16: 6,000 frames are a little too many."""
+    flags = ("--device", "a100-40g", "--json")
+    status, out, _ = command(plan.main, "--frames", 6000, *flags)
+    assert status == 1
+    offered = json.loads(out)["would_fit_with"]
+    assert "--cache-dtype int8" in offered
+    for option in offered:
+        assert command(plan.main, "--frames", 6000, *flags, *option.split())[0] == 0
+    refused_too = {"--pool 16", "--cache-dtype int8", "--offload", "--cache-dtype int8 --offload"} - set(offered)
+    for option in refused_too:
+        assert command(plan.main, "--frames", 6000, *flags, *option.split())[0] == 1

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,7 +18,7 @@ import numpy as np
 import pytest
 
 from xl2jax import read_ahead, video
-from xl2jax.demo import shape_frame
+from xl2jax.demo import shape_frame, write_clip
 from xl2jax.errors import UserError
 from xl2jax.read_ahead import read_resized
 from xl2jax.video import DecordReader, PyAVReader, SampleConfig, images_in, open_reader, open_video
@@ -213,3 +216,32 @@ def test_the_caller_may_be_slow(monkeypatch: pytest.MonkeyPatch) -> None:
         if count == 20:
             time.sleep(1.0)
     assert count == 60
+
+
+def test_an_interrupt_ends_the_command(tmp_path: Path) -> None:
+    """Ctrl-C while threads read and one waits: one line, status 130, no threads left to wait for."""
+    path = tmp_path / "a.mp4"
+    write_clip(path, 20, fps=24, width=320, height=240)
+    code = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from xl2jax.terminal import run_command\n"
+        "from xl2jax.video import SampleConfig, open_video\n"
+        "def main():\n"
+        f"    clip = open_video(Path({str(path)!r}), SampleConfig(24.0, None, 480))\n"
+        "    for batch in clip.batches(4, 384, workers=2):\n"
+        "        print('reading', flush=True)\n"
+        "        time.sleep(0.2)\n"
+        "run_command(main)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "reading\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in err

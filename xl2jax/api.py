@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,85 +26,23 @@ from flax import nnx
 from tqdm import tqdm
 
 from xl2jax import memory, prefill, runtime
-from xl2jax.bilevel import (
-    BilevelConfig,
-    GroupTable,
-    MixedSource,
-    PooledKV,
-    blocks_of_units,
-    group_table,
-    mixed_slots,
-)  # fmt: skip
+from xl2jax.bilevel import BilevelConfig
 from xl2jax.cache import KVCache
 from xl2jax.checkpoint import find_checkpoint, load_params
 from xl2jax.config import FRAMES_PER_GROUP, VideoXL2Config
 from xl2jax.errors import UserError
 from xl2jax.generate import SamplingConfig
-from xl2jax.layout import PrefillConfig, VideoLayout, bucket
+from xl2jax.layout import PrefillConfig, VideoLayout
 from xl2jax.names import flatten
-from xl2jax.offload import HostKV, fetch, pool_host, to_host
+from xl2jax.offload import to_host
 from xl2jax.ops.arena import IMPLEMENTATIONS
 from xl2jax.prompt import PREFIX, PromptTokenizer, Suffix, suffix
 from xl2jax.read_ahead import default_workers, resize
-from xl2jax.relevance import AttentionScorer, read_selection
+from xl2jax.selection import Chunk, RelevanceConfig, check_bilevel, choose_context, padded, text_cache
 from xl2jax.video import Backend, Clip, SampleConfig, open_video
+from xl2jax.watched import THUMBNAIL_SIZE, CacheConfig, WatchedVideo, thumbnail_places
 
-logger = logging.getLogger(__name__)
-
-_THUMBNAILS, _THUMBNAIL_SIZE = 12, 64
 _STREAM_TOKENS = 8  # decoded on the device between two looks at the answer
-
-
-@dataclasses.dataclass(frozen=True)
-class RelevanceConfig:
-    """How the chunks that stay dense are found.
-
-    attention: the question's attention to the pooled cache. similarity: the question's embedding
-    against the visual tokens. file: upstream's selection file. none: blocks 1 and B only. random: the same
-    chunks for the same question, whatever it asks; the control of experiments.
-    """
-
-    scorer: Literal["attention", "similarity", "file", "none", "random"] = "attention"
-    attention: AttentionScorer = AttentionScorer()  # noqa: RUF009 (frozen)
-    file: Path | None = None
-    category: str | None = None
-    missing: Literal["error", "dense"] = "error"
-    """What to do with a question that the file lacks."""
-
-
-@dataclasses.dataclass(frozen=True)
-class CacheConfig:
-    """How a video's KV is kept.
-
-    dtype: int8, with a scale for each token and head, or the model's own (None).
-    offload: the visual KV goes to host memory once the video is watched; only bi-level decoding can read it there.
-    """
-
-    dtype: Literal["bfloat16", "float32", "int8"] | None = None
-    offload: bool = False
-
-    def check(self, model_dtype: str) -> None:
-        """Raises UserError for a dtype that is neither int8 nor the model's."""
-        if self.dtype not in (None, "int8", model_dtype):
-            raise UserError(
-                f"cache dtype {self.dtype}: choose int8 or the model's own, {model_dtype} (--dtype changes both)"
-            )
-
-    @property
-    def quantized(self) -> bool:
-        return self.dtype == "int8"
-
-
-@dataclasses.dataclass(frozen=True)
-class Chunk:
-    """A selection block of the video."""
-
-    number: int
-    start: float
-    end: float
-    """Times of its first frame and of its last, seconds."""
-    score: float | None
-    dense: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,34 +57,6 @@ class Answer:
     """Tokens of the video as it was read for this answer."""
     chunks: list[Chunk]
     timings: dict[str, float]
-
-
-@dataclasses.dataclass
-class WatchedVideo:
-    """A video in the KV cache. Never changed by questions; `pooled` is filled on first use."""
-
-    path: str
-    duration: float
-    times: list[float]
-    layout: VideoLayout
-    plan: prefill.PrefillPlan
-    cache: KVCache
-    features: jax.Array
-    """One vector a group, [Gcap, D], for the similarity scorer."""
-    timings: dict[str, float]
-    thumbnails: list[tuple[float, np.ndarray]]
-    """Up to 12 (seconds, uint8 [64, 64, 3]), evenly spread; none where the cache came from a file."""
-    host: HostKV | None = None
-    """The visual KV where it was offloaded; `cache` holds the globals alone then."""
-    pooled: dict[int, PooledKV] = dataclasses.field(default_factory=dict)
-
-    @property
-    def group_capacity(self) -> int:
-        return (self.plan.slots - self.plan.visual_start) // self.plan.visual_tokens
-
-    @functools.cached_property
-    def table(self) -> GroupTable:
-        return group_table(self.layout, self.group_capacity)
 
 
 class Model:
@@ -179,7 +88,7 @@ class Model:
         self, video: str | Path | Clip, sampling: SampleConfig | None = None, config: PrefillConfig | None = None, *,
         backend: Backend = "auto", folder_fps: float = 1.0,
         bilevel: BilevelConfig | None = BilevelConfig(),  # noqa: B008 (frozen)
-        cache: CacheConfig = CacheConfig(),
+        cache: CacheConfig = CacheConfig(),  # noqa: B008 (frozen)
         progress: bool = False,
     ) -> WatchedVideo:  # fmt: skip
         """Reads, encodes and prefills a video.
@@ -223,7 +132,7 @@ class Model:
             for frames in _timed(batches, timings, "read"):
                 first = groups * FRAMES_PER_GROUP
                 here = [i for i in wanted if first <= i < first + len(frames)]
-                thumbnails += [(clip.times[i], resize(frames[i - first], _THUMBNAIL_SIZE)) for i in here]
+                thumbnails += [(clip.times[i], resize(frames[i - first], THUMBNAIL_SIZE)) for i in here]
                 groups += len(frames) // FRAMES_PER_GROUP
                 bar.update(len(frames))
                 started = time.perf_counter()
@@ -358,11 +267,11 @@ class Model:
         bilevel: BilevelConfig | None, relevance: RelevanceConfig, on_text: Callable[[str], None] | None,
     ) -> Answer:  # fmt: skip
         started = time.perf_counter()
-        context, chunks = self._context(video, question, text, bilevel, relevance)
+        context, chunks = choose_context(self, video, question, text, bilevel, relevance)
         jax.block_until_ready(context)
         selected = time.perf_counter()
         state = runtime.ask(
-            self.config, self.params, context, self._text_cache(text, max_new_tokens), _padded(text.ids),
+            self.config, self.params, context, text_cache(self, text, max_new_tokens), padded(text.ids),
             np.int32(len(text.ids)), jax.random.key(seed), self._stop,
             sampling=sampling, implementation=self.implementation,
         )  # fmt: skip
@@ -391,158 +300,6 @@ class Model:
     def chat(self, video: str | Path, question: str, **options: Any) -> str:
         """One question about one video; options as for `ask`."""
         return self.ask(self.watch(video), question, **options).text
-
-    def _text_cache(self, text: Suffix, room: int) -> KVCache:
-        slots = bucket(len(_padded(text.ids)) + room, 128)
-        need, free = slots * memory.slot_bytes(self.config, self.dtype), memory.available_bytes()
-        if need > free:
-            raise UserError(
-                f"{room} new tokens need {need / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free: ask for fewer"
-            )
-        return runtime.new_cache(self.config.llm, slots, self.dtype)
-
-    def _context(
-        self, video: WatchedVideo, question: str, text: Suffix, bilevel: BilevelConfig | None, relevance: RelevanceConfig
-    ) -> tuple[KVCache, list[Chunk]]:  # fmt: skip
-        """The cache that an answer reads, and the selection blocks it was made of."""
-        if bilevel is None:
-            return _whole(video), []
-        check_bilevel(bilevel, video.layout)
-        units: list[int] | None = None
-        if relevance.scorer == "file":
-            found = selection_for(relevance, Path(video.path), question)
-            if found is None:
-                logger.info("%s has no entry for this question: reading the whole dense cache", relevance.file)
-                return _whole(video), []
-            units = found["units"]
-            bilevel = BilevelConfig(found["select_chunk_groups"], found["pool"], 0)
-            check_bilevel(bilevel, video.layout)
-            most = -(-video.layout.groups // 2)
-            if any(not 0 <= u < most for u in units):
-                raise UserError(f"{relevance.file}: selects unit {max(units)}, the video has {most} as it was sampled")
-        groups, size = video.layout.groups, bilevel.select_chunk_groups
-        pooled = self._pooled(video, bilevel.pool)
-        scores = None
-        if units is not None:
-            blocks = blocks_of_units(units, groups, size)
-            dense = np.zeros(video.group_capacity, bool)
-            dense[:groups] = np.repeat(blocks, size)[:groups]
-            most = int(dense.sum())
-        else:
-            top = bilevel.top(video.layout) if relevance.scorer != "none" else 0
-            group_scores = self._scores(video, text, pooled, bilevel, relevance)
-            scores, blocks, dense = runtime.choose(group_scores, video.table.groups, select_chunk_groups=size, top=top)
-            most = (top + 2) * size
-        context, _ = self._mix(video, pooled, dense, most, bilevel)
-        if relevance.scorer == "none":
-            scores = None
-        return context, _chunks(video, size, np.asarray(blocks), None if scores is None else np.asarray(scores))
-
-    def _pooled(self, video: WatchedVideo, pool: int) -> PooledKV:
-        if pool not in video.pooled:
-            llm, visual_tokens = self.config.llm, video.layout.visual_tokens
-            if video.host is None:
-                found = runtime.pool_cache(llm, video.cache, video.table, visual_tokens=visual_tokens, pool=pool)
-            else:
-                found = pool_host(llm, video.cache, video.host, video.table, visual_tokens=visual_tokens, pool=pool)
-            video.pooled[pool] = found
-        return video.pooled[pool]
-
-    def _mix(
-        self, video: WatchedVideo, pooled: PooledKV, dense: jax.Array | np.ndarray, most: int, bilevel: BilevelConfig
-    ) -> tuple[KVCache, MixedSource]:
-        """The mixed cache with groups `dense` [Gcap], at most `most`, whole."""
-        cache, visual_tokens = video.cache, video.layout.visual_tokens
-        if video.host is not None:
-            exists = np.arange(video.group_capacity) < video.layout.groups
-            cache = fetch(cache, video.host, np.asarray(dense) & exists, visual_tokens=visual_tokens)
-        return runtime.mix(
-            self.config.llm, cache, pooled, video.table, jnp.asarray(dense), visual_tokens=visual_tokens,
-            pool=bilevel.pool, slots=mixed_slots(video.layout, most, bilevel), compact=video.host is not None,
-        )  # fmt: skip
-
-    def _scores(
-        self, video: WatchedVideo, text: Suffix, pooled: PooledKV, bilevel: BilevelConfig, relevance: RelevanceConfig
-    ) -> jax.Array:
-        """float32 [Gcap]."""
-        ids, first, last = _padded(text.ids), np.int32(text.first), np.int32(text.last)
-        if relevance.scorer == "similarity":
-            return runtime.similarity_scores(
-                self.config, self.params, video.features[: video.group_capacity], ids, first, last
-            )
-        if relevance.scorer == "none":
-            return jnp.zeros(video.group_capacity)
-        if relevance.scorer == "random":
-            seed = int.from_bytes(hashlib.blake2b(repr(text.ids).encode(), digest_size=4).digest(), "little")
-            return jax.random.uniform(jax.random.key(seed), (video.group_capacity,))
-        context, source = self._mix(video, pooled, np.zeros(video.group_capacity, bool), 0, bilevel)
-        return runtime.attention_scores(
-            self.config, self.params, context, source, self._text_cache(text, 0), ids, first, last,
-            scorer=relevance.attention, groups=video.group_capacity, implementation=self.implementation,
-        )  # fmt: skip
-
-
-def _whole(video: WatchedVideo) -> KVCache:
-    """The whole dense cache. Raises UserError where it is not on the device."""
-    if video.host is not None:
-        raise UserError("the video's KV was offloaded: it is read with bi-level decoding and chosen chunks only")
-    return video.cache
-
-
-def thumbnail_places(clip: Clip) -> list[int]:
-    """Which of a clip's frames become thumbnails."""
-    return np.linspace(0, len(clip.indices) - 1, min(_THUMBNAILS, len(clip.indices))).astype(int).tolist()
-
-
-def read_thumbnails(clip: Clip) -> list[tuple[float, np.ndarray]]:
-    """(seconds, image), read from the file: for a video whose cache was not made in this process."""
-    places = thumbnail_places(clip)
-    frames = clip.reader.frames(clip.indices[places])
-    return [(clip.times[i], resize(frame, _THUMBNAIL_SIZE)) for i, frame in zip(places, frames, strict=False)]
-
-
-def selection_for(relevance: RelevanceConfig, video: Path, question: str) -> dict[str, Any] | None:
-    """A question's entry in the selection file; None where it has none and `missing` is `dense`."""
-    if relevance.file is None:
-        raise UserError("the file scorer needs a selection file (--relevance-file)")
-    found = read_selection(relevance.file, video.name, question, relevance.category)
-    if found is None and relevance.missing == "error":
-        raise UserError(
-            f"{relevance.file}: no entry for {video.name} and {question!r} "
-            "(--relevance-missing dense reads the whole cache instead)"
-        )
-    return found
-
-
-def check_bilevel(bilevel: BilevelConfig, layout: VideoLayout) -> None:
-    """Raises UserError for settings that do not fit a video."""
-    if bilevel.select_chunk_groups < 1:
-        raise UserError(f"select chunk groups must be 1 or more, not {bilevel.select_chunk_groups}")
-    if not 1 <= bilevel.pool <= layout.visual_tokens:
-        raise UserError(f"pool must be from 1 to {layout.visual_tokens} (visual tokens a group), not {bilevel.pool}")
-    blocks, top = bilevel.blocks(layout), bilevel.top(layout)
-    if not 0 <= top <= blocks:
-        raise UserError(f"top chunks must be from 0 to {blocks} (the video has {blocks} chunks), not {top}")
-
-
-def _chunks(video: WatchedVideo, size: int, dense: np.ndarray, scores: np.ndarray | None) -> list[Chunk]:
-    frames = size * FRAMES_PER_GROUP
-    return [
-        Chunk(
-            number=b + 1,
-            start=video.times[b * frames],
-            end=video.times[min((b + 1) * frames, len(video.times)) - 1],
-            score=None if scores is None else float(scores[b]),
-            dense=bool(dense[b]),
-        )
-        for b in range(-(-video.layout.groups // size))
-    ]
-
-
-def _padded(ids: list[int]) -> np.ndarray:
-    out = np.zeros(bucket(len(ids), 32), np.int32)
-    out[: len(ids)] = ids
-    return out
 
 
 def _timed[T](items: Iterator[T], timings: dict[str, float], name: str) -> Iterator[T]:

@@ -18,14 +18,16 @@ import tyro
 
 import xl2jax
 from xl2jax import memory
-from xl2jax.api import Answer, CacheConfig, Model, RelevanceConfig, WatchedVideo, read_thumbnails, selection_for
+from xl2jax.api import Answer, Model
 from xl2jax.bilevel import BilevelConfig
 from xl2jax.errors import UserError
 from xl2jax.generate import SamplingConfig
 from xl2jax.layout import PrefillConfig
 from xl2jax.relevance import AttentionScorer
+from xl2jax.selection import RelevanceConfig, selection_for
 from xl2jax.store import cache_key, load_cache, save_cache
 from xl2jax.video import Backend, SampleConfig, open_video
+from xl2jax.watched import CacheConfig, WatchedVideo, read_thumbnails
 
 DEFAULT_CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "demo"
 

@@ -22,14 +22,16 @@ import tyro
 from tqdm import tqdm
 
 import xl2jax
-from xl2jax.api import Answer, Model, RelevanceConfig, WatchedVideo
+from xl2jax.api import Answer, Model
 from xl2jax.bilevel import BilevelConfig
 from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.errors import UserError
 from xl2jax.layout import PrefillConfig
 from xl2jax.relevance import AttentionScorer
+from xl2jax.selection import RelevanceConfig
 from xl2jax.synthetic import NEEDLE_KINDS, TEMPLATES, Question, Scene, ask, make_scene, scene_clip
 from xl2jax.terminal import run_command
+from xl2jax.watched import WatchedVideo
 
 
 @dataclasses.dataclass(frozen=True)

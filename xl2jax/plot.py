@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from xl2jax.api import Answer, WatchedVideo
+from xl2jax.api import Answer
 from xl2jax.errors import UserError
+from xl2jax.watched import WatchedVideo
 
 if TYPE_CHECKING:
     from xl2jax.needle import Result

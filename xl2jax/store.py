@@ -18,7 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from xl2jax import prefill, runtime
-from xl2jax.api import CacheConfig, Model, WatchedVideo
+from xl2jax.api import Model
 from xl2jax.bilevel import BilevelConfig
 from xl2jax.cache import KVArray, KVCache, QuantizedKV
 from xl2jax.errors import UserError
@@ -26,6 +26,7 @@ from xl2jax.layout import PrefillConfig, VideoLayout
 from xl2jax.offload import HostKV
 from xl2jax.tensor_files import DTYPES, ShardWriter, Stored
 from xl2jax.video import SampleConfig
+from xl2jax.watched import CacheConfig, WatchedVideo
 
 _FORMAT = "xl2jax video cache 1"
 _CODES = {dtype: code for code, dtype in DTYPES.items()}

@@ -22,7 +22,6 @@ import numpy as np
 from flax import nnx
 
 from xl2jax import flops, memory, runtime
-from xl2jax.api import check_bilevel
 from xl2jax.bench.check import check_rows
 from xl2jax.bench.kernels import ceilings
 from xl2jax.bench.setup import DECODE_TOKENS, Setup, random_params, timed
@@ -32,6 +31,7 @@ from xl2jax.config import FRAMES_PER_GROUP, PRESETS, VideoXL2Config
 from xl2jax.layout import PrefillConfig
 from xl2jax.model import normalise
 from xl2jax.prefill import default_steps
+from xl2jax.selection import check_bilevel
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,6 @@ import jax
 
 import xl2jax
 from xl2jax import memory
-from xl2jax.api import CacheConfig
 from xl2jax.bench.e2e import E2EArgs
 from xl2jax.bench.read import the_file
 from xl2jax.bilevel import BilevelConfig
@@ -18,6 +17,7 @@ from xl2jax.cli import DEFAULT_CHECKPOINT
 from xl2jax.layout import PrefillConfig
 from xl2jax.read_ahead import default_workers
 from xl2jax.video import SampleConfig, open_video
+from xl2jax.watched import CacheConfig
 
 _QUESTION = "What is shown?"
 STAGES = ("read_alone_s", "read_wait_s", "vision_s", "prefill_s", "first_token_s")

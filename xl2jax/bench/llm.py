@@ -10,12 +10,12 @@ import jax
 import numpy as np
 
 from xl2jax import memory
-from xl2jax.api import check_bilevel
 from xl2jax.bench.setup import DECODE_TOKENS, Setup, random_params, timed
 from xl2jax.bilevel import BilevelConfig
 from xl2jax.cache import KVCache
 from xl2jax.config import PRESETS
 from xl2jax.layout import PrefillConfig
+from xl2jax.selection import check_bilevel
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,84 @@
+"""A video in the KV cache, and the choices of how it is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Literal
+
+import jax
+import numpy as np
+
+from xl2jax import prefill
+from xl2jax.bilevel import GroupTable, PooledKV, group_table
+from xl2jax.cache import KVCache
+from xl2jax.errors import UserError
+from xl2jax.layout import VideoLayout
+from xl2jax.offload import HostKV
+from xl2jax.read_ahead import resize
+from xl2jax.video import Clip
+
+_THUMBNAILS, THUMBNAIL_SIZE = 12, 64
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheConfig:
+    """How a video's KV is kept.
+
+    dtype: int8, with a scale for each token and head, or the model's own (None).
+    offload: the visual KV goes to host memory once the video is watched; only bi-level decoding can read it there.
+    """
+
+    dtype: Literal["bfloat16", "float32", "int8"] | None = None
+    offload: bool = False
+
+    def check(self, model_dtype: str) -> None:
+        """Raises UserError for a dtype that is neither int8 nor the model's."""
+        if self.dtype not in (None, "int8", model_dtype):
+            raise UserError(
+                f"cache dtype {self.dtype}: choose int8 or the model's own, {model_dtype} (--dtype changes both)"
+            )
+
+    @property
+    def quantized(self) -> bool:
+        return self.dtype == "int8"
+
+
+@dataclasses.dataclass
+class WatchedVideo:
+    """A video in the KV cache. Never changed by questions; `pooled` is filled on first use."""
+
+    path: str
+    duration: float
+    times: list[float]
+    layout: VideoLayout
+    plan: prefill.PrefillPlan
+    cache: KVCache
+    features: jax.Array
+    """One vector a group, [Gcap, D], for the similarity scorer."""
+    timings: dict[str, float]
+    thumbnails: list[tuple[float, np.ndarray]]
+    """Up to 12 (seconds, uint8 [64, 64, 3]), evenly spread; none where the cache came from a file."""
+    host: HostKV | None = None
+    """The visual KV where it was offloaded; `cache` holds the globals alone then."""
+    pooled: dict[int, PooledKV] = dataclasses.field(default_factory=dict)
+
+    @property
+    def group_capacity(self) -> int:
+        return (self.plan.slots - self.plan.visual_start) // self.plan.visual_tokens
+
+    @functools.cached_property
+    def table(self) -> GroupTable:
+        return group_table(self.layout, self.group_capacity)
+
+
+def thumbnail_places(clip: Clip) -> list[int]:
+    """Which of a clip's frames become thumbnails."""
+    return np.linspace(0, len(clip.indices) - 1, min(_THUMBNAILS, len(clip.indices))).astype(int).tolist()
+
+
+def read_thumbnails(clip: Clip) -> list[tuple[float, np.ndarray]]:
+    """(seconds, image), read from the file: for a video whose cache was not made in this process."""
+    places = thumbnail_places(clip)
+    frames = clip.reader.frames(clip.indices[places])
+    return [(clip.times[i], resize(frame, THUMBNAIL_SIZE)) for i, frame in zip(places, frames, strict=False)]
