@@ -5,6 +5,8 @@ PYTHON ?= python3.12
 BIN := .venv/bin
 # Extras to install; a GPU machine wants EXTRAS=cuda12,dev or EXTRAS=cuda13,dev.
 EXTRAS ?= dev
+# Of the demo's video.
+SEED ?= 1
 
 install: .venv/installed
 
@@ -20,9 +22,10 @@ install: .venv/installed
 	@touch $@
 
 demo: install
-	@$(BIN)/python -m xl2jax.demo clip build/clip.mp4
-	@echo "The bundled checkpoint holds random weights: expect noise, not an answer." >&2
-	$(BIN)/python infer.py --video build/clip.mp4 --question "Which shape is red?" --max-new-tokens 16
+	@$(BIN)/python -m xl2jax.synthetic clip build/demo.mp4 --seed $(SEED) > build/demo.txt
+	@echo "What is asked, and what is right (any SEED=N makes another video):" >&2 && cat build/demo.txt >&2
+	@cut -f1 build/demo.txt | sed 's/.*/--question "&"/' | xargs $(BIN)/python infer.py --video build/demo.mp4 --plot build/demo.png
+	@echo "wrote build/demo.png: the timeline, and which parts each answer looked at" >&2
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -34,7 +34,7 @@ from xl2jax.model import abstract_model, normalise
 from xl2jax.names import Entry, flatten
 from xl2jax.prompt import END_OF_TEXT, IM_END, IM_START
 from xl2jax.read_ahead import resize
-from xl2jax.synthetic import COLOURS, SHAPES, SIZES, DatasetArgs, corpus, make_scene, write_dataset
+from xl2jax.synthetic import COLOURS, SHAPES, SIZES, DatasetArgs, Kind, corpus, make_scene, write_dataset
 from xl2jax.tensor_files import DTYPES
 from xl2jax.terminal import run_command
 
@@ -144,13 +144,20 @@ class Stage:
     data: DatasetArgs
     learning_rate: float
     batch: int
-    epochs: int
+    epochs: int = 1
+    steps: int | None = None
 
 
+_KINDS: tuple[Kind, ...] = ("colour", "shape", "time", "colour", "shape", "time", "exists", "first", "count")
+_MORE_KINDS: tuple[Kind, ...] = (
+    "colour_of", "shape_of", "colour_of", "shape_of", "exists", "first", "count", "colour", "shape", "time"
+)  # fmt: skip
+_SHORT = DatasetArgs(Path(), videos=6000, groups=(2, 3, 4, 6, 8), records=3, turns=6, seed=2, kinds=_KINDS)
+_LONG = DatasetArgs(Path(), videos=1240, groups=(16, 32, 64), records=3, turns=8, seed=3, kinds=_MORE_KINDS)
 STAGES = (
-    Stage("see", DatasetArgs(Path(), videos=20000, groups=(2,), records=2, turns=6, seed=1), 1e-3, 128, 8),
-    Stage("short", DatasetArgs(Path(), videos=8000, groups=(8,), records=6, turns=6, seed=2), 7e-4, 64, 2),
-    Stage("long", DatasetArgs(Path(), videos=4000, groups=(16, 64), records=4, turns=8, seed=3), 5e-4, 32, 1),
+    Stage("short", _SHORT, 1e-3, 32, epochs=2),
+    Stage("content", dataclasses.replace(_SHORT, records=2, kinds=_MORE_KINDS), 1e-3, 32, steps=240),
+    Stage("long", _LONG, 1e-3, 16, steps=200),
 )
 
 
@@ -175,7 +182,7 @@ class CheckpointArgs:
 
 @dataclasses.dataclass(frozen=True)
 class TrainArgs:
-    """Makes the bundled checkpoint: random weights, synthetic videos, one stage of training behind the other."""
+    """Makes the bundled checkpoint: random weights, vision first, then the LLM on synthetic videos, short before long."""
 
     folder: Annotated[Path, tyro.conf.Positional]
     """Folder for data, runs and results; what is already there is not made again."""
@@ -185,7 +192,7 @@ class TrainArgs:
     """Names of the stages to run; all by default."""
 
 
-def _labelled_groups(batch: int, size: int, first_seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def labelled_groups(batch: int, size: int, first_seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """uint8 frames [batch * 4, size, size, 3] of one group each, and the colour and form in it, the last class
     standing for none."""
     frames, colours, forms = [], [], []
@@ -233,7 +240,7 @@ def pretrain_vision(source: Path, target: Path, *, steps: int = 900, batch: int 
         return optax.apply_updates(state, updates), opt_state, loss, right
 
     opt_state = tx.init(state)
-    make = functools.partial(_labelled_groups, batch, config.vision.image_size)
+    make = functools.partial(labelled_groups, batch, config.vision.image_size)
     recent: deque[Any] = deque(maxlen=50)
     with multiprocessing.get_context("spawn").Pool(1) as pool, tqdm(total=steps, desc="vision", file=sys.stderr) as bar:
         ahead = deque(pool.apply_async(make, (_VISION_SEED + i * batch,)) for i in range(4))
@@ -257,24 +264,29 @@ def train_demo(args: TrainArgs) -> None:
     from xl2jax.training.config import PRESETS as TRAINING
     from xl2jax.training.run import train
 
-    weights = args.folder / "random"
-    if not weights.exists():
-        make_checkpoint(weights, PRESETS["demo"], embedding=0.3, branch=0.4)
     unknown = sorted(set(args.stages) - {s.name for s in STAGES})
     if unknown:
         raise UserError(f"--stages: no stage {', '.join(unknown)}")
+    random, weights = args.folder / "random", args.folder / "vision"
+    if not random.exists():
+        make_checkpoint(random, PRESETS["demo"], embedding=0.3, branch=0.4)
+    if not weights.exists():
+        pretrain_vision(random, weights)
     for stage in (s for s in STAGES if not args.stages or s.name in args.stages):
-        data, result = args.folder / f"data-{stage.name}", args.folder / stage.name
+        data, result = args.folder / f"videos-{stage.data.seed}" / f"{stage.name}.json", args.folder / stage.name
         if not data.exists():
-            write_dataset(dataclasses.replace(stage.data, folder=data, processes=args.processes))
+            write_dataset(
+                dataclasses.replace(stage.data, folder=data.parent, conversations=data.name, processes=args.processes)
+            )
         if not result.exists():
             status = train(
                 dataclasses.replace(
-                    TRAINING["stage4"], checkpoint=str(weights), data=data / "train.json", export=result,
+                    TRAINING["stage4"], checkpoint=str(weights), data=data, export=result,
                     output=args.folder / f"run-{stage.name}", fps=1.0, max_fps=None, max_frames=4 * max(stage.data.groups),
                     learning_rate=stage.learning_rate, global_batch=stage.batch, micro_batch=stage.batch,
-                    epochs=stage.epochs, warmup=0.05, b2=0.98, weight_decay=0.05, remat=False, save_every=1000,
-                    workers=args.processes if args.processes > 2 else 0, threads=2,
+                    epochs=stage.epochs, max_steps=stage.steps, warmup=0.05, b2=0.98, weight_decay=0.05, remat=False,
+                    save_every=100, compute_dtype="float32", export_dtype="float32", freeze=("vision.*", "dts.*"),
+                    workers=args.processes if args.processes > 2 else 0, threads=1,
                 )
             )  # fmt: skip
             if status:

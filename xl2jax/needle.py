@@ -3,7 +3,8 @@
 python -m xl2jax.needle --checkpoint DIR --frames 64,256,1024 --depths 0,0.25,0.5,0.75,1 --plot needle.png
 
 Every case is a scene of `xl2jax.synthetic` with an odd seed (never trained on) and a shape that lasts one group at
-a given depth, among others elsewhere, and a question that only this group answers: its colour, its form or its time.
+a given depth, among others elsewhere, and questions that only this group answers: what colour the circle was, which
+shape was red, colour and form by the time, the time by colour and form.
 The same cases are asked of the dense model (every token sees all before it), after chunked prefill, and with
 bi-level decoding: the best 1, 2 and 4 chunks, and as many chosen at random (`random`), as the control.
 """
@@ -29,7 +30,7 @@ from xl2jax.errors import UserError
 from xl2jax.layout import PrefillConfig
 from xl2jax.relevance import AttentionScorer
 from xl2jax.selection import RelevanceConfig
-from xl2jax.synthetic import NEEDLE_KINDS, TEMPLATES, Question, Scene, ask, make_scene, scene_clip
+from xl2jax.synthetic import NEEDLE_KINDS, TEMPLATES, Kind, Question, Scene, ask, make_scene, scene_clip
 from xl2jax.terminal import run_command
 from xl2jax.watched import WatchedVideo
 
@@ -45,11 +46,13 @@ class NeedleArgs:
     depths: str = "0,0.25,0.5,0.75,1"
     """Where the needle is, as shares of the video."""
     cases: int = 6
-    """Videos of each length and depth."""
+    """Videos of each length and depth; each is asked all kinds of question."""
     modes: str = "dense,chunked,top1,top2,top4,random2"
     """What to compare: dense, chunked, topN and randomN (N chunks stay dense besides the first and the last)."""
     others: int = 5
     """Other shapes in the video."""
+    kinds: str = ",".join(NEEDLE_KINDS)
+    """Of questions: by content (colour_of, shape_of), by time (colour, shape), for a time (time)."""
     seed: int = 0
     chunk_groups: int = 4
     window_chunks: int = 3
@@ -68,12 +71,12 @@ class NeedleArgs:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One video and its question."""
+    """One video and its questions, a kind each."""
 
     frames: int
     depth: float
     scene: Scene
-    question: Question
+    questions: tuple[Question, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +87,7 @@ class Result:
     kind: str
     correct: bool
     selected: bool | None
-    """Whether the needle's chunk stayed dense; None where all do."""
+    """Whether the needle's chunk stayed dense; None where it always does (the first, the last, dense reading)."""
 
 
 def numbers(flag: str, text: str, low: float, high: float) -> list[float]:
@@ -110,6 +113,14 @@ def parse_modes(text: str) -> dict[str, tuple[str, int]]:
     return out
 
 
+def parse_kinds(text: str) -> list[Kind]:
+    """Raises UserError."""
+    kinds = [k for k in NEEDLE_KINDS if k in text.split(",")]
+    if not kinds or len(kinds) != len(text.split(",")):
+        raise UserError(f"--kinds: some of {', '.join(NEEDLE_KINDS)}, not {text!r}")
+    return kinds
+
+
 def make_cases(
     frames: Sequence[int],
     depths: Sequence[float],
@@ -117,9 +128,10 @@ def make_cases(
     others: int,
     seed: int,
     *,
+    kinds: Sequence[Kind] = NEEDLE_KINDS,
     held_out_template: bool = False,
 ) -> Iterator[Case]:
-    """The cases in order of length; colour, form and time in turn."""
+    """The cases in order of length."""
     for length in frames:
         groups = length // FRAMES_PER_GROUP
         for depth in depths:
@@ -127,12 +139,14 @@ def make_cases(
                 scene_seed = 2 * (((seed * 1000 + round(depth * 100)) * 1000 + number) * 10_000 + groups) + 1
                 needle_at = round(depth * (groups - 1))
                 scene = make_scene(scene_seed, groups, events=others + 1, needle_at=needle_at)
-                kind = NEEDLE_KINDS[number % len(NEEDLE_KINDS)]
-                template = len(TEMPLATES[kind]) - 1 if held_out_template else None
                 rng = np.random.default_rng([scene_seed, 3])
-                question = ask(scene, kind, FRAMES_PER_GROUP, rng, template=template, event=scene.events[0])
-                assert question is not None  # these kinds always have one
-                yield Case(length, depth, scene, question)
+                questions = []
+                for kind in kinds:
+                    template = len(TEMPLATES[kind]) - 1 if held_out_template else None
+                    question = ask(scene, kind, FRAMES_PER_GROUP, rng, template=template, event=scene.events[0])
+                    assert question is not None  # these kinds always have one
+                    questions.append(question)
+                yield Case(length, depth, scene, tuple(questions))
 
 
 def run_case(model: Model, case: Case, modes: dict[str, tuple[str, int]], args: NeedleArgs) -> Iterator[Result]:
@@ -149,16 +163,18 @@ def run_case(model: Model, case: Case, modes: dict[str, tuple[str, int]], args: 
             bilevel = BilevelConfig(args.select_chunk_groups, args.pool, min(top, blocks))
             scorer = AttentionScorer(*args.relevance_layers, args.relevance_heads)
             relevance = RelevanceConfig("random" if kind == "random" else args.relevance, scorer)
-        answer = model.ask(watched[dense], case.question.text, max_new_tokens=16, bilevel=bilevel, relevance=relevance)
-        yield Result(
-            case.frames, case.depth, mode, case.question.kind, answer.text.strip() == case.question.answer,
-            _selected(answer, case.question, args.select_chunk_groups),
-        )  # fmt: skip
+        for question in case.questions:
+            answer = model.ask(watched[dense], question.text, max_new_tokens=16, bilevel=bilevel, relevance=relevance)
+            yield Result(
+                case.frames, case.depth, mode, question.kind, answer.text.strip() == question.answer,
+                _selected(answer, question, args.select_chunk_groups),
+            )  # fmt: skip
 
 
 def _selected(answer: Answer, question: Question, select_chunk_groups: int) -> bool | None:
     assert question.group is not None
-    return answer.chunks[question.group // select_chunk_groups].dense if answer.chunks else None
+    block = question.group // select_chunk_groups
+    return answer.chunks[block].dense if 0 < block < len(answer.chunks) - 1 else None
 
 
 def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
@@ -194,7 +210,15 @@ def needle(args: NeedleArgs, model: Model) -> list[Result]:
     if args.cases < 1 or args.others < 0:
         raise UserError("--cases must be 1 or more, --others 0 or more")
     cases = list(
-        make_cases(lengths, depths, args.cases, args.others, args.seed, held_out_template=args.held_out_template)
+        make_cases(
+            lengths,
+            depths,
+            args.cases,
+            args.others,
+            args.seed,
+            kinds=parse_kinds(args.kinds),
+            held_out_template=args.held_out_template,
+        )
     )
     bar = tqdm(cases, "needle", unit="video", file=sys.stderr)
     return [result for case in bar for result in run_case(model, case, modes, args)]
@@ -205,6 +229,7 @@ def main() -> None:
     numbers("--frames", args.frames, FRAMES_PER_GROUP, 1e6)
     numbers("--depths", args.depths, 0, 1)
     parse_modes(args.modes)
+    parse_kinds(args.kinds)
     model = xl2jax.load(args.checkpoint, dtype=args.dtype)
     results = needle(args, model)
     rows = summary(results)

@@ -41,7 +41,7 @@ PAIRS = tuple((c, s) for c in COLOURS for s in SHAPES)
 HELD_OUT = frozenset({("red", "star"), ("blue", "cross"), ("yellow", "circle"), ("cyan", "triangle")})
 """Never in training: the test asks whether colour and form are recognised apart."""
 
-type Kind = Literal["colour", "shape", "time", "exists", "count", "first"]
+type Kind = Literal["colour", "shape", "time", "exists", "count", "first", "colour_of", "shape_of"]
 
 # The last template of each kind is never trained on; its words are.
 TEMPLATES: dict[Kind, tuple[str, ...]] = {
@@ -77,8 +77,16 @@ TEMPLATES: dict[Kind, tuple[str, ...]] = {
         "Which came first, the {one} or the {two}?", "Which appeared first, the {one} or the {two}?",
         "Did the {one} or the {two} come first?", "Did the {one} or the {two} appear first?",
     ),
+    "colour_of": (
+        "What colour was the {shape}?", "Which colour was the {shape}?", "What colour did the {shape} have?",
+        "Which colour did the {shape} have?",
+    ),
+    "shape_of": (
+        "Which shape was {colour}?", "What shape was {colour}?", "Which {colour} shape appeared?",
+        "Which {colour} shape was there?", "What {colour} shape appeared?",
+    ),
 }  # fmt: skip
-NEEDLE_KINDS: tuple[Kind, ...] = ("colour", "shape", "time")
+NEEDLE_KINDS: tuple[Kind, ...] = ("colour_of", "shape_of", "colour", "shape", "time")
 _MOST_EVENTS = 9
 
 
@@ -172,14 +180,17 @@ def make_scene(
     Args:
       events: shapes; by default up to 9, as many as fit.
       longest: most groups that a shape stays.
-      needle_at: the first event is a needle in this group; the others are elsewhere.
+      needle_at: the first event is a needle in this group; the others are elsewhere, of other colours and forms.
     """
     rng = np.random.default_rng([seed, 0])
     allowed = [p for p in PAIRS if seed % 2 or p not in HELD_OUT]
     wanted = int(rng.integers(1, min(_MOST_EVENTS, groups) + 1)) if events is None else events
     free = np.ones(groups, bool)
     out = []
-    for number, pair in enumerate(rng.permutation(len(allowed))[: min(wanted, len(allowed))]):
+    order = [allowed[int(i)] for i in rng.permutation(len(allowed))]
+    if needle_at is not None:
+        order = order[:1] + [p for p in order[1:] if p[0] != order[0][0] and p[1] != order[0][1]]
+    for number, (colour, shape) in enumerate(order[:wanted]):
         needle = needle_at is not None and number == 0
         stay = 1 if needle else min(int(rng.integers(1, longest + 1)), groups)
         starts = [needle_at] if needle else [s for s in range(groups - stay + 1) if free[s : s + stay].all()]
@@ -190,7 +201,6 @@ def make_scene(
         radius = rng.uniform(0.26, 0.34)
         x, y = rng.uniform(radius + 0.05, 0.95 - radius, 2)
         dx, dy = rng.uniform(-0.01, 0.01, 2)
-        colour, shape = allowed[int(pair)]
         out.append(Event(start, stay, colour, shape, *map(float, (x, y, radius, dx, dy))))
     return Scene(seed, groups, tuple(out))
 
@@ -222,6 +232,12 @@ def ask(
     def about(colour: str, shape: str) -> str:
         return text.format(a="an" if colour[0] == "o" else "a", colour=colour, shape=shape)
 
+    if kind in ("colour_of", "shape_of"):
+        of_colour = kind == "colour_of"
+        if sum((e.shape == event.shape) if of_colour else (e.colour == event.colour) for e in scene.events) > 1:
+            return None
+        answer = event.colour if of_colour else event.shape
+        return Question(kind, about(event.colour, event.shape), f"{answer.capitalize()}.", event.start)
     if kind in ("colour", "shape"):
         group = event.start + int(rng.integers(event.groups))
         answer = event.colour if kind == "colour" else event.shape
@@ -268,8 +284,9 @@ def scene_clip(scene: Scene, seconds: float = FRAMES_PER_GROUP) -> Clip:
 
 def corpus() -> Iterator[str]:
     """Every word that questions, answers and times are made of: what a tokenizer learns from."""
-    for kind, texts in TEMPLATES.items():
-        for text in texts:
+    kinds: tuple[Kind, ...] = ("colour", "shape", "time", "exists", "count", "first")  # the others have the same words
+    for kind in kinds:
+        for text in TEMPLATES[kind]:
             yield (
                 text.format(a="a", time="0.0", colour="red", shape="circle", one="blue star", two="red cross")
                 + f" {kind}"
@@ -284,10 +301,14 @@ def corpus() -> Iterator[str]:
 def write_video(
     path: Path, scene: Scene, *, fps: float = 1.0, width: int = 112, height: int = 112, repeat: int = 1
 ) -> None:
-    """H.264 with a constant quantiser (the same bytes each time); each frame stands `repeat` times."""
+    """H.264 with a constant quantiser (the same bytes each time); each frame stands `repeat` times.
+
+    Written beside and renamed.
+    """
     import av
 
-    with av.open(str(path), "w") as container:
+    beside = path.with_name(f".{path.name}")
+    with av.open(str(beside), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps * repeat).limit_denominator(1000))
         assert isinstance(stream, av.VideoStream)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
@@ -297,6 +318,7 @@ def write_video(
             for _ in range(repeat):
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
+    beside.replace(path)
 
 
 # --- data sets --------------------------------------------------------------------------------
@@ -320,6 +342,8 @@ class DatasetArgs:
     """Questions of each, at most: the same is not asked twice."""
     kinds: tuple[Kind, ...] = tuple(TEMPLATES)
     """Of these, all as often."""
+    conversations: str = "train.json"
+    """Name of the file of questions and answers."""
     seed: int = 0
     processes: int = 2
 
@@ -330,7 +354,8 @@ def _one_video(args: DatasetArgs, number: int) -> list[dict[str, Any]]:
     scene = make_scene(seed, args.groups[int(rng.integers(len(args.groups)))])
     width, height = SIZES[int(rng.integers(len(SIZES)))]
     name = f"{number:06d}.mp4"
-    write_video(args.folder / name, scene, width=width, height=height)
+    if not (args.folder / name).exists():
+        write_video(args.folder / name, scene, width=width, height=height)
     rows = []
     for part in range(args.records):
         scale = _SCALES[int(rng.integers(len(_SCALES)))]
@@ -349,15 +374,19 @@ def _one_video(args: DatasetArgs, number: int) -> list[dict[str, Any]]:
 
 
 def write_dataset(args: DatasetArgs) -> None:
-    """Raises UserError if the folder exists."""
-    if args.folder.exists():
-        raise UserError(f"{args.folder}: already exists; choose another place or remove it first")
-    args.folder.mkdir(parents=True)
+    """Videos that are there already stay (they follow from the seed): a folder may have several sets of questions.
+
+    Raises UserError if there is such a set.
+    """
+    target = args.folder / args.conversations
+    if target.exists():
+        raise UserError(f"{target}: already exists; choose another place or remove it first")
+    args.folder.mkdir(parents=True, exist_ok=True)
     one = functools.partial(_one_video, args)
     with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
         parts = pool.imap(one, range(args.videos), chunksize=8)
         rows = [row for part in tqdm(parts, "write videos", args.videos, file=sys.stderr) for row in part]
-    (args.folder / "train.json").write_text(json.dumps(rows) + "\n")
+    target.write_text(json.dumps(rows) + "\n")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -368,6 +397,8 @@ class ClipArgs:
     """File to write."""
     seed: int = 1
     groups: int = 16
+    kinds: tuple[Kind, ...] = ("colour", "time", "exists")
+    """Of the questions."""
     width: int = 640
     height: int = 360
 
@@ -383,7 +414,7 @@ def main() -> None:
     args.path.parent.mkdir(parents=True, exist_ok=True)
     write_video(args.path, scene, fps=1.0, width=args.width, height=args.height)
     rng = np.random.default_rng(args.seed)
-    for kind in TEMPLATES:
+    for kind in args.kinds:
         question = ask(scene, kind, FRAMES_PER_GROUP, rng)
         if question is not None:
             print(f"{question.text}\t{question.answer}")
