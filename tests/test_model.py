@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import xl2jax
 from xl2jax import runtime
-from xl2jax.dts import group_frames, resample
+from xl2jax.dts import TemporalDownsample, convolve_taps, group_frames, resample
 from xl2jax.model import pad_to_groups
 
 
@@ -66,3 +67,19 @@ def test_padding_repeats_the_last_frame() -> None:
     frames = jnp.arange(6.0)[:, None]
     assert pad_to_groups(frames)[:, 0].tolist() == [0, 1, 2, 3, 4, 5, 5, 5]
     assert pad_to_groups(frames[:4]).shape == (4, 1)
+
+
+def test_taps_are_the_convolution() -> None:
+    """CPUs multiply tap by tap, other devices convolve: the same numbers and gradients."""
+    down = TemporalDownsample(8, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(1), (2, 5, 6, 7, 8))
+
+    def loss(conv: nnx.Conv, x: jax.Array, taps: bool) -> jax.Array:
+        return jnp.sum(jnp.sin(convolve_taps(x, conv) if taps else conv(x)))
+
+    assert down.conv(x).shape == (2, 2, 4, 5, 8)
+    np.testing.assert_allclose(convolve_taps(x, down.conv), down.conv(x), rtol=1e-5, atol=1e-5)
+    (a, dx), (b, dy) = (nnx.grad(loss, argnums=(0, 1))(down.conv, x, taps) for taps in (True, False))
+    np.testing.assert_allclose(dx, dy, rtol=1e-4, atol=1e-5)
+    for left, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-4)

@@ -153,11 +153,9 @@ _MORE_KINDS: tuple[Kind, ...] = (
     "colour_of", "shape_of", "colour_of", "shape_of", "exists", "first", "count", "colour", "shape", "time"
 )  # fmt: skip
 _SHORT = DatasetArgs(Path(), videos=6000, groups=(2, 3, 4, 6, 8), records=3, turns=6, seed=2, kinds=_KINDS)
-_LONG = DatasetArgs(Path(), videos=1240, groups=(16, 32, 64), records=3, turns=8, seed=3, kinds=_MORE_KINDS)
 STAGES = (
     Stage("short", _SHORT, 1e-3, 32, epochs=2),
     Stage("content", dataclasses.replace(_SHORT, records=2, kinds=_MORE_KINDS), 1e-3, 32, steps=240),
-    Stage("long", _LONG, 1e-3, 16, steps=200),
 )
 
 
@@ -182,7 +180,7 @@ class CheckpointArgs:
 
 @dataclasses.dataclass(frozen=True)
 class TrainArgs:
-    """Makes the bundled checkpoint: random weights, vision first, then the LLM on synthetic videos, short before long."""
+    """Makes the bundled checkpoint: random weights, vision first, then the LLM on synthetic videos."""
 
     folder: Annotated[Path, tyro.conf.Positional]
     """Folder for data, runs and results; what is already there is not made again."""

@@ -106,7 +106,7 @@ class TemporalDownsample(nnx.Module):
 
 
 def convolve_taps(x: jax.Array, conv: nnx.Conv) -> jax.Array:
-    """The same convolution as 27 matrix products: XLA's own gradient of it is ten times slower on CPUs.
+    """The same convolution as 27 matrix products: XLA's own gradient of it is several times slower on CPUs.
 
     Padded [G, T + 1, H + 2, W + 2, C] -> [G, T/2, H, W, C].
     """

@@ -32,7 +32,7 @@ from xl2jax.relevance import AttentionScorer
 from xl2jax.selection import RelevanceConfig
 from xl2jax.synthetic import NEEDLE_KINDS, TEMPLATES, Kind, Question, Scene, ask, make_scene, scene_clip
 from xl2jax.terminal import run_command
-from xl2jax.watched import WatchedVideo
+from xl2jax.watched import CacheConfig, WatchedVideo
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +61,8 @@ class NeedleArgs:
     relevance: Literal["attention", "similarity"] = "attention"
     relevance_layers: tuple[float, float] = (AttentionScorer.first_layer, AttentionScorer.last_layer)
     relevance_heads: Literal["mean", "max"] = AttentionScorer.heads
+    cache_dtype: Literal["int8"] | None = None
+    """Of the video's KV; the model's by default."""
     held_out_template: bool = False
     """Asks in words that were never put together like this in training."""
     dtype: Literal["bfloat16", "float32"] | None = None
@@ -156,7 +158,7 @@ def run_case(model: Model, case: Case, modes: dict[str, tuple[str, int]], args: 
         dense = kind == "dense"
         if dense not in watched:
             prefill = PrefillConfig(args.chunk_groups, None if dense else args.window_chunks)
-            watched[dense] = model.watch(scene_clip(case.scene), None, prefill)
+            watched[dense] = model.watch(scene_clip(case.scene), None, prefill, cache=CacheConfig(args.cache_dtype))
         bilevel, relevance = None, None
         if kind in ("top", "random"):
             blocks = -(-case.scene.groups // args.select_chunk_groups)

@@ -396,8 +396,8 @@ class ClipArgs:
     path: Annotated[Path, tyro.conf.Positional]
     """File to write."""
     seed: int = 1
-    groups: int = 16
-    kinds: tuple[Kind, ...] = ("colour", "time", "exists")
+    groups: int = 8
+    kinds: tuple[Kind, ...] = ("exists", "count", "first")
     """Of the questions."""
     width: int = 640
     height: int = 360
