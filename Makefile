@@ -22,6 +22,7 @@ install: .venv/installed
 	@touch $@
 
 demo: install
+	@mkdir -p build
 	@$(BIN)/python -m xl2jax.synthetic clip build/demo.mp4 --seed $(SEED) > build/demo.txt
 	@echo "What is asked, and what is right (any SEED=N makes another video):" >&2 && cat build/demo.txt >&2
 	@cut -f1 build/demo.txt | sed 's/.*/--question "&"/' | xargs $(BIN)/python infer.py --video build/demo.mp4 --select-chunk-groups 1 --plot build/demo.png

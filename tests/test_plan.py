@@ -45,17 +45,19 @@ def test_memory_is_near_that_measured() -> None:
     assert found.total == pytest.approx(57.5 * 2**30, rel=0.15)
 
 
-@pytest.mark.parametrize("name", ["tiny", "small"])
-def test_the_compiler_needs_no_more_than_predicted(name: str) -> None:
+@pytest.mark.parametrize(("name", "quantized"), [("tiny", False), ("small", False), ("tiny", True)])
+def test_the_compiler_needs_no_more_than_predicted(name: str, quantized: bool) -> None:
     """Cache bytes exactly; temporaries of encoder and prefill within the workspace and not far below it."""
     config = PRESETS[name]
     layout = layout_of(config, None, 256, 1.0)
     step = prefill.make_plan(layout, PrefillConfig())
     frames_at_once = 4 * prefill.default_steps()[0]
-    need = memory.memory_need(config, step, layout, None, "float32", frames_at_once)
+    need = memory.memory_need(config, step, layout, None, "float32", frames_at_once, quantized=quantized)
     params = nnx.state(abstract_model(config, jnp.float32))
-    cache = jax.eval_shape(lambda: runtime.new_cache(config.llm, step.slots, "float32", step.visual_start))
-    assert need.cache == cache.k.size * 4 + cache.v.size * 4
+    cache = jax.eval_shape(
+        lambda: runtime.new_cache(config.llm, step.slots, "float32", step.visual_start, quantized=quantized)
+    )
+    assert need.cache == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((cache.k, cache.v)))
     size = config.vision.image_size
     frames = jax.ShapeDtypeStruct((step.segment_groups * 4, size, size, 3), np.uint8)
     encode = runtime.encode.lower(config, params, frames, frames_at_once=frames_at_once).compile()

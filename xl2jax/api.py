@@ -181,17 +181,22 @@ class Model:
             raise UserError("offloaded KV is read with bi-level decoding only (dense decoding needs all of it)")
 
     def check_fits(
-        self, layout: VideoLayout, config: PrefillConfig, bilevel: BilevelConfig | None, cache: CacheConfig
-    ) -> None:
-        """Raises UserError, with what would fit, where a video of this layout takes more memory than is free."""
+        self, layout: VideoLayout, config: PrefillConfig, bilevel: BilevelConfig | None, cache: CacheConfig,
+        *, loaded: bool = False,
+    ) -> None:  # fmt: skip
+        """Raises UserError, with what would fit, where a video of this layout takes more memory than is free.
+
+        `loaded`: it comes from a file, so that what is offloaded never sees the device.
+        """
 
         def need(
             layout: VideoLayout, bilevel: BilevelConfig | None = bilevel, cache: CacheConfig = cache
         ) -> memory.MemoryNeed:
-            return memory.memory_need(
+            found = memory.memory_need(
                 self.config, self.plan(layout, config), layout, bilevel, self.dtype, self._frames_at_once,
                 quantized=cache.quantized, offload=cache.offload,
             )  # fmt: skip
+            return dataclasses.replace(found, cache=found.kept) if loaded else found
 
         others = {}
         if bilevel is not None:

@@ -139,7 +139,7 @@ def load_cache(
             plan = about["plan"]
             plan = prefill.PrefillPlan(**{**plan, "config": PrefillConfig(**plan["config"])})
             model.check_cache(cache, bilevel)
-            model.check_fits(layout, plan.config, bilevel, cache)
+            model.check_fits(layout, plan.config, bilevel, cache, loaded=True)
             slots = plan.visual_start if cache.offload else plan.slots
             empty = runtime.new_cache(
                 model.config.llm, slots, model.dtype, plan.visual_start, quantized=cache.quantized
