@@ -182,12 +182,12 @@ def test_needle_command(checkpoint: Path, tmp_path: Path, command: Callable[...,
     """Random weights answer nothing; what is selected is counted, and the picture is written."""
     plot = tmp_path / "needle.png"
     status, out, err = command(
-        needle.main, "--checkpoint", checkpoint, "--frames", "128", "--depths", "0,0.5", "--cases", "2", "--others", "2",
+        needle.main, "--checkpoint", checkpoint, "--frames", "128", "--depths", "0,0.5", "--cases", "1", "--others", "2",
         "--modes", "chunked,top1", "--kinds", "time,colour", "--plot", plot, "--json",
     )  # fmt: skip
     assert status == 0, err
     report = json.loads(out)
-    assert [(r["mode"], r["cases"]) for r in report["rows"]] == [("chunked", 8), ("top1", 8)]
+    assert [(r["mode"], r["cases"]) for r in report["rows"]] == [("chunked", 4), ("top1", 4)]
     assert report["rows"][0]["recall"] is None
     # The first chunk is always dense: that is no merit.
     assert all((c["selected"] is None) == (c["depth"] == 0 or c["mode"] == "chunked") for c in report["cases"])
@@ -208,13 +208,13 @@ def test_summary_counts() -> None:
 def test_the_bundled_model_finds_needles(command: Callable[..., tuple[int, str, str]]) -> None:
     """Fixed seeds, never trained on, in videos as short as the model is good at (README)."""
     status, out, err = command(
-        needle.main, "--checkpoint", DEFAULT_CHECKPOINT, "--frames", "8", "--depths", "0,1", "--cases", "10",
+        needle.main, "--checkpoint", DEFAULT_CHECKPOINT, "--frames", "8", "--depths", "0,1", "--cases", "5",
         "--modes", "dense,chunked,top0", "--kinds", "colour_of,shape_of,colour,shape", "--select-chunk-groups", "1",
         "--seed", "7", "--json",
     )  # fmt: skip
     assert status == 0, err
     found = {r["mode"]: r for r in json.loads(out)["rows"]}
-    assert [r["cases"] for r in found.values()] == [80, 80, 80]
+    assert [r["cases"] for r in found.values()] == [40, 40, 40]
     assert min(r["accuracy"] for r in found.values()) >= 0.85
 
 
@@ -232,7 +232,7 @@ def test_the_bundled_model_answers_the_demo(tmp_path: Path, command: Callable[..
 
 
 def test_vision_is_trained_alone(tmp_path: Path, command: Callable[..., tuple[int, str, str]]) -> None:
-    make_checkpoint(tmp_path / "a", PRESETS["demo"], embedding=0.3, branch=0.4)
+    make_checkpoint(tmp_path / "a", PRESETS["tiny"], embedding=0.3, branch=0.4)
     pretrain_vision(tmp_path / "a", tmp_path / "b", steps=2, batch=8)
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
     assert set(before) == set(after)
