@@ -115,7 +115,8 @@ def test_a_file_from_reading_to_the_answer(
     assert row["seconds"] >= row["read_wait_s"] + row["vision_s"] + row["prefill_s"]
     plot_rows(tmp_path / "p.png", [row])
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
-    assert "--plot need --video" in refused(bench.main, "e2e", "--plot", tmp_path / "q.png")
+    assert "--plot needs --video" in refused(bench.main, "e2e", "--plot", tmp_path / "q.png")
+    assert "--preset means nothing" in refused(bench.main, "e2e", "--video", clip, "--preset", "tiny")
     assert "no such video" in refused(bench.main, "e2e", "--video", tmp_path / "none.mp4")
     assert "--synthetic" in refused(bench.main, "e2e", "--synthetic", "1h@99p")
 

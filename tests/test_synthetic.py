@@ -17,9 +17,10 @@ from safetensors.numpy import load_file
 import xl2jax
 from xl2jax import needle, synthetic
 from xl2jax.api import Answer
+from xl2jax.bundled import labelled_groups, pretrain_vision
 from xl2jax.cli import DEFAULT_CHECKPOINT, infer
 from xl2jax.config import PRESETS
-from xl2jax.demo import labelled_groups, make_checkpoint, make_tokenizer, pretrain_vision
+from xl2jax.demo import make_checkpoint, make_tokenizer
 from xl2jax.needle import NeedleArgs, make_cases, parse_modes, summary
 from xl2jax.synthetic import (
     COLOURS,

@@ -190,24 +190,19 @@ class Model:
         """
 
         def need(
-            layout: VideoLayout, bilevel: BilevelConfig | None = bilevel, cache: CacheConfig = cache
-        ) -> memory.MemoryNeed:
+            layout: VideoLayout, bilevel: BilevelConfig | None = bilevel, quantized: bool = cache.quantized,
+            offload: bool = cache.offload,
+        ) -> memory.MemoryNeed:  # fmt: skip
             found = memory.memory_need(
                 self.config, self.plan(layout, config), layout, bilevel, self.dtype, self._frames_at_once,
-                quantized=cache.quantized, offload=cache.offload,
+                quantized=quantized, offload=offload,
             )  # fmt: skip
             return dataclasses.replace(found, cache=found.kept) if loaded else found
 
-        others = {}
-        if bilevel is not None:
-            pool = min(4 * bilevel.pool, layout.visual_tokens)
-            others[f"--pool {pool}"] = need(layout, bilevel=dataclasses.replace(bilevel, pool=pool))
-        if not cache.quantized:
-            others["--cache-dtype int8"] = need(layout, cache=dataclasses.replace(cache, dtype="int8"))
-        if bilevel is not None and not cache.offload:
-            others["--offload"] = need(layout, cache=dataclasses.replace(cache, offload=True))
-            both = dataclasses.replace(cache, dtype="int8", offload=True)
-            others["--cache-dtype int8 --offload"] = need(layout, cache=both)
+        options = memory.smaller_options(
+            bilevel, layout.visual_tokens, quantized=cache.quantized, offload=cache.offload
+        )
+        others = {flags: need(layout, *option) for flags, option in options.items()}
         memory.check_fits(layout, need, others)
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:

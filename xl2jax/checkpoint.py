@@ -141,38 +141,52 @@ def load_params(folder: Path, dtype: str | None = None, *, progress: bool = Fals
     return config, unflatten(params, config)
 
 
+class ParamReader:
+    """The parameters of a checkpoint of either layout by dotted name, layers stacked: opened and checked once.
+
+    `dtype`: `float32`, `bfloat16`, or None for the stored one. Host memory holds one stacked parameter and its
+    layers at a time.
+    """
+
+    def __init__(self, folder: Path, dtype: str | None = None):
+        if is_orbax(folder):
+            config = VideoXL2Config.from_hf(folder)
+            chosen = dtype or read_manifest(folder)["dtype"]
+            self._source = _orbax_reader(folder, config)
+            table = entries(config)
+        else:
+            torch = TorchCheckpoint(folder)
+            chosen, table = torch.dtype(dtype), torch.entries
+            self._source = lambda parts: [torch.read(entry, chosen) for entry in parts]
+        self._target = DTYPES[DTYPE_NAMES[chosen]]
+        self._parts: dict[str, list[Entry]] = {}
+        for entry in table:
+            self._parts.setdefault(entry.param, []).append(entry)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._parts)
+
+    def nbytes(self, name: str) -> int:
+        return sum(int(np.prod(e.shape)) for e in self._parts[name]) * self._target.itemsize
+
+    def read(self, name: str) -> np.ndarray:
+        parts = self._parts[name]
+        arrays = [a.astype(self._target, copy=False) for a in self._source(parts)]
+        return arrays[0] if parts[0].layer is None else np.stack(arrays)
+
+
 def read_params(
     folder: Path, dtype: str | None = None, *, progress: bool = False, wanted: Callable[[str], bool] = lambda _: True
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """(dotted name, array) of the wanted parameters of either layout, layers stacked.
-
-    `dtype`: `float32`, `bfloat16`, or None for the stored one. Host memory holds one stacked parameter and
-    its layers at a time.
-    """
-    if is_orbax(folder):
-        config = VideoXL2Config.from_hf(folder)
-        stored = read_manifest(folder)["dtype"]
-        source: Callable[[list[Entry]], list[np.ndarray]] = _orbax_reader(folder, config)
-        chosen = dtype or stored
-    else:
-        torch = TorchCheckpoint(folder)
-        config, chosen = torch.config, torch.dtype(dtype)
-
-        def source(parts: list[Entry]) -> list[np.ndarray]:
-            return [torch.read(entry, chosen) for entry in parts]
-
-    by_param: dict[str, list[Entry]] = {}
-    for entry in entries(config):
-        if wanted(entry.param):
-            by_param.setdefault(entry.param, []).append(entry)
-    target = DTYPES[DTYPE_NAMES[chosen]]
-    total = sum(int(np.prod(e.shape)) for es in by_param.values() for e in es) * target.itemsize
-    with byte_bar("load", total, progress) as bar:
-        for param, parts in by_param.items():
-            arrays = [a.astype(target, copy=False) for a in source(parts)]
-            stacked = arrays[0] if parts[0].layer is None else np.stack(arrays)
-            yield param, stacked
-            bar.update(stacked.nbytes)
+    """(dotted name, array) of the wanted parameters. See `ParamReader`."""
+    reader = ParamReader(folder, dtype)
+    names = [n for n in reader.names if wanted(n)]
+    with byte_bar("load", sum(map(reader.nbytes, names)), progress) as bar:
+        for name in names:
+            array = reader.read(name)
+            yield name, array
+            bar.update(array.nbytes)
 
 
 def _orbax_reader(folder: Path, config: VideoXL2Config) -> Callable[[list[Entry]], list[np.ndarray]]:

@@ -84,6 +84,23 @@ def memory_need(
     return MemoryNeed(cache, kept, pooled, mixed, _WORKSPACE + max(prefill, vision, layer))
 
 
+def smaller_options(
+    bilevel: BilevelConfig | None, visual_tokens: int, *, quantized: bool, offload: bool
+) -> dict[str, tuple[BilevelConfig | None, bool, bool]]:
+    """What takes less memory, the least change first: infer.py's flags -> (bilevel, quantized, offload)."""
+    out: dict[str, tuple[BilevelConfig | None, bool, bool]] = {}
+    if bilevel is not None and bilevel.pool < visual_tokens:
+        pool = min(4 * bilevel.pool, visual_tokens)
+        out[f"--pool {pool}"] = (dataclasses.replace(bilevel, pool=pool), quantized, offload)
+    if not quantized:
+        out["--cache-dtype int8"] = (bilevel, True, offload)
+    if bilevel is not None and not offload:
+        out["--offload"] = (bilevel, quantized, True)
+        if not quantized:
+            out["--cache-dtype int8 --offload"] = (bilevel, True, True)
+    return out
+
+
 def available_bytes() -> int:
     """Free memory of the default device: what XLA may still take there, or free host memory."""
     stats = jax.devices()[0].memory_stats()

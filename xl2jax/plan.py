@@ -105,10 +105,7 @@ def predict_memory(config: VideoXL2Config, layout: VideoLayout, args: PlanArgs) 
     gpu = args.device != "here" or jax.default_backend() == "gpu"
     step_groups, segment_steps = prefill.default_steps(gpu)
     plan = prefill.make_plan(layout, _prefill(args), step_groups=step_groups, segment_steps=segment_steps)
-    bilevel = None
-    if args.decode == "bilevel":
-        bilevel = BilevelConfig(args.select_chunk_groups, args.pool, args.top_chunks)
-        bilevel = dataclasses.replace(bilevel, top_chunks=min(args.top_chunks, bilevel.blocks(layout)))
+    bilevel = _bilevel(args, layout)
     need = memory.memory_need(
         config, plan, layout, bilevel, args.dtype, FRAMES_PER_GROUP * step_groups,
         quantized=args.cache_dtype == "int8", offload=args.offload, gpu=gpu,
@@ -120,6 +117,13 @@ def predict_memory(config: VideoXL2Config, layout: VideoLayout, args: PlanArgs) 
     if bilevel is not None:
         parts |= {"pooled KV": need.pooled, "mixed KV": need.mixed}
     return parts | {"activations and workspace": need.workspace}, weights + need.total
+
+
+def _bilevel(args: PlanArgs, layout: VideoLayout) -> BilevelConfig | None:
+    if args.decode == "dense":
+        return None
+    bilevel = BilevelConfig(args.select_chunk_groups, args.pool, args.top_chunks)
+    return dataclasses.replace(bilevel, top_chunks=min(args.top_chunks, bilevel.blocks(layout)))
 
 
 def _prefill(args: PlanArgs) -> PrefillConfig:
@@ -151,18 +155,20 @@ def predict(config: VideoXL2Config, layout: VideoLayout, args: PlanArgs) -> Pred
 
 def alternatives(config: VideoXL2Config, layout: VideoLayout, args: PlanArgs) -> list[str]:
     """Flags with which the same video fits, the least change first."""
-    changes: list[tuple[str, dict[str, Any]]] = [("--cache-dtype int8", {"cache_dtype": "int8"})]
-    if args.decode == "bilevel":
-        pool = min(4 * args.pool, config.visual_tokens)
-        changes = [
-            (f"--pool {pool}", {"pool": pool}), *changes, ("--offload", {"offload": True}),
-            ("--cache-dtype int8 --offload", {"cache_dtype": "int8", "offload": True}),
-        ]  # fmt: skip
-    return [
-        flags
-        for flags, change in changes
-        if predict_memory(config, layout, dataclasses.replace(args, **change))[1] <= _available(args)
-    ]
+    options = memory.smaller_options(
+        _bilevel(args, layout), config.visual_tokens, quantized=args.cache_dtype == "int8", offload=args.offload
+    )
+    out = []
+    for flags, (bilevel, quantized, offload) in options.items():
+        other = dataclasses.replace(
+            args,
+            pool=bilevel.pool if bilevel else args.pool,
+            cache_dtype="int8" if quantized else None,
+            offload=offload,
+        )
+        if predict_memory(config, layout, other)[1] <= _available(args):
+            out.append(flags)
+    return out
 
 
 def largest(config: VideoXL2Config, layout: VideoLayout, args: PlanArgs) -> int:

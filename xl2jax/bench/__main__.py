@@ -131,14 +131,13 @@ def main() -> None:
     if isinstance(args, E2EArgs):
         if any(f % FRAMES_PER_GROUP for f in _whole_numbers("--frames", args.frames)):
             raise UserError(f"--frames: multiples of {FRAMES_PER_GROUP}, not {args.frames!r}")
+        _check_file_flags(args)
         if args.video is not None or args.synthetic is not None:
             _make_file(args.video, args.synthetic or "")
             rows = _rows_in_processes("e2e", args, ["watch"], _whole_numbers("--frames", args.frames))
             if args.plot is not None:
                 plot_rows(args.plot, rows)
             return
-        if (args.checkpoint, args.cache_dtype, args.plot) != (None, None, None) or args.offload:
-            raise UserError("--checkpoint, --cache-dtype, --offload and --plot need --video or --synthetic")
         _print_rows(e2e_rows(args), args.json)
         return
     command = "prefill" if isinstance(args, PrefillArgs) else "decode"
@@ -146,6 +145,18 @@ def main() -> None:
     if not set(modes) <= known:
         raise UserError(f"--modes: choose from {', '.join(sorted(known))}")
     _rows_in_processes(command, args, modes, _whole_numbers("--groups", args.groups))
+
+
+def _check_file_flags(args: E2EArgs) -> None:
+    """Raises UserError for flags that mean nothing beside --video and --synthetic, or nothing without them."""
+    of_files = ("checkpoint", "fps", "cache_dtype", "offload", "plot")
+    of_random = ("preset", "step_groups", "dense_up_to", "whole", "check", "profile")
+    file = args.video is not None or args.synthetic is not None
+    given = [n for n in (of_random if file else of_files) if getattr(args, n) != getattr(E2EArgs, n)]
+    if given:
+        raise UserError(
+            f"--{given[0].replace('_', '-')} {'means nothing with' if file else 'needs'} --video or --synthetic"
+        )
 
 
 def _make_file(video: Path | None, synthetic: str) -> None:

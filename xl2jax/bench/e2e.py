@@ -53,8 +53,6 @@ class E2EArgs:
     """PNG of seconds by stage and peak memory, with --video or --synthetic."""
     preset: str = "video-xl-2"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    random_weights: bool = True
-    """Weights are made on the device. (Speed does not depend on their values.)"""
     chunk_groups: int = 4
     window_chunks: int = 3
     step_groups: int | None = None

@@ -40,11 +40,11 @@ def file_row(args: E2EArgs, _: str, frames: int) -> dict[str, Any]:
 
     `read_alone_s`: reading the same frames with nothing beside it. `overlap`: seconds of watching over the slower of
     reading alone and computing (vision and prefill), without compilation: 1 where the faster is hidden altogether.
-    `file_read_bytes` is the memory that reading alone took.
+    `reader_bytes` is how far reading alone raised the process's peak, loading the model included.
     """
     path = the_file(args.video, args.synthetic or "")
     sampling = SampleConfig(args.fps, None, frames)
-    model = xl2jax.load(args.checkpoint or DEFAULT_CHECKPOINT, dtype=args.dtype)
+    model = xl2jax.load(args.checkpoint or DEFAULT_CHECKPOINT, dtype=args.dtype, implementation=args.attention)
     before, started = memory.host_peak_bytes(), time.perf_counter()
     clip = open_video(path, sampling)
     for _batch in clip.batches(64, model.config.vision.image_size, workers=default_workers()):
@@ -52,15 +52,13 @@ def file_row(args: E2EArgs, _: str, frames: int) -> dict[str, Any]:
     alone, reader = time.perf_counter() - started, memory.host_peak_bytes() - before
     compilation = _Compilation()
     started = time.perf_counter()
+    bilevel = BilevelConfig(args.select_chunk_groups, args.pool, args.top_chunks)
     video = model.watch(
-        path, sampling, PrefillConfig(args.chunk_groups, args.window_chunks),
+        path, sampling, PrefillConfig(args.chunk_groups, args.window_chunks), bilevel=bilevel,
         cache=CacheConfig(args.cache_dtype, args.offload), progress=True,
     )  # fmt: skip
     watching = time.perf_counter() - started
     compile_s = compilation.seconds
-    bilevel = BilevelConfig(
-        args.select_chunk_groups, args.pool, min(args.top_chunks, video.layout.groups // args.select_chunk_groups)
-    )
     for _repeat in range(2):  # the first compiles
         started = time.perf_counter()
         answer = model.ask(video, _QUESTION, max_new_tokens=16, bilevel=bilevel)

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from xl2jax.checkpoint import DTYPE_NAMES, read_params, write_torch
+from xl2jax.checkpoint import DTYPE_NAMES, ParamReader, read_params, write_torch
 from xl2jax.config import VideoXL2Config
 from xl2jax.errors import UserError
 from xl2jax.layers import LoRAConfig
@@ -143,6 +143,7 @@ def export(target: Path, config: StepConfig, params: Params, dtype: str, source:
     Tokenizer and configs are those of `source`. Process 0 writes, all take part.
     """
     main = jax.process_index() == 0
+    frozen = ParamReader(source, "float32") if main else None
 
     def gathered(name: str) -> np.ndarray:
         array = params[name]
@@ -155,9 +156,9 @@ def export(target: Path, config: StepConfig, params: Params, dtype: str, source:
             return gathered(name)
         base = name.removesuffix(".kernel")
         adapter = (gathered(f"{base}.lora_a"), gathered(f"{base}.lora_b")) if f"{base}.lora_a" in params else None
-        if not main:
+        if frozen is None:
             return None
-        ((_, array),) = read_params(source, "float32", wanted=lambda n: n == name)
+        array = frozen.read(name)
         if adapter is None or config.lora is None:
             return array
         return merge_adapter(array, adapter[0], adapter[1], config.lora)
