@@ -10,7 +10,7 @@ from flax import nnx
 
 import xl2jax
 from xl2jax import runtime
-from xl2jax.dts import TemporalDownsample, convolve_taps, group_frames, resample
+from xl2jax.dts import TemporalDownsample, convolve_as_product, group_frames, resample
 from xl2jax.model import pad_to_groups
 
 
@@ -69,16 +69,16 @@ def test_padding_repeats_the_last_frame() -> None:
     assert pad_to_groups(frames[:4]).shape == (4, 1)
 
 
-def test_taps_are_the_convolution() -> None:
-    """CPUs multiply tap by tap, other devices convolve: the same numbers and gradients."""
+def test_the_product_is_the_convolution() -> None:
+    """CPUs multiply, other devices convolve: the same numbers and gradients."""
     down = TemporalDownsample(8, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(1), (2, 5, 6, 7, 8))
 
     def loss(conv: nnx.Conv, x: jax.Array, taps: bool) -> jax.Array:
-        return jnp.sum(jnp.sin(convolve_taps(x, conv) if taps else conv(x)))
+        return jnp.sum(jnp.sin(convolve_as_product(x, conv) if taps else conv(x)))
 
     assert down.conv(x).shape == (2, 2, 4, 5, 8)
-    np.testing.assert_allclose(convolve_taps(x, down.conv), down.conv(x), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(convolve_as_product(x, down.conv), down.conv(x), rtol=1e-5, atol=1e-5)
     (a, dx), (b, dy) = (nnx.grad(loss, argnums=(0, 1))(down.conv, x, taps) for taps in (True, False))
     np.testing.assert_allclose(dx, dy, rtol=1e-4, atol=1e-5)
     for left, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
