@@ -11,8 +11,10 @@ one shape. Which samples a step holds does not depend on the devices.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import multiprocessing
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 
 import numpy as np
 from tqdm import tqdm
@@ -58,29 +60,44 @@ class MicroBatch:
 
 def probe_records(
     records: Sequence[Record], sampling: SampleConfig, tokenizer: PromptTokenizer, visual_tokens: int, max_length: int,
-    *, threads: int, progress: bool = False, decode_size: int | None = None,
+    *, threads: int, workers: int = 0, progress: bool = False, decode_size: int | None = None,
 ) -> Probe:  # fmt: skip
-    """Opens every record's media for its length; with `decode_size` it reads all frames as well."""
+    """Opens every record's media for its length; with `decode_size` it reads all frames as well.
 
-    def one(record: Record) -> tuple[Length, bool] | str:
-        try:
-            clip = open_media(record, sampling)
-            tokens = sample_tokens(record, clip, tokenizer, visual_tokens, max_length)
-            if decode_size is not None:
-                read_frames(record, clip, decode_size)
-        except UserError as e:
-            return str(e)
-        groups = 0 if clip is None else len(clip.indices) // FRAMES_PER_GROUP
-        return Length(groups, len(tokens.ids)), tokens.cut
-
-    with ThreadPoolExecutor(threads) as pool:
+    In `workers` processes, or in `threads` threads of this one.
+    """
+    one = functools.partial(_probe_one, sampling, tokenizer, visual_tokens, max_length, decode_size)
+    pool: Executor = ThreadPoolExecutor(threads)
+    if workers:
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    with pool:
         label = "look at the data" if decode_size is None else "read the data"
-        found = list(tqdm(pool.map(one, records), label, len(records), disable=not progress, unit="sample"))
+        answers = pool.map(one, records, chunksize=max(1, min(64, len(records) // (4 * max(workers, 1)))))
+        found = list(tqdm(answers, label, len(records), disable=not progress, unit="sample"))
     return Probe(
         tuple(None if isinstance(x, str) else x[0] for x in found),
         {i: x for i, x in enumerate(found) if isinstance(x, str)},
         sum(not isinstance(x, str) and x[1] for x in found),
     )
+
+
+def _probe_one(
+    sampling: SampleConfig,
+    tokenizer: PromptTokenizer,
+    visual_tokens: int,
+    max_length: int,
+    decode_size: int | None,
+    record: Record,
+) -> tuple[Length, bool] | str:
+    try:
+        clip = open_media(record, sampling)
+        tokens = sample_tokens(record, clip, tokenizer, visual_tokens, max_length)
+        if decode_size is not None:
+            read_frames(record, clip, decode_size)
+    except UserError as e:
+        return str(e)
+    groups = 0 if clip is None else len(clip.indices) // FRAMES_PER_GROUP
+    return Length(groups, len(tokens.ids)), tokens.cut
 
 
 def plan_epoch(

@@ -146,7 +146,7 @@ def _prepare(config: TrainConfig) -> _Run:
 def _probe(run: _Run, decode_size: int | None = None) -> Probe:
     return probe_records(
         run.records, run.config.sampling(), run.tokenizer, run.step.model.visual_tokens, run.config.max_length,
-        threads=run.config.threads, progress=_is_main(), decode_size=decode_size,
+        threads=run.config.threads, workers=run.config.workers, progress=_is_main(), decode_size=decode_size,
     )  # fmt: skip
 
 
