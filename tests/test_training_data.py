@@ -245,9 +245,11 @@ def records(tmp_path_factory: pytest.TempPathFactory, clip: Path) -> list[Record
 SAMPLING = SampleConfig(1, 4, 8)
 
 
-def test_probe_names_what_cannot_be_read(records: list[Record], model: xl2jax.Model) -> None:
+@pytest.mark.parametrize("workers", [0, 1])
+def test_probe_names_what_cannot_be_read(records: list[Record], model: xl2jax.Model, workers: int) -> None:
+    """Alike in threads and in processes, in the order of the records."""
     v = model.config.visual_tokens
-    probe = probe_records(records, SAMPLING, model.tokenizer, v, 999, threads=2, decode_size=70)
+    probe = probe_records(records, SAMPLING, model.tokenizer, v, 999, threads=2, workers=workers, decode_size=70)
     assert [None if x is None else x.groups for x in probe.lengths] == [2, 1, 1, 0, None, None]
     assert "bad.mp4: not a video" in probe.problems[4]
     assert "gone.mp4: no such video" in probe.problems[5]

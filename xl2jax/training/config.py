@@ -86,7 +86,7 @@ class TrainConfig:
     process: int | None = None
 
     workers: int = 0
-    """Processes that read ahead; 0: threads of the training process."""
+    """Processes that look at the data before training and read ahead; 0: threads of the training process."""
     threads: int = 4
     """Threads in each of them."""
 
