@@ -74,12 +74,12 @@ def test_the_product_is_the_convolution() -> None:
     down = TemporalDownsample(8, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(1), (2, 5, 6, 7, 8))
 
-    def loss(conv: nnx.Conv, x: jax.Array, taps: bool) -> jax.Array:
-        return jnp.sum(jnp.sin(convolve_as_product(x, conv) if taps else conv(x)))
+    def loss(conv: nnx.Conv, x: jax.Array, as_product: bool) -> jax.Array:
+        return jnp.sum(jnp.sin(convolve_as_product(x, conv) if as_product else conv(x)))
 
     assert down.conv(x).shape == (2, 2, 4, 5, 8)
     np.testing.assert_allclose(convolve_as_product(x, down.conv), down.conv(x), rtol=1e-5, atol=1e-5)
-    (a, dx), (b, dy) = (nnx.grad(loss, argnums=(0, 1))(down.conv, x, taps) for taps in (True, False))
+    (a, dx), (b, dy) = (nnx.grad(loss, argnums=(0, 1))(down.conv, x, way) for way in (True, False))
     np.testing.assert_allclose(dx, dy, rtol=1e-4, atol=1e-5)
     for left, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-4)

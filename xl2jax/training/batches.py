@@ -11,7 +11,6 @@ one shape. Which samples a step holds does not depend on the devices.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import multiprocessing
 from collections.abc import Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
@@ -66,13 +65,15 @@ def probe_records(
 
     In `workers` processes, or in `threads` threads of this one.
     """
-    one = functools.partial(_probe_one, sampling, tokenizer, visual_tokens, max_length, decode_size)
-    pool: Executor = ThreadPoolExecutor(threads)
-    if workers:
-        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    probe = _RecordProbe(sampling, tokenizer, visual_tokens, max_length, decode_size)
+    label = "look at the data" if decode_size is None else "read the data"
+    pool: Executor
+    if workers:  # (multiprocessing.Pool would wait for ever for a worker that was killed)
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _set_probe, (probe,))
+    else:
+        pool = ThreadPoolExecutor(threads)
     with pool:
-        label = "look at the data" if decode_size is None else "read the data"
-        answers = pool.map(one, records, chunksize=max(1, min(64, len(records) // (4 * max(workers, 1)))))
+        answers = pool.map(_probe_in_worker if workers else probe, records, chunksize=8)
         found = list(tqdm(answers, label, len(records), disable=not progress, unit="sample"))
     return Probe(
         tuple(None if isinstance(x, str) else x[0] for x in found),
@@ -81,23 +82,39 @@ def probe_records(
     )
 
 
-def _probe_one(
-    sampling: SampleConfig,
-    tokenizer: PromptTokenizer,
-    visual_tokens: int,
-    max_length: int,
-    decode_size: int | None,
-    record: Record,
-) -> tuple[Length, bool] | str:
-    try:
-        clip = open_media(record, sampling)
-        tokens = sample_tokens(record, clip, tokenizer, visual_tokens, max_length)
-        if decode_size is not None:
-            read_frames(record, clip, decode_size)
-    except UserError as e:
-        return str(e)
-    groups = 0 if clip is None else len(clip.indices) // FRAMES_PER_GROUP
-    return Length(groups, len(tokens.ids)), tokens.cut
+@dataclasses.dataclass(frozen=True)
+class _RecordProbe:
+    """A record's length and whether it was cut, or why it cannot be used."""
+
+    sampling: SampleConfig
+    tokenizer: PromptTokenizer
+    visual_tokens: int
+    max_length: int
+    decode_size: int | None
+
+    def __call__(self, record: Record) -> tuple[Length, bool] | str:
+        try:
+            clip = open_media(record, self.sampling)
+            tokens = sample_tokens(record, clip, self.tokenizer, self.visual_tokens, self.max_length)
+            if self.decode_size is not None:
+                read_frames(record, clip, self.decode_size)
+        except UserError as e:
+            return str(e)
+        groups = 0 if clip is None else len(clip.indices) // FRAMES_PER_GROUP
+        return Length(groups, len(tokens.ids)), tokens.cut
+
+
+_in_worker: _RecordProbe
+"""A worker process's own, sent once: a real tokenizer is megabytes."""
+
+
+def _set_probe(probe: _RecordProbe) -> None:
+    global _in_worker
+    _in_worker = probe
+
+
+def _probe_in_worker(record: Record) -> tuple[Length, bool] | str:
+    return _in_worker(record)
 
 
 def plan_epoch(
