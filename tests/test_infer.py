@@ -166,6 +166,7 @@ BAD = [
     (("--question", QUESTION, "--top-chunks", 9), "top chunks must be from 0 to 3 (the video has 3 chunks), not 9"),
     (("--question", QUESTION, "--relevance", "file"), "--relevance-file go together"),
     (("--question", QUESTION, "--relevance-layers", 0.5, 0.2), "relevance layers"),
+    (("--question", QUESTION, "--offload", "--relevance-keys", "dense"), "only the pooled KV is there"),
     (("--question", QUESTION, "--checkpoint", "/nowhere"), "no such checkpoint folder"),
     (("--question", QUESTION, "--attention", "magic"), "choose auto"),
     (("--question", QUESTION, "--load-cache", "/nowhere/x"), "not a whole video cache"),

@@ -27,6 +27,7 @@ from xl2jax.layout import PrefillConfig, VideoLayout
 from xl2jax.offload import fetch, to_host
 from xl2jax.prefill import default_steps, make_plan
 from xl2jax.prompt import suffix
+from xl2jax.relevance import AttentionScorer
 from xl2jax.selection import RelevanceConfig, choose_context
 from xl2jax.store import cache_key, load_cache, save_cache
 from xl2jax.watched import CacheConfig
@@ -98,6 +99,10 @@ def test_int8_takes_its_bytes_and_is_near(
             assert np.linalg.norm(a - b) <= 1.5e-2 * np.linalg.norm(b)
 
 
+POOLED = RelevanceConfig(attention=AttentionScorer(keys="pooled"))
+"""Scores alike wherever the dense KV is."""
+
+
 def context(model: xl2jax.Model, video: xl2jax.WatchedVideo, relevance: RelevanceConfig, top: int) -> Any:
     bilevel = BilevelConfig(2, 4, top)
     return choose_context(model, video, QUESTION, suffix(model.tokenizer, QUESTION), bilevel, relevance)
@@ -120,9 +125,24 @@ def test_offloaded_kv_is_mixed_to_the_same_cache(
     assert there.host is not None
     assert isinstance(jax.tree.leaves(there.host)[0], np.ndarray)
     assert there.cache.slots == there.plan.visual_start  # nothing visual is left on the device
-    for relevance in (RelevanceConfig(), RelevanceConfig("similarity"), RelevanceConfig("none")):
+    for relevance in (POOLED, RelevanceConfig("similarity"), RelevanceConfig("none")):
         for top in (0, 3):
             assert_same_context(*(context(model, video, relevance, top) for video in (here, there)))
+
+
+def test_offloaded_kv_is_scored_by_what_is_left(
+    model: xl2jax.Model, small: Callable[..., xl2jax.WatchedVideo], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Automatically the pooled KV, which is said once; the dense KV cannot be asked for."""
+    there = small(CacheConfig(None, True))
+    with caplog.at_level("INFO"):
+        automatic = [context(model, there, RelevanceConfig(), 3) for _ in range(2)]
+    assert [r.message for r in caplog.records].count(
+        "the dense KV was offloaded: chunks are scored by the pooled KV"
+    ) == 1
+    assert_same_context(automatic[0], context(model, there, POOLED, 3))
+    with pytest.raises(UserError, match="score chunks by the pooled KV"):
+        context(model, there, RelevanceConfig(attention=AttentionScorer(keys="dense")), 3)
 
 
 def test_fetching_takes_the_chosen_groups_alone(model: xl2jax.Model, watched: xl2jax.WatchedVideo) -> None:
@@ -161,7 +181,7 @@ def test_a_cache_file_keeps_its_bits_and_is_read_to_either_memory(
     def key(cache: CacheConfig) -> dict[str, Any]:
         return cache_key(model, clip, xl2jax.SampleConfig(), 1.0, xl2jax.PrefillConfig(), cache)
 
-    expected = context(model, small(CacheConfig(dtype)), RelevanceConfig(), 3)
+    expected = context(model, small(CacheConfig(dtype)), POOLED, 3)
     for source in (False, True):
         path = tmp_path / f"saved{source}"
         cache = CacheConfig(dtype, source)
@@ -170,7 +190,7 @@ def test_a_cache_file_keeps_its_bits_and_is_read_to_either_memory(
             cache = CacheConfig(dtype, target)
             again = load_cache(path, model, key(cache), clip, BilevelConfig(), cache)
             assert (again.host is not None) == target
-            assert_same_context(expected, context(model, again, RelevanceConfig(), 3))
+            assert_same_context(expected, context(model, again, POOLED, 3))
     assert (tmp_path / "savedFalse").read_bytes() == (tmp_path / "savedTrue").read_bytes()
     other = CacheConfig("int8" if dtype is None else None)
     with pytest.raises(UserError, match=r"made from dtype (int8, not float32|float32, not int8)"):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +11,18 @@ import pytest
 
 import xl2jax
 from xl2jax import runtime
-from xl2jax.bilevel import MixedSource
+from xl2jax.bilevel import mixed_slots
 from xl2jax.cache import KVCache
 from xl2jax.errors import UserError
+from xl2jax.prompt import suffix
 from xl2jax.relevance import AttentionScorer, block_scores, read_selection, unit_features
+from xl2jax.selection import padded, text_cache
 
 
-@pytest.mark.parametrize("heads", ["mean", "max"])
-@pytest.mark.parametrize("slots", [300, 1300])
-def test_attention_scores_are_attention_mass(heads: str, slots: int, model: xl2jax.Model) -> None:
-    """Against softmax weights written out, on a cache of random keys; 1300 slots take two blocks."""
+@pytest.mark.parametrize("heads", ["squared", "mean", "max"])
+@pytest.mark.parametrize(("slots", "tokens"), [(300, 8), (5000, 8), (300, 96)])
+def test_attention_scores_are_attention_mass(heads: Any, slots: int, tokens: int, model: xl2jax.Model) -> None:
+    """Against softmax weights written out, on random keys; 5000 slots take two blocks, and so do 96 tokens."""
     rng = np.random.default_rng(0)
     c = model.config.llm
     length, groups = slots - 40, 7
@@ -27,15 +30,13 @@ def test_attention_scores_are_attention_mass(heads: str, slots: int, model: xl2j
     k, v = rng.standard_normal((2, *shape)).astype(np.float32)
     context = KVCache(jnp.asarray(k), jnp.asarray(v), jnp.int32(length), jnp.int32(slots), jnp.int32(0))
     group = rng.integers(-1, groups, slots)
-    valid = np.arange(slots) < length
-    nothing = jnp.zeros(slots, jnp.int32)
-    source = MixedSource(jnp.asarray(valid), jnp.asarray(group), nothing, nothing, nothing, jnp.int32(length))
-    ids = np.array([3, 1, 4, 1, 5, 9, 2, 6], np.int32)
-    first, last = 2, 6
-    text = runtime.new_cache(c, 32, "float32")
+    group[length:] = -1
+    ids = rng.integers(0, c.vocab, tokens).astype(np.int32)
+    first, last = 2, tokens - 2
+    text = runtime.new_cache(c, 128, "float32")
     scorer = AttentionScorer(0.3, 1.0, heads)
     scores = runtime.attention_scores(
-        model.config, model.params, context, source, text, ids, np.int32(first), np.int32(last),
+        model.config, model.params, context, jnp.asarray(group), text, ids, np.int32(first), np.int32(last),
         scorer=scorer, groups=groups, implementation="auto",
     )  # fmt: skip
 
@@ -56,13 +57,14 @@ def test_attention_scores_are_attention_mass(heads: str, slots: int, model: xl2j
         scores = jnp.einsum("tnh,nsh->nts", q, keys) * c.head_width**-0.5
         mask = jnp.concatenate([jnp.ones((len(ids), length), bool), jnp.asarray(causal)], 1)
         p = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), -1)
-        jax.debug.callback(lambda w: per_layer.append(np.asarray(w)), p[:, first:last, :length].mean(1), ordered=True)
+        jax.debug.callback(lambda w: per_layer.append(np.asarray(w)), p[:, first:last, :length], ordered=True)
         return state, jnp.einsum("nts,nsh->tnh", p, values)
 
     jax.block_until_ready(llm.forward(llm.embed_tokens(ids), length + jnp.arange(len(ids)), attend, None))
     jax.effects_barrier()
     assert len(per_layer) == c.layers
-    by_group = np.stack([[w[:, group[:length] == g].sum(1) for g in range(groups)] for w in per_layer])  # [L, G, N]
+    by_group = np.stack([[w[:, :, group[:length] == g].sum(-1) for g in range(groups)] for w in per_layer])
+    by_group = (by_group**2 if heads == "squared" else by_group).mean(-1)  # [L, G, N, T] -> [L, G, N]
     by_group = by_group.max(-1) if heads == "max" else by_group.mean(-1)
     a, b = scorer.layers(c.layers)
     assert (a, b) == (0, 3)
@@ -70,9 +72,34 @@ def test_attention_scores_are_attention_mass(heads: str, slots: int, model: xl2j
     assert np.asarray(scores).sum() < 1 or heads == "max"
 
 
+def test_a_dense_cache_is_scored_as_a_mixed_one_with_every_group_whole(
+    model: xl2jax.Model, watched: xl2jax.WatchedVideo
+) -> None:
+    """Which slot belongs to which group, time tokens and visual tokens, is known for both in its own way."""
+    c, layout, n = model.config.llm, watched.layout, watched.group_capacity
+    pooled = runtime.pool_cache(c, watched.cache, watched.table, visual_tokens=layout.visual_tokens, pool=4)
+    mixed, source = runtime.mix(
+        c, watched.cache, pooled, watched.table, jnp.ones(n, bool), visual_tokens=layout.visual_tokens, pool=4,
+        slots=mixed_slots(layout, layout.groups, xl2jax.BilevelConfig()),
+    )  # fmt: skip
+    text = suffix(model.tokenizer, "Which one?")
+    group = runtime.slot_groups(watched.table, watched.cache, visual_tokens=layout.visual_tokens)
+    assert np.bincount(np.asarray(group) + 1)[1:].tolist() == [t + layout.visual_tokens for t in layout.time_lengths]
+    scores = []
+    for context, where in ((watched.cache, group), (mixed, jnp.where(source.valid, source.group, -1))):
+        found = runtime.attention_scores(
+            model.config, model.params, context, where, text_cache(model, text, 0), padded(text.ids),
+            np.int32(text.first), np.int32(len(text.ids)), scorer=AttentionScorer(), groups=n, implementation="auto",
+        )  # fmt: skip
+        scores.append(np.asarray(found))
+    assert np.allclose(*scores, rtol=1e-4, atol=1e-9)
+    assert scores[0][: layout.groups].min() > 0
+    assert not scores[0][layout.groups :].any()
+
+
 def test_layers_of_a_scorer() -> None:
-    assert AttentionScorer().layers(28) == (7, 21)
-    assert AttentionScorer(0.0, 1.0).layers(3) == (0, 3)
+    assert AttentionScorer().layers(28) == (0, 28)
+    assert AttentionScorer(0.25, 0.75).layers(28) == (7, 21)
     assert AttentionScorer(0.9, 0.95).layers(2) == (1, 2)
 
 

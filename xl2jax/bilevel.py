@@ -57,6 +57,15 @@ def group_table(layout: VideoLayout, capacity: int) -> GroupTable:
     return GroupTable(jnp.int32(layout.prefix), jnp.asarray(times), jnp.int32(layout.groups))
 
 
+def slot_groups(table: GroupTable, cache: KVCache, visual_tokens: int) -> jax.Array:
+    """Group of each slot of a video's dense cache, int32 [S]; -1 where there is none."""
+    slot = jnp.arange(cache.slots, dtype=jnp.int32)
+    ends = table.prefix + jnp.cumsum(table.time_lengths)
+    time = jnp.searchsorted(ends, slot, side="right").astype(jnp.int32)
+    group = jnp.where(slot < cache.visual_start, time, (slot - cache.visual_start) // visual_tokens)
+    return jnp.where((slot >= table.prefix) & (group < table.groups), group, -1)
+
+
 class PooledKV(NamedTuple):
     """Averaged visual keys (un-rotated) and values of every group, [L, K, Gcap * (V // pool), H]."""
 

@@ -82,7 +82,10 @@ class Args:
     relevance: Literal["attention", "similarity", "file", "none", "random"] = "attention"
     relevance_layers: tuple[float, float] = (AttentionScorer.first_layer, AttentionScorer.last_layer)
     """Layers that the attention scorer counts, as shares of the depth."""
-    relevance_heads: Literal["mean", "max"] = AttentionScorer.heads
+    relevance_heads: Literal["squared", "mean", "max"] = AttentionScorer.heads
+    """How it sums over heads; squared: heads that look at one place count most."""
+    relevance_keys: Literal["auto", "dense", "pooled"] = AttentionScorer.keys
+    """Which KV it looks at. auto: dense, or pooled with --offload."""
     relevance_file: Path | None = None
     """Upstream's selection file."""
     relevance_category: str | None = None
@@ -122,6 +125,10 @@ class Args:
     def cache_config(self) -> CacheConfig:
         if self.offload and self.decode == "dense":
             raise UserError("--offload has no use with --decode dense, which reads all of the KV: leave one out")
+        if self.offload and self.relevance_keys == "dense":
+            raise UserError(
+                "--relevance-keys dense: with --offload only the pooled KV is there to look at (auto or pooled)"
+            )
         return CacheConfig(self.cache_dtype, self.offload)
 
     def relevance_config(self) -> RelevanceConfig:
@@ -137,7 +144,7 @@ class Args:
         if self.decode == "dense" and (self.top_chunks is not None or self.relevance != "attention"):
             raise UserError("--top-chunks and --relevance have no effect with --decode dense: leave them out")
         return RelevanceConfig(
-            self.relevance, AttentionScorer(first, last, self.relevance_heads),
+            self.relevance, AttentionScorer(first, last, self.relevance_heads, self.relevance_keys),
             self.relevance_file, self.relevance_category, self.relevance_missing,
         )  # fmt: skip
 

@@ -60,7 +60,8 @@ class NeedleArgs:
     pool: int = 4
     relevance: Literal["attention", "similarity"] = "attention"
     relevance_layers: tuple[float, float] = (AttentionScorer.first_layer, AttentionScorer.last_layer)
-    relevance_heads: Literal["mean", "max"] = AttentionScorer.heads
+    relevance_heads: Literal["squared", "mean", "max"] = AttentionScorer.heads
+    relevance_keys: Literal["auto", "dense", "pooled"] = AttentionScorer.keys
     cache_dtype: Literal["int8"] | None = None
     """Of the video's KV; the model's by default."""
     held_out_template: bool = False
@@ -163,7 +164,7 @@ def run_case(model: Model, case: Case, modes: dict[str, tuple[str, int]], args: 
         if kind in ("top", "random"):
             blocks = -(-case.scene.groups // args.select_chunk_groups)
             bilevel = BilevelConfig(args.select_chunk_groups, args.pool, min(top, blocks))
-            scorer = AttentionScorer(*args.relevance_layers, args.relevance_heads)
+            scorer = AttentionScorer(*args.relevance_layers, args.relevance_heads, args.relevance_keys)
             relevance = RelevanceConfig("random" if kind == "random" else args.relevance, scorer)
         for question in case.questions:
             answer = model.ask(watched[dense], question.text, max_new_tokens=16, bilevel=bilevel, relevance=relevance)
@@ -185,11 +186,13 @@ def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
     for mode in dict.fromkeys(r.mode for r in results):
         for frames in dict.fromkeys(r.frames for r in results):
             own = [r for r in results if (r.mode, r.frames) == (mode, frames)]
-            picked = [r.selected for r in own if r.selected is not None]
+            picked = {k: [r.selected for r in own if r.selected is not None and r.kind == k] for k in NEEDLE_KINDS}
+            recall = [x for part in picked.values() for x in part]
             kinds = {k: [r.correct for r in own if r.kind == k] for k in NEEDLE_KINDS}
             row: dict[str, Any] = {"mode": mode, "frames": frames, "cases": len(own)}
             row["accuracy"] = sum(r.correct for r in own) / len(own)
-            row["recall"] = sum(picked) / len(picked) if picked else None
+            row["recall"] = sum(recall) / len(recall) if recall else None
+            row["recall_by_kind"] = {k: sum(x) / len(x) for k, x in picked.items() if x}
             rows.append(row | {k: sum(x) / len(x) for k, x in kinds.items() if x})
     return rows
 

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from xl2jax.bilevel import MixedSource
 from xl2jax.cache import KVCache, attend_text, unpack
 from xl2jax.errors import UserError
 from xl2jax.qwen2 import Qwen2
@@ -18,56 +17,77 @@ from xl2jax.qwen2 import Qwen2
 
 @dataclasses.dataclass(frozen=True)
 class AttentionScorer:
-    """Which layers and heads count. `first_layer <= l < last_layer` as shares of the depth.
+    """Which attention counts, of `first_layer <= l < last_layer` as shares of the depth.
 
-    Defaults: the middle half of the depth, where a decoder gathers evidence (early layers attend to
-    neighbours and to sinks, late ones to what is about to be written), and all heads alike.
+    The defaults are what `xl2jax.needle` found best with the bundled checkpoint: all layers, and each head's
+    attention to a group squared, so that a head that looks at one place counts and one that looks everywhere does not.
     """
 
-    first_layer: float = 0.25
-    last_layer: float = 0.75
-    heads: Literal["mean", "max"] = "mean"
+    first_layer: float = 0.0
+    last_layer: float = 1.0
+    heads: Literal["squared", "mean", "max"] = "squared"
+    """squared: the mean square over heads and tokens. mean, max: of the heads' mean over tokens."""
+    keys: Literal["auto", "dense", "pooled"] = "auto"
+    """What the question is run against. auto: the dense KV, but the pooled KV where the dense one was offloaded."""
 
     def layers(self, depth: int) -> tuple[int, int]:
         first = min(int(self.first_layer * depth), depth - 1)
         return first, max(round(self.last_layer * depth), first + 1)
 
 
-def attention_scores(
-    llm: Qwen2, context: KVCache, source: MixedSource, text: KVCache, ids: jax.Array, first: jax.Array,
-    last: jax.Array, scorer: AttentionScorer, groups: int, *, implementation: str = "auto",
-) -> jax.Array:  # fmt: skip
-    """Attention mass of each group, float32 [groups]: what the question looks at in the pooled cache.
+_SLOTS, _TOKENS = 4096, 64
 
-    Runs the suffix `ids` [T] behind `context`, a mixed cache (`source`) of pooled groups, and gathers
-    the attention that tokens `first <= t < last` (the question's own) pay to the time and visual
-    tokens of each group. Nothing of size T x M is kept.
+
+def attention_scores(
+    llm: Qwen2, context: KVCache, group: jax.Array, text: KVCache, ids: jax.Array, first: jax.Array, last: jax.Array,
+    scorer: AttentionScorer, groups: int, *, implementation: str = "auto",
+) -> jax.Array:  # fmt: skip
+    """What the question looks at: attention to each group, float32 [groups].
+
+    Runs the suffix `ids` [T] behind `context`, whose slots belong to groups `group` [S] (-1: to none), and gathers
+    the attention that tokens `first <= t < last` pay to the time and visual tokens of each group, a block of
+    tokens and slots at a time: nothing of size T x S is kept.
     """
     at = jnp.arange(ids.shape[0], dtype=jnp.int32)
-    counted = (at >= first) & (at < last)
     depth, kv_heads, slots, h = context.shape
-    keys = unpack(context.k)
-    block = min(1024, slots)
+    block, rows = min(_SLOTS, slots), min(_TOKENS, ids.shape[0])
     first_layer, last_layer = scorer.layers(depth)
-    group = jnp.where(source.valid & (source.group >= 0), source.group, groups)
+    group = jnp.where(group >= 0, group, groups)
 
     def mass(q: jax.Array, lse: jax.Array, layer: jax.Array) -> jax.Array:
-        """[groups]: attention of the counted tokens, averaged over them, reduced over heads."""
+        """[groups]: attention of the counted tokens to each group, reduced over tokens and heads."""
         heads = q.shape[1]
         queries = q.reshape(q.shape[0], kv_heads, -1, h)
         norm = lse.reshape(queries.shape[:3])
 
-        def one(i: jax.Array, total: jax.Array) -> jax.Array:
-            start = i * block
-            read_at = jnp.minimum(start, slots - block)
-            k = jax.lax.dynamic_slice(keys, (layer, 0, read_at, 0), (1, kv_heads, block, h))[0]
-            scores = jnp.einsum("tkgh,ksh->tkgs", queries, k, preferred_element_type=jnp.float32)
-            use = counted[:, None, None, None] & (read_at + jnp.arange(block) >= start)
-            p = jnp.where(use, jnp.exp(jnp.where(use, scores * h**-0.5 - norm[..., None], 0.0)), 0.0)
-            to = jax.lax.dynamic_slice_in_dim(group, read_at, block)
-            return total + jax.ops.segment_sum(p.sum(0).reshape(heads, block).T, to, num_segments=groups + 1)
+        def of_rows(number: jax.Array, total: jax.Array) -> jax.Array:
+            top = jnp.minimum(number * rows, at.shape[0] - rows)
+            row = top + jnp.arange(rows)
+            counted = (row >= number * rows) & (row >= first) & (row < last)
+            own = jax.lax.dynamic_slice_in_dim(queries, top, rows)
+            own_norm = jax.lax.dynamic_slice_in_dim(norm, top, rows)
 
-        total = jax.lax.fori_loop(0, -(-slots // block), one, jnp.zeros((groups + 1, heads)))
+            def to_block(i: jax.Array, found: jax.Array) -> jax.Array:
+                start = jnp.minimum(i * block, slots - block)
+                k = unpack(
+                    jax.tree.map(
+                        lambda a: jax.lax.dynamic_slice(
+                            a, (layer, 0, start, *(0,) * (a.ndim - 3)), (1, kv_heads, block, *a.shape[3:])
+                        )[0],
+                        context.k,
+                    )
+                )
+                scores = jnp.einsum("tkgh,ksh->tkgs", own, k, preferred_element_type=jnp.float32)
+                to = jax.lax.dynamic_slice_in_dim(group, start, block)
+                use = counted[:, None, None, None] & (start + jnp.arange(block) >= i * block) & (to < groups)
+                p = jnp.where(use, jnp.exp(jnp.where(use, scores * h**-0.5 - own_norm[..., None], 0.0)), 0.0)
+                return found + jax.ops.segment_sum(p.reshape(-1, block).T, to, num_segments=groups + 1)
+
+            found = jax.lax.fori_loop(0, -(-slots // block), to_block, jnp.zeros((groups + 1, rows * heads)))
+            found = found.reshape(groups + 1, rows, heads)
+            return total + (found**2 if scorer.heads == "squared" else found).sum(1)
+
+        total = jax.lax.fori_loop(first // rows, -(-last // rows), of_rows, jnp.zeros((groups + 1, heads)))
         total = total[:groups] / jnp.maximum(last - first, 1)
         return total.max(-1) if scorer.heads == "max" else total.mean(-1)
 

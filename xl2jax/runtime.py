@@ -109,17 +109,22 @@ def mix(
     return bilevel.mix(cache, pooled, source, theta=config.rope_theta), source
 
 
+@functools.partial(jax.jit, static_argnames="visual_tokens")
+def slot_groups(table: GroupTable, cache: KVCache, *, visual_tokens: int) -> jax.Array:
+    return bilevel.slot_groups(table, cache, visual_tokens)
+
+
 @functools.partial(
     jax.jit, static_argnames=("config", "scorer", "groups", "implementation"), compiler_options=COMPILER_OPTIONS
 )
 def attention_scores(
-    config: VideoXL2Config, params: nnx.State, context: KVCache, source: MixedSource, text: KVCache,
+    config: VideoXL2Config, params: nnx.State, context: KVCache, group: jax.Array, text: KVCache,
     ids: jax.Array, first: jax.Array, last: jax.Array,
     *, scorer: AttentionScorer, groups: int, implementation: str,
 ) -> jax.Array:  # fmt: skip
     llm = merge_model(config, params).llm
     return relevance.attention_scores(
-        llm, context, source, text, ids, first, last, scorer, groups, implementation=implementation
+        llm, context, group, text, ids, first, last, scorer, groups, implementation=implementation
     )
 
 

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 class RelevanceConfig:
     """How the chunks that stay dense are found.
 
-    attention: the question's attention to the pooled cache. similarity: the question's embedding
+    attention: the question's attention to the video, as `AttentionScorer` has it. similarity: the question's embedding
     against the visual tokens. file: upstream's selection file. none: blocks 1 and B only. random: the same
     chunks for the same question, whatever it asks; the control of experiments.
     """
@@ -169,9 +169,20 @@ def _scores(
     if relevance.scorer == "random":
         seed = int.from_bytes(hashlib.blake2b(repr(text.ids).encode(), digest_size=4).digest(), "little")
         return jax.random.uniform(jax.random.key(seed), (video.group_capacity,))
-    context, source = _mix(model, video, pooled, np.zeros(video.group_capacity, bool), 0, bilevel)
+    keys = relevance.attention.keys
+    if keys == "dense" and video.host is not None:
+        raise UserError("the dense KV was offloaded: score chunks by the pooled KV (relevance keys auto or pooled)")
+    if keys == "auto" and video.host is not None and not video.told_pooled:
+        logger.info("the dense KV was offloaded: chunks are scored by the pooled KV")
+        video.told_pooled = True
+    if keys == "pooled" or video.host is not None:
+        context, source = _mix(model, video, pooled, np.zeros(video.group_capacity, bool), 0, bilevel)
+        group = jnp.where(source.valid, source.group, -1)
+    else:
+        context = video.cache
+        group = runtime.slot_groups(video.table, context, visual_tokens=video.layout.visual_tokens)
     return runtime.attention_scores(
-        model.config, model.params, context, source, text_cache(model, text, 0), ids, first, last,
+        model.config, model.params, context, group, text_cache(model, text, 0), ids, first, np.int32(len(text.ids)),
         scorer=relevance.attention, groups=video.group_capacity, implementation=model.implementation,
     )  # fmt: skip
 

@@ -62,6 +62,8 @@ class WatchedVideo:
     host: HostKV | None = None
     """The visual KV where it was offloaded; `cache` holds the globals alone then."""
     pooled: dict[int, PooledKV] = dataclasses.field(default_factory=dict)
+    told_pooled: bool = False
+    """Whether it was said that chunks are scored by the pooled KV."""
 
     @property
     def group_capacity(self) -> int:

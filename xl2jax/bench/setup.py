@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from xl2jax import prefill, runtime
-from xl2jax.bilevel import BilevelConfig, GroupTable, MixedSource, PooledKV, group_table, mixed_slots
+from xl2jax.bilevel import BilevelConfig, GroupTable, PooledKV, group_table, mixed_slots
 from xl2jax.cache import KVCache
 from xl2jax.config import VideoXL2Config
 from xl2jax.generate import SamplingConfig
@@ -92,17 +92,14 @@ class Setup:
         llm, v, size = self.config.llm, self.plan.visual_tokens, config.select_chunk_groups
         groups, top = len(table.time_lengths), config.top(self.layout)
 
-        def mixed(dense: jax.Array, most: int) -> tuple[KVCache, MixedSource]:
-            slots = mixed_slots(self.layout, most, config)
-            return runtime.mix(llm, cache, pooled, table, dense, visual_tokens=v, pool=config.pool, slots=slots)
-
-        context, source = mixed(jnp.zeros(groups, bool), 0)
+        group = runtime.slot_groups(table, cache, visual_tokens=v)
         scores = runtime.attention_scores(
-            self.config, self.params, context, source, runtime.new_cache(llm, 128, self.dtype), self.ids, np.int32(0),
+            self.config, self.params, cache, group, runtime.new_cache(llm, 128, self.dtype), self.ids, np.int32(0),
             np.int32(SUFFIX), scorer=AttentionScorer(), groups=groups, implementation=self.attention,
         )  # fmt: skip
         _, _, dense = runtime.choose(scores, table.groups, select_chunk_groups=size, top=top)
-        return mixed(dense, (top + 2) * size)[0]
+        slots = mixed_slots(self.layout, (top + 2) * size, config)
+        return runtime.mix(llm, cache, pooled, table, dense, visual_tokens=v, pool=config.pool, slots=slots)[0]
 
     def first_token(self, context: KVCache) -> Any:
         """Suffix and first token: the state that decoding goes on from."""
