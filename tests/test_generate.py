@@ -92,7 +92,15 @@ def test_questions_leave_the_video_alone(model: xl2jax.Model, watched: xl2jax.Wa
 
 
 def test_a_second_question_compiles_nothing(model: xl2jax.Model, watched: xl2jax.WatchedVideo) -> None:
-    fns = (runtime.pool_cache, runtime.mix, runtime.attention_scores, runtime.choose, runtime.ask, runtime.decode)
+    fns = (
+        runtime.pool_cache,
+        runtime.mix,
+        runtime.slot_groups,
+        runtime.attention_scores,
+        runtime.choose,
+        runtime.ask,
+        runtime.decode,
+    )
     model.ask(watched, "What happens?", max_new_tokens=6)
     before = [f._cache_size() for f in fns]
     model.ask(watched, "And what now?", max_new_tokens=6)

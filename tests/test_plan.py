@@ -21,6 +21,7 @@ from xl2jax.config import PRESETS
 from xl2jax.layout import PrefillConfig
 from xl2jax.model import abstract_model
 from xl2jax.plan import DEVICES, PlanArgs, largest, layout_of, predict
+from xl2jax.relevance import AttentionScorer
 
 RELEASED = PRESETS["video-xl-2"]
 
@@ -66,7 +67,13 @@ def test_the_compiler_needs_no_more_than_predicted(name: str, quantized: bool) -
     extend = runtime.prefill_segment.lower(
         config, params, cache, visual, segment, implementation="blockwise"
     ).compile()  # fmt: skip
-    most = max(c.memory_analysis().temp_size_in_bytes for c in (encode, extend))
+    slots, ids = jax.ShapeDtypeStruct((step.slots,), jnp.int32), jax.ShapeDtypeStruct((32,), jnp.int32)
+    text = jax.eval_shape(lambda: runtime.new_cache(config.llm, 128, "float32"))
+    score = runtime.attention_scores.lower(
+        config, params, cache, slots, text, ids, np.int32(1), np.int32(30), scorer=AttentionScorer(),
+        groups=layout.groups, implementation="blockwise",
+    ).compile()  # fmt: skip
+    most = max(c.memory_analysis().temp_size_in_bytes for c in (encode, extend, score))
     assert most <= need.workspace
 
 

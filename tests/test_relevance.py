@@ -12,7 +12,7 @@ import pytest
 import xl2jax
 from xl2jax import runtime
 from xl2jax.bilevel import mixed_slots
-from xl2jax.cache import KVCache
+from xl2jax.cache import KVCache, quantize, unpack
 from xl2jax.errors import UserError
 from xl2jax.prompt import suffix
 from xl2jax.relevance import AttentionScorer, block_scores, read_selection, unit_features
@@ -20,21 +20,25 @@ from xl2jax.selection import padded, text_cache
 
 
 @pytest.mark.parametrize("heads", ["squared", "mean", "max"])
-@pytest.mark.parametrize(("slots", "tokens"), [(300, 8), (5000, 8), (300, 96)])
-def test_attention_scores_are_attention_mass(heads: Any, slots: int, tokens: int, model: xl2jax.Model) -> None:
+@pytest.mark.parametrize(("slots", "tokens", "int8"), [(300, 8, False), (5000, 8, True), (300, 96, False)])
+def test_attention_scores_are_attention_mass(
+    heads: Any, slots: int, tokens: int, int8: bool, model: xl2jax.Model
+) -> None:
     """Against softmax weights written out, on random keys; 5000 slots take two blocks, and so do 96 tokens."""
     rng = np.random.default_rng(0)
     c = model.config.llm
     length, groups = slots - 40, 7
     shape = (c.layers, c.kv_heads, slots, c.head_width)
     k, v = rng.standard_normal((2, *shape)).astype(np.float32)
-    context = KVCache(jnp.asarray(k), jnp.asarray(v), jnp.int32(length), jnp.int32(slots), jnp.int32(0))
+    filled = jnp.int32(length), jnp.int32(slots), jnp.int32(0)
+    context = KVCache(*((quantize(jnp.asarray(x)) if int8 else jnp.asarray(x)) for x in (k, v)), *filled)
+    k, v = (np.asarray(unpack(x)) for x in (context.k, context.v))
     group = rng.integers(-1, groups, slots)
     group[length:] = -1
     ids = rng.integers(0, c.vocab, tokens).astype(np.int32)
     first, last = 2, tokens - 2
     text = runtime.new_cache(c, 128, "float32")
-    scorer = AttentionScorer(0.3, 1.0, heads)
+    scorer = AttentionScorer(0.4, 0.7, heads)
     scores = runtime.attention_scores(
         model.config, model.params, context, jnp.asarray(group), text, ids, np.int32(first), np.int32(last),
         scorer=scorer, groups=groups, implementation="auto",
@@ -49,10 +53,10 @@ def test_attention_scores_are_attention_mass(heads: Any, slots: int, tokens: int
     ) -> tuple[None, jax.Array]:
         n = q.shape[1] // c.kv_heads
         keys = jnp.concatenate(
-            [jnp.repeat(context.k[layer, :, :length], n, 0), jnp.repeat(own_k.transpose(1, 0, 2), n, 0)], 1
+            [jnp.repeat(jnp.asarray(k)[layer, :, :length], n, 0), jnp.repeat(own_k.transpose(1, 0, 2), n, 0)], 1
         )
         values = jnp.concatenate(
-            [jnp.repeat(context.v[layer, :, :length], n, 0), jnp.repeat(own_v.transpose(1, 0, 2), n, 0)], 1
+            [jnp.repeat(jnp.asarray(v)[layer, :, :length], n, 0), jnp.repeat(own_v.transpose(1, 0, 2), n, 0)], 1
         )
         scores = jnp.einsum("tnh,nsh->nts", q, keys) * c.head_width**-0.5
         mask = jnp.concatenate([jnp.ones((len(ids), length), bool), jnp.asarray(causal)], 1)
@@ -67,7 +71,7 @@ def test_attention_scores_are_attention_mass(heads: Any, slots: int, tokens: int
     by_group = (by_group**2 if heads == "squared" else by_group).mean(-1)  # [L, G, N, T] -> [L, G, N]
     by_group = by_group.max(-1) if heads == "max" else by_group.mean(-1)
     a, b = scorer.layers(c.layers)
-    assert (a, b) == (0, 3)
+    assert (a, b) == (1, 2)
     assert np.allclose(scores, by_group[a:b].mean(0), rtol=1e-4)
     assert np.asarray(scores).sum() < 1 or heads == "max"
 

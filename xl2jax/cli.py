@@ -125,7 +125,7 @@ class Args:
     def cache_config(self) -> CacheConfig:
         if self.offload and self.decode == "dense":
             raise UserError("--offload has no use with --decode dense, which reads all of the KV: leave one out")
-        if self.offload and self.relevance_keys == "dense":
+        if self.offload and self.relevance == "attention" and self.relevance_keys == "dense":
             raise UserError(
                 "--relevance-keys dense: with --offload only the pooled KV is there to look at (auto or pooled)"
             )

@@ -67,7 +67,7 @@ def memory_need(
     if bilevel is not None:
         groups = (plan.slots - plan.visual_start) // plan.visual_tokens
         pooled = groups * (plan.visual_tokens // bilevel.pool) * slot
-        # The scorer's all-pooled cache is gone before the answer's is made.
+        # Chunks are scored on the video's own cache, or on an all-pooled one that is gone before the answer's is made.
         dense = min((bilevel.top(layout) + 2) * bilevel.select_chunk_groups, layout.groups)
         mixed = mixed_slots(layout, dense, bilevel) * slot
         if offload:

@@ -4,7 +4,8 @@ python -m xl2jax.needle --checkpoint DIR --frames 64,256,1024 --depths 0,0.25,0.
 
 Every case is a scene of `xl2jax.synthetic` with an odd seed (never trained on) and a shape that lasts one group at
 a given depth, among others elsewhere, and questions that only this group answers: what colour the circle was, which
-shape was red, colour and form by the time, the time by colour and form.
+shape was red (by content), colour and form at its time, and its time (by time). `--kinds` also has some that the whole
+video answers.
 The same cases are asked of the dense model (every token sees all before it), after chunked prefill, and with
 bi-level decoding: the best 1, 2 and 4 chunks, and as many chosen at random (`random`), as the control.
 """
@@ -12,9 +13,10 @@ bi-level decoding: the best 1, 2 and 4 chunks, and as many chosen at random (`ra
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +36,12 @@ from xl2jax.synthetic import NEEDLE_KINDS, TEMPLATES, Kind, Question, Scene, ask
 from xl2jax.terminal import run_command
 from xl2jax.watched import CacheConfig, WatchedVideo
 
+FAMILIES: Mapping[str, tuple[Kind, ...]] = {
+    "by_content": ("colour_of", "shape_of"), "by_time": ("colour", "shape", "time"), "whole": ("exists", "count", "first"),
+}  # fmt: skip
+"""Kinds of question that are told apart in tables and pictures: what was it, when was it, about the whole video."""
+_KINDS = tuple(kind for kinds in FAMILIES.values() for kind in kinds)
+
 
 @dataclasses.dataclass(frozen=True)
 class NeedleArgs:
@@ -52,7 +60,8 @@ class NeedleArgs:
     others: int = 5
     """Other shapes in the video."""
     kinds: str = ",".join(NEEDLE_KINDS)
-    """Of questions: by content (colour_of, shape_of), by time (colour, shape), for a time (time)."""
+    """Of questions: by content (colour_of, shape_of), by time (colour, shape), for a time (time), and, about the whole
+    video, exists, count, first."""
     seed: int = 0
     chunk_groups: int = 4
     window_chunks: int = 3
@@ -74,7 +83,7 @@ class NeedleArgs:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One video and its questions, a kind each."""
+    """One video and its questions, at most one of a kind."""
 
     frames: int
     depth: float
@@ -90,7 +99,8 @@ class Result:
     kind: str
     correct: bool
     selected: bool | None
-    """Whether the needle's chunk stayed dense; None where it always does (the first, the last, dense reading)."""
+    """Whether the answer's chunk stayed dense; None where it always does (the first, the last, dense reading), and
+    where there is none (how many, what was not there)."""
 
 
 def numbers(flag: str, text: str, low: float, high: float) -> list[float]:
@@ -118,9 +128,9 @@ def parse_modes(text: str) -> dict[str, tuple[str, int]]:
 
 def parse_kinds(text: str) -> list[Kind]:
     """Raises UserError."""
-    kinds = [k for k in NEEDLE_KINDS if k in text.split(",")]
+    kinds = [k for k in _KINDS if k in text.split(",")]
     if not kinds or len(kinds) != len(text.split(",")):
-        raise UserError(f"--kinds: some of {', '.join(NEEDLE_KINDS)}, not {text!r}")
+        raise UserError(f"--kinds: some of {', '.join(_KINDS)}, not {text!r}")
     return kinds
 
 
@@ -147,8 +157,8 @@ def make_cases(
                 for kind in kinds:
                     template = len(TEMPLATES[kind]) - 1 if held_out_template else None
                     question = ask(scene, kind, FRAMES_PER_GROUP, rng, template=template, event=scene.events[0])
-                    assert question is not None  # these kinds always have one
-                    questions.append(question)
+                    if question is not None:  # a scene with one shape has no first
+                        questions.append(question)
                 yield Case(length, depth, scene, tuple(questions))
 
 
@@ -175,7 +185,8 @@ def run_case(model: Model, case: Case, modes: dict[str, tuple[str, int]], args: 
 
 
 def _selected(answer: Answer, question: Question, select_chunk_groups: int) -> bool | None:
-    assert question.group is not None
+    if question.group is None:
+        return None
     block = question.group // select_chunk_groups
     return answer.chunks[block].dense if 0 < block < len(answer.chunks) - 1 else None
 
@@ -186,24 +197,35 @@ def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
     for mode in dict.fromkeys(r.mode for r in results):
         for frames in dict.fromkeys(r.frames for r in results):
             own = [r for r in results if (r.mode, r.frames) == (mode, frames)]
-            picked = {k: [r.selected for r in own if r.selected is not None and r.kind == k] for k in NEEDLE_KINDS}
-            recall = [x for part in picked.values() for x in part]
-            kinds = {k: [r.correct for r in own if r.kind == k] for k in NEEDLE_KINDS}
             row: dict[str, Any] = {"mode": mode, "frames": frames, "cases": len(own)}
-            row["accuracy"] = sum(r.correct for r in own) / len(own)
-            row["recall"] = sum(recall) / len(recall) if recall else None
-            row["recall_by_kind"] = {k: sum(x) / len(x) for k, x in picked.items() if x}
-            rows.append(row | {k: sum(x) / len(x) for k, x in kinds.items() if x})
+            row |= {"accuracy": _accuracy(own), "recall": _recall(own)}
+            for family, kinds in FAMILIES.items():
+                if part := [r for r in own if r.kind in kinds]:
+                    row |= {family: _accuracy(part), f"{family}_recall": _recall(part)}
+            asked = [k for k in _KINDS if any(r.kind == k for r in own)]
+            rows.append(row | {k: _accuracy([r for r in own if r.kind == k]) for k in asked})
     return rows
 
 
+def _accuracy(results: Sequence[Result]) -> float:
+    return sum(r.correct for r in results) / len(results)
+
+
+def _recall(results: Sequence[Result]) -> float | None:
+    picked = [r.selected for r in results if r.selected is not None]
+    return sum(picked) / len(picked) if picked else None
+
+
 def _print_table(rows: Sequence[dict[str, Any]]) -> None:
-    names = ("mode", "frames", "cases", "accuracy", "recall", *NEEDLE_KINDS)
-    print("  ".join(n.rjust(9) for n in names))
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    table = [names]
     for row in rows:
         cells = [row.get(n) for n in names]
         text = ["-" if c is None else f"{c:.3f}" if isinstance(c, float) else str(c) for c in cells]
-        print("  ".join(t.rjust(9) for t in text))
+        table.append(text)
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for text in table:
+        print("  ".join(t.rjust(w) for t, w in zip(text, widths, strict=True)))
 
 
 def needle(args: NeedleArgs, model: Model) -> list[Result]:
@@ -225,6 +247,9 @@ def needle(args: NeedleArgs, model: Model) -> list[Result]:
             held_out_template=args.held_out_template,
         )
     )
+    for length, kind in itertools.product(lengths, parse_kinds(args.kinds)):
+        if not any(q.kind == kind for c in cases if c.frames == length for q in c.questions):
+            raise UserError(f"--kinds {kind}: no such question about {length} frames with {args.others} other shapes")
     bar = tqdm(cases, "needle", unit="video", file=sys.stderr)
     return [result for case in bar for result in run_case(model, case, modes, args)]
 
