@@ -266,11 +266,11 @@ PRESETS: Mapping[str, VideoXL2Config] = {
         vision=VisionConfig(width=64, mlp_width=128, layers=3, heads=4, image_size=384, patch_size=14),
         llm=LLMConfig(vocab=512, width=128, mlp_width=352, layers=4, heads=4, kv_heads=2, head_width=32),
     ),
-    # The bundled checkpoint: trained on `xl2jax.synthetic` on a CPU, 4 visual tokens a group.
+    # The bundled checkpoint: trained on `xl2jax.synthetic`, 16 visual tokens a group.
     "demo": VideoXL2Config(
-        vision=VisionConfig(width=96, mlp_width=288, layers=4, heads=4, image_size=56, patch_size=14),
-        llm=LLMConfig(vocab=512, width=128, mlp_width=384, layers=6, heads=4, kv_heads=2, head_width=32),
-        grid=4,
+        vision=VisionConfig(width=96, mlp_width=288, layers=4, heads=4, image_size=56, patch_size=7),
+        llm=LLMConfig(vocab=512, width=256, mlp_width=640, layers=6, heads=4, kv_heads=2, head_width=64),
+        grid=8,
     ),
     # Everything small: tests.
     "tiny": VideoXL2Config(

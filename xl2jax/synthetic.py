@@ -198,7 +198,7 @@ def make_scene(
             break
         start = int(starts[int(rng.integers(len(starts)))])  # type: ignore[arg-type]
         free[start : start + stay] = False
-        radius = rng.uniform(0.26, 0.34)
+        radius = rng.uniform(0.17, 0.26)
         x, y = rng.uniform(radius + 0.05, 0.95 - radius, 2)
         dx, dy = rng.uniform(-0.01, 0.01, 2)
         out.append(Event(start, stay, colour, shape, *map(float, (x, y, radius, dx, dy))))
@@ -324,7 +324,8 @@ def write_video(
 # --- data sets --------------------------------------------------------------------------------
 
 SIZES = ((64, 64), (80, 64), (64, 80), (96, 54))
-_SCALES = (0.25, 0.5, 1.0, 1.0, 2.0, 4.0)
+_SCALES = (0.25, 0.5, 1.0, 1.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+_LONGEST = 8192.0  # seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -358,7 +359,8 @@ def _one_video(args: DatasetArgs, number: int) -> list[dict[str, Any]]:
         write_video(args.folder / name, scene, width=width, height=height)
     rows = []
     for part in range(args.records):
-        scale = _SCALES[int(rng.integers(len(_SCALES)))]
+        scales = [x for x in _SCALES if x * scene.frames <= _LONGEST] or _SCALES[:1]
+        scale = scales[int(rng.integers(len(scales)))]
         turns: list[dict[str, str]] = []
         asked = set()
         for _ in range(2 * args.turns):
@@ -397,7 +399,7 @@ class ClipArgs:
     """File to write."""
     seed: int = 1
     groups: int = 8
-    kinds: tuple[Kind, ...] = ("exists", "count", "first")
+    kinds: tuple[Kind, ...] = ("colour_of", "shape_of", "exists")
     """Of the questions."""
     width: int = 640
     height: int = 360
@@ -414,8 +416,10 @@ def main() -> None:
     args.path.parent.mkdir(parents=True, exist_ok=True)
     write_video(args.path, scene, fps=1.0, width=args.width, height=args.height)
     rng = np.random.default_rng(args.seed)
-    for kind in args.kinds:
-        question = ask(scene, kind, FRAMES_PER_GROUP, rng)
+    for kind in args.kinds:  # about the first shape, in a random order, of which this can be asked
+        events = [scene.events[int(i)] for i in rng.permutation(len(scene.events))]
+        found = (ask(scene, kind, FRAMES_PER_GROUP, rng, event=event) for event in events)
+        question = next((q for q in found if q is not None), None)
         if question is not None:
             print(f"{question.text}\t{question.answer}")
 
