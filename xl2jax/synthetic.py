@@ -16,7 +16,7 @@ import json
 import math
 import multiprocessing
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,7 +28,6 @@ from tqdm import tqdm
 
 from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.errors import UserError
-from xl2jax.prompt import time_text
 from xl2jax.terminal import run_command
 from xl2jax.training.records import IMAGE
 from xl2jax.video import Clip, frame_times
@@ -88,6 +87,7 @@ TEMPLATES: dict[Kind, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 NEEDLE_KINDS: tuple[Kind, ...] = ("colour_of", "shape_of", "colour", "shape", "time")
+_MOST_EVENTS = 9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,18 +173,18 @@ def _draw(
 
 
 def make_scene(
-    seed: int, groups: int, *, events: int | None = None, most: int = 9, longest: int = 3, needle_at: int | None = None
+    seed: int, groups: int, *, events: int | None = None, longest: int = 3, needle_at: int | None = None
 ) -> Scene:
     """A scene of `groups` groups. Odd seeds may show held-out combinations.
 
     Args:
-      events: shapes; by default 1 to `most`, as many as fit.
+      events: shapes; by default up to 9, as many as fit.
       longest: most groups that a shape stays.
       needle_at: the first event is a needle in this group; the others are elsewhere, of other colours and forms.
     """
     rng = np.random.default_rng([seed, 0])
     allowed = [p for p in PAIRS if seed % 2 or p not in HELD_OUT]
-    wanted = int(rng.integers(1, min(most, groups) + 1)) if events is None else events
+    wanted = int(rng.integers(1, min(_MOST_EVENTS, groups) + 1)) if events is None else events
     free = np.ones(groups, bool)
     out = []
     order = [allowed[int(i)] for i in rng.permutation(len(allowed))]
@@ -252,24 +252,12 @@ def ask(
         colour, shape = absent[int(rng.integers(len(absent)))]
         return Question(kind, about(colour, shape), "No.", None)
     if kind == "count":
-        if len(scene.events) > 9:
-            return None
         return Question(kind, text, f"{len(scene.events)}.", None)
     if len(scene.events) < 2:
         return None
     one, two = (scene.events[int(i)] for i in rng.permutation(len(scene.events))[:2])
     first = min(one, two, key=lambda e: e.start)
     return Question(kind, text.format(one=one.name, two=two.name), f"The {first.name}.", first.start)
-
-
-def in_words(scene: Scene, seconds: float, rng: np.random.Generator) -> str:
-    """A scene told instead of shown: each group's time, then its shape's name among idle words."""
-    parts = []
-    for group in range(scene.groups):
-        names = [f" {e.name}" for e in scene.events if e.start <= group < e.start + e.groups]
-        before, after = rng.integers(0, 4, 2)
-        parts.append(time_text(round(float(group * seconds), 1)) + before * " the" + "".join(names) + after * " the")
-    return "".join(parts)
 
 
 class SceneReader:
@@ -355,14 +343,6 @@ class DatasetArgs:
     """Questions of each, at most: the same is not asked twice."""
     kinds: tuple[Kind, ...] = tuple(TEMPLATES)
     """Of these, all as often."""
-    most: int = 9
-    """Shapes in a video."""
-    longest: int = 3
-    """Groups that a shape stays."""
-    once: bool = False
-    """Asks about each shape once: else an answer can give away a later one."""
-    words: bool = False
-    """Tells the scenes in words: no videos."""
     conversations: str = "train.json"
     """Name of the file of questions and answers."""
     seed: int = 0
@@ -372,35 +352,26 @@ class DatasetArgs:
 def _one_video(args: DatasetArgs, number: int) -> list[dict[str, Any]]:
     seed = 2 * (args.seed * 10_000_000 + number)
     rng = np.random.default_rng([seed, 2])
-    scene = make_scene(seed, args.groups[int(rng.integers(len(args.groups)))], most=args.most, longest=args.longest)
+    scene = make_scene(seed, args.groups[int(rng.integers(len(args.groups)))])
     width, height = SIZES[int(rng.integers(len(SIZES)))]
     name = f"{number:06d}.mp4"
-    if not args.words and not (args.folder / name).exists():
+    if not (args.folder / name).exists():
         write_video(args.folder / name, scene, width=width, height=height)
     rows = []
     for part in range(args.records):
         scales = [x for x in _SCALES if x * scene.frames <= _LONGEST] or _SCALES[:1]
         scale = scales[int(rng.integers(len(scales)))]
         turns: list[dict[str, str]] = []
-        asked: set[Any] = set()
-        events: Sequence[Event | None] = [None] * args.turns
-        if args.once:
-            events = [scene.events[int(i)] for i in rng.permutation(len(scene.events))]
-        told = in_words(scene, FRAMES_PER_GROUP * scale, rng) if args.words else IMAGE
-        for event in (*events, *events):
-            if event in asked:
-                continue
-            kind = args.kinds[int(rng.integers(len(args.kinds)))]
-            question = ask(scene, kind, FRAMES_PER_GROUP * scale, rng, event=event)
+        asked = set()
+        for _ in range(2 * args.turns):
+            question = ask(scene, args.kinds[int(rng.integers(len(args.kinds)))], FRAMES_PER_GROUP * scale, rng)
             if question is not None and (what := (question.kind, question.answer, question.group)) not in asked:
-                asked |= {what, event} - {None}
-                head = "" if turns else f"{told}\n"
+                asked.add(what)
+                head = "" if turns else f"{IMAGE}\n"
                 turns += [{"from": "human", "value": head + question.text}, {"from": "gpt", "value": question.answer}]
             if len(turns) == 2 * args.turns:
                 break
-        if turns:
-            media = {} if args.words else {"video": name, "scale": scale}
-            rows.append({"id": f"{number}-{part}", **media, "conversations": turns})
+        rows.append({"id": f"{number}-{part}", "video": name, "scale": scale, "conversations": turns})
     return rows
 
 
