@@ -223,7 +223,7 @@ def test_an_interrupt_ends_the_command(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     write_clip(path, 20, fps=24, width=320, height=240)
     code = (
-        "import sys, time\n"
+        "import signal, time\n"
         "from pathlib import Path\n"
         "from xl2jax.terminal import run_command\n"
         "from xl2jax.video import SampleConfig, open_video\n"
@@ -232,6 +232,7 @@ def test_an_interrupt_ends_the_command(tmp_path: Path) -> None:
         "    for batch in clip.batches(4, 384, workers=2):\n"
         "        print('reading', flush=True)\n"
         "        time.sleep(0.2)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a suite in the background ignores it
         "run_command(main)\n"
     )
     process = subprocess.Popen(
