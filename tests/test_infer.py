@@ -167,6 +167,7 @@ BAD = [
     (("--question", QUESTION, "--relevance", "file"), "--relevance-file go together"),
     (("--question", QUESTION, "--relevance-layers", 0.5, 0.2), "relevance layers"),
     (("--question", QUESTION, "--offload", "--relevance-keys", "dense"), "only the pooled KV is there"),
+    (("--question", QUESTION, "--relevance", "none", "--relevance-heads", "max"), "no effect with relevance none"),
     (("--question", QUESTION, "--checkpoint", "/nowhere"), "no such checkpoint folder"),
     (("--question", QUESTION, "--attention", "magic"), "choose auto"),
     (("--question", QUESTION, "--load-cache", "/nowhere/x"), "not a whole video cache"),

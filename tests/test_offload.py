@@ -141,6 +141,12 @@ def test_offloaded_kv_is_scored_by_what_is_left(
         "the dense KV was offloaded: chunks are scored by the pooled KV"
     ) == 1
     assert_same_context(automatic[0], context(model, there, POOLED, 3))
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        here = small(CacheConfig(None, False))
+        for _ in range(2):
+            context(model, here, RelevanceConfig(), 3)
+    assert [r.message for r in caplog.records].count("chunks are scored by the dense KV (auto)") == 1
     with pytest.raises(UserError, match="score chunks by the pooled KV"):
         context(model, there, RelevanceConfig(attention=AttentionScorer(keys="dense")), 3)
 

@@ -203,7 +203,9 @@ def test_needle_command(checkpoint: Path, tmp_path: Path, command: Callable[...,
     assert report["rows"][0]["recall"] is None
     # The first chunk is always dense: that is no merit.
     assert all((c["selected"] is None) == (c["depth"] == 0 or c["mode"] == "chunked") for c in report["cases"])
-    assert picture(plot).shape[1] > 300
+    height, width = picture(plot).shape[:2]
+    assert width > 300
+    assert height > 0.6 * width  # two modes across, and by content and by time below each other
 
 
 def test_summary_counts() -> None:
@@ -233,6 +235,19 @@ def test_the_bundled_model_finds_needles(command: Callable[..., tuple[int, str, 
     assert min(found[m]["accuracy"] for m in ("dense", "chunked", "top2")) >= 0.85
     assert found["top2"]["recall"] >= 0.9
     assert found["random2"]["accuracy"] <= 0.5
+
+
+def test_the_bundled_model_finds_needles_in_short_videos(command: Callable[..., tuple[int, str, str]]) -> None:
+    """By time too, which it is good at in 8 frames alone (README)."""
+    status, out, err = command(
+        needle.main, "--checkpoint", DEFAULT_CHECKPOINT, "--frames", "8", "--depths", "0,1", "--cases", "5",
+        "--modes", "dense,chunked,top0", "--kinds", "colour_of,shape_of,colour,shape", "--select-chunk-groups", "1",
+        "--seed", "7", "--json",
+    )  # fmt: skip
+    assert status == 0, err
+    found = {r["mode"]: r for r in json.loads(out)["rows"]}
+    assert [r["cases"] for r in found.values()] == [40, 40, 40]
+    assert min(r["accuracy"] for r in found.values()) >= 0.85
 
 
 def test_the_bundled_model_answers_the_demo(tmp_path: Path, command: Callable[..., tuple[int, str, str]]) -> None:
@@ -288,6 +303,8 @@ def test_needle_refusals(checkpoint: Path, refused: Callable[..., str]) -> None:
     assert "--kinds" in refuse("--kinds", "colour,size")
     assert "no such question about 8 frames" in refuse("--frames", "8", "--kinds", "first", "--others", "0")
     assert "--depths: numbers from 0 to 1" in refuse("--depths", "0,2")
+    assert "no effect with relevance similarity" in refuse("--relevance", "similarity", "--relevance-keys", "dense")
+    assert "relevance layers" in refuse("--relevance-layers", 0.5, 0.5)
     assert "--modes" in refuse("--modes", "sparse")
     assert "--modes" in refuse("--modes", "top")
     assert parse_modes("dense,top12") == {"dense": ("dense", 0), "top12": ("top", 12)}

@@ -112,12 +112,9 @@ def pretrain_vision(
         losses, right = [], []
         for x, label, none in zip(logits, (colours, forms), (len(COLOURS), len(SHAPES)), strict=True):
             loss = optax.softmax_cross_entropy_with_integer_labels(x, label)
-            for there in (
-                label != none,
-                label == none,
-            ):  # few tokens have a shape at their place: both halves count alike
-                losses.append(jnp.sum(loss * there) / jnp.sum(there))
-            right.append(jnp.sum((x.argmax(-1) == label) & (label != none)) / jnp.sum(label != none))
+            there = label != none  # so at few tokens: with and without a shape count alike
+            losses += [jnp.mean(loss, where=there), jnp.mean(loss, where=~there)]
+            right.append(jnp.mean(x.argmax(-1) == label, where=there))
         return jnp.sum(jnp.stack(losses)), jnp.stack(right)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))

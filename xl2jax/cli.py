@@ -125,16 +125,15 @@ class Args:
     def cache_config(self) -> CacheConfig:
         if self.offload and self.decode == "dense":
             raise UserError("--offload has no use with --decode dense, which reads all of the KV: leave one out")
-        if self.offload and self.relevance == "attention" and self.relevance_keys == "dense":
+        if self.offload and self.relevance_keys == "dense":
             raise UserError(
                 "--relevance-keys dense: with --offload only the pooled KV is there to look at (auto or pooled)"
             )
         return CacheConfig(self.cache_dtype, self.offload)
 
     def relevance_config(self) -> RelevanceConfig:
-        first, last = self.relevance_layers
-        if not 0 <= first < last <= 1:
-            raise UserError(f"relevance layers are two rising shares of the depth from 0 to 1, not {first} {last}")
+        scorer = AttentionScorer(*self.relevance_layers, self.relevance_heads, self.relevance_keys)
+        scorer.check(self.relevance)
         if (self.relevance == "file") != (self.relevance_file is not None):
             raise UserError("--relevance file and --relevance-file go together")
         if self.relevance_file is None and (self.relevance_category is not None or self.relevance_missing != "error"):
@@ -144,7 +143,7 @@ class Args:
         if self.decode == "dense" and (self.top_chunks is not None or self.relevance != "attention"):
             raise UserError("--top-chunks and --relevance have no effect with --decode dense: leave them out")
         return RelevanceConfig(
-            self.relevance, AttentionScorer(first, last, self.relevance_heads, self.relevance_keys),
+            self.relevance, scorer,
             self.relevance_file, self.relevance_category, self.relevance_missing,
         )  # fmt: skip
 

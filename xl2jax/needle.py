@@ -162,6 +162,10 @@ def make_cases(
                 yield Case(length, depth, scene, tuple(questions))
 
 
+def _scorer(args: NeedleArgs) -> AttentionScorer:
+    return AttentionScorer(*args.relevance_layers, args.relevance_heads, args.relevance_keys)
+
+
 def run_case(model: Model, case: Case, modes: dict[str, tuple[str, int]], args: NeedleArgs) -> Iterator[Result]:
     """One video watched once per kind of prefill, and asked in every mode."""
     watched: dict[bool, WatchedVideo] = {}
@@ -174,8 +178,7 @@ def run_case(model: Model, case: Case, modes: dict[str, tuple[str, int]], args: 
         if kind in ("top", "random"):
             blocks = -(-case.scene.groups // args.select_chunk_groups)
             bilevel = BilevelConfig(args.select_chunk_groups, args.pool, min(top, blocks))
-            scorer = AttentionScorer(*args.relevance_layers, args.relevance_heads, args.relevance_keys)
-            relevance = RelevanceConfig("random" if kind == "random" else args.relevance, scorer)
+            relevance = RelevanceConfig("random" if kind == "random" else args.relevance, _scorer(args))
         for question in case.questions:
             answer = model.ask(watched[dense], question.text, max_new_tokens=16, bilevel=bilevel, relevance=relevance)
             yield Result(
@@ -260,6 +263,7 @@ def main() -> None:
     numbers("--depths", args.depths, 0, 1)
     parse_modes(args.modes)
     parse_kinds(args.kinds)
+    _scorer(args).check(args.relevance)
     model = xl2jax.load(args.checkpoint, dtype=args.dtype)
     results = needle(args, model)
     rows = summary(results)

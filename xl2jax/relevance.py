@@ -30,6 +30,16 @@ class AttentionScorer:
     keys: Literal["auto", "dense", "pooled"] = "auto"
     """What the question is run against. auto: the dense KV, but the pooled KV where the dense one was offloaded."""
 
+    def check(self, scorer: str) -> None:
+        """Raises UserError for layers that are none, and for settings of its own where another scorer is asked for."""
+        if not 0 <= self.first_layer < self.last_layer <= 1:
+            raise UserError(
+                "relevance layers are two rising shares of the depth from 0 to 1, "
+                f"not {self.first_layer} {self.last_layer}"
+            )
+        if scorer != "attention" and self != AttentionScorer():
+            raise UserError(f"relevance layers, heads and keys have no effect with relevance {scorer}: leave them out")
+
     def layers(self, depth: int) -> tuple[int, int]:
         first = min(int(self.first_layer * depth), depth - 1)
         return first, max(round(self.last_layer * depth), first + 1)

@@ -172,9 +172,10 @@ def _scores(
     keys = relevance.attention.keys
     if keys == "dense" and video.host is not None:
         raise UserError("the dense KV was offloaded: score chunks by the pooled KV (relevance keys auto or pooled)")
-    if keys == "auto" and video.host is not None and not video.told_pooled:
-        logger.info("the dense KV was offloaded: chunks are scored by the pooled KV")
-        video.told_pooled = True
+    if keys == "auto" and not video.told_keys:
+        offloaded = "the dense KV was offloaded: chunks are scored by the pooled KV"
+        logger.info("chunks are scored by the dense KV (auto)" if video.host is None else offloaded)
+        video.told_keys = True
     if keys == "pooled" or video.host is not None:
         context, source = _mix(model, video, pooled, np.zeros(video.group_capacity, bool), 0, bilevel)
         group = jnp.where(source.valid, source.group, -1)

@@ -46,7 +46,7 @@ class CacheConfig:
 
 @dataclasses.dataclass
 class WatchedVideo:
-    """A video in the KV cache. Never changed by questions; `pooled` is filled on first use."""
+    """A video in the KV cache. Never changed by questions; `pooled` and `told_keys` are set on first use."""
 
     path: str
     duration: float
@@ -62,8 +62,8 @@ class WatchedVideo:
     host: HostKV | None = None
     """The visual KV where it was offloaded; `cache` holds the globals alone then."""
     pooled: dict[int, PooledKV] = dataclasses.field(default_factory=dict)
-    told_pooled: bool = False
-    """Whether it was said that chunks are scored by the pooled KV."""
+    told_keys: bool = False
+    """Whether it was said which KV chunks are scored by."""
 
     @property
     def group_capacity(self) -> int:
