@@ -1,6 +1,7 @@
 """How the bundled checkpoint is made: python -m xl2jax.bundled build/demo
 
-Vision first, through linear heads; then the LLM, with train.py's own loop, on videos of `xl2jax.synthetic`.
+Vision first, through linear heads; then the LLM, with train.py's own loop, on videos of `xl2jax.synthetic`; then
+looking up by time, on composed videos (`xl2jax.composed`).
 """
 
 from __future__ import annotations
@@ -21,14 +22,13 @@ import tyro
 from flax import nnx
 from tqdm import tqdm
 
-from xl2jax.checkpoint import load_params, write_torch
+from xl2jax.checkpoint import load_params, write_params
+from xl2jax.composed import Phase, encode_groups, train_composed
 from xl2jax.config import FRAMES_PER_GROUP, PRESETS, VideoXL2Config
 from xl2jax.demo import make_checkpoint
 from xl2jax.errors import UserError
 from xl2jax.model import abstract_model, normalise
-from xl2jax.names import Entry, flatten
-from xl2jax.read_ahead import resize
-from xl2jax.synthetic import COLOURS, NEEDLE_KINDS, SHAPES, SIZES, DatasetArgs, Kind, make_scene, write_dataset
+from xl2jax.synthetic import COLOURS, NEEDLE_KINDS, SHAPES, DatasetArgs, Kind, group_frames, make_scene, write_dataset
 from xl2jax.terminal import run_command
 
 _VISION_SEED = 100_000_000
@@ -55,10 +55,19 @@ STAGES = (
     Stage("longest", dataclasses.replace(_DATA, videos=1_600, groups=(16, 64, 256), seed=4), 4e-4, 24, steps=350),
 )
 
+# Then looking up by time, on composed videos: short ones first, as the lookup is found there.
+PHASES = (
+    Phase("lookup-4", groups=4, batch=24, steps=1200, learning_rate=8e-4, seed=10),
+    Phase("lookup-16", groups=16, batch=8, steps=800, learning_rate=6e-4, seed=11),
+    Phase("lookup-16b", groups=16, batch=8, steps=500, learning_rate=6e-4, seed=12),
+    Phase("lookup-64", groups=64, batch=4, steps=400, learning_rate=4e-4, seed=13),
+    Phase("lookup-256", groups=256, batch=1, steps=120, learning_rate=2e-4, seed=14),
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainArgs:
-    """Makes the bundled checkpoint: random weights, vision first, then the LLM on synthetic videos."""
+    """Makes the bundled checkpoint: random weights, vision first, then the LLM on synthetic and on composed videos."""
 
     folder: Annotated[Path, tyro.conf.Positional]
     """Folder for data, runs and results; what is already there is not made again."""
@@ -77,14 +86,13 @@ def labelled_groups(batch: int, size: int, grid: int, first_seed: int) -> tuple[
     for i in range(batch):
         seed = 2 * (first_seed + i)
         scene = make_scene(seed, 1, events=0 if i % 8 == 0 else 1)
-        width, height = SIZES[seed // 2 % len(SIZES)]
-        frames += [resize(scene.frame(f, width, height), size) for f in range(FRAMES_PER_GROUP)]
+        frames.append(group_frames(scene, size))
         for event in scene.events:
             half = (FRAMES_PER_GROUP - 1) / 2
             centre = (event.y + half * event.dy, event.x + half * event.dx)
             place = (i, *(min(int(c * grid), grid - 1) for c in centre))
             colours[place], forms[place] = list(COLOURS).index(event.colour), SHAPES.index(event.shape)
-    return np.stack(frames), colours.reshape(batch, -1), forms.reshape(batch, -1)
+    return np.concatenate(frames), colours.reshape(batch, -1), forms.reshape(batch, -1)
 
 
 def pretrain_vision(
@@ -139,16 +147,14 @@ def pretrain_vision(
             loss_mean, colour, form = np.mean(recent, axis=0)
             bar.set_postfix(loss=f"{loss_mean:.3f}", colour=f"{colour:.3f}", form=f"{form:.3f}")
             bar.update()
-    learnt = {name: np.asarray(x) for name, x in flatten(nnx.State({**params, **state[0]})).items()}
-
-    def read(entry: Entry) -> np.ndarray:
-        return learnt[entry.param] if entry.layer is None else learnt[entry.param][entry.layer]
-
-    write_torch(target, config, read, "float32", companions=source)
+    write_params(target, config, nnx.State({**params, **state[0]}), companions=source)
 
 
 def train_bundled(args: TrainArgs) -> None:
-    """Every stage starts from the one before it; the last one's weights are the bundled checkpoint."""
+    """Every stage and phase starts from the one before it; the last one's weights are the bundled checkpoint.
+
+    What has its result in the folder is not run again.
+    """
     from xl2jax.training.config import PRESETS as TRAINING
     from xl2jax.training.run import train
 
@@ -163,9 +169,9 @@ def train_bundled(args: TrainArgs) -> None:
         pretrain_vision(random, weights, steps=VISION_STEPS, processes=args.processes)
     for stage in STAGES:
         data, result = args.folder / f"videos-{stage.name}" / "train.json", args.folder / stage.name
-        if not data.exists():
-            write_dataset(dataclasses.replace(stage.data, folder=data.parent, processes=args.processes))
         if not result.exists():
+            if not data.exists():
+                write_dataset(dataclasses.replace(stage.data, folder=data.parent, processes=args.processes))
             status = train(
                 dataclasses.replace(
                     TRAINING["stage4"], checkpoint=str(weights), data=data, export=result,
@@ -180,6 +186,13 @@ def train_bundled(args: TrainArgs) -> None:
             if status:
                 sys.exit(status)
         weights = result
+    encoded, heads = None, None
+    for phase in PHASES:
+        run, result = args.folder / f"run-{phase.name}", args.folder / phase.name
+        if not result.exists():
+            encoded = encode_groups(weights) if encoded is None else encoded
+            train_composed(weights, result, phase, run, encoded=encoded, heads=heads)
+        weights, heads = result, run
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from flax import nnx, traverse_util
 
 from xl2jax.config import VISION_FOLDER, VideoXL2Config
 from xl2jax.errors import UserError
-from xl2jax.names import Entry, entries, is_unused, unflatten
+from xl2jax.names import Entry, entries, flatten, is_unused, unflatten
 from xl2jax.tensor_files import (
     DTYPES,
     FLOATS,
@@ -382,6 +382,16 @@ def write_torch(
         if len(shards) > 1:
             index = {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(weight_map.items()))}
             (place / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_params(target: Path, config: VideoXL2Config, params: nnx.State, *, companions: Path) -> None:
+    """Float32 parameters in memory as upstream's layout, with the companions of the checkpoint they came from."""
+    stored = {name: np.asarray(x) for name, x in flatten(params).items()}
+
+    def read(entry: Entry) -> np.ndarray:
+        return stored[entry.param] if entry.layer is None else stored[entry.param][entry.layer]
+
+    write_torch(target, config, read, "float32", companions=companions)
 
 
 def _unused_of(companions: Path | None) -> tuple[TensorFolder, list[str]]:

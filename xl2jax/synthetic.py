@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.errors import UserError
+from xl2jax.read_ahead import resize
 from xl2jax.terminal import run_command
 from xl2jax.training.records import IMAGE
 from xl2jax.video import Clip, frame_times
@@ -86,8 +87,9 @@ TEMPLATES: dict[Kind, tuple[str, ...]] = {
         "Which {colour} shape was there?", "What {colour} shape appeared?",
     ),
 }  # fmt: skip
+MOST_COUNTED = 9
+"""Shapes of a video that is asked how many it has: an answer of one digit."""
 NEEDLE_KINDS: tuple[Kind, ...] = ("colour_of", "shape_of", "colour", "shape", "time")
-_MOST_EVENTS = 9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,18 +175,24 @@ def _draw(
 
 
 def make_scene(
-    seed: int, groups: int, *, events: int | None = None, longest: int = 3, needle_at: int | None = None
+    seed: int,
+    groups: int,
+    *,
+    events: int | None = None,
+    most: int = MOST_COUNTED,
+    longest: int = 3,
+    needle_at: int | None = None,
 ) -> Scene:
     """A scene of `groups` groups. Odd seeds may show held-out combinations.
 
     Args:
-      events: shapes; by default up to 9, as many as fit.
+      events: shapes; by default 1 to `most`, as many as fit.
       longest: most groups that a shape stays.
       needle_at: the first event is a needle in this group; the others are elsewhere, of other colours and forms.
     """
     rng = np.random.default_rng([seed, 0])
     allowed = [p for p in PAIRS if seed % 2 or p not in HELD_OUT]
-    wanted = int(rng.integers(1, min(_MOST_EVENTS, groups) + 1)) if events is None else events
+    wanted = int(rng.integers(1, min(most, groups) + 1)) if events is None else events
     free = np.ones(groups, bool)
     out = []
     order = [allowed[int(i)] for i in rng.permutation(len(allowed))]
@@ -216,18 +224,23 @@ class Question:
 
 def ask(
     scene: Scene, kind: Kind, seconds: float, rng: np.random.Generator, *, template: int | None = None,
-    event: Event | None = None,
+    event: Event | None = None, start: float = 0.0,
 ) -> Question | None:  # fmt: skip
-    """A question about a scene whose groups are `seconds` apart; None where the scene has none of that kind.
+    """A question about a scene whose groups are `seconds` apart.
 
-    `template`: by default one of those that are trained on.
+    None where it has none of that kind: a colour or form that is not unique, too many shapes to count, one to order.
+
+    Args:
+      template: by default one of those that are trained on.
+      event: what it is about; by default any. "first" and "count" are about the whole video.
+      start: seconds at the first group.
     """
     choices = TEMPLATES[kind]
     text = choices[int(rng.integers(len(choices) - 1)) if template is None else template]
     event = event or scene.events[int(rng.integers(len(scene.events)))]
 
     def when(group: int) -> str:
-        return str(round(float(group * seconds), 1))
+        return str(round(float(start + group * seconds), 1))
 
     def about(colour: str, shape: str) -> str:
         return text.format(a="an" if colour[0] == "o" else "a", colour=colour, shape=shape)
@@ -252,12 +265,20 @@ def ask(
         colour, shape = absent[int(rng.integers(len(absent)))]
         return Question(kind, about(colour, shape), "No.", None)
     if kind == "count":
+        if len(scene.events) > MOST_COUNTED:
+            return None
         return Question(kind, text, f"{len(scene.events)}.", None)
     if len(scene.events) < 2:
         return None
     one, two = (scene.events[int(i)] for i in rng.permutation(len(scene.events))[:2])
     first = min(one, two, key=lambda e: e.start)
     return Question(kind, text.format(one=one.name, two=two.name), f"The {first.name}.", first.start)
+
+
+def group_frames(scene: Scene, size: int) -> np.ndarray:
+    """uint8 [4, size, size, 3] of a scene's first group, drawn in one of `SIZES`."""
+    width, height = SIZES[scene.seed // 2 % len(SIZES)]
+    return np.stack([resize(scene.frame(f, width, height), size) for f in range(FRAMES_PER_GROUP)])
 
 
 class SceneReader:
@@ -325,7 +346,14 @@ def write_video(
 
 SIZES = ((64, 64), (80, 64), (64, 80), (96, 54))
 _SCALES = (0.25, 0.5, 1.0, 1.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-_LONGEST = 8192.0  # seconds
+LONGEST = 8192.0
+"""Seconds that a training video lasts, at most."""
+
+
+def draw_scale(frames: int, rng: np.random.Generator) -> float:
+    """Seconds between the frames of a training video."""
+    scales = [x for x in _SCALES if x * frames <= LONGEST] or _SCALES[:1]
+    return scales[int(rng.integers(len(scales)))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -359,8 +387,7 @@ def _one_video(args: DatasetArgs, number: int) -> list[dict[str, Any]]:
         write_video(args.folder / name, scene, width=width, height=height)
     rows = []
     for part in range(args.records):
-        scales = [x for x in _SCALES if x * scene.frames <= _LONGEST] or _SCALES[:1]
-        scale = scales[int(rng.integers(len(scales)))]
+        scale = draw_scale(scene.frames, rng)
         turns: list[dict[str, str]] = []
         asked = set()
         for _ in range(2 * args.turns):

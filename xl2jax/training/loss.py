@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from xl2jax.model import VideoXL2
 from xl2jax.ops.dense import dense_attention
+from xl2jax.qwen2 import Qwen2
 from xl2jax.training.sharding import split_batch
 
 IGNORE = -100
@@ -32,6 +33,13 @@ class TokenBatch(NamedTuple):
     None: one sample a row."""
 
 
+def embeddings(llm: Qwen2, visual: jax.Array, tokens: TokenBatch) -> jax.Array:
+    """Visual tokens [B, N, D] at their places among the embedded text, [B, T, D]."""
+    own = jnp.take_along_axis(visual, jnp.maximum(tokens.visual, 0)[..., None], axis=1)
+    is_text = tokens.visual < 0
+    return jnp.where(is_text[..., None], llm.embed_tokens(jnp.where(is_text, tokens.ids, 0)), own)
+
+
 def hidden_states(model: VideoXL2, pixels: jax.Array, tokens: TokenBatch, *, remat: bool) -> jax.Array:
     """Pixels [B, F, H, W, 3] in [-1, 1] and tokens [B, T] -> normed hidden states [B, T, D].
 
@@ -41,9 +49,7 @@ def hidden_states(model: VideoXL2, pixels: jax.Array, tokens: TokenBatch, *, rem
     pixels = split_batch(pixels.reshape(b * f, *pixels.shape[2:]))
     visual = split_batch(model.encode_frames(pixels, remat=remat))
     visual = visual.reshape(b, -1, visual.shape[-1])
-    own = jnp.take_along_axis(visual, jnp.maximum(tokens.visual, 0)[..., None], axis=1)
-    is_text = (tokens.visual < 0)[..., None]
-    x = split_batch(jnp.where(is_text, model.llm.embed_tokens(jnp.where(is_text[..., 0], tokens.ids, 0)), own))
+    x = split_batch(embeddings(model.llm, visual, tokens))
     positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
     mask = None
     if tokens.segment is not None:
@@ -60,12 +66,17 @@ def hidden_states(model: VideoXL2, pixels: jax.Array, tokens: TokenBatch, *, rem
 def token_loss(
     model: VideoXL2, pixels: jax.Array, tokens: TokenBatch, *, remat: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-    """(sum of cross-entropies, labelled tokens), float32: their ratio is upstream's loss.
+    """(sum of cross-entropies, labelled tokens), float32: their ratio is upstream's loss."""
+    return cross_entropies(model.llm, hidden_states(model, pixels, tokens, remat=remat), tokens.labels)
+
+
+def cross_entropies(llm: Qwen2, hidden: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Normed hidden states [B, T, D], labels [B, T] -> (sum of cross-entropies, labelled tokens), float32.
 
     Labels are shifted: the hidden state at t answers for the label at t + 1. Logits are made for a few
     hundred tokens of each row at a time and again in the backward pass, never for the whole batch.
     """
-    hidden, labels = hidden_states(model, pixels, tokens, remat=remat)[:, :-1], tokens.labels[:, 1:]
+    hidden, labels = hidden[:, :-1], labels[:, 1:]
     block = min(_LOSS_BLOCK, labels.shape[1])
     short = -labels.shape[1] % block
     hidden = jnp.pad(hidden, ((0, 0), (0, short), (0, 0)))
@@ -75,7 +86,7 @@ def token_loss(
     def of_block(xs: tuple[jax.Array, jax.Array]) -> jax.Array:
         hidden, labels = xs
         counted = labels != IGNORE
-        logits = model.llm.logits(hidden)
+        logits = llm.logits(hidden)
         picked = jnp.take_along_axis(logits, jnp.where(counted, labels, 0)[..., None], axis=-1)[..., 0]
         return jnp.sum(jnp.where(counted, jax.nn.logsumexp(logits, axis=-1) - picked, 0.0))
 

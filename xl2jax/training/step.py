@@ -75,12 +75,17 @@ def learning_rate(config: TrainConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([rise, optax.constant_schedule(config.learning_rate)], [warmup])
 
 
+def is_decayed(name: str) -> bool:
+    """Whether weight decay applies to a parameter: to matrices, not to biases and norms."""
+    return name.endswith((".kernel", ".embedding", ".lora_a", ".lora_b"))
+
+
 def optimizer(config: TrainConfig, names: list[str], steps: int) -> optax.GradientTransformation:
     """Global-norm clip, AdamW (decay on matrices only), per-part rates."""
     shares = dict.fromkeys(names, 1.0)
     for pattern, rate in config.part_rates():
         shares |= {n: rate / config.learning_rate for n in names if fnmatch.fnmatchcase(n, pattern)}
-    decayed = {n: n.endswith((".kernel", ".embedding", ".lora_a", ".lora_b")) for n in names}
+    decayed = {n: is_decayed(n) for n in names}
     scaled = optax.stateless(lambda updates, _: {n: u * shares[n] for n, u in updates.items()})
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),

@@ -1,0 +1,225 @@
+"""Videos composed of encoded groups, and the training on them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+
+from xl2jax import bundled, composed
+from xl2jax.checkpoint import load_params
+from xl2jax.cli import DEFAULT_CHECKPOINT
+from xl2jax.composed import (
+    NO_TARGET,
+    OF_PAIR,
+    Phase,
+    Rows,
+    auxiliary_loss,
+    compose,
+    digits,
+    language_loss,
+    layer_outputs,
+    train_composed,
+)
+from xl2jax.errors import UserError
+from xl2jax.model import VideoXL2, abstract_model, normalise
+from xl2jax.ops.dense import dense_attention
+from xl2jax.prompt import PromptTokenizer
+from xl2jax.synthetic import COLOURS, HELD_OUT, PAIRS, SHAPES, make_scene
+from xl2jax.training.loss import IGNORE, TokenBatch, token_loss
+
+CHECKPOINT = Path(DEFAULT_CHECKPOINT)
+VISUAL = 16
+PHASE = Phase("test", groups=6, batch=2, steps=3, learning_rate=1e-3, seed=1)
+TOKENIZER = PromptTokenizer.load(CHECKPOINT, 443)
+
+
+@given(st.integers(0, 99_999))
+def test_digits_are_the_time(tenths: int) -> None:
+    found = digits(tenths / 10)
+    said = "".join(str(d) for d in reversed(found) if d < 10)
+    assert f"{said[:-1]}.{said[-1]}" == str(tenths / 10)
+
+
+def shown_in(group: int) -> tuple[str, str] | None:
+    trained = [p for p in PAIRS if p not in HELD_OUT]
+    return trained[group // OF_PAIR] if group < len(trained) * OF_PAIR else None
+
+
+def names_in(question: str) -> tuple[list[str], list[str]]:
+    words = re.findall("[a-z]+", question)
+    return [c for c in COLOURS if c in words], [s for s in SHAPES if s in words]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 10**6), st.sampled_from([1, 2, 4, 9, 40]))
+def test_rows_say_what_the_heads_should(seed: int, groups: int) -> None:
+    """Everything is read off again from the row's own text: answers, and all that the heads are asked for."""
+    phase = dataclasses.replace(PHASE, groups=groups)
+    row_groups, ids, visual, labels, positions, early, late = compose(seed, phase, TOKENIZER, VISUAL)
+    shown = [shown_in(int(g)) for g in row_groups]
+    text = [TOKENIZER.decode([int(i)]) for i in ids]
+    wanted_early, wanted_late = np.full_like(early, NO_TARGET), np.full_like(late, NO_TARGET)
+    times = []
+    for group in range(groups):
+        (first,) = np.flatnonzero(visual == group * VISUAL)
+        assert (visual[first : first + VISUAL] == np.arange(VISUAL) + group * VISUAL).all()
+        times.append("".join(text[first - 10 : first]).rpartition("Time ")[2].removesuffix("s:"))
+        wanted_early[first : first + VISUAL, :5] = digits(float(times[-1]))
+    used = int(np.flatnonzero(labels != IGNORE)[-1]) + 1
+    subjects = []
+    after_video = int(np.flatnonzero(visual >= 0)[-1]) + 1
+    places = [i for i in range(after_video, used) if "".join(text[i - 1 : i + 1]) == "assistant\n"]
+    for place in places:
+        question = "".join(text[after_video:place]).rsplit("user\n", 1)[-1].strip()
+        answer = "".join(text[place + 1 : used]).split("\n")[0]
+        colours, forms = names_in(question)
+        asked = [[*COLOURS].index(colours[0]) if colours else 8, SHAPES.index(forms[0]) if forms else 5]
+        about_time = "seconds" in question
+        if about_time:
+            (time,) = re.findall(r"[\d.]+(?= seconds)", question)
+            wanted_early[place, :5] = digits(float(time))
+            subject = shown[times.index(time)]
+            assert subject is not None
+            if answer.endswith("."):
+                assert answer.rstrip(".").lower() in subject
+                subjects.append(subject)
+        elif question.startswith(("When", "At what time")):
+            where = [i for i, s in enumerate(shown) if s == (colours[0], forms[0])]
+            if answer.endswith("seconds."):
+                assert answer == f"At {times[where[0]]} seconds."
+                subjects.append((colours[0], forms[0]))
+            # From the newline before the answer to the time's last digit.
+            end = next((i for i in range(place, used) if text[i].strip() == "seconds"), used)
+            wanted_early[place:end, 5:] = asked
+            wanted_late[place:end, :5] = digits(float(times[where[0]]))
+        elif " or " in question:  # the order of two: last
+            assert place == places[-1]
+        elif len(colours) + len(forms) == 1:  # what colour, which shape
+            (subject,) = {s for s in shown if s is not None and {*colours, *forms} & {*s}}
+            if answer.endswith("."):
+                assert answer.rstrip(".").lower() in subject
+                subjects.append(subject)
+            wanted_early[place, 5:] = asked
+        elif len(colours) == 1:  # was there
+            if answer.endswith("."):
+                assert answer == ("Yes." if (colours[0], forms[0]) in shown else "No.")
+                subjects += [(colours[0], forms[0])] * (answer == "Yes.")
+            wanted_early[place, 5:] = asked
+        else:
+            assert question.startswith("How many")
+            assert answer.rstrip(".") in (str(len({*shown} - {None})), "")
+    assert (early == wanted_early).all()
+    assert (late == wanted_late).all()
+    assert len(set(subjects)) == len(subjects)
+    assert (labels[used:] == IGNORE).all()
+    steps = np.diff(positions)
+    assert (steps >= 1).all()
+    assert positions[-1] < 32768
+    assert all(visual[i] % VISUAL == VISUAL - 1 and visual[i] >= 0 for i in np.flatnonzero(steps > 1))
+
+
+def test_three_rows_in_ten_have_gaps() -> None:
+    ends = [compose(seed, PHASE, TOKENIZER, VISUAL)[4][-1] for seed in range(200)]
+    far = np.array(ends) - (PHASE.tokens(VISUAL) - 1)
+    assert 40 <= (far > 0).sum() <= 80
+    assert far.max() > 10_000
+
+
+@pytest.fixture(scope="module")
+def model() -> VideoXL2:
+    config, params = load_params(CHECKPOINT, "float32")
+    found: VideoXL2 = nnx.merge(nnx.graphdef(abstract_model(config, "float32")), params)
+    return found
+
+
+def stack(rows: list[tuple[np.ndarray, ...]]) -> Rows:
+    return Rows(*(jnp.asarray(np.stack(x)) for x in zip(*rows, strict=True)))
+
+
+def test_loss_is_that_of_the_same_videos_in_frames(model: VideoXL2) -> None:
+    size = model.config.vision.image_size
+    scenes = [make_scene(2 * i, 1, events=1) for i in range(5)]
+    frames = np.stack([[s.frame(f, size, size) for f in range(4)] for s in scenes])
+    encoded = model.encode_frames(normalise(jnp.asarray(frames.reshape(-1, size, size, 3))))
+    found = [compose(seed, PHASE, TOKENIZER, VISUAL) for seed in range(20)]
+    rows = stack([r for r in found if (r[4] == np.arange(len(r[4]))).all()][:3])  # train.py knows no gaps
+    rows = rows._replace(groups=rows.groups % len(scenes))
+    loss, _ = jax.jit(lambda: language_loss(model, encoded, rows))()
+    pixels = normalise(jnp.asarray(frames)[rows.groups].reshape(3, -1, size, size, 3))
+    tokens = TokenBatch(rows.ids, rows.visual, rows.labels)
+    wanted, count = jax.jit(lambda: token_loss(model, pixels, tokens))()
+    assert float(loss) == pytest.approx(float(wanted / count), rel=1e-4)
+
+
+def test_layers_give_what_the_llm_gives_at_positions_with_gaps(model: VideoXL2) -> None:
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((2, 24, 256)), jnp.float32)
+    positions = jnp.asarray(np.cumsum(rng.integers(1, 400, (2, 24)), axis=1), jnp.int32)
+    *layers, last = layer_outputs(model, x, positions)
+    wanted, _ = model.llm.forward(
+        x, positions, lambda state, layer, q, k, v: (state, dense_attention(q, k, v, causal=True)), None
+    )
+    assert len(layers) == model.config.llm.layers - 1
+    np.testing.assert_allclose(model.llm.norm(last), wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_auxiliary_loss_counts_what_has_a_target() -> None:
+    """Two of four tokens count; one tells everything, the other a wrong colour. The head copies what it is given."""
+    logits = np.zeros((1, 4, 70))
+    targets = np.full((1, 4, 7), NO_TARGET)
+    targets[0, 0, :5] = targets[0, 3, :5] = 7
+    targets[0, 1, 5:] = 2, 3
+    for first in range(0, 55, 11):
+        logits[0, 0, first + 7] = logits[0, 3, first + 1] = 100.0
+    logits[0, 1, [55 + 4, 64 + 3]] = 100.0
+    tokens = np.array([[True, True, True, False]])
+    scale = np.sqrt((logits**2).mean(-1, keepdims=True) + 1e-6)  # the states are normed before the head
+    loss, told = auxiliary_loss(
+        jnp.eye(70) * 100, jnp.asarray(logits), jnp.asarray(targets), jnp.asarray(tokens)
+    )  # float32
+    assert told.tolist() == [1, 2]
+    assert float(loss) == pytest.approx(100 * float(logits[0, 1].max() / scale[0, 1, 0]), rel=1e-3)
+
+
+def test_the_command_trains_the_llm_alone_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(composed, "OF_PAIR", 1)
+    monkeypatch.setattr(composed, "OF_NOTHING", 4)
+    still = dataclasses.replace(PHASE, name="still", learning_rate=0.0, steps=1)
+    monkeypatch.setattr(bundled, "PHASES", (PHASE, still))
+    for done in ("random", "vision", *(stage.name for stage in bundled.STAGES)):
+        (tmp_path / done).symlink_to(CHECKPOINT.absolute())
+    bundled.train_bundled(bundled.TrainArgs(tmp_path))
+    before, after = load_file(CHECKPOINT / "model.safetensors"), load_file(tmp_path / "test" / "model.safetensors")
+    assert before.keys() == after.keys()
+    same = {name for name in before if np.array_equal(before[name], after[name])}
+    assert same == {n for n in before if "vision_tower" in n or ".sae." in n or "mm_projector" in n}
+    (line,) = map(json.loads, (tmp_path / "run-test" / "log.jsonl").read_text().splitlines())
+    assert line["step"] == 3
+    assert 0 < line["loss"] < 1
+    assert 0 <= line["seen"] <= 1
+    # The second phase goes on with the heads: at a rate of 0 they stay as they are.
+    with np.load(tmp_path / "run-test" / "heads.npz") as a, np.load(tmp_path / "run-still" / "heads.npz") as b:
+        for name in ("early", "late"):
+            assert np.abs(a[name]).max() > 0
+            np.testing.assert_array_equal(a[name], b[name])
+    # What is there is not made again; what is missing is named.
+    monkeypatch.setattr(composed, "write_params", None)
+    bundled.train_bundled(bundled.TrainArgs(tmp_path))
+    (tmp_path / "run-test" / "heads.npz").unlink()
+    (tmp_path / "still").rename(tmp_path / "away")
+    with pytest.raises(UserError, match=r"heads.npz: cannot be read"):
+        bundled.train_bundled(bundled.TrainArgs(tmp_path))
+    encoded = np.zeros((1, VISUAL, 256), np.float32)
+    with pytest.raises(UserError, match="already exists"):
+        train_composed(CHECKPOINT, tmp_path / "away", still, tmp_path / "x", encoded=encoded, heads=None)

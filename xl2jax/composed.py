@@ -1,0 +1,373 @@
+"""Videos composed of groups that were encoded once: how the bundled model's LLM learns to look up by time.
+
+A group's visual tokens follow from its own four frames, so any sequence of encoded groups is a video, and training on
+it costs no frames. Besides the language loss, auxiliary linear heads (thrown away) make hidden states tell what a lookup
+is made of: a visual token its group's time; an answer's tokens the time, colour and form that were asked about; and, two
+layers on, the time that they have to say. That stands for what Qwen learnt from text: without the heads the small LLM
+finds shapes by content and hardly by time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import sys
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from tqdm import tqdm
+
+from xl2jax.checkpoint import load_params, write_params
+from xl2jax.config import FRAMES_PER_GROUP
+from xl2jax.errors import UserError
+from xl2jax.layers import rope_tables
+from xl2jax.model import VideoXL2, abstract_model, normalise
+from xl2jax.names import flatten
+from xl2jax.ops.dense import dense_attention
+from xl2jax.prompt import IM_START, PromptTokenizer
+from xl2jax.synthetic import (
+    COLOURS,
+    HELD_OUT,
+    LONGEST,
+    PAIRS,
+    SHAPES,
+    Kind,
+    Question,
+    ask,
+    draw_scale,
+    group_frames,
+    make_scene,
+)
+from xl2jax.training.loss import IGNORE, TokenBatch, cross_entropies, embeddings
+from xl2jax.training.samples import tokenise
+from xl2jax.training.step import is_decayed
+
+# What is encoded: so many groups of each pair of colour and form that is trained on, then so many without a shape.
+_TRAINED = [p for p in PAIRS if p not in HELD_OUT]
+OF_PAIR, OF_NOTHING = 40, 600
+_SEED = 150_000_000
+
+# How often each kind is tried first, of those that can be asked about a shape: what is hard more often.
+_SHARES: dict[Kind, float] = {
+    "colour_of": 1.5, "shape_of": 1.5, "colour": 1.5, "shape": 1.5, "time": 4, "exists": 1, "first": 1, "count": 1,
+}  # fmt: skip
+_ONCE = ("first", "count")  # in a row: both are about the whole video
+_MOST_SHAPES = 12  # in a video
+
+_DIGITS = 5  # of a time: from the tenths of a second up
+_CLASSES = (*_DIGITS * (11,), len(COLOURS) + 1, len(SHAPES) + 1)  # of what the heads tell; the last of each: none
+NO_TARGET = -1
+
+_FAR = 28_000
+"""Positions go up to this, where a row has gaps: short rows have the distances of long videos (PoSE, arXiv 2309.10400)."""
+_REMAT_ABOVE = 1024  # tokens of a row
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A part of the training: rows of `groups` groups, `batch` rows a step, `steps` steps, the peak learning rate."""
+
+    name: str
+    groups: int
+    batch: int
+    steps: int
+    learning_rate: float
+    seed: int
+
+    def tokens(self, visual_tokens: int) -> int:
+        """Of a row: its groups, and a question about each shape. What is longer is cut."""
+        wanted = 30 + (10 + visual_tokens) * self.groups + 17 * min(self.groups, _MOST_SHAPES)
+        return -(-wanted // 16) * 16
+
+
+class Rows(NamedTuple):
+    """B composed videos with their conversations, and what the heads should tell. All int32."""
+
+    groups: jax.Array
+    """[B, G]: which encoded group stands in each place."""
+    ids: jax.Array
+    """[B, T], as `visual` and `labels` those of a TokenBatch."""
+    visual: jax.Array
+    labels: jax.Array
+    positions: jax.Array
+    """[B, T]: rising, with gaps."""
+    early: jax.Array
+    """[B, T, 7]: digits of a time, colour, form; NO_TARGET where nothing is to be told."""
+    late: jax.Array
+    """[B, T, 7], likewise."""
+
+
+class Metrics(NamedTuple):
+    """The language loss, and what the heads told rightly: (tokens that told all of it, tokens) [2]."""
+
+    loss: jax.Array
+    seen: jax.Array
+    """Visual tokens: their group's time."""
+    asked: jax.Array
+    """Tokens of answers, the newline before them counted in: what was asked for."""
+    answered: jax.Array
+    """Tokens of answers that are times: that time."""
+
+
+def digits(seconds: float) -> list[int]:
+    """Of a time in tenths, lowest first; 10 where a number has no such digit."""
+    tenths = round(seconds * 10)
+    return [tenths // 10**p % 10 if tenths >= 10**p or p < 2 else 10 for p in range(_DIGITS)]
+
+
+def encode_groups(source: Path, *, batch: int = 40) -> np.ndarray:
+    """Visual tokens [N, V, D] of `OF_PAIR` groups for each trained pair of colour and form, then of `OF_NOTHING`."""
+    config, params = load_params(source, "float32")
+    graphdef = nnx.graphdef(abstract_model(config, "float32"))
+
+    @jax.jit
+    def encode(frames: jax.Array) -> jax.Array:
+        model: VideoXL2 = nnx.merge(graphdef, params)
+        return model.encode_frames(normalise(frames))
+
+    frames = []
+    for i, pair in enumerate([p for p in _TRAINED for _ in range(OF_PAIR)] + [None] * OF_NOTHING):
+        scene = make_scene(2 * (_SEED + i), 1, events=int(pair is not None))
+        if pair is not None:
+            scene = dataclasses.replace(
+                scene, events=(dataclasses.replace(scene.events[0], colour=pair[0], shape=pair[1]),)
+            )
+        frames.append(group_frames(scene, config.vision.image_size))
+    parts = tqdm(range(0, len(frames), batch), "encode groups", file=sys.stderr)
+    return np.concatenate([np.asarray(encode(jnp.asarray(np.concatenate(frames[i : i + batch])))) for i in parts])
+
+
+def compose(seed: int, phase: Phase, tokenizer: PromptTokenizer, visual_tokens: int) -> tuple[np.ndarray, ...]:
+    """One row of `Rows`.
+
+    A shape is asked about once, and the order of two shapes last: an answer would give the next one away. Every second
+    row is a part of a longer video, and three in ten have gaps in their positions, behind groups: a short row has
+    the times and distances of long ones.
+    """
+    rng = np.random.default_rng([seed, 3])
+    scene = make_scene(2 * seed, phase.groups, most=_MOST_SHAPES, longest=2)
+    seconds = FRAMES_PER_GROUP * draw_scale(scene.frames, rng)
+    later = int(LONGEST / seconds) - phase.groups
+    start = seconds * int(rng.integers(max(later, 1))) if rng.random() < 0.5 else 0.0
+    times = [round(float(start + g * seconds), 1) for g in range(phase.groups)]
+    groups = len(_TRAINED) * OF_PAIR + rng.integers(0, OF_NOTHING, phase.groups)
+    for event in scene.events:
+        span = slice(event.start, event.start + event.groups)
+        groups[span] = _TRAINED.index((event.colour, event.shape)) * OF_PAIR + rng.integers(0, OF_PAIR, event.groups)
+
+    kinds, shares = list(_SHARES), np.array(list(_SHARES.values()))
+    questions: list[Question] = []
+    for i in rng.permutation(len(scene.events)):
+        for k in rng.choice(len(kinds), len(kinds), replace=False, p=shares / shares.sum()):
+            if kinds[k] in _ONCE and any(q.kind == kinds[k] for q in questions):
+                continue
+            question = ask(scene, kinds[k], seconds, rng, event=scene.events[int(i)], start=start)
+            if question is not None:
+                questions.append(question)
+                break
+    questions.sort(key=lambda q: q.kind == "first")  # it names shapes that others ask for
+    turns = [turn for q in questions for turn in (("user", q.text), ("assistant", q.answer))]
+    length = phase.tokens(visual_tokens)
+    row = tokenise(turns, times, tokenizer, visual_tokens, length)
+    used = len(row.ids)
+
+    early, late = (np.full((length, len(_CLASSES)), NO_TARGET, np.int32) for _ in range(2))
+    is_visual = row.visual >= 0
+    early[:used][is_visual, :_DIGITS] = np.array([digits(t) for t in times])[row.visual[is_visual] // visual_tokens]
+    (opening,), (assistant,) = tokenizer.encode(IM_START), tokenizer.encode("assistant")
+    begins = np.flatnonzero((row.ids[:-2] == opening) & (row.ids[1:-1] == assistant)) + 2
+    for begin, question in zip(begins.tolist(), questions, strict=False):  # those that were not cut
+        words = question.text.rstrip("?").split()
+        answer = slice(begin, begin + 1)
+        if question.kind == "time":
+            assert question.group is not None
+            answer = slice(begin, min(begin + len(tokenizer.encode(question.answer)) - 1, used))
+            late[answer, :_DIGITS] = digits(times[question.group])
+        if question.kind in ("colour", "shape"):
+            assert question.group is not None
+            early[answer, :_DIGITS] = digits(times[question.group])
+        if question.kind in ("time", "exists", "colour_of", "shape_of"):
+            for place, names in ((_DIGITS, tuple(COLOURS)), (_DIGITS + 1, SHAPES)):
+                early[answer, place] = next((i for i, name in enumerate(names) if name in words), len(names))
+
+    positions = np.arange(length, dtype=np.int32)
+    if rng.random() < 0.3:
+        ends = np.flatnonzero(is_visual & (row.visual % visual_tokens == visual_tokens - 1)) + 1
+        gaps = rng.choice(ends, int(rng.integers(1, 4)))
+        total = np.exp(rng.uniform(np.log(50), np.log(_FAR - length)))
+        for gap, share in zip(gaps, rng.dirichlet(np.ones(len(gaps))), strict=True):
+            positions[gap:] += int(share * total)
+    padded = (
+        np.pad(x, (0, length - used), constant_values=fill)
+        for x, fill in ((row.ids, 0), (row.visual, -1), (row.labels, IGNORE))
+    )
+    return (groups.astype(np.int32), *padded, positions, early, late)
+
+
+def language_loss(model: VideoXL2, encoded: jax.Array, rows: Rows) -> tuple[jax.Array, list[jax.Array]]:
+    """The loss that train.py has for the same videos in frames, and each layer's output [B, T, D].
+
+    `encoded`: visual tokens [N, V, D] of the groups that `rows.groups` counts.
+    """
+    visual = encoded[rows.groups].reshape(len(rows.ids), -1, encoded.shape[-1])
+    x = embeddings(model.llm, visual, TokenBatch(rows.ids, rows.visual, rows.labels))
+    layers = list(layer_outputs(model, x, rows.positions))
+    total, count = cross_entropies(model.llm, model.llm.norm(layers[-1]), rows.labels)
+    return total / count, layers
+
+
+def layer_outputs(model: VideoXL2, x: jax.Array, positions: jax.Array) -> Iterator[jax.Array]:
+    """Embeddings [B, T, D] at positions [B, T] -> what each layer of the LLM gives, [B, T, D].
+
+    The numbers of `Qwen2.forward`. Rows are one axis but in attention: the backward pass is faster on CPUs.
+    """
+    b, t, d = x.shape
+    config = model.config.llm
+    tables = rope_tables(positions.reshape(-1), config.head_width, config.rope_theta)
+    cos, sin = (table[:, None, :] for table in tables)
+    graphdef, stacked = nnx.split(model.llm.layers)
+
+    def attend(state: None, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[None, jax.Array]:
+        q, k, v = (y.reshape(b, t, *y.shape[1:]) for y in (q, k, v))
+        out = dense_attention(q, k, v, causal=True)
+        return None, out.reshape(b * t, *out.shape[2:])
+
+    def run(params: Any, x: jax.Array, index: jax.Array) -> jax.Array:
+        out: jax.Array = nnx.merge(graphdef, params)(x, cos, sin, attend, None, index)[0]
+        return out
+
+    x = x.reshape(b * t, d)
+    for i in range(config.layers):
+        layer = jax.tree.map(lambda p, i=i: p[i], stacked)
+        x = (jax.checkpoint(run) if t > _REMAT_ABOVE else run)(layer, x, jnp.int32(i))
+        yield x.reshape(b, t, d)
+
+
+def auxiliary_loss(head: jax.Array, x: jax.Array, targets: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cross-entropy of what `head` [D, C] tells from hidden states [B, T, D], against targets [B, T, 7].
+
+    Over `tokens`, bool [B, T]: the mean of each of the seven where it has a target, added up; and, int32 [2], how
+    many tokens tell all their targets, of how many that have one.
+    """
+    x = x.astype(jnp.float32)
+    logits = (x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)) @ head
+    right = has_target = tokens & (targets != NO_TARGET).any(-1)
+    loss = jnp.float32(0)
+    for i, part in enumerate(jnp.split(logits, np.cumsum(_CLASSES)[:-1], axis=-1)):
+        there = tokens & (targets[..., i] != NO_TARGET)
+        label = jnp.maximum(targets[..., i], 0)
+        losses = optax.softmax_cross_entropy_with_integer_labels(part, label)
+        loss += jnp.sum(jnp.where(there, losses, 0)) / jnp.maximum(there.sum(), 1)
+        right &= ~there | (part.argmax(-1) == label)
+    return loss, jnp.stack([right.sum(), has_target.sum()])
+
+
+def train_composed(
+    source: Path, target: Path, phase: Phase, run: Path, *, encoded: np.ndarray, heads: Path | None
+) -> None:
+    """Trains the LLM of the checkpoint `source` on composed videos and writes the checkpoint `target`.
+
+    Args:
+      run: folder for the curve (log.jsonl) and the heads (heads.npz).
+      encoded: what `encode_groups` gives, [N, V, D].
+      heads: an earlier phase's `run`, to go on with its heads; the optimizer starts anew. None: new heads.
+
+    An interrupted phase leaves no checkpoint and starts over.
+
+    Raises:
+      UserError: `target` exists, or `heads` has no readable heads.npz.
+    """
+    if target.exists():
+        raise UserError(f"{target}: already exists; choose another place or remove it first")
+    config, params = load_params(source, "float32")
+    tokenizer = PromptTokenizer.load(source, config.llm.vocab)
+    graphdef = nnx.graphdef(abstract_model(config, "bfloat16"))
+    state = (params["llm"], _load_heads(heads, config.llm.width))
+    rest = {name: params[name] for name in ("vision", "dts", "projector")}  # not read
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, phase.learning_rate, min(30, phase.steps // 10), phase.steps, phase.learning_rate / 10
+    )
+    decayed = jax.tree.map(lambda _: False, state)
+    decayed = (jax.tree.unflatten(jax.tree.structure(state[0]), map(is_decayed, flatten(state[0]))), decayed[1])
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.05, mask=decayed))
+    early, late = config.llm.layers // 2, config.llm.layers - 1
+
+    def loss_of(state: Any, encoded: jax.Array, rows: Rows) -> tuple[jax.Array, Metrics]:
+        llm, heads = state
+        half = functools.partial(jax.tree.map, lambda p: p.astype(jnp.bfloat16))
+        model: VideoXL2 = nnx.merge(graphdef, nnx.State({**rest, "llm": half(llm)}))
+        loss, layers = language_loss(model, half(encoded), rows)
+        is_visual = rows.visual >= 0
+        seen_loss, seen = auxiliary_loss(heads["early"], layers[early - 1], rows.early, is_visual)
+        asked_loss, asked = auxiliary_loss(heads["early"], layers[early - 1], rows.early, ~is_visual)
+        answered_loss, answered = auxiliary_loss(heads["late"], layers[late - 1], rows.late, ~is_visual)
+        return loss + 0.2 * (seen_loss + asked_loss + answered_loss), Metrics(loss, seen, asked, answered)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(state: Any, opt_state: Any, encoded: jax.Array, rows: Rows) -> Any:
+        grads, metrics = jax.grad(loss_of, has_aux=True)(state, encoded, rows)
+        updates, opt_state = tx.update(grads, opt_state, state)
+        return optax.apply_updates(state, updates), opt_state, metrics
+
+    def make(i: int) -> Rows:
+        first = phase.seed * 10_000_000 + i * phase.batch
+        rows = [compose(first + j, phase, tokenizer, encoded.shape[1]) for j in range(phase.batch)]
+        return Rows(*(jnp.asarray(np.stack(x)) for x in zip(*rows, strict=True)))
+
+    opt_state, on_device = tx.init(state), jnp.asarray(encoded)
+    recent: list[Metrics] = []
+    run.mkdir(parents=True, exist_ok=True)
+    with (
+        ThreadPoolExecutor(1) as pool,
+        (run / "log.jsonl").open("w") as log,
+        tqdm(total=phase.steps, desc=phase.name, file=sys.stderr) as bar,
+    ):
+        ahead = pool.submit(make, 0)
+        for i in range(phase.steps):
+            rows, ahead = ahead.result(), pool.submit(make, i + 1)
+            state, opt_state, metrics = step(state, opt_state, on_device, rows)
+            recent.append(metrics)
+            bar.update()
+            if (i + 1) % 25 == 0 or i + 1 == phase.steps:
+                line = _summary(recent)
+                log.write(json.dumps({"step": i + 1, **line}) + "\n")
+                log.flush()
+                bar.set_postfix(line)
+                recent = []
+    beside = run / ".heads.incomplete.npz"
+    np.savez(beside, early=np.asarray(state[1]["early"]), late=np.asarray(state[1]["late"]))
+    os.replace(beside, run / "heads.npz")
+    write_params(target, config, nnx.State({**params, "llm": state[0]}), companions=source)
+
+
+def _load_heads(run: Path | None, width: int) -> dict[str, jax.Array]:
+    names = ("early", "late")
+    if run is None:
+        return {name: jnp.zeros((width, sum(_CLASSES))) for name in names}
+    try:
+        with np.load(run / "heads.npz") as stored:
+            return {name: jnp.asarray(stored[name]) for name in names}
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as e:
+        raise UserError(
+            f"{run / 'heads.npz'}: cannot be read ({e}); remove that phase's result to run it again"
+        ) from None
+
+
+def _summary(metrics: list[Metrics]) -> dict[str, float | None]:
+    """Means over steps; shares over all their tokens, None where there were none."""
+    loss, *counts = (np.asarray(jnp.stack(x)) for x in zip(*metrics, strict=True))
+    shares = {
+        name: round(float(right / of), 4) if of else None
+        for name, (right, of) in zip(Metrics._fields[1:], (c.sum(0) for c in counts), strict=True)
+    }
+    return {"loss": round(float(loss.mean()), 4), **shares}
