@@ -61,7 +61,7 @@ PHASES = (
     Phase("lookup-16", groups=16, batch=8, steps=800, learning_rate=6e-4, seed=11),
     Phase("lookup-16b", groups=16, batch=8, steps=500, learning_rate=6e-4, seed=12),
     Phase("lookup-64", groups=64, batch=4, steps=400, learning_rate=4e-4, seed=13),
-    Phase("lookup-256", groups=256, batch=1, steps=120, learning_rate=2e-4, seed=14),
+    Phase("lookup-256", groups=256, batch=1, steps=80, learning_rate=2e-4, seed=14),
 )
 
 

@@ -426,7 +426,7 @@ class ClipArgs:
     """File to write."""
     seed: int = 1
     groups: int = 8
-    kinds: tuple[Kind, ...] = ("colour_of", "shape_of", "exists")
+    kinds: tuple[Kind, ...] = ("colour_of", "time", "exists")
     """Of the questions."""
     width: int = 640
     height: int = 360
