@@ -297,8 +297,10 @@ def train_composed(
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, phase.learning_rate, min(30, phase.steps // 10), phase.steps, phase.learning_rate / 10
     )
-    decayed = jax.tree.map(lambda _: False, state)
-    decayed = (jax.tree.unflatten(jax.tree.structure(state[0]), map(is_decayed, flatten(state[0]))), decayed[1])
+    decayed = (
+        jax.tree.unflatten(jax.tree.structure(state[0]), map(is_decayed, flatten(state[0]))),
+        dict.fromkeys(state[1], False),
+    )
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.05, mask=decayed))
     early, late = config.llm.layers // 2, config.llm.layers - 1
 
@@ -334,7 +336,9 @@ def train_composed(
     ):
         ahead = pool.submit(make, 0)
         for i in range(phase.steps):
-            rows, ahead = ahead.result(), pool.submit(make, i + 1)
+            rows = ahead.result()
+            if i + 1 < phase.steps:
+                ahead = pool.submit(make, i + 1)
             state, opt_state, metrics = step(state, opt_state, on_device, rows)
             recent.append(metrics)
             bar.update()
