@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 from pathlib import Path
@@ -21,7 +22,7 @@ from xl2jax.checkpoint import load_params
 from xl2jax.cli import DEFAULT_CHECKPOINT
 from xl2jax.composed import (
     NO_TARGET,
-    OF_PAIR,
+    STANDS_FOR,
     Phase,
     Rows,
     auxiliary_loss,
@@ -41,6 +42,7 @@ from xl2jax.training.loss import IGNORE, TokenBatch, token_loss
 CHECKPOINT = Path(DEFAULT_CHECKPOINT)
 VISUAL = 16
 PHASE = Phase("test", groups=6, batch=2, steps=3, learning_rate=1e-3, seed=1)
+OF_EACH = 3
 TOKENIZER = PromptTokenizer.load(CHECKPOINT, 443)
 
 
@@ -53,7 +55,7 @@ def test_digits_are_the_time(tenths: int) -> None:
 
 def shown_in(group: int) -> tuple[str, str] | None:
     trained = [p for p in PAIRS if p not in HELD_OUT]
-    return trained[group // OF_PAIR] if group < len(trained) * OF_PAIR else None
+    return trained[group // OF_EACH] if group < len(trained) * OF_EACH else None
 
 
 def names_in(question: str) -> tuple[list[str], list[str]]:
@@ -66,20 +68,27 @@ def names_in(question: str) -> tuple[list[str], list[str]]:
 def test_rows_say_what_the_heads_should(seed: int, groups: int) -> None:
     """Everything is read off again from the row's own text: answers, and all that the heads are asked for."""
     phase = dataclasses.replace(PHASE, groups=groups)
-    row_groups, ids, visual, labels, positions, early, late = compose(seed, phase, TOKENIZER, VISUAL)
-    shown = [shown_in(int(g)) for g in row_groups]
+    row_groups, ids, visual, labels, positions, weights, early, late = compose(seed, phase, TOKENIZER, VISUAL, OF_EACH)
+    assert row_groups.min() >= 0
+    assert row_groups.max() < 46 * OF_EACH
+    groups = (int(visual.max()) + 1) // VISUAL
+    assert groups <= phase.groups
+    shown = [shown_in(int(g)) for g in row_groups[:groups]]
     text = [TOKENIZER.decode([int(i)]) for i in ids]
     wanted_early, wanted_late = np.full_like(early, NO_TARGET), np.full_like(late, NO_TARGET)
     times = []
+    spans = [0]
     for group in range(groups):
         (first,) = np.flatnonzero(visual == group * VISUAL)
         assert (visual[first : first + VISUAL] == np.arange(VISUAL) + group * VISUAL).all()
         times.append("".join(text[first - 10 : first]).rpartition("Time ")[2].removesuffix("s:"))
         wanted_early[first : first + VISUAL, :5] = digits(float(times[-1]))
+        spans.append(int(first) + VISUAL)
     used = int(np.flatnonzero(labels != IGNORE)[-1]) + 1
     subjects = []
     after_video = int(np.flatnonzero(visual >= 0)[-1]) + 1
-    places = [i for i in range(after_video, used) if "".join(text[i - 1 : i + 1]) == "assistant\n"]
+    places = [i for i in range(after_video, len(ids)) if "".join(text[i - 1 : i + 1]) == "assistant\n"]
+    used = max(used, *(place + 1 for place in places))  # a row may be cut before an answer's first word
     for place in places:
         question = "".join(text[after_video:place]).rsplit("user\n", 1)[-1].strip()
         answer = "".join(text[place + 1 : used]).split("\n")[0]
@@ -123,17 +132,31 @@ def test_rows_say_what_the_heads_should(seed: int, groups: int) -> None:
     assert (late == wanted_late).all()
     assert len(set(subjects)) == len(subjects)
     assert (labels[used:] == IGNORE).all()
+    # The row stands for a video `longer` times as long: in the distances, and in the softmax.
     steps = np.diff(positions)
     assert (steps >= 1).all()
     assert positions[-1] < 32768
     assert all(visual[i] % VISUAL == VISUAL - 1 and visual[i] >= 0 for i in np.flatnonzero(steps > 1))
+    gaps = int((steps - 1).sum())
+    longer = 1 + gaps / (groups * (10 + VISUAL))
+    assert longer * groups <= STANDS_FOR * 1.001
+    wanted = np.zeros(len(ids))
+    for i, pair in enumerate(shown):
+        if i and pair is None:
+            wanted[spans[i] : spans[i + 1]] = np.log(longer)
+    np.testing.assert_allclose(weights, wanted, atol=4 / (groups * (10 + VISUAL)))  # up to 3 gaps are rounded down
 
 
-def test_three_rows_in_ten_have_gaps() -> None:
-    ends = [compose(seed, PHASE, TOKENIZER, VISUAL)[4][-1] for seed in range(200)]
-    far = np.array(ends) - (PHASE.tokens(VISUAL) - 1)
-    assert 40 <= (far > 0).sum() <= 80
-    assert far.max() > 10_000
+def test_how_often_rows_have_what() -> None:
+    rows = [compose(seed, PHASE, TOKENIZER, VISUAL, OF_EACH) for seed in range(400)]
+    texts = [TOKENIZER.decode(r.ids[r.labels != IGNORE].tolist()) for r in rows]
+    longer = np.mean([r.positions[-1] >= len(r.positions) for r in rows])
+    shorter = np.mean([r.visual.max() + 1 < PHASE.groups * VISUAL for r in rows])
+    counted = np.mean([re.search(r"\b\d\.\s", text) is not None for text in texts])
+    assert 0.4 < longer < 0.6
+    assert 0.2 < shorter < 0.4
+    assert 0.4 < counted < 0.6
+    assert max(r.positions[-1] for r in rows) > 20_000
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +166,7 @@ def model() -> VideoXL2:
     return found
 
 
-def stack(rows: list[tuple[np.ndarray, ...]]) -> Rows:
+def stack(rows: list[Rows[np.ndarray]]) -> Rows[jax.Array]:
     return Rows(*(jnp.asarray(np.stack(x)) for x in zip(*rows, strict=True)))
 
 
@@ -152,8 +175,8 @@ def test_loss_is_that_of_the_same_videos_in_frames(model: VideoXL2) -> None:
     scenes = [make_scene(2 * i, 1, events=1) for i in range(5)]
     frames = np.stack([[s.frame(f, size, size) for f in range(4)] for s in scenes])
     encoded = model.encode_frames(normalise(jnp.asarray(frames.reshape(-1, size, size, 3))))
-    found = [compose(seed, PHASE, TOKENIZER, VISUAL) for seed in range(20)]
-    rows = stack([r for r in found if (r[4] == np.arange(len(r[4]))).all()][:3])  # train.py knows no gaps
+    found = [compose(seed, PHASE, TOKENIZER, VISUAL, OF_EACH) for seed in range(20)]
+    rows = stack([r for r in found if r.positions[-1] < len(r.positions)][:3])  # train.py knows no gaps
     rows = rows._replace(groups=rows.groups % len(scenes))
     loss, _ = jax.jit(lambda: language_loss(model, encoded, rows))()
     pixels = normalise(jnp.asarray(frames)[rows.groups].reshape(3, -1, size, size, 3))
@@ -162,16 +185,22 @@ def test_loss_is_that_of_the_same_videos_in_frames(model: VideoXL2) -> None:
     assert float(loss) == pytest.approx(float(wanted / count), rel=1e-4)
 
 
-def test_layers_give_what_the_llm_gives_at_positions_with_gaps(model: VideoXL2) -> None:
+def test_layers_give_what_the_llm_gives_where_keys_count_more_than_once(model: VideoXL2) -> None:
+    """At positions with gaps; weights are log 1, 2 or 3, and the reference really sees a key so many times."""
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((2, 24, 256)), jnp.float32)
     positions = jnp.asarray(np.cumsum(rng.integers(1, 400, (2, 24)), axis=1), jnp.int32)
-    *layers, last = layer_outputs(model, x, positions)
-    wanted, _ = model.llm.forward(
-        x, positions, lambda state, layer, q, k, v: (state, dense_attention(q, k, v, causal=True)), None
-    )
-    assert len(layers) == model.config.llm.layers - 1
-    np.testing.assert_allclose(model.llm.norm(last), wanted, rtol=1e-3, atol=1e-4)
+    times = rng.integers(1, 4, (2, 24))
+    layers = layer_outputs(model, x, positions, jnp.asarray(np.log(times), jnp.float32))
+    assert len(layers) == model.config.llm.layers
+
+    def attend(state: None, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[None, jax.Array]:
+        again = jnp.asarray(np.repeat(np.arange(24), times[0]))
+        mask = (again[None, :] <= jnp.arange(24)[:, None])[None, None]
+        return None, dense_attention(q, k[:, again], v[:, again], mask=mask)
+
+    wanted, _ = model.llm.forward(x[:1], positions[:1], attend, None)
+    np.testing.assert_allclose(model.llm.norm(layers[-1][:1]), wanted, rtol=1e-3, atol=1e-4)
 
 
 def test_auxiliary_loss_counts_what_has_a_target() -> None:
@@ -193,8 +222,7 @@ def test_auxiliary_loss_counts_what_has_a_target() -> None:
 
 
 def test_the_command_trains_the_llm_alone_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(composed, "OF_PAIR", 1)
-    monkeypatch.setattr(composed, "OF_NOTHING", 4)
+    monkeypatch.setattr(bundled, "encode_groups", functools.partial(composed.encode_groups, of_each=1))
     still = dataclasses.replace(PHASE, name="still", learning_rate=0.0, steps=1)
     monkeypatch.setattr(bundled, "PHASES", (PHASE, still))
     for done in ("random", "vision", *(stage.name for stage in bundled.STAGES)):
@@ -222,4 +250,4 @@ def test_the_command_trains_the_llm_alone_and_goes_on(tmp_path: Path, monkeypatc
         bundled.train_bundled(bundled.TrainArgs(tmp_path))
     encoded = np.zeros((1, VISUAL, 256), np.float32)
     with pytest.raises(UserError, match="already exists"):
-        train_composed(CHECKPOINT, tmp_path / "away", still, tmp_path / "x", encoded=encoded, heads=None)
+        train_composed(CHECKPOINT, tmp_path / "away", still, tmp_path / "x", encoded=encoded, heads=None, processes=1)

@@ -57,11 +57,10 @@ STAGES = (
 
 # Then looking up by time, on composed videos: short ones first, as the lookup is found there.
 PHASES = (
-    Phase("lookup-4", groups=4, batch=24, steps=1200, learning_rate=8e-4, seed=10),
-    Phase("lookup-16", groups=16, batch=8, steps=800, learning_rate=6e-4, seed=11),
-    Phase("lookup-16b", groups=16, batch=8, steps=500, learning_rate=6e-4, seed=12),
-    Phase("lookup-64", groups=64, batch=4, steps=400, learning_rate=4e-4, seed=13),
-    Phase("lookup-256", groups=256, batch=1, steps=80, learning_rate=2e-4, seed=14),
+    Phase("lookup-4", groups=4, batch=128, steps=2500, learning_rate=1e-3, seed=10),
+    Phase("lookup-16", groups=16, batch=64, steps=4000, learning_rate=8e-4, seed=11),
+    Phase("lookup-64", groups=64, batch=32, steps=2500, learning_rate=6e-4, seed=12),
+    Phase("lookup-256", groups=256, batch=12, steps=1200, learning_rate=4e-4, seed=13),
 )
 
 
@@ -72,7 +71,7 @@ class TrainArgs:
     folder: Annotated[Path, tyro.conf.Positional]
     """Folder for data, runs and results; what is already there is not made again."""
     processes: int = 2
-    """That write videos, and that read them."""
+    """That write videos, read them, and compose them."""
 
 
 def labelled_groups(batch: int, size: int, grid: int, first_seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -190,8 +189,8 @@ def train_bundled(args: TrainArgs) -> None:
     for phase in PHASES:
         run, result = args.folder / f"run-{phase.name}", args.folder / phase.name
         if not result.exists():
-            encoded = encode_groups(weights) if encoded is None else encoded
-            train_composed(weights, result, phase, run, encoded=encoded, heads=heads)
+            encoded = encode_groups(weights, processes=args.processes) if encoded is None else encoded
+            train_composed(weights, result, phase, run, encoded=encoded, heads=heads, processes=args.processes)
         weights, heads = result, run
 
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
+import multiprocessing
 import os
 import sys
 import zipfile
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +44,7 @@ from xl2jax.synthetic import (
     SHAPES,
     Kind,
     Question,
+    Scene,
     ask,
     draw_scale,
     group_frames,
@@ -52,30 +54,31 @@ from xl2jax.training.loss import IGNORE, TokenBatch, cross_entropies, embeddings
 from xl2jax.training.samples import tokenise
 from xl2jax.training.step import is_decayed
 
-# What is encoded: so many groups of each pair of colour and form that is trained on, then so many without a shape.
+# What is encoded: as many groups of each of these, the pairs of colour and form that are trained on, and nothing.
 _TRAINED = [p for p in PAIRS if p not in HELD_OUT]
-OF_PAIR, OF_NOTHING = 40, 600
+_NOTHING = range(len(_TRAINED), len(_TRAINED) + 10)
+OF_EACH = 400
 _SEED = 150_000_000
 
 # How often each kind is tried first, of those that can be asked about a shape: what is hard more often.
 _SHARES: dict[Kind, float] = {
-    "colour_of": 1.5, "shape_of": 1.5, "colour": 1.5, "shape": 1.5, "time": 4, "exists": 1, "first": 1, "count": 1,
+    "colour_of": 1.5, "shape_of": 1.5, "colour": 2, "shape": 3, "time": 3, "exists": 1,
 }  # fmt: skip
-_ONCE = ("first", "count")  # in a row: both are about the whole video
 _MOST_SHAPES = 12  # in a video
 
 _DIGITS = 5  # of a time: from the tenths of a second up
 _CLASSES = (*_DIGITS * (11,), len(COLOURS) + 1, len(SHAPES) + 1)  # of what the heads tell; the last of each: none
 NO_TARGET = -1
 
-_FAR = 28_000
-"""Positions go up to this, where a row has gaps: short rows have the distances of long videos (PoSE, arXiv 2309.10400)."""
-_REMAT_ABOVE = 1024  # tokens of a row
+STANDS_FOR = 1024
+"""Groups of the longest video that a row may stand for: with gaps in its positions (PoSE, arXiv 2309.10400) and a
+softmax in which groups without a shape count as many, it has the distances and the noise of long videos."""
+_TIME_TOKENS = 10  # of a group, about
 
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """A part of the training: rows of `groups` groups, `batch` rows a step, `steps` steps, the peak learning rate."""
+    """A part of the training: rows of up to `groups` groups, `batch` rows a step, `steps` steps, the peak rate."""
 
     name: str
     groups: int
@@ -86,25 +89,28 @@ class Phase:
 
     def tokens(self, visual_tokens: int) -> int:
         """Of a row: its groups, and a question about each shape. What is longer is cut."""
-        wanted = 30 + (10 + visual_tokens) * self.groups + 17 * min(self.groups, _MOST_SHAPES)
+        wanted = 30 + (_TIME_TOKENS + visual_tokens) * self.groups + 17 * (min(self.groups, _MOST_SHAPES) + 2)
         return -(-wanted // 16) * 16
 
 
-class Rows(NamedTuple):
-    """B composed videos with their conversations, and what the heads should tell. All int32."""
+class Rows[A](NamedTuple):
+    """B composed videos with their conversations, and what the heads should tell. NumPy's or JAX's arrays, int32 where
+    nothing else is said."""
 
-    groups: jax.Array
-    """[B, G]: which encoded group stands in each place."""
-    ids: jax.Array
+    groups: A
+    """[B, G]: which encoded group stands in each place. Behind the last of a shorter video: any."""
+    ids: A
     """[B, T], as `visual` and `labels` those of a TokenBatch."""
-    visual: jax.Array
-    labels: jax.Array
-    positions: jax.Array
+    visual: A
+    labels: A
+    positions: A
     """[B, T]: rising, with gaps."""
-    early: jax.Array
-    """[B, T, 7]: digits of a time, colour, form; NO_TARGET where nothing is to be told."""
-    late: jax.Array
-    """[B, T, 7], likewise."""
+    weights: A
+    """float32 [B, T]: log of how many times a token counts as key."""
+    early: A
+    """int8 [B, T, 7]: digits of a time, colour, form; NO_TARGET where nothing is to be told."""
+    late: A
+    """int8 [B, T, 7], likewise."""
 
 
 class Metrics(NamedTuple):
@@ -125,8 +131,19 @@ def digits(seconds: float) -> list[int]:
     return [tenths // 10**p % 10 if tenths >= 10**p or p < 2 else 10 for p in range(_DIGITS)]
 
 
-def encode_groups(source: Path, *, batch: int = 40) -> np.ndarray:
-    """Visual tokens [N, V, D] of `OF_PAIR` groups for each trained pair of colour and form, then of `OF_NOTHING`."""
+def _draw(size: int, numbered: tuple[int, tuple[str, str] | None]) -> np.ndarray:
+    """uint8 [4, size, size, 3]: a group that shows this pair, or nothing."""
+    number, pair = numbered
+    scene = make_scene(2 * (_SEED + number), 1, events=int(pair is not None))
+    if pair is not None:
+        event = dataclasses.replace(scene.events[0], colour=pair[0], shape=pair[1])
+        scene = dataclasses.replace(scene, events=(event,))
+    return group_frames(scene, size)
+
+
+def encode_groups(source: Path, *, of_each: int = OF_EACH, processes: int, batch: int = 40) -> np.ndarray:
+    """Visual tokens [46 * of_each, V, D]: `of_each` groups of each pair that is trained on, and ten times as many of
+    nothing. `processes` draw them."""
     config, params = load_params(source, "float32")
     graphdef = nnx.graphdef(abstract_model(config, "float32"))
 
@@ -135,53 +152,42 @@ def encode_groups(source: Path, *, batch: int = 40) -> np.ndarray:
         model: VideoXL2 = nnx.merge(graphdef, params)
         return model.encode_frames(normalise(frames))
 
-    frames = []
-    for i, pair in enumerate([p for p in _TRAINED for _ in range(OF_PAIR)] + [None] * OF_NOTHING):
-        scene = make_scene(2 * (_SEED + i), 1, events=int(pair is not None))
-        if pair is not None:
-            scene = dataclasses.replace(
-                scene, events=(dataclasses.replace(scene.events[0], colour=pair[0], shape=pair[1]),)
-            )
-        frames.append(group_frames(scene, config.vision.image_size))
-    parts = tqdm(range(0, len(frames), batch), "encode groups", file=sys.stderr)
-    return np.concatenate([np.asarray(encode(jnp.asarray(np.concatenate(frames[i : i + batch])))) for i in parts])
+    shown = [p for p in [*_TRAINED, *len(_NOTHING) * [None]] for _ in range(of_each)]
+    draw = functools.partial(_draw, config.vision.image_size)
+    encoded: list[np.ndarray] = []
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        groups = pool.imap(draw, enumerate(shown), chunksize=batch)
+        for part in itertools.batched(tqdm(groups, "encode groups", len(shown), file=sys.stderr), batch):
+            encoded.append(np.asarray(encode(jnp.asarray(np.concatenate(part)))))
+    return np.concatenate(encoded)
 
 
-def compose(seed: int, phase: Phase, tokenizer: PromptTokenizer, visual_tokens: int) -> tuple[np.ndarray, ...]:
-    """One row of `Rows`.
+def compose(seed: int, phase: Phase, tokenizer: PromptTokenizer, visual_tokens: int, of_each: int) -> Rows[np.ndarray]:
+    """One row, of NumPy arrays without the first axis.
 
-    A shape is asked about once, and the order of two shapes last: an answer would give the next one away. Every second
-    row is a part of a longer video, and three in ten have gaps in their positions, behind groups: a short row has
-    the times and distances of long ones.
+    A shape is asked about once, and the order of two shapes last: an answer would give the next one away. Every third
+    row is a shorter video, every second has a needle, every second is a part of a longer video in time, and every
+    second stands for one of up to `STANDS_FOR` groups.
     """
     rng = np.random.default_rng([seed, 3])
-    scene = make_scene(2 * seed, phase.groups, most=_MOST_SHAPES, longest=2)
+    count = phase.groups if rng.random() < 2 / 3 else round(float(np.exp(rng.uniform(0, np.log(phase.groups)))))
+    needle_at = int(rng.integers(count)) if rng.random() < 0.5 else None
+    scene = make_scene(2 * seed, count, most=_MOST_SHAPES, needle_at=needle_at)
     seconds = FRAMES_PER_GROUP * draw_scale(scene.frames, rng)
-    later = int(LONGEST / seconds) - phase.groups
+    later = int(LONGEST / seconds) - count
     start = seconds * int(rng.integers(max(later, 1))) if rng.random() < 0.5 else 0.0
-    times = [round(float(start + g * seconds), 1) for g in range(phase.groups)]
-    groups = len(_TRAINED) * OF_PAIR + rng.integers(0, OF_NOTHING, phase.groups)
+    times = [round(float(start + g * seconds), 1) for g in range(count)]
+    shown = rng.choice(_NOTHING, count)
     for event in scene.events:
-        span = slice(event.start, event.start + event.groups)
-        groups[span] = _TRAINED.index((event.colour, event.shape)) * OF_PAIR + rng.integers(0, OF_PAIR, event.groups)
+        shown[event.start : event.start + event.groups] = _TRAINED.index((event.colour, event.shape))
 
-    kinds, shares = list(_SHARES), np.array(list(_SHARES.values()))
-    questions: list[Question] = []
-    for i in rng.permutation(len(scene.events)):
-        for k in rng.choice(len(kinds), len(kinds), replace=False, p=shares / shares.sum()):
-            if kinds[k] in _ONCE and any(q.kind == kinds[k] for q in questions):
-                continue
-            question = ask(scene, kinds[k], seconds, rng, event=scene.events[int(i)], start=start)
-            if question is not None:
-                questions.append(question)
-                break
-    questions.sort(key=lambda q: q.kind == "first")  # it names shapes that others ask for
+    questions = _questions(scene, seconds, start, rng)
     turns = [turn for q in questions for turn in (("user", q.text), ("assistant", q.answer))]
     length = phase.tokens(visual_tokens)
     row = tokenise(turns, times, tokenizer, visual_tokens, length)
     used = len(row.ids)
 
-    early, late = (np.full((length, len(_CLASSES)), NO_TARGET, np.int32) for _ in range(2))
+    early, late = (np.full((length, len(_CLASSES)), NO_TARGET, np.int8) for _ in range(2))
     is_visual = row.visual >= 0
     early[:used][is_visual, :_DIGITS] = np.array([digits(t) for t in times])[row.visual[is_visual] // visual_tokens]
     (opening,), (assistant,) = tokenizer.encode(IM_START), tokenizer.encode("assistant")
@@ -200,36 +206,57 @@ def compose(seed: int, phase: Phase, tokenizer: PromptTokenizer, visual_tokens: 
             for place, names in ((_DIGITS, tuple(COLOURS)), (_DIGITS + 1, SHAPES)):
                 early[answer, place] = next((i for i, name in enumerate(names) if name in words), len(names))
 
-    positions = np.arange(length, dtype=np.int32)
-    if rng.random() < 0.3:
+    positions, weights = np.arange(length, dtype=np.int32), np.zeros(length, np.float32)
+    if rng.random() < 0.5 and count < STANDS_FOR:
         ends = np.flatnonzero(is_visual & (row.visual % visual_tokens == visual_tokens - 1)) + 1
+        times_longer = float(np.exp(rng.uniform(0, np.log(STANDS_FOR / count))))
         gaps = rng.choice(ends, int(rng.integers(1, 4)))
-        total = np.exp(rng.uniform(np.log(50), np.log(_FAR - length)))
         for gap, share in zip(gaps, rng.dirichlet(np.ones(len(gaps))), strict=True):
-            positions[gap:] += int(share * total)
-    padded = (
+            positions[gap:] += int(share * (times_longer - 1) * count * (_TIME_TOKENS + visual_tokens))
+        empty = np.repeat(np.isin(shown, _NOTHING)[1:], np.diff(ends))
+        weights[ends[0] : ends[-1]][empty] = np.log(times_longer)
+    ids, visual, labels = (
         np.pad(x, (0, length - used), constant_values=fill)
         for x, fill in ((row.ids, 0), (row.visual, -1), (row.labels, IGNORE))
     )
-    return (groups.astype(np.int32), *padded, positions, early, late)
+    groups = np.zeros(phase.groups, np.int32)
+    groups[:count] = shown * of_each + rng.integers(0, of_each, count)
+    return Rows(groups, ids, visual, labels, positions, weights, early, late)
 
 
-def language_loss(model: VideoXL2, encoded: jax.Array, rows: Rows) -> tuple[jax.Array, list[jax.Array]]:
-    """The loss that train.py has for the same videos in frames, and each layer's output [B, T, D].
+def _questions(scene: Scene, seconds: float, start: float, rng: np.random.Generator) -> list[Question]:
+    """One about each shape that can be asked about; in half of all cases each, somewhere how many, at the end which
+    of two came first (it names shapes that others ask for)."""
+    kinds, shares = list(_SHARES), np.array(list(_SHARES.values()))
+    questions: list[Question | None] = []
+    for i in rng.permutation(len(scene.events)):
+        order = rng.choice(len(kinds), len(kinds), replace=False, p=shares / shares.sum())
+        asked = (ask(scene, kinds[k], seconds, rng, event=scene.events[int(i)], start=start) for k in order)
+        questions.append(next((q for q in asked if q is not None), None))
+    if rng.random() < 0.5:
+        questions.insert(int(rng.integers(len(questions) + 1)), ask(scene, "count", seconds, rng))
+    if rng.random() < 0.5:
+        questions.append(ask(scene, "first", seconds, rng))
+    return [q for q in questions if q is not None]
+
+
+def language_loss(model: VideoXL2, encoded: jax.Array, rows: Rows[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """The loss that train.py has for the same videos in frames, and each layer's output [L, B, T, D].
 
     `encoded`: visual tokens [N, V, D] of the groups that `rows.groups` counts.
     """
     visual = encoded[rows.groups].reshape(len(rows.ids), -1, encoded.shape[-1])
     x = embeddings(model.llm, visual, TokenBatch(rows.ids, rows.visual, rows.labels))
-    layers = list(layer_outputs(model, x, rows.positions))
+    layers = layer_outputs(model, x, rows.positions, rows.weights)
     total, count = cross_entropies(model.llm, model.llm.norm(layers[-1]), rows.labels)
     return total / count, layers
 
 
-def layer_outputs(model: VideoXL2, x: jax.Array, positions: jax.Array) -> Iterator[jax.Array]:
-    """Embeddings [B, T, D] at positions [B, T] -> what each layer of the LLM gives, [B, T, D].
+def layer_outputs(model: VideoXL2, x: jax.Array, positions: jax.Array, weights: jax.Array) -> jax.Array:
+    """Embeddings [B, T, D] at positions [B, T] -> what each layer of the LLM gives, [L, B, T, D].
 
-    The numbers of `Qwen2.forward`. Rows are one axis but in attention: the backward pass is faster on CPUs.
+    The numbers of `Qwen2.forward` on a sequence in which the key at t stands exp(weights[:, t]) times. Rows are one
+    axis but in attention: the backward pass is faster on CPUs.
     """
     b, t, d = x.shape
     config = model.config.llm
@@ -237,20 +264,25 @@ def layer_outputs(model: VideoXL2, x: jax.Array, positions: jax.Array) -> Iterat
     cos, sin = (table[:, None, :] for table in tables)
     graphdef, stacked = nnx.split(model.llm.layers)
 
+    @jax.checkpoint  # on CPUs it would keep all scores
+    def weighted_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        wide = config.head_width + 8  # as cuDNN wants it; the first of them adds the weight to the score
+        q = jnp.pad(q * (wide / config.head_width) ** 0.5, [(0, 0)] * 3 + [(0, 8)])
+        q = q.at[..., -8].set(wide**0.5)
+        k = jnp.pad(k, [(0, 0)] * 3 + [(0, 8)]).at[..., -8].set(weights[:, :, None].astype(k.dtype))
+        v = jnp.pad(v, [(0, 0)] * 3 + [(0, 8)])
+        return dense_attention(q, k, v, causal=True)[..., : config.head_width]
+
     def attend(state: None, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[None, jax.Array]:
-        q, k, v = (y.reshape(b, t, *y.shape[1:]) for y in (q, k, v))
-        out = dense_attention(q, k, v, causal=True)
+        out = weighted_attention(*(y.reshape(b, t, *y.shape[1:]) for y in (q, k, v)))
         return None, out.reshape(b * t, *out.shape[2:])
 
-    def run(params: Any, x: jax.Array, index: jax.Array) -> jax.Array:
-        out: jax.Array = nnx.merge(graphdef, params)(x, cos, sin, attend, None, index)[0]
-        return out
+    def run(x: jax.Array, xs: tuple[Any, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        params, index = xs
+        x, _ = nnx.merge(graphdef, params)(x, cos, sin, attend, None, index)
+        return x, x.reshape(b, t, d)
 
-    x = x.reshape(b * t, d)
-    for i in range(config.layers):
-        layer = jax.tree.map(lambda p, i=i: p[i], stacked)
-        x = (jax.checkpoint(run) if t > _REMAT_ABOVE else run)(layer, x, jnp.int32(i))
-        yield x.reshape(b, t, d)
+    return jax.lax.scan(run, x.reshape(b * t, d), (stacked, jnp.arange(config.layers, dtype=jnp.int32)))[1]
 
 
 def auxiliary_loss(head: jax.Array, x: jax.Array, targets: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -265,7 +297,7 @@ def auxiliary_loss(head: jax.Array, x: jax.Array, targets: jax.Array, tokens: ja
     loss = jnp.float32(0)
     for i, part in enumerate(jnp.split(logits, np.cumsum(_CLASSES)[:-1], axis=-1)):
         there = tokens & (targets[..., i] != NO_TARGET)
-        label = jnp.maximum(targets[..., i], 0)
+        label = jnp.maximum(targets[..., i], 0).astype(jnp.int32)
         losses = optax.softmax_cross_entropy_with_integer_labels(part, label)
         loss += jnp.sum(jnp.where(there, losses, 0)) / jnp.maximum(there.sum(), 1)
         right &= ~there | (part.argmax(-1) == label)
@@ -273,7 +305,7 @@ def auxiliary_loss(head: jax.Array, x: jax.Array, targets: jax.Array, tokens: ja
 
 
 def train_composed(
-    source: Path, target: Path, phase: Phase, run: Path, *, encoded: np.ndarray, heads: Path | None
+    source: Path, target: Path, phase: Phase, run: Path, *, encoded: np.ndarray, heads: Path | None, processes: int
 ) -> None:
     """Trains the LLM of the checkpoint `source` on composed videos and writes the checkpoint `target`.
 
@@ -281,6 +313,7 @@ def train_composed(
       run: folder for the curve (log.jsonl) and the heads (heads.npz).
       encoded: what `encode_groups` gives, [N, V, D].
       heads: an earlier phase's `run`, to go on with its heads; the optimizer starts anew. None: new heads.
+      processes: that compose rows.
 
     An interrupted phase leaves no checkpoint and starts over.
 
@@ -297,14 +330,15 @@ def train_composed(
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, phase.learning_rate, min(30, phase.steps // 10), phase.steps, phase.learning_rate / 10
     )
+    rates = np.asarray(schedule(np.arange(phase.steps)))
     decayed = (
         jax.tree.unflatten(jax.tree.structure(state[0]), map(is_decayed, flatten(state[0]))),
         dict.fromkeys(state[1], False),
     )
-    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.05, mask=decayed))
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1.0, b2=0.98, weight_decay=0.05, mask=decayed))
     early, late = config.llm.layers // 2, config.llm.layers - 1
 
-    def loss_of(state: Any, encoded: jax.Array, rows: Rows) -> tuple[jax.Array, Metrics]:
+    def loss_of(state: Any, encoded: jax.Array, rows: Rows[jax.Array]) -> tuple[jax.Array, Metrics]:
         llm, heads = state
         half = functools.partial(jax.tree.map, lambda p: p.astype(jnp.bfloat16))
         model: VideoXL2 = nnx.merge(graphdef, nnx.State({**rest, "llm": half(llm)}))
@@ -316,30 +350,29 @@ def train_composed(
         return loss + 0.2 * (seen_loss + asked_loss + answered_loss), Metrics(loss, seen, asked, answered)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(state: Any, opt_state: Any, encoded: jax.Array, rows: Rows) -> Any:
+    def step(state: Any, opt_state: Any, encoded: jax.Array, rows: Rows[jax.Array], rate: jax.Array) -> Any:
         grads, metrics = jax.grad(loss_of, has_aux=True)(state, encoded, rows)
         updates, opt_state = tx.update(grads, opt_state, state)
+        updates = jax.tree.map(lambda u: rate * u, updates)
         return optax.apply_updates(state, updates), opt_state, metrics
 
-    def make(i: int) -> Rows:
-        first = phase.seed * 10_000_000 + i * phase.batch
-        rows = [compose(first + j, phase, tokenizer, encoded.shape[1]) for j in range(phase.batch)]
-        return Rows(*(jnp.asarray(np.stack(x)) for x in zip(*rows, strict=True)))
-
+    make = functools.partial(
+        _compose_batch, phase, tokenizer, encoded.shape[1], len(encoded) // (len(_TRAINED) + len(_NOTHING))
+    )
     opt_state, on_device = tx.init(state), jnp.asarray(encoded)
     recent: list[Metrics] = []
     run.mkdir(parents=True, exist_ok=True)
     with (
-        ThreadPoolExecutor(1) as pool,
+        multiprocessing.get_context("spawn").Pool(processes) as pool,
         (run / "log.jsonl").open("w") as log,
         tqdm(total=phase.steps, desc=phase.name, file=sys.stderr) as bar,
     ):
-        ahead = pool.submit(make, 0)
+        ahead: deque[Any] = deque()
         for i in range(phase.steps):
-            rows = ahead.result()
-            if i + 1 < phase.steps:
-                ahead = pool.submit(make, i + 1)
-            state, opt_state, metrics = step(state, opt_state, on_device, rows)
+            while len(ahead) <= 2 * processes:
+                ahead.append(pool.apply_async(make, (i + len(ahead),)))
+            rows = jax.tree.map(jnp.asarray, ahead.popleft().get())
+            state, opt_state, metrics = step(state, opt_state, on_device, rows, rates[i])
             recent.append(metrics)
             bar.update()
             if (i + 1) % 25 == 0 or i + 1 == phase.steps:
@@ -352,6 +385,14 @@ def train_composed(
     np.savez(beside, early=np.asarray(state[1]["early"]), late=np.asarray(state[1]["late"]))
     os.replace(beside, run / "heads.npz")
     write_params(target, config, nnx.State({**params, "llm": state[0]}), companions=source)
+
+
+def _compose_batch(
+    phase: Phase, tokenizer: PromptTokenizer, visual_tokens: int, of_each: int, number: int
+) -> Rows[np.ndarray]:
+    first = phase.seed * 10_000_000 + number * phase.batch
+    rows = [compose(first + i, phase, tokenizer, visual_tokens, of_each) for i in range(phase.batch)]
+    return Rows(*map(np.stack, zip(*rows, strict=True)))
 
 
 def _load_heads(run: Path | None, width: int) -> dict[str, jax.Array]:
