@@ -70,7 +70,7 @@ def test_the_compiler_needs_no_more_than_predicted(name: str, quantized: bool) -
     slots, ids = jax.ShapeDtypeStruct((step.slots,), jnp.int32), jax.ShapeDtypeStruct((32,), jnp.int32)
     text = jax.eval_shape(lambda: runtime.new_cache(config.llm, 128, "float32"))
     score = runtime.attention_scores.lower(
-        config, params, cache, slots, text, ids, np.int32(1), np.int32(30), scorer=AttentionScorer(),
+        config, params, cache, slots, text, ids, np.int32(1), np.int32(25), np.int32(30), scorer=AttentionScorer(),
         groups=layout.groups, implementation="blockwise",
     ).compile()  # fmt: skip
     most = max(c.memory_analysis().temp_size_in_bytes for c in (encode, extend, score))

@@ -36,12 +36,12 @@ def test_attention_scores_are_attention_mass(
     group = rng.integers(-1, groups, slots)
     group[length:] = -1
     ids = rng.integers(0, c.vocab, tokens).astype(np.int32)
-    first, last = 2, tokens - 2
+    first, last, end = 2, tokens - 4, tokens - 1
     text = runtime.new_cache(c, 128, "float32")
     scorer = AttentionScorer(0.4, 0.7, heads)
     scores = runtime.attention_scores(
         model.config, model.params, context, jnp.asarray(group), text, ids, np.int32(first), np.int32(last),
-        scorer=scorer, groups=groups, implementation="auto",
+        np.int32(end), scorer=scorer, groups=groups, implementation="auto",
     )  # fmt: skip
 
     llm = runtime.merge_model(model.config, model.params).llm
@@ -61,14 +61,15 @@ def test_attention_scores_are_attention_mass(
         scores = jnp.einsum("tnh,nsh->nts", q, keys) * c.head_width**-0.5
         mask = jnp.concatenate([jnp.ones((len(ids), length), bool), jnp.asarray(causal)], 1)
         p = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), -1)
-        jax.debug.callback(lambda w: per_layer.append(np.asarray(w)), p[:, first:last, :length], ordered=True)
+        jax.debug.callback(lambda w: per_layer.append(np.asarray(w)), p[..., :length], ordered=True)
         return state, jnp.einsum("nts,nsh->tnh", p, values)
 
     jax.block_until_ready(llm.forward(llm.embed_tokens(ids), length + jnp.arange(len(ids)), attend, None))
     jax.effects_barrier()
     assert len(per_layer) == c.layers
     by_group = np.stack([[w[:, :, group[:length] == g].sum(-1) for g in range(groups)] for w in per_layer])
-    by_group = (by_group**2 if heads == "squared" else by_group).mean(-1)  # [L, G, N, T] -> [L, G, N]
+    by_group = by_group**2 if heads == "squared" else by_group  # [L, G, N, T]
+    by_group = (by_group[..., first:last].mean(-1) + by_group[..., last:end].mean(-1)) / 2
     by_group = by_group.max(-1) if heads == "max" else by_group.mean(-1)
     a, b = scorer.layers(c.layers)
     assert (a, b) == (1, 2)
@@ -93,7 +94,8 @@ def test_a_dense_cache_is_scored_as_a_mixed_one_with_every_group_whole(
     for context, where in ((watched.cache, group), (mixed, jnp.where(source.valid, source.group, -1))):
         found = runtime.attention_scores(
             model.config, model.params, context, where, text_cache(model, text, 0), padded(text.ids),
-            np.int32(text.first), np.int32(len(text.ids)), scorer=AttentionScorer(), groups=n, implementation="auto",
+            np.int32(text.first), np.int32(text.last), np.int32(len(text.ids)), scorer=AttentionScorer(), groups=n,
+            implementation="auto",
         )  # fmt: skip
         scores.append(np.asarray(found))
     assert np.allclose(*scores, rtol=1e-4, atol=1e-9)

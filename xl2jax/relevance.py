@@ -26,7 +26,8 @@ class AttentionScorer:
     first_layer: float = 0.0
     last_layer: float = 1.0
     heads: Literal["squared", "mean", "max"] = "squared"
-    """squared: the mean square over heads and tokens. mean, max: of the heads' mean over tokens."""
+    """squared: the mean square over heads and tokens. mean, max: of the heads' mean over tokens. A mean over tokens is
+    half that over the question's, half that over those between it and the answer."""
     keys: Literal["auto", "dense", "pooled"] = "auto"
     """What the question is run against. auto: the dense KV, but the pooled KV where the dense one was offloaded."""
 
@@ -50,19 +51,21 @@ _SLOTS, _TOKENS = 4096, 64
 
 def attention_scores(
     llm: Qwen2, context: KVCache, group: jax.Array, text: KVCache, ids: jax.Array, first: jax.Array, last: jax.Array,
-    scorer: AttentionScorer, groups: int, *, implementation: str = "auto",
+    end: jax.Array, scorer: AttentionScorer, groups: int, *, implementation: str = "auto",
 ) -> jax.Array:  # fmt: skip
     """What the question looks at: attention to each group, float32 [groups].
 
     Runs the suffix `ids` [T] behind `context`, whose slots belong to groups `group` [S] (-1: to none), and gathers
-    the attention that tokens `first <= t < last` pay to the time and visual tokens of each group, a block of
-    tokens and slots at a time: nothing of size T x S is kept.
+    the attention that tokens pay to the time and visual tokens of each group, a block of tokens and slots at a time:
+    nothing of size T x S is kept. The question's tokens, `first <= t < last`, and those between it and the answer,
+    `last <= t < end`, count half each: what is asked for is in the many, where it was found in the few.
     """
     at = jnp.arange(ids.shape[0], dtype=jnp.int32)
     depth, kv_heads, slots, h = context.shape
     block, rows = min(_SLOTS, slots), min(_TOKENS, ids.shape[0])
     first_layer, last_layer = scorer.layers(depth)
     group = jnp.where(group >= 0, group, groups)
+    share = jnp.where(at < last, 0.5 / jnp.maximum(last - first, 1), 0.5 / jnp.maximum(end - last, 1))
 
     def mass(q: jax.Array, lse: jax.Array, layer: jax.Array) -> jax.Array:
         """[groups]: attention of the counted tokens to each group, reduced over tokens and heads."""
@@ -73,7 +76,7 @@ def attention_scores(
         def of_rows(number: jax.Array, total: jax.Array) -> jax.Array:
             top = jnp.minimum(number * rows, at.shape[0] - rows)
             row = top + jnp.arange(rows)
-            counted = (row >= number * rows) & (row >= first) & (row < last)
+            counted = (row >= number * rows) & (row >= first) & (row < end)
             own = jax.lax.dynamic_slice_in_dim(queries, top, rows)
             own_norm = jax.lax.dynamic_slice_in_dim(norm, top, rows)
 
@@ -95,10 +98,9 @@ def attention_scores(
 
             found = jax.lax.fori_loop(0, -(-slots // block), to_block, jnp.zeros((groups + 1, rows * heads)))
             found = found.reshape(groups + 1, rows, heads)
-            return total + (found**2 if scorer.heads == "squared" else found).sum(1)
+            return total + jnp.einsum("gth,t->gh", found**2 if scorer.heads == "squared" else found, share[row])
 
-        total = jax.lax.fori_loop(first // rows, -(-last // rows), of_rows, jnp.zeros((groups + 1, heads)))
-        total = total[:groups] / jnp.maximum(last - first, 1)
+        total = jax.lax.fori_loop(first // rows, -(-end // rows), of_rows, jnp.zeros((groups + 1, heads)))[:groups]
         return total.max(-1) if scorer.heads == "max" else total.mean(-1)
 
     def attend(state: Any, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[Any, jax.Array]:

@@ -119,12 +119,12 @@ def slot_groups(table: GroupTable, cache: KVCache, *, visual_tokens: int) -> jax
 )
 def attention_scores(
     config: VideoXL2Config, params: nnx.State, context: KVCache, group: jax.Array, text: KVCache,
-    ids: jax.Array, first: jax.Array, last: jax.Array,
+    ids: jax.Array, first: jax.Array, last: jax.Array, end: jax.Array,
     *, scorer: AttentionScorer, groups: int, implementation: str,
 ) -> jax.Array:  # fmt: skip
     llm = merge_model(config, params).llm
     return relevance.attention_scores(
-        llm, context, group, text, ids, first, last, scorer, groups, implementation=implementation
+        llm, context, group, text, ids, first, last, end, scorer, groups, implementation=implementation
     )
 
 

@@ -183,8 +183,9 @@ def _scores(
         context = video.cache
         group = runtime.slot_groups(video.table, context, visual_tokens=video.layout.visual_tokens)
     return runtime.attention_scores(
-        model.config, model.params, context, group, text_cache(model, text, 0), ids, first, np.int32(len(text.ids)),
-        scorer=relevance.attention, groups=video.group_capacity, implementation=model.implementation,
+        model.config, model.params, context, group, text_cache(model, text, 0), ids, first, last,
+        np.int32(len(text.ids)), scorer=relevance.attention, groups=video.group_capacity,
+        implementation=model.implementation,
     )  # fmt: skip
 
 
