@@ -236,6 +236,13 @@ def test_the_command_trains_the_llm_alone_and_goes_on(tmp_path: Path, monkeypatc
     assert line["step"] == 3
     assert 0 < line["loss"] < 1
     assert 0 <= line["seen"] <= 1
+    (tmp_path / "run-short").mkdir()  # that of a stage has a line a step
+    steps = [{"step": i, "loss": float(i)} for i in range(1, 31)]
+    (tmp_path / "run-short" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
+    curves = bundled.loss_curves(tmp_path)
+    assert curves["test"] == [(3, line["loss"])]
+    assert curves["short"] == [(25, 13.0), (30, 28.0)]
+    assert (tmp_path / "loss.png").stat().st_size > 1000
     # The second phase goes on with the heads: at a rate of 0 they stay as they are.
     with np.load(tmp_path / "run-test" / "heads.npz") as a, np.load(tmp_path / "run-still" / "heads.npz") as b:
         for name in ("early", "late"):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import json
 import multiprocessing
 import sys
 from collections import deque
@@ -28,6 +30,7 @@ from xl2jax.config import FRAMES_PER_GROUP, PRESETS, VideoXL2Config
 from xl2jax.demo import make_checkpoint
 from xl2jax.errors import UserError
 from xl2jax.model import abstract_model, normalise
+from xl2jax.plot import plot_losses
 from xl2jax.synthetic import COLOURS, NEEDLE_KINDS, SHAPES, DatasetArgs, Kind, group_frames, make_scene, write_dataset
 from xl2jax.terminal import run_command
 
@@ -152,7 +155,7 @@ def pretrain_vision(
 def train_bundled(args: TrainArgs) -> None:
     """Every stage and phase starts from the one before it; the last one's weights are the bundled checkpoint.
 
-    What has its result in the folder is not run again.
+    What has its result in the folder is not run again. loss.png has the curves of all that were.
     """
     from xl2jax.training.config import PRESETS as TRAINING
     from xl2jax.training.run import train
@@ -192,6 +195,24 @@ def train_bundled(args: TrainArgs) -> None:
             encoded = encode_groups(weights, processes=args.processes) if encoded is None else encoded
             train_composed(weights, result, phase, run, encoded=encoded, heads=heads, processes=args.processes)
         weights, heads = result, run
+    curves = loss_curves(args.folder)
+    if curves:
+        plot_losses(args.folder / "loss.png", curves)
+
+
+def loss_curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """(step, mean loss of the 25 up to it) of each stage and phase that ran in the folder."""
+    curves = {}
+    for name, log in (
+        *((s.name, folder / f"run-{s.name}" / "metrics.jsonl") for s in STAGES),  # a line a step
+        *((p.name, folder / f"run-{p.name}" / "log.jsonl") for p in PHASES),  # means already
+    ):
+        if log.exists():
+            rows = [json.loads(line) for line in log.read_text().splitlines()]
+            size = 25 if log.name == "metrics.jsonl" else 1
+            parts = itertools.batched(rows, size)
+            curves[name] = [(part[-1]["step"], float(np.mean([row["loss"] for row in part]))) for part in parts]
+    return curves
 
 
 if __name__ == "__main__":

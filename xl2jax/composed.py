@@ -415,4 +415,4 @@ def _summary(metrics: list[Metrics]) -> dict[str, float | None]:
         name: round(float(right / of), 4) if of else None
         for name, (right, of) in zip(Metrics._fields[1:], (c.sum(0) for c in counts), strict=True)
     }
-    return {"loss": round(float(loss.mean()), 4), **shares}
+    return {"loss": round(float(loss.mean()), 6), **shares}

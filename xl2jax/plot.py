@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,21 @@ def plot_needle(path: Path, results: Sequence[Result]) -> None:
     for axis in axes[:, 0]:
         axis.set_ylabel("depth of the needle", fontsize=8)
     figure.colorbar(image, ax=list(axes.flat), label="accuracy", shrink=0.8)
+    _save(figure, path)
+
+
+def plot_losses(path: Path, curves: Mapping[str, Sequence[tuple[int, float]]]) -> None:
+    """Loss over steps, a panel a stage of training; the loss is logarithmic and the same in all."""
+    figure = _figure(1 + 2.2 * len(curves), 2.8)
+    axes = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
+    for axis, (name, curve) in zip(axes, curves.items(), strict=True):
+        axis.plot(*zip(*curve, strict=True), color=_DENSE, linewidth=0.8)
+        axis.set_title(name, fontsize=9)
+        axis.set_xlabel("step", fontsize=8)
+        axis.set_yscale("log")
+        axis.tick_params(labelsize=7)
+        axis.grid(visible=True, alpha=0.3)
+    axes[0].set_ylabel("loss", fontsize=8)
     _save(figure, path)
 
 
