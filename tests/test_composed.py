@@ -156,6 +156,8 @@ def test_how_often_rows_have_what() -> None:
     assert 0.4 < longer < 0.6
     assert 0.2 < shorter < 0.4
     assert 0.4 < counted < 0.6
+    ordered = np.mean([" or " in TOKENIZER.decode(r.ids.tolist()) for r in rows])
+    assert 0.3 < ordered < 0.5  # of half the rows, those with two shapes
     assert max(r.positions[-1] for r in rows) > 20_000
 
 
@@ -194,13 +196,17 @@ def test_layers_give_what_the_llm_gives_where_keys_count_more_than_once(model: V
     layers = layer_outputs(model, x, positions, jnp.asarray(np.log(times), jnp.float32))
     assert len(layers) == model.config.llm.layers
 
-    def attend(state: None, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[None, jax.Array]:
-        again = jnp.asarray(np.repeat(np.arange(24), times[0]))
-        mask = (again[None, :] <= jnp.arange(24)[:, None])[None, None]
-        return None, dense_attention(q, k[:, again], v[:, again], mask=mask)
+    for row in range(2):
+        again = jnp.asarray(np.repeat(np.arange(24), times[row]))
 
-    wanted, _ = model.llm.forward(x[:1], positions[:1], attend, None)
-    np.testing.assert_allclose(model.llm.norm(layers[-1][:1]), wanted, rtol=1e-3, atol=1e-4)
+        def attend(
+            state: None, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, again: jax.Array = again
+        ) -> tuple[None, jax.Array]:
+            mask = (again[None, :] <= jnp.arange(24)[:, None])[None, None]
+            return None, dense_attention(q, k[:, again], v[:, again], mask=mask)
+
+        wanted, _ = model.llm.forward(x[row : row + 1], positions[row : row + 1], attend, None)
+        np.testing.assert_allclose(model.llm.norm(layers[-1][row : row + 1]), wanted, rtol=1e-3, atol=1e-4)
 
 
 def test_auxiliary_loss_counts_what_has_a_target() -> None:

@@ -16,7 +16,7 @@ from xl2jax.cache import KVCache, quantize, unpack
 from xl2jax.errors import UserError
 from xl2jax.prompt import suffix
 from xl2jax.relevance import AttentionScorer, block_scores, read_selection, unit_features
-from xl2jax.selection import padded, text_cache
+from xl2jax.selection import _scores, padded, text_cache
 
 
 @pytest.mark.parametrize("heads", ["squared", "mean", "max"])
@@ -99,6 +99,10 @@ def test_a_dense_cache_is_scored_as_a_mixed_one_with_every_group_whole(
         )  # fmt: skip
         scores.append(np.asarray(found))
     assert np.allclose(*scores, rtol=1e-4, atol=1e-9)
+    bilevel = xl2jax.BilevelConfig()
+    asked = _scores(model, watched, text, pooled, bilevel, xl2jax.RelevanceConfig())
+    assert len(padded(text.ids)) > len(text.ids)  # what fills it up has no say
+    assert np.array_equal(asked, scores[0])
     assert scores[0][: layout.groups].min() > 0
     assert not scores[0][layout.groups :].any()
 

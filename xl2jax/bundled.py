@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import multiprocessing
 import sys
 from collections import deque
 from pathlib import Path
@@ -33,6 +32,7 @@ from xl2jax.model import abstract_model, normalise
 from xl2jax.plot import plot_losses
 from xl2jax.synthetic import COLOURS, NEEDLE_KINDS, SHAPES, DatasetArgs, Kind, group_frames, make_scene, write_dataset
 from xl2jax.terminal import run_command
+from xl2jax.workers import in_processes
 
 _VISION_SEED = 100_000_000
 
@@ -136,15 +136,10 @@ def pretrain_vision(
     opt_state = tx.init(state)
     make = functools.partial(labelled_groups, batch, config.vision.image_size, config.grid // 2)
     recent: deque[Any] = deque(maxlen=50)
-    with (
-        multiprocessing.get_context("spawn").Pool(processes) as pool,
-        tqdm(total=steps, desc="vision", file=sys.stderr) as bar,
-    ):
-        first = 4 * processes
-        ahead = deque(pool.apply_async(make, (_VISION_SEED + i * batch,)) for i in range(first))
-        for i in range(first, steps + first):
-            ahead.append(pool.apply_async(make, (_VISION_SEED + i * batch,)))
-            state, opt_state, loss, right = step(state, opt_state, *ahead.popleft().get())
+    first_seeds = range(_VISION_SEED, _VISION_SEED + steps * batch, batch)
+    with tqdm(total=steps, desc="vision", file=sys.stderr) as bar:
+        for examples in in_processes(processes, make, first_seeds):
+            state, opt_state, loss, right = step(state, opt_state, *examples)
             recent.append([float(loss), *map(float, right)])
             loss_mean, colour, form = np.mean(recent, axis=0)
             bar.set_postfix(loss=f"{loss_mean:.3f}", colour=f"{colour:.3f}", form=f"{form:.3f}")
@@ -155,7 +150,7 @@ def pretrain_vision(
 def train_bundled(args: TrainArgs) -> None:
     """Every stage and phase starts from the one before it; the last one's weights are the bundled checkpoint.
 
-    What has its result in the folder is not run again. loss.png has the curves of all that were.
+    What has its result in the folder is not run again. loss.png has the curves of the LLM's that were.
     """
     from xl2jax.training.config import PRESETS as TRAINING
     from xl2jax.training.run import train

@@ -13,11 +13,10 @@ import dataclasses
 import functools
 import itertools
 import json
-import multiprocessing
 import os
 import sys
 import zipfile
-from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,6 +52,7 @@ from xl2jax.synthetic import (
 from xl2jax.training.loss import IGNORE, TokenBatch, cross_entropies, embeddings
 from xl2jax.training.samples import tokenise
 from xl2jax.training.step import is_decayed
+from xl2jax.workers import in_processes
 
 # What is encoded: as many groups of each of these, the pairs of colour and form that are trained on, and nothing.
 _TRAINED = [p for p in PAIRS if p not in HELD_OUT]
@@ -71,8 +71,9 @@ _CLASSES = (*_DIGITS * (11,), len(COLOURS) + 1, len(SHAPES) + 1)  # of what the 
 NO_TARGET = -1
 
 STANDS_FOR = 1024
-"""Groups of the longest video that a row may stand for: with gaps in its positions (PoSE, arXiv 2309.10400) and a
-softmax in which groups without a shape count as many, it has the distances and the noise of long videos."""
+"""Groups of the longest video that a row may stand for. A row that stands for one n times as long has its distances,
+through gaps in positions (PoSE, arXiv 2309.10400), and of its noise what n times as many groups without a shape make
+(but for the first group): less where few of its groups are empty, none where there is no such group."""
 _TIME_TOKENS = 10  # of a group, about
 
 
@@ -88,7 +89,7 @@ class Phase:
     seed: int
 
     def tokens(self, visual_tokens: int) -> int:
-        """Of a row: its groups, and a question about each shape. What is longer is cut."""
+        """Of a row: its groups, a question about each shape, and two more. What is longer is cut."""
         wanted = 30 + (_TIME_TOKENS + visual_tokens) * self.groups + 17 * (min(self.groups, _MOST_SHAPES) + 2)
         return -(-wanted // 16) * 16
 
@@ -98,7 +99,7 @@ class Rows[A](NamedTuple):
     nothing else is said."""
 
     groups: A
-    """[B, G]: which encoded group stands in each place. Behind the last of a shorter video: any."""
+    """[B, G]: which encoded group stands in each place. Behind the last of a shorter video: 0."""
     ids: A
     """[B, T], as `visual` and `labels` those of a TokenBatch."""
     visual: A
@@ -131,14 +132,16 @@ def digits(seconds: float) -> list[int]:
     return [tenths // 10**p % 10 if tenths >= 10**p or p < 2 else 10 for p in range(_DIGITS)]
 
 
-def _draw(size: int, numbered: tuple[int, tuple[str, str] | None]) -> np.ndarray:
-    """uint8 [4, size, size, 3]: a group that shows this pair, or nothing."""
-    number, pair = numbered
-    scene = make_scene(2 * (_SEED + number), 1, events=int(pair is not None))
-    if pair is not None:
-        event = dataclasses.replace(scene.events[0], colour=pair[0], shape=pair[1])
-        scene = dataclasses.replace(scene, events=(event,))
-    return group_frames(scene, size)
+def _draw(size: int, groups: Sequence[tuple[int, tuple[str, str] | None]]) -> np.ndarray:
+    """uint8 [4 * N, size, size, 3]: numbered groups that show a pair, or nothing."""
+    frames = []
+    for number, pair in groups:
+        scene = make_scene(2 * (_SEED + number), 1, events=int(pair is not None))
+        if pair is not None:
+            event = dataclasses.replace(scene.events[0], colour=pair[0], shape=pair[1])
+            scene = dataclasses.replace(scene, events=(event,))
+        frames.append(group_frames(scene, size))
+    return np.concatenate(frames)
 
 
 def encode_groups(source: Path, *, of_each: int = OF_EACH, processes: int, batch: int = 40) -> np.ndarray:
@@ -152,13 +155,14 @@ def encode_groups(source: Path, *, of_each: int = OF_EACH, processes: int, batch
         model: VideoXL2 = nnx.merge(graphdef, params)
         return model.encode_frames(normalise(frames))
 
-    shown = [p for p in [*_TRAINED, *len(_NOTHING) * [None]] for _ in range(of_each)]
+    pairs = [p for p in [*_TRAINED, *len(_NOTHING) * [None]] for _ in range(of_each)]
     draw = functools.partial(_draw, config.vision.image_size)
+    drawn = in_processes(processes, draw, itertools.batched(enumerate(pairs), batch))
     encoded: list[np.ndarray] = []
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        groups = pool.imap(draw, enumerate(shown), chunksize=batch)
-        for part in itertools.batched(tqdm(groups, "encode groups", len(shown), file=sys.stderr), batch):
-            encoded.append(np.asarray(encode(jnp.asarray(np.concatenate(part)))))
+    with tqdm(total=len(pairs), desc="encode groups", file=sys.stderr) as bar:
+        for frames in drawn:
+            encoded.append(np.asarray(encode(jnp.asarray(frames))))
+            bar.update(len(encoded[-1]))
     return np.concatenate(encoded)
 
 
@@ -166,8 +170,8 @@ def compose(seed: int, phase: Phase, tokenizer: PromptTokenizer, visual_tokens: 
     """One row, of NumPy arrays without the first axis.
 
     A shape is asked about once, and the order of two shapes last: an answer would give the next one away. Every third
-    row is a shorter video, every second has a needle, every second is a part of a longer video in time, and every
-    second stands for one of up to `STANDS_FOR` groups.
+    row is a shorter video, every second has a needle, every second starts later in time, and every second stands for a
+    longer video, of up to `STANDS_FOR` groups.
     """
     rng = np.random.default_rng([seed, 3])
     count = phase.groups if rng.random() < 2 / 3 else round(float(np.exp(rng.uniform(0, np.log(phase.groups)))))
@@ -177,9 +181,9 @@ def compose(seed: int, phase: Phase, tokenizer: PromptTokenizer, visual_tokens: 
     later = int(LONGEST / seconds) - count
     start = seconds * int(rng.integers(max(later, 1))) if rng.random() < 0.5 else 0.0
     times = [round(float(start + g * seconds), 1) for g in range(count)]
-    shown = rng.choice(_NOTHING, count)
+    classes = rng.choice(_NOTHING, count)
     for event in scene.events:
-        shown[event.start : event.start + event.groups] = _TRAINED.index((event.colour, event.shape))
+        classes[event.start : event.start + event.groups] = _TRAINED.index((event.colour, event.shape))
 
     questions = _questions(scene, seconds, start, rng)
     turns = [turn for q in questions for turn in (("user", q.text), ("assistant", q.answer))]
@@ -213,14 +217,14 @@ def compose(seed: int, phase: Phase, tokenizer: PromptTokenizer, visual_tokens: 
         gaps = rng.choice(ends, int(rng.integers(1, 4)))
         for gap, share in zip(gaps, rng.dirichlet(np.ones(len(gaps))), strict=True):
             positions[gap:] += int(share * (times_longer - 1) * count * (_TIME_TOKENS + visual_tokens))
-        empty = np.repeat(np.isin(shown, _NOTHING)[1:], np.diff(ends))
+        empty = np.repeat(np.isin(classes, _NOTHING)[1:], np.diff(ends))
         weights[ends[0] : ends[-1]][empty] = np.log(times_longer)
     ids, visual, labels = (
         np.pad(x, (0, length - used), constant_values=fill)
         for x, fill in ((row.ids, 0), (row.visual, -1), (row.labels, IGNORE))
     )
     groups = np.zeros(phase.groups, np.int32)
-    groups[:count] = shown * of_each + rng.integers(0, of_each, count)
+    groups[:count] = classes * of_each + rng.integers(0, of_each, count)
     return Rows(groups, ids, visual, labels, positions, weights, early, late)
 
 
@@ -241,8 +245,9 @@ def _questions(scene: Scene, seconds: float, start: float, rng: np.random.Genera
 
 
 def language_loss(model: VideoXL2, encoded: jax.Array, rows: Rows[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """The loss that train.py has for the same videos in frames, and each layer's output [L, B, T, D].
+    """The loss, and each layer's output [L, B, T, D].
 
+    Without gaps and weights it is the loss that train.py has for the same videos in frames.
     `encoded`: visual tokens [N, V, D] of the groups that `rows.groups` counts.
     """
     visual = encoded[rows.groups].reshape(len(rows.ids), -1, encoded.shape[-1])
@@ -363,15 +368,11 @@ def train_composed(
     recent: list[Metrics] = []
     run.mkdir(parents=True, exist_ok=True)
     with (
-        multiprocessing.get_context("spawn").Pool(processes) as pool,
         (run / "log.jsonl").open("w") as log,
         tqdm(total=phase.steps, desc=phase.name, file=sys.stderr) as bar,
     ):
-        ahead: deque[Any] = deque()
-        for i in range(phase.steps):
-            while len(ahead) <= 2 * processes:
-                ahead.append(pool.apply_async(make, (i + len(ahead),)))
-            rows = jax.tree.map(jnp.asarray, ahead.popleft().get())
+        for i, batch in enumerate(in_processes(processes, make, range(phase.steps))):
+            rows = jax.tree.map(jnp.asarray, batch)
             state, opt_state, metrics = step(state, opt_state, on_device, rows, rates[i])
             recent.append(metrics)
             bar.update()

@@ -98,7 +98,8 @@ def attention_scores(
 
             found = jax.lax.fori_loop(0, -(-slots // block), to_block, jnp.zeros((groups + 1, rows * heads)))
             found = found.reshape(groups + 1, rows, heads)
-            return total + jnp.einsum("gth,t->gh", found**2 if scorer.heads == "squared" else found, share[row])
+            found = found**2 if scorer.heads == "squared" else found
+            return total + jnp.sum(found * share[row][:, None], axis=1)
 
         total = jax.lax.fori_loop(first // rows, -(-end // rows), of_rows, jnp.zeros((groups + 1, heads)))[:groups]
         return total.max(-1) if scorer.heads == "max" else total.mean(-1)

@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import json
 import math
-import multiprocessing
 import sys
 from collections.abc import Iterator
 from fractions import Fraction
@@ -32,6 +31,7 @@ from xl2jax.read_ahead import resize
 from xl2jax.terminal import run_command
 from xl2jax.training.records import IMAGE
 from xl2jax.video import Clip, frame_times
+from xl2jax.workers import in_processes
 
 COLOURS = {
     "red": (220, 30, 30), "green": (30, 160, 50), "blue": (30, 60, 225), "yellow": (240, 220, 30),
@@ -412,9 +412,8 @@ def write_dataset(args: DatasetArgs) -> None:
         raise UserError(f"{target}: already exists; choose another place or remove it first")
     args.folder.mkdir(parents=True, exist_ok=True)
     one = functools.partial(_one_video, args)
-    with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
-        parts = pool.imap(one, range(args.videos), chunksize=8)
-        rows = [row for part in tqdm(parts, "write videos", args.videos, file=sys.stderr) for row in part]
+    parts = in_processes(args.processes, one, range(args.videos))
+    rows = [row for part in tqdm(parts, "write videos", args.videos, file=sys.stderr) for row in part]
     target.write_text(json.dumps(rows) + "\n")
 
 

@@ -95,7 +95,8 @@ class Setup:
         group = runtime.slot_groups(table, cache, visual_tokens=v)
         scores = runtime.attention_scores(
             self.config, self.params, cache, group, runtime.new_cache(llm, 128, self.dtype), self.ids, np.int32(0),
-            np.int32(SUFFIX // 2), np.int32(SUFFIX), scorer=AttentionScorer(), groups=groups, implementation=self.attention,
+            np.int32(SUFFIX // 2), np.int32(SUFFIX), scorer=AttentionScorer(), groups=groups,
+            implementation=self.attention,
         )  # fmt: skip
         _, _, dense = runtime.choose(scores, table.groups, select_chunk_groups=size, top=top)
         slots = mixed_slots(self.layout, (top + 2) * size, config)
