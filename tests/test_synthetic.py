@@ -154,8 +154,10 @@ def test_dataset(tmp_path: Path, command: Callable[..., tuple[int, str, str]], r
     assert all(len(r.turns) == 6 and r.media is not None and r.media.is_file() for r in records)
     assert "already exists" in refused(synthetic.main, *flags)
     before = (folder / "000000.mp4").stat().st_mtime_ns
-    assert command(synthetic.main, *flags, "--conversations", "more.json", "--kinds", "count")[0] == 0
-    assert (folder / "000000.mp4").stat().st_mtime_ns == before  # the same videos, other questions
+    (folder / "train.json").unlink()  # as after an interrupted run
+    assert command(synthetic.main, *flags)[0] == 0
+    assert (folder / "000000.mp4").stat().st_mtime_ns == before
+    assert read_records(folder / "train.json", 0) == records
 
 
 def picture(path: Path) -> np.ndarray:

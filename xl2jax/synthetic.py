@@ -371,8 +371,6 @@ class DatasetArgs:
     """Questions of each, at most: the same is not asked twice."""
     kinds: tuple[Kind, ...] = tuple(TEMPLATES)
     """Of these, all as often."""
-    conversations: str = "train.json"
-    """Name of the file of questions and answers."""
     seed: int = 0
     processes: int = 2
 
@@ -403,11 +401,11 @@ def _one_video(args: DatasetArgs, number: int) -> list[dict[str, Any]]:
 
 
 def write_dataset(args: DatasetArgs) -> None:
-    """Videos that are there already stay (they follow from the seed): a folder may have several sets of questions.
+    """Videos that are there already stay (they follow from the seed).
 
-    Raises UserError if there is such a set.
+    Raises UserError if train.json is there.
     """
-    target = args.folder / args.conversations
+    target = args.folder / "train.json"
     if target.exists():
         raise UserError(f"{target}: already exists; choose another place or remove it first")
     args.folder.mkdir(parents=True, exist_ok=True)
