@@ -160,6 +160,19 @@ def test_how_often_rows_have_what() -> None:
     assert 0.3 < ordered < 0.5  # of half the rows, those with two shapes
     assert max(r.positions[-1] for r in rows) > 20_000
 
+    def has_needle(row: Rows[np.ndarray]) -> bool:
+        """Of one group, and of a colour and a form that no other shape has: certain with a needle, else by chance."""
+        shown = [pair for pair in map(shown_in, row.groups.tolist()) if pair is not None]
+        return any(
+            shown.count(p) == 1 and not any((p[0] == q[0]) != (p[1] == q[1]) for q in shown)
+            for p in dict.fromkeys(shown)
+        )
+
+    long = dataclasses.replace(PHASE, groups=40)
+    rows = [compose(seed, long, TOKENIZER, VISUAL, OF_EACH) for seed in range(400)]
+    many = [r for r in rows if len({shown_in(int(g)) for g in r.groups}) > 7]
+    assert 0.35 < np.mean([has_needle(r) for r in many]) < 0.6  # 0.1 of them by chance
+
 
 @pytest.fixture(scope="module")
 def model() -> VideoXL2:

@@ -335,12 +335,11 @@ def train_composed(
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, phase.learning_rate, min(30, phase.steps // 10), phase.steps, phase.learning_rate / 10
     )
-    rates = np.asarray(schedule(np.arange(phase.steps)))
     decayed = (
         jax.tree.unflatten(jax.tree.structure(state[0]), map(is_decayed, flatten(state[0]))),
         dict.fromkeys(state[1], False),
     )
-    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1.0, b2=0.98, weight_decay=0.05, mask=decayed))
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.05, mask=decayed))
     early, late = config.llm.layers // 2, config.llm.layers - 1
 
     def loss_of(state: Any, encoded: jax.Array, rows: Rows[jax.Array]) -> tuple[jax.Array, Metrics]:
@@ -355,10 +354,9 @@ def train_composed(
         return loss + 0.2 * (seen_loss + asked_loss + answered_loss), Metrics(loss, seen, asked, answered)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(state: Any, opt_state: Any, encoded: jax.Array, rows: Rows[jax.Array], rate: jax.Array) -> Any:
+    def step(state: Any, opt_state: Any, encoded: jax.Array, rows: Rows[jax.Array]) -> Any:
         grads, metrics = jax.grad(loss_of, has_aux=True)(state, encoded, rows)
         updates, opt_state = tx.update(grads, opt_state, state)
-        updates = jax.tree.map(lambda u: rate * u, updates)
         return optax.apply_updates(state, updates), opt_state, metrics
 
     make = functools.partial(
@@ -373,7 +371,7 @@ def train_composed(
     ):
         for i, batch in enumerate(in_processes(processes, make, range(phase.steps))):
             rows = jax.tree.map(jnp.asarray, batch)
-            state, opt_state, metrics = step(state, opt_state, on_device, rows, rates[i])
+            state, opt_state, metrics = step(state, opt_state, on_device, rows)
             recent.append(metrics)
             bar.update()
             if (i + 1) % 25 == 0 or i + 1 == phase.steps:
