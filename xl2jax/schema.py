@@ -1,0 +1,118 @@
+"""The one reader of JSON and YAML that others wrote: regular files only, bounded, checked against a schema.
+
+A schema is a `Schema` class (or any type that pydantic knows). Whatever is wrong with a file (not there, no permission,
+a pipe, too large, not UTF-8, nested too deeply, NaN, a number of thousands of digits, a field that is missing or has the
+wrong type) ends in one UserError that names the file and the field.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import pydantic_core
+import yaml
+
+from xl2jax.errors import UserError
+
+SMALL_FILE = 64 << 20
+"""Bytes that a file of settings, an index or a selection file may have."""
+
+
+class Schema(pydantic.BaseModel):
+    """Fields that a file must have, of exactly these types. Fields that are not named are ignored."""
+
+    model_config = pydantic.ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
+
+
+def read_bytes(path: Path, *, max_bytes: int | None = SMALL_FILE) -> bytes:
+    """The bytes of a regular file. Raises UserError where there is none, or where it is larger than `max_bytes`."""
+    try:
+        require_regular(path)
+        with open(path, "rb") as f:
+            size = os.fstat(f.fileno()).st_size
+            if max_bytes is not None and size > max_bytes:
+                raise UserError(f"{path}: has {size:,} bytes, more than the {max_bytes:,} that such a file may have")
+            return f.read()
+    except OSError as e:
+        raise unreadable(path, e) from None
+
+
+def require_regular(path: Path) -> None:
+    """Raises UserError unless `path` is a file that can be read to its end: a pipe or a device would block.
+
+    Raises OSError where it cannot be looked at.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        kind = "a folder" if path.is_dir() else "a pipe or a device"
+        raise UserError(f"{path}: is {kind}, not a regular file")
+
+
+def unreadable(path: str | Path, error: OSError) -> UserError:
+    """The error for a file that the operating system does not give."""
+    reasons: dict[type[OSError], str] = {
+        FileNotFoundError: "no such file",
+        PermissionError: "no permission to read it",
+        NotADirectoryError: "no such file",
+    }
+    return UserError(f"{path}: {reasons.get(type(error), f'cannot be read ({error.strerror or error})')}")
+
+
+def parse_json[T](data: bytes | str, schema: type[T], where: str | Path) -> T:
+    """JSON text as a `schema`. `where` names it in the error."""
+    try:
+        raw = pydantic_core.from_json(data, allow_inf_nan=False)
+    except ValueError as e:
+        raise UserError(f"{where}: not JSON ({e})") from None
+    return check(raw, schema, where)
+
+
+def read_json[T](path: Path, schema: type[T], *, max_bytes: int | None = SMALL_FILE) -> T:
+    """A JSON file as a `schema`."""
+    return parse_json(read_bytes(path, max_bytes=max_bytes), schema, path)
+
+
+def read_yaml[T](path: Path, schema: type[T]) -> T:
+    """A YAML file as a `schema`."""
+    try:
+        raw = yaml.safe_load(read_bytes(path, max_bytes=256 << 10).decode("utf-8"))
+    except RecursionError:
+        raise UserError(f"{path}: not YAML (nested too deeply)") from None
+    except (yaml.YAMLError, ValueError) as e:  # ValueError: not UTF-8, dates that do not exist, very long numbers
+        reason = " ".join(str(e).split())
+        raise UserError(f"{path}: not YAML ({reason[:200]})") from None
+    return check(raw, schema, path)
+
+
+def check[T](raw: Any, schema: type[T], where: str | Path) -> T:
+    """A parsed value as a `schema`: the first few fields that are wrong are named."""
+    try:
+        return pydantic.TypeAdapter(schema).validate_python(raw, strict=True)
+    except pydantic.ValidationError as e:
+        raise UserError(f"{where}: {problems(e)}") from None
+    except RecursionError:
+        raise UserError(f"{where}: nested too deeply") from None
+
+
+def problems(error: pydantic.ValidationError, shown: int = 3) -> str:
+    """What is wrong, by field: `a.b: should be a valid integer, not 'x'`."""
+    errors = error.errors(include_url=False)
+    out = []
+    for e in errors[:shown]:
+        place = ".".join(str(part)[:60] for part in e["loc"])
+        message = _MESSAGES.get(e["type"], e["msg"].removeprefix("Value error, ").removeprefix("Input "))
+        given = "" if e["type"] == "missing" or isinstance(e["input"], (dict, list)) else f", not {_shown(e['input'])}"
+        out.append(f"{place}: {message}{given}" if place else f"{message}{given}")
+    more = f"; and {len(errors) - shown} more" if len(errors) > shown else ""
+    return "; ".join(out) + more
+
+
+_MESSAGES = {"missing": "is missing", "model_type": "should be an object", "dict_type": "should be an object"}
+
+
+def _shown(value: Any) -> str:
+    text = repr(value) if not isinstance(value, int) or abs(value) < 1 << 64 else "a very large number"
+    return text if len(text) <= 60 else text[:57] + "..."
