@@ -69,10 +69,9 @@ class TrainConfig:
     """Samples (rows, where packed) of an optimizer step."""
     micro_batch: int = 1
     """Rows that a device takes at a time; the rest of --global-batch is accumulated."""
-    param_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of master weights and optimizer state."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of the forward and backward pass, and of what is frozen."""
+    """Of the forward and backward pass, and of what is frozen. What trains, its gradients' sum and its optimizer state
+    are float32: in bfloat16 a step of these rates is less than half the distance to the next number."""
     remat: bool = True
     """Recomputes each layer in the backward pass."""
     seed: int = 0

@@ -14,7 +14,7 @@ from xl2jax.training.batches import Probe
 from xl2jax.training.config import TrainConfig
 from xl2jax.training.records import Record
 from xl2jax.training.sharding import batch_devices, param_spec
-from xl2jax.training.step import StepConfig
+from xl2jax.training.step import MASTER, StepConfig
 
 _PARTS = ("vision", "dts", "projector", "llm")
 
@@ -34,7 +34,7 @@ def memory_per_device(
 ) -> dict[str, float]:
     """Bytes by purpose. Activations are an estimate for the longest sample: what remat keeps, one layer's
     intermediate values, and the logits of a block."""
-    master, compute = jnp.dtype(config.param_dtype).itemsize, jnp.dtype(config.compute_dtype).itemsize
+    master, compute = jnp.dtype(MASTER).itemsize, jnp.dtype(config.compute_dtype).itemsize
     own = {n: _share(n, s.shape, mesh) for n, s in shapes.items()}
     training = sum(own[n] for n in trained)
     gradient = training * (2.0 if config.global_batch > config.micro_batch * batch_devices(mesh) else 1.0)

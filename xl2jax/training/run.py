@@ -210,7 +210,7 @@ def _start(
     identity: dict[str, str],
 ) -> tuple[TrainState, Params]:
     """The state to begin or go on with, and what is frozen."""
-    trained = dict.fromkeys(run.trained, run.config.param_dtype)
+    trained = set(run.trained)
     resumed = checkpoints.latest is not None
     if resumed:
         state, stored = checkpoints.restore(abstract)
@@ -266,7 +266,7 @@ class _Step:
 def _steps(run: _Run, plan: list[list[MicroBatch]], lengths: Sequence[Length | None]) -> int:
     config, model = run.config, run.step.model
     tx, schedule = optimizer(config, run.trained, len(plan)), learning_rate(config, len(plan))
-    abstract = abstract_state({n: run.shapes[n] for n in run.trained}, tx, config.param_dtype, run.mesh)
+    abstract = abstract_state({n: run.shapes[n] for n in run.trained}, tx, run.mesh)
     identity = _identity(run, plan)
     loader = Loader(
         run.records, config.sampling(), run.tokenizer, model.visual_tokens, config.max_length, model.vision.image_size

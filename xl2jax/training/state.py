@@ -25,7 +25,7 @@ from xl2jax.model import VideoXL2, abstract_model
 from xl2jax.names import Entry, entries, flatten
 from xl2jax.tensor_files import DTYPES
 from xl2jax.training.sharding import param_sharding, replicated
-from xl2jax.training.step import Params, StepConfig, TrainState
+from xl2jax.training.step import MASTER, Params, StepConfig, TrainState
 
 _CHECKPOINTS = "checkpoints"
 
@@ -36,11 +36,11 @@ def parameter_shapes(config: VideoXL2Config, lora: LoRAConfig | None) -> dict[st
 
 
 def abstract_state(
-    shapes: Mapping[str, jax.ShapeDtypeStruct], tx: optax.GradientTransformation, dtype: str, mesh: Mesh
+    shapes: Mapping[str, jax.ShapeDtypeStruct], tx: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
     """The TrainState of the named parameters as shapes with shardings: optimizer state lies as its parameter does."""
     params = {
-        n: jax.ShapeDtypeStruct(s.shape, jnp.dtype(dtype), sharding=param_sharding(n, s.shape, mesh))
+        n: jax.ShapeDtypeStruct(s.shape, jnp.dtype(MASTER), sharding=param_sharding(n, s.shape, mesh))
         for n, s in shapes.items()
     }
 
@@ -55,16 +55,16 @@ def abstract_state(
 
 
 def load_parameters(
-    folder: Path, config: StepConfig, trained: Mapping[str, str], mesh: Mesh, seed: int, wanted: Collection[str],
+    folder: Path, config: StepConfig, trained: Collection[str], mesh: Mesh, seed: int, wanted: Collection[str],
     *, progress: bool,
 ) -> Params:  # fmt: skip
     """The `wanted` parameters, each put on the mesh in slices as it is read from a checkpoint; adapters are new.
 
-    `trained` gives the dtype of what trains; the rest has the compute dtype.
+    What is `trained` is in `MASTER`, the rest in the compute dtype.
     """
 
     def place(name: str, array: np.ndarray) -> jax.Array:
-        dtype = DTYPES[DTYPE_NAMES[trained.get(name, config.compute_dtype)]]
+        dtype = DTYPES[DTYPE_NAMES[MASTER if name in trained else config.compute_dtype]]
         sharding = param_sharding(name, array.shape, mesh)
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index].astype(dtype))
 
@@ -77,7 +77,7 @@ def load_parameters(
         def make() -> Params:
             model = VideoXL2(config.model, param_dtype=jnp.float32, rngs=nnx.Rngs(seed), lora=config.lora)
             flat = flatten(nnx.state(model))
-            return {n: flat[n].astype(trained[n]) for n in new}
+            return {n: flat[n] for n in new}
 
         params |= jax.jit(make, out_shardings={n: param_sharding(n, s.shape, mesh) for n, s in new.items()})()
     return params
