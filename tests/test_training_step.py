@@ -207,7 +207,9 @@ def test_the_second_moment_reaches_its_value() -> None:
     state = TrainState(jnp.int32(0), params, tx.init(params))
     gradient = {"llm.a.kernel": jnp.linspace(-0.3, 0.7, 12).reshape(3, 4)}
     sums = Sums(jnp.float32(1), jnp.float32(1), gradient)
-    state = jax.jit(lambda s: jax.lax.scan(lambda s, _: (update(tx, schedule, s, sums)[0], None), s, None, 3000)[0])(state)
+    state = jax.jit(lambda s: jax.lax.scan(lambda s, _: (update(tx, schedule, s, sums)[0], None), s, None, 3000)[0])(
+        state
+    )
     (second,) = (x.nu["llm.a.kernel"] for x in state.opt_state if hasattr(x, "nu"))
     assert np.allclose(second, (1 - 0.999**3000) * np.square(gradient["llm.a.kernel"]), rtol=1e-3)
 

@@ -212,19 +212,19 @@ def _without_folders_of_media(records: list[Record], roots: set[Path]) -> tuple[
 
     A video may be a folder of frames; these are folders by mistake, and pictures that lie there are not its frames.
     """
-    holders: set[Path] = set()
+    holders: set[str] = set()
 
-    def add(folder: Path) -> None:
+    def add(folder: str) -> None:
         while folder not in holders:
             holders.add(folder)
-            folder = folder.parent
+            folder = os.path.dirname(folder)
 
-    places = [Path(os.path.abspath(r.media)) if r.kind == "video" and r.media is not None else None for r in records]
+    places = [os.path.abspath(r.media) if r.kind == "video" and r.media is not None else None for r in records]
     for root in roots:
-        add(Path(os.path.abspath(root)))
+        add(os.path.abspath(root))
     for place in places:
         if place is not None:
-            add(place.parent)
+            add(os.path.dirname(place))
     kept, misplaced = [], []
     for record, place in zip(records, places, strict=True):
         if place in holders:
