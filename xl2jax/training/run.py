@@ -273,10 +273,12 @@ def _steps(
                     _look_at(given, telemetry, config.output)
                     pending = None
                     checkpoints.save(state, identity)
-                if stopping and number < len(plan):
-                    checkpoints.wait()
-                    logger.info("%s: saved step %d of %d", signals.name, number, len(plan))
-                    return None
+                if stopping:
+                    break
+    if int(state.step) < len(plan):
+        checkpoints.wait()
+        logger.info("%s: saved step %d of %d", signals.name, int(state.step), len(plan))
+        return None
     return state
 
 

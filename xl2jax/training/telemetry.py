@@ -81,33 +81,6 @@ def _keep_steps(path: Path, last: int) -> None:
         beside.write_bytes(b"".join(row + b"\n" for row in rows))
 
 
-class _Board:
-    """Scalars for TensorBoard, written by the caller's thread.
-
-    tensorboardX's own SummaryWriter hands them to a thread, which dies in silence where the disk is full; then its
-    queue fills up and the caller waits for ever.
-    """
-
-    def __init__(self, folder: Path, first: int):
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto import event_pb2, summary_pb2
-
-        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
-        folder.mkdir(exist_ok=True)
-        self._file = EventsWriter(str(folder / "events"))
-        # TensorBoard forgets what an earlier start wrote about the steps from here on.
-        log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._file.write_event(self._event(wall_time=time.time(), step=first, session_log=log))
-
-    def add(self, step: int, values: dict[str, float]) -> None:
-        scalars = [self._summary.Value(tag=f"train/{name}", simple_value=x) for name, x in values.items()]
-        self._file.write_event(self._event(wall_time=time.time(), step=step, summary=self._summary(value=scalars)))
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-
 class Telemetry:
     """One process's view of a run; only process 0 shows and writes.
 
@@ -126,7 +99,7 @@ class Telemetry:
             total=total, initial=first, desc="train", unit="step", file=sys.stderr, disable=not show, dynamic_ncols=True
         )
         self._file: TextIO | None = None
-        self._board: _Board | None = None
+        self._board: Any = None
         self._wandb: Any = None
         self._times: deque[tuple[float, float, float]] = deque(maxlen=20)  # (when, tokens, operations)
         self._last = time.perf_counter()
@@ -137,7 +110,9 @@ class Telemetry:
         with _one_line(output):
             self._file = open(path, "a", buffering=1)  # noqa: SIM115 (closed by __exit__)
             if tensorboard:
-                self._board = _Board(output / "tensorboard", first + 1)
+                from xl2jax.training.board import Board
+
+                self._board = Board(output / "tensorboard", first + 1)
         if wandb is not None:
             try:
                 import wandb as module
