@@ -189,7 +189,7 @@ def layout_of(config: VideoXL2Config, tokenizer: PromptTokenizer | None, frames:
     if tokenizer is None:  # Qwen's: "Time", a space, every digit, point and unit one token each
         return VideoLayout(14, tuple(len(str(t)) + 3 for t in times), config.visual_tokens)
     lengths = tuple(len(tokenizer.encode(time_text(t))) for t in times)
-    return VideoLayout(len(tokenizer.encode(PREFIX)), lengths, config.visual_tokens)
+    return VideoLayout(len(tokenizer.encode(*PREFIX)), lengths, config.visual_tokens)
 
 
 def main() -> int:

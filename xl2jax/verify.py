@@ -203,7 +203,7 @@ class Case:
     def answer(self, context: KVCache) -> tuple[KVCache, np.ndarray, np.ndarray]:
         """(text cache after the suffix, suffix hidden states, greedy ids)."""
         limit = self.new_tokens
-        config = SamplingConfig()
+        greedy = SamplingConfig().traced()
         never = jnp.array([-1], jnp.int32)
 
         @jax.jit
@@ -212,9 +212,9 @@ class Case:
             text = empty_cache(self.config.llm, len(self.suffix) + limit, self.dtype)
             n = jnp.int32(len(self.suffix))
             text, hidden = extend(llm, context, text, ids, n)
-            state = first_token(llm, text, hidden, n, jax.random.key(0), never, config)
+            state = first_token(llm, text, hidden, n, jax.random.key(0), never, greedy)
             first = state.token
-            _, rest, _ = decode(llm, context, state, jnp.int32(limit - 1), never, config, size=limit - 1)
+            _, rest, _ = decode(llm, context, state, jnp.int32(limit - 1), never, greedy, size=limit - 1)
             return text, hidden, jnp.concatenate([first[None], rest])
 
         text, hidden, ids = run(self.params, context, jnp.asarray(self.suffix, jnp.int32))
