@@ -30,7 +30,7 @@ class CacheConfig:
     offload: the visual KV goes to host memory once the video is watched; only bi-level decoding can read it there.
     """
 
-    dtype: Literal["bfloat16", "float32", "int8"] | None = None
+    dtype: Literal["bfloat16", "float32", "float16", "int8"] | None = None
     offload: bool = False
 
     def check(self, model_dtype: str) -> None:

@@ -23,7 +23,9 @@ from xl2jax.model import VideoXL2
 from xl2jax.prefill import Step
 from xl2jax.relevance import AttentionScorer
 
-PREFIX, SUFFIX, TIMES = 14, 20, 7
+PREFIX, SUFFIX = 14, 20
+TIMES = 9
+"""Time tokens of a group: the mean of 2,048 frames a second apart is 9.4."""
 DECODE_TOKENS = 32
 
 
