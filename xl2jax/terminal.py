@@ -224,8 +224,8 @@ def argument_text(text: str) -> str:
 class _Interrupts:
     """Has Ctrl-C noticed also where the exception that it raises is lost.
 
-    Python drops it in callbacks (JAX has one in the garbage collector) and hands it to `sys.unraisablehook`; modules
-    that are being imported turn it into other errors. So `asked` remembers it.
+    Python drops it in callbacks (JAX has one in the garbage collector) and hands it to `sys.unraisablehook`. Modules
+    that are being imported print it, or turn it into other errors: it waits until they are there.
     """
 
     def __init__(self) -> None:
@@ -245,13 +245,21 @@ class _Interrupts:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
+        while frame is not None:
+            if frame.f_code.co_filename.startswith("<frozen importlib"):
+                self._ask_again()
+                return
+            frame = frame.f_back
         raise KeyboardInterrupt
 
     def _on_dropped(self, dropped: sys.UnraisableHookArgs) -> None:
         if dropped.exc_type is not None and issubclass(dropped.exc_type, KeyboardInterrupt):
-            # From another thread, in a moment: here it would be dropped again.
-            timer = threading.Timer(0.05, _thread.interrupt_main)
-            timer.daemon = True
-            timer.start()
+            self._ask_again()
         else:
             self._hook(dropped)
+
+    def _ask_again(self) -> None:
+        """Raises the signal again in a moment, from another thread: where it is now it would be lost again."""
+        timer = threading.Timer(0.05, _thread.interrupt_main)
+        timer.daemon = True
+        timer.start()
