@@ -95,8 +95,9 @@ def test_mixed_cache(times: list[int], sizes: tuple[int, int], data: st.DataObje
     m = expected_k.shape[2]
     assert (int(mixed.length), int(mixed.visual_length)) == (m, 0)
     keys, values = np.asarray(mixed.k), np.asarray(mixed.v)
+    # The oracle turns in float64; float32 angles up to 60 are off by 4e-6, twice, for elements up to 5.
     assert np.allclose(turned(keys, -1)[:, :, :m], expected_k, atol=1e-4)
-    assert np.allclose(values[:, :, :m], expected_v, atol=1e-5)
+    assert np.allclose(values[:, :, :m], expected_v, atol=1e-6)
     assert not keys[:, :, m:].any()
     assert np.isfinite(values).all()
     group = np.asarray(source.group)[:m]
