@@ -213,3 +213,21 @@ def test_an_earlier_process_of_the_same_number(tmp_path: Path) -> None:
         elsewhere.write_text("half")
     write(tmp_path / "file")
     assert names(tmp_path) == sorted(["file", elsewhere.name])
+
+
+def test_a_failed_plot_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    from xl2jax.plot import plot_losses
+
+    curves = {"stage": [(1, 2.0), (2, 1.0)]}
+    plot_losses(tmp_path / "whole.png", curves)
+
+    def half(_: Figure, path: Path, **__: Any) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", half)
+    with pytest.raises(UserError, match="p.png: no space left"):
+        plot_losses(tmp_path / "p.png", curves)
+    assert names(tmp_path) == ["whole.png"]
