@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from typing import Any
+
+from xl2jax.errors import UserError
 
 _ODD: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 2**31, 2**63, 10**30, 0.5, 1e308, "", "x", "../x", "/dev/zero", "\x00", "n" * 5000, [], {},
@@ -42,6 +45,15 @@ def damaged_json(text: bytes, rng: random.Random) -> bytes:
         if not raw:
             break
     return json.dumps(raw).encode()
+
+
+def outcome[T](call: Callable[[], T]) -> tuple[T | None, str]:
+    """What a call returns, or the one line that it refuses with. Any other exception passes."""
+    try:
+        return call(), ""
+    except UserError as e:
+        assert len(str(e)) < 1000
+        return None, str(e)
 
 
 def _places(value: Any) -> list[tuple[Any, Any]]:

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from xl2jax import checkpoint as ckpt
-from xl2jax.checkpoint import load_params, orbax_to_torch, torch_to_orbax, write_torch
+from xl2jax import orbax_folder, tensor_files
+from xl2jax.checkpoint import load_params
 from xl2jax.config import VideoXL2Config
-from xl2jax.convert import main
+from xl2jax.convert import main, orbax_to_torch, torch_to_orbax
 from xl2jax.errors import UserError
 from xl2jax.names import flatten
+from xl2jax.torch_folder import copy_companions, write_torch
 
 
 def tensors_of(folder: Path) -> dict[str, np.ndarray]:
@@ -55,7 +56,7 @@ def test_shards_bfloat16_and_unused_tensors(checkpoint: Path, tmp_path: Path) ->
     }
     source = tmp_path / "shards"
     source.mkdir()
-    ckpt.copy_companions(checkpoint, source)
+    copy_companions(checkpoint, source)
     names, weight_map = list(whole), {}
     for i in range(0, len(names), 10):
         file = f"model-{i:05d}.safetensors"
@@ -88,7 +89,7 @@ def test_dtype_is_chosen_or_kept(checkpoint: Path, tmp_path: Path) -> None:
     assert {str(x.dtype) for x in flatten(load_params(tmp_path / "half", "float32")[1]).values()} == {"float32"}
     mixed = tmp_path / "mixed"
     mixed.mkdir()
-    ckpt.copy_companions(checkpoint, mixed)
+    copy_companions(checkpoint, mixed)
     tensors = tensors_of(checkpoint)
     tensors["lm_head.weight"] = tensors["lm_head.weight"].astype(np.float16)
     save_file(tensors, mixed / "model.safetensors")
@@ -221,9 +222,9 @@ def test_disk_runs_full(
     if reverse:
         torch_to_orbax(checkpoint, tmp_path / "source", None)
         source = tmp_path / "source"
-        monkeypatch.setattr(ckpt.ShardWriter, "write", full)
+        monkeypatch.setattr(tensor_files.ShardWriter, "write", full)
     else:
-        monkeypatch.setattr(ckpt.ocp.partial, "save", full)
+        monkeypatch.setattr(orbax_folder.ocp.partial, "save", full)
     line = refused(main, source, tmp_path / "out", *(["--reverse"] if reverse else []))
     assert "no space left" in line
     assert list(tmp_path.glob("*out*")) == []
@@ -236,7 +237,7 @@ def test_interrupted_run_leaves_nothing_and_can_be_repeated(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as m:
-        m.setattr(ckpt.ocp.partial, "finalize", stop)
+        m.setattr(orbax_folder.ocp.partial, "finalize", stop)
         assert command(main, checkpoint, tmp_path / "out")[0] == 130
     assert list(tmp_path.iterdir()) == []
     # A run that was killed leaves its folder beside; the next one starts over.

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from xl2jax import memory, prefill, runtime
 from xl2jax.bilevel import BilevelConfig
 from xl2jax.cache import KVCache
-from xl2jax.checkpoint import find_checkpoint, load_params
+from xl2jax.checkpoint import load_params
 from xl2jax.config import FRAMES_PER_GROUP, VideoXL2Config
 from xl2jax.errors import UserError
 from xl2jax.generate import SamplingConfig
@@ -39,6 +39,7 @@ from xl2jax.ops.arena import IMPLEMENTATIONS
 from xl2jax.prompt import PREFIX, PromptTokenizer, Suffix, suffix
 from xl2jax.read_ahead import default_workers, resize
 from xl2jax.selection import Chunk, RelevanceConfig, check_bilevel, choose_context, padded, text_cache
+from xl2jax.sources import find_checkpoint
 from xl2jax.video import Backend, Clip, SampleConfig, open_video
 from xl2jax.watched import THUMBNAIL_SIZE, CacheConfig, WatchedVideo, thumbnail_places
 
