@@ -50,10 +50,11 @@ def damaged_json(text: bytes, rng: random.Random) -> bytes:
 def outcome[T](call: Callable[[], T]) -> tuple[T | None, str]:
     """What a call returns, or the one line that it refuses with. Any other exception passes."""
     try:
-        return call(), ""
+        value, line = call(), ""
     except UserError as e:
-        assert len(str(e)) < 1000
-        return None, str(e)
+        value, line = None, str(e)
+    assert len(line) < 1000
+    return value, line
 
 
 def _places(value: Any) -> list[tuple[Any, Any]]:

@@ -9,9 +9,13 @@ xl2jax.json                              {"format": 2, "dtype": "bfloat16", "che
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
-from collections.abc import Iterable
+import math
+import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,10 +33,12 @@ from xl2jax.tensor_files import DTYPE_NAMES, DTYPES, ShardWriter, TensorFolder, 
 logger = logging.getLogger(__name__)
 
 PARAMS, UNUSED, MANIFEST = "params", "unused.safetensors", "xl2jax.json"
-_BATCH_BYTES = 64 << 20  # arrays handed to Orbax at a time
+_BATCH_BYTES = 64 << 20  # arrays that Orbax writes, or reads, at a time
 
 
-class _Manifest(Schema):
+class Manifest(Schema):
+    """xl2jax.json. Format 1 had no checksums."""
+
     format: Literal[1, 2]
     dtype: Literal["float32", "bfloat16", "float16"]
     checksums: dict[str, str] | None = None
@@ -40,6 +46,14 @@ class _Manifest(Schema):
 
 def is_orbax(folder: Path) -> bool:
     return is_file(folder / MANIFEST)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises UserError where it is not one that this version reads."""
+    manifest = read_json(folder / MANIFEST, Manifest)
+    if manifest.format != 1 and manifest.checksums is None:
+        raise UserError(f"{folder / MANIFEST}: checksums: is missing; convert the checkpoint again")
+    return manifest
 
 
 def unused_tensors(folder: Path) -> TensorFolder:
@@ -56,13 +70,13 @@ class OrbaxFolder:
     def __init__(self, folder: Path, config: VideoXL2Config, *, verify: bool = True):
         self.folder, self._path = folder, (folder / PARAMS).absolute()
         self.entries = entries(config)
-        manifest = read_json(folder / MANIFEST, _Manifest)
+        ignore_closed_loops()
+        manifest = read_manifest(folder)
         self.dtype: str = manifest.dtype
         self._stored = self._dtypes()
+        self._ahead: dict[str, np.ndarray] = {}
         self._checksums = manifest.checksums if verify else None
         if verify and manifest.checksums is None:
-            if manifest.format != 1:
-                raise UserError(f"{folder / MANIFEST}: checksums: is missing; convert the checkpoint again")
             logger.info(
                 "%s: has no checksums (an earlier version converted it), so that damage goes unnoticed: "
                 "convert it again to have them",
@@ -70,8 +84,14 @@ class OrbaxFolder:
             )
 
     def _dtypes(self) -> dict[str, np.dtype]:
+        for folder, _, files in os.walk(self._path):
+            for name in files:
+                is_file(Path(folder, name))  # a pipe would block
         try:
-            stored = traverse_util.flatten_dict(ocp.pytree_metadata(self._path).metadata, sep=".")
+            metadata = ocp.pytree_metadata(self._path).metadata
+            if not isinstance(metadata, dict):
+                raise ValueError("nothing says which arrays it has")
+            stored = traverse_util.flatten_dict(metadata, sep=".")
             shapes = {name: tuple(leaf.shape) for name, leaf in stored.items()}
             dtypes = {name: np.dtype(leaf.dtype) for name, leaf in stored.items()}
         except Exception as e:  # Orbax raises what its storage raises
@@ -84,20 +104,38 @@ class OrbaxFolder:
             raise UserError(f"{self._path}: the arrays do not fit config.json: {listing(problems)}")
         return dtypes
 
-    def read(self, parts: Iterable[Entry]) -> list[np.ndarray]:
-        """Some tensors, as they are stored."""
-        parts = list(parts)
+    def read(self, parts: Sequence[Entry]) -> list[np.ndarray]:
+        """Some tensors, as they are stored. Cheap in the order of `entries`: a call of Orbax costs 50 to 200 ms."""
+        if any(e.name not in self._ahead for e in parts):
+            self._ahead = self._load(self._with_next(parts))
+        return [self._ahead.pop(e.name) for e in parts]
+
+    def _with_next(self, parts: Sequence[Entry]) -> list[Entry]:
+        """`parts` and those behind them in the table, as long as all have no more than _BATCH_BYTES."""
+        together = list(parts)
+        size = sum(map(self._nbytes, together))
+        for entry in self.entries[self.entries.index(together[-1]) + 1 :]:
+            size += self._nbytes(entry)
+            if size > _BATCH_BYTES:
+                break
+            together.append(entry)
+        return together
+
+    def _nbytes(self, entry: Entry) -> int:
+        return math.prod(entry.shape) * self._stored[entry.name].itemsize
+
+    def _load(self, parts: list[Entry]) -> dict[str, np.ndarray]:
         abstract: dict[str, Any] = dict.fromkeys(self._stored, ocp.PLACEHOLDER)
         for e in parts:
             abstract[e.name] = np.empty(e.shape, self._stored[e.name])
         try:
             tree = ocp.load_pytree(self._path, traverse_util.unflatten_dict(abstract, sep="."))
             flat = traverse_util.flatten_dict(tree, sep=".")
-            arrays = [np.asarray(flat[e.name]) for e in parts]
+            arrays = {e.name: np.asarray(flat[e.name]) for e in parts}
         except Exception as e:
             raise self._damaged(e) from e
-        for entry, array in zip(parts, arrays, strict=True):
-            self._verify(entry.name, array)
+        for name, array in arrays.items():
+            self._verify(name, array)
         return arrays
 
     def verify_unused(self) -> None:
@@ -113,6 +151,17 @@ class OrbaxFolder:
     def _damaged(self, error: Exception) -> UserError:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         return UserError(f"{self._path}: not a whole Orbax checkpoint ({reason}); convert it again")
+
+
+@functools.cache
+def ignore_closed_loops() -> None:
+    """Keeps quiet what follows the first error of a damaged checkpoint.
+
+    Orbax reads many tensors at once. When one of them fails it closes its event loop, and each of the others that ends
+    later prints a traceback from a thread of its own, which no caller can catch.
+    """
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda late: None if str(late.exc_value) == "Event loop is closed" else hook(late)
 
 
 _FLOATS = [DTYPES[code] for code in DTYPE_NAMES.values()]
