@@ -12,6 +12,7 @@ from xl2jax.tensor_files import PICKLED, refuse_pickles
 
 logger = logging.getLogger(__name__)
 
+_TIMEOUT = 10.0  # seconds
 _NEEDED = ["*.json", "*.safetensors", "*.txt", "*.jinja", "params/*"]
 _NOT_NEEDED = ["*/*.safetensors", "*/*.txt"]
 """Weights of subfolders are other models or other formats (original/, onnx/, checkpoint-500/)."""
@@ -31,7 +32,9 @@ def download(repo: str, revision: str | None = None) -> Path:
 
     name = repo if revision is None else f"{repo}@{revision}"
     try:
-        _refuse_unsafe(name, HfApi().list_repo_files(repo, revision=revision))
+        # One request that is tried once: huggingface_hub tries others again for 20 seconds where there is no network.
+        about = HfApi().model_info(repo, revision=revision, timeout=_TIMEOUT)
+        _refuse_unsafe(name, [file.rfilename for file in about.siblings or []])
     except (UserError, RevisionNotFoundError) as e:
         raise e if isinstance(e, UserError) else UserError(f"{name}: {_advice(repo, e)}") from e
     except Exception as e:  # huggingface_hub raises many unrelated types: HTTP, OS, its own
