@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 
 from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.errors import UserError
+from xl2jax.schema import is_file, read_bytes
 
 IM_START, IM_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 SYSTEM = "You are a helpful assistant."
@@ -33,23 +34,10 @@ class PromptTokenizer:
         """From tokenizer.json, or from vocab.json and merges.txt.
 
         Raises:
-          UserError: no such file, or the tokenizer lacks a special token, or knows more tokens than
-            the model's `vocab`.
+          UserError: no such file, one that cannot be read, or the tokenizer lacks a special token, or knows more
+            tokens than the model's `vocab`.
         """
-        path = folder / "tokenizer.json"
-        try:
-            if path.is_file():
-                tokenizer = Tokenizer.from_file(str(path))
-            elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-                from transformers import Qwen2Tokenizer
-
-                tokenizer = Qwen2Tokenizer.from_pretrained(str(folder), local_files_only=True).backend_tokenizer
-            else:
-                raise UserError(f"{folder}: no tokenizer.json (nor vocab.json with merges.txt)")
-        except UserError:
-            raise
-        except Exception as e:  # tokenizers raises bare Exception
-            raise UserError(f"{folder}: the tokenizer cannot be read ({str(e).splitlines()[0]})") from None
+        tokenizer = _read_tokenizer(folder)
         missing = [t for t in (IM_START, IM_END, END_OF_TEXT) if tokenizer.token_to_id(t) is None]
         if missing:
             raise UserError(f"{folder}: the tokenizer lacks the special token {', '.join(missing)}")
@@ -72,6 +60,28 @@ class PromptTokenizer:
     def time_ids(self, times: list[float]) -> list[list[int]]:
         """Token ids of every group's time, from the times of all frames."""
         return [self.encode(time_text(t)) for t in times[::FRAMES_PER_GROUP]]
+
+
+_SLOW_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+
+
+def _read_tokenizer(folder: Path) -> Tokenizer:
+    whole, parts = folder / "tokenizer.json", (folder / "vocab.json", folder / "merges.txt")
+    try:
+        if is_file(whole):
+            return Tokenizer.from_buffer(read_bytes(whole))
+        if not all(map(is_file, parts)):
+            raise UserError(f"{folder}: no tokenizer.json (nor vocab.json with merges.txt)")
+        for name in _SLOW_FILES:
+            is_file(folder / name)  # a pipe would block
+        from transformers import Qwen2Tokenizer
+
+        return Qwen2Tokenizer.from_pretrained(str(folder), local_files_only=True).backend_tokenizer
+    except UserError:
+        raise
+    except Exception as e:  # tokenizers raises bare Exception
+        reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
+        raise UserError(f"{folder}: the tokenizer cannot be read ({reason})") from None
 
 
 @dataclasses.dataclass(frozen=True)
