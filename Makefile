@@ -7,6 +7,8 @@ BIN := .venv/bin
 EXTRAS ?= dev
 # Of the demo's video.
 SEED ?= 1
+# The shell gets it as a variable, never as part of a command.
+export SEED
 
 install: .venv/installed
 
@@ -23,7 +25,7 @@ install: .venv/installed
 
 demo: install
 	@mkdir -p build
-	@$(BIN)/python -m xl2jax.synthetic clip build/demo.mp4 --seed $(SEED) > build/demo.txt
+	@$(BIN)/python -m xl2jax.synthetic clip build/demo.mp4 --seed "$$SEED" > build/demo.txt
 	@echo "What is asked, and what is right (any SEED=N makes another video):" >&2 && cat build/demo.txt >&2
 	@cut -f1 build/demo.txt | sed 's/.*/--question "&"/' | xargs $(BIN)/python infer.py --video build/demo.mp4 --select-chunk-groups 1 --plot build/demo.png
 	@echo "wrote build/demo.png: the timeline, and which parts each answer looked at" >&2

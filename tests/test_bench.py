@@ -26,8 +26,8 @@ def test_rows(command: Callable[..., tuple[int, str, str]]) -> None:
     assert status == 0, err
     rows = json.loads(out)
     assert [(r["mode"], r["groups"], r["tokens"]) for r in rows] == [
-        ("chunked", 9, 14 + 9 * 11),
-        ("dense", 9, 14 + 9 * 11),
+        ("chunked", 9, 14 + 9 * 13),
+        ("dense", 9, 14 + 9 * 13),
     ]
     for row in rows:
         assert row["seconds"] > 0
@@ -52,7 +52,7 @@ def test_e2e(command: Callable[..., tuple[int, str, str]]) -> None:
     assert all(c["relative_l2"] < 1e-2 for c in checks[3:])
     assert card["matrix_tflops"] > 0
     assert min(vision["tower_frames_s"], vision["frames_s"]) > 0
-    assert [(v["frames"], v["tokens"]) for v in videos] == [(96, 14 + 24 * 11)]
+    assert [(v["frames"], v["tokens"]) for v in videos] == [(96, 14 + 24 * 13)]
     # Of 6 chunks the ends and the best two are dense.
     assert videos[0]["bilevel_tokens"] == videos[0]["dense_tokens"] - 2 * 4 * 3
     for v in videos:

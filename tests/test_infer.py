@@ -16,7 +16,7 @@ from test_video import write_audio
 
 import xl2jax
 from xl2jax import memory
-from xl2jax.checkpoint import torch_to_orbax
+from xl2jax.convert import torch_to_orbax
 from xl2jax.cli import infer
 from xl2jax.config import VideoXL2Config
 from xl2jax.demo import write_clip
@@ -249,7 +249,7 @@ def test_a_video_too_long_for_memory(
     config = VideoXL2Config.from_hf(checkpoint)
     tokenizer = PromptTokenizer.load(checkpoint, config.llm.vocab)
     layout = VideoLayout(
-        len(tokenizer.encode(PREFIX)), (len(tokenizer.encode("Time 12.0s:")),) * 20, config.visual_tokens
+        len(tokenizer.encode(*PREFIX)), (len(tokenizer.encode("Time 12.0s:")),) * 20, config.visual_tokens
     )
     plan = make_plan(layout, PrefillConfig())
     free = memory.memory_need(config, plan, layout, xl2jax.BilevelConfig(), "float32", 16).total

@@ -9,13 +9,12 @@ xl2jax.json                              {"format": 2, "dtype": "bfloat16", "che
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -153,15 +152,25 @@ class OrbaxFolder:
         return UserError(f"{self._path}: not a whole Orbax checkpoint ({reason}); convert it again")
 
 
-@functools.cache
-def ignore_closed_loops() -> None:
-    """Keeps quiet what follows the first error of a damaged checkpoint.
+class _ClosedLoops:
+    """A `sys.unraisablehook` that keeps quiet what follows the first error of a damaged checkpoint.
 
     Orbax reads many tensors at once. When one of them fails it closes its event loop, and each of the others that ends
     later prints a traceback from a thread of its own, which no caller can catch.
     """
-    hook = sys.unraisablehook
-    sys.unraisablehook = lambda late: None if str(late.exc_value) == "Event loop is closed" else hook(late)
+
+    def __init__(self, hook: Callable[[Any], Any]):
+        self._hook = hook
+
+    def __call__(self, late: Any) -> None:
+        if str(late.exc_value) != "Event loop is closed":
+            self._hook(late)
+
+
+def ignore_closed_loops() -> None:
+    """Has such errors ignored from now on, in this process."""
+    if not isinstance(sys.unraisablehook, _ClosedLoops):
+        sys.unraisablehook = _ClosedLoops(sys.unraisablehook)
 
 
 _FLOATS = [DTYPES[code] for code in DTYPE_NAMES.values()]

@@ -165,11 +165,12 @@ def load_cache(
         jnp.int32(layout.groups * layout.visual_tokens),
     )  # fmt: skip
     capacity = (plan.slots - plan.visual_start) // plan.visual_tokens
-    return WatchedVideo(
+    watched = WatchedVideo(
         path=str(video_path), duration=about["duration"], times=about["times"], layout=layout, plan=plan,
         cache=kv, host=HostKV(*_cache_of(visual)) if cache.offload else None, features=jnp.pad(jnp.asarray(features), ((0, capacity - len(features)), (0, 0))),
-        thumbnails=[], timings={"read": 0.0, "vision": 0.0, "prefill": 0.0},
+        thumbnails=[], timings={"read": 0.0, "compute": 0.0},
     )  # fmt: skip
+    return model.adopt(watched)
 
 
 def _put(x: jax.Array, part: np.ndarray, layer: int, start: int) -> jax.Array:
