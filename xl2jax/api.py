@@ -119,7 +119,7 @@ class Model:
         started = time.perf_counter()
         clip = video if isinstance(video, Clip) else open_video(video, sampling, backend=backend, folder_fps=folder_fps)
         time_ids = self.tokenizer.time_ids(clip.times)
-        layout = self._layout(time_ids)
+        layout = self.layout(time_ids)
         if bilevel is not None:
             check_bilevel(bilevel, layout)
         self.check_fits(layout, config, bilevel, cache)
@@ -239,7 +239,8 @@ class Model:
         """float32 means float32: GPUs would multiply in TF32."""
         return jax.default_matmul_precision("highest" if self.dtype == "float32" else None)
 
-    def _layout(self, time_ids: list[list[int]]) -> VideoLayout:
+    def layout(self, time_ids: list[list[int]]) -> VideoLayout:
+        """Lengths of the tokens of a video, from the token ids of every group's time."""
         return VideoLayout(len(self._prefix), tuple(map(len, time_ids)), self.config.visual_tokens)
 
     def _start(self, plan: prefill.PrefillPlan, *, quantized: bool) -> KVCache:
