@@ -16,9 +16,9 @@ from test_video import write_audio
 
 import xl2jax
 from xl2jax import memory
-from xl2jax.checkpoint import torch_to_orbax
 from xl2jax.cli import infer
 from xl2jax.config import VideoXL2Config
+from xl2jax.convert import torch_to_orbax
 from xl2jax.demo import write_clip
 from xl2jax.layout import PrefillConfig, VideoLayout
 from xl2jax.prefill import make_plan
@@ -170,9 +170,9 @@ BAD = [
     (("--question", QUESTION, "--relevance", "none", "--relevance-heads", "max"), "no effect with relevance none"),
     (("--question", QUESTION, "--checkpoint", "/nowhere"), "no such checkpoint folder"),
     (("--question", QUESTION, "--attention", "magic"), "choose auto"),
-    (("--question", QUESTION, "--load-cache", "/nowhere/x"), "not a whole video cache"),
-    (("--question", QUESTION, "--save-cache", "/nowhere/x"), "cannot write the cache"),
-    (("--question", QUESTION, "--save-cache", "/etc/passwd/x"), "cannot write the cache"),
+    (("--question", QUESTION, "--load-cache", "/nowhere/x"), "no such file"),
+    (("--question", QUESTION, "--save-cache", "/nowhere/x"), "cannot be written (no such folder)"),
+    (("--question", QUESTION, "--save-cache", "/etc/passwd/x"), "cannot be written"),
     (("--question", QUESTION, "--save-cache", "a", "--load-cache", "b"), "not both"),
     (("--question", QUESTION, "--temperature", "nan"), "temperature"),
     (("--question", QUESTION, "--folder-fps", "nan"), "folder fps"),

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import random
 from pathlib import Path
 
 import pytest
+from damage import damaged_json, outcome
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -119,23 +122,52 @@ def test_tokenizers_that_do_not_fit(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
     with pytest.raises(UserError, match=r"lacks the special token <\|im_end\|>"):
         PromptTokenizer.load(tmp_path, 1000)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match="cannot be read"):
-        PromptTokenizer.load(tmp_path, 1000)
+    for text in (b"{}", b"", b"[" * 100_000, b"\xff", b"null", b'{"model": ' + b"1" * 5000 + b"}"):
+        (tmp_path / "tokenizer.json").write_bytes(text)
+        with pytest.raises(UserError, match="the tokenizer cannot be read") as e:
+            PromptTokenizer.load(tmp_path, 1000)
+        assert len(str(e.value)) < 400
 
 
-def test_slow_tokenizer_files(tmp_path: Path) -> None:
+def test_fuzzed_tokenizers(tmp_path: Path) -> None:
+    """A damaged tokenizer is refused in one line, or it reads and writes text."""
+    whole = make_tokenizer().to_str().encode()
+    for seed in range(100):
+        (tmp_path / "tokenizer.json").write_bytes(damaged_json(whole, random.Random(seed)))
+        tokenizer, _ = outcome(lambda: PromptTokenizer.load(tmp_path, 1000))
+        if tokenizer is not None:
+            tokenizer.decode(tokenizer.encode("What happens at 12.5s? 日本"))
+
+
+def slow_files(folder: Path) -> None:
     """vocab.json and merges.txt alone, as older checkpoints have them."""
     raw = json.loads(make_tokenizer().to_str())
-    (tmp_path / "vocab.json").write_text(json.dumps(raw["model"]["vocab"]))
+    (folder / "vocab.json").write_text(json.dumps(raw["model"]["vocab"]))
     merges = [m if isinstance(m, str) else " ".join(m) for m in raw["model"]["merges"]]
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
     added = {t["content"]: t["id"] for t in raw["added_tokens"]}
-    (tmp_path / "added_tokens.json").write_text(json.dumps(added))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({
+    (folder / "added_tokens.json").write_text(json.dumps(added))
+    (folder / "tokenizer_config.json").write_text(json.dumps({
         "tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
         "added_tokens_decoder": {str(i): {"content": t, "special": True} for t, i in added.items()},
     }))  # fmt: skip
+
+
+def test_slow_tokenizer_files(tmp_path: Path) -> None:
+    slow_files(tmp_path)
     slow = PromptTokenizer.load(tmp_path, 1000)
     parts = (*PREFIX, "What happens at 12.5s?")
     assert slow.encode(*parts) == PromptTokenizer(make_tokenizer()).encode(*parts)
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"])
+def test_slow_tokenizer_files_that_cannot_be_read(name: str, tmp_path: Path) -> None:
+    slow_files(tmp_path)
+    if name != "special_tokens_map.json":  # which transformers reads only where the others say nothing
+        (tmp_path / name).write_bytes(b"[\xff")
+        with pytest.raises(UserError, match="the tokenizer cannot be read|lacks the special token"):
+            PromptTokenizer.load(tmp_path, 1000)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match="is a pipe or a device"):
+        PromptTokenizer.load(tmp_path, 1000)

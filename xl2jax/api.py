@@ -29,7 +29,7 @@ from tqdm import tqdm
 from xl2jax import memory, prefill, runtime
 from xl2jax.bilevel import BilevelConfig
 from xl2jax.cache import KVCache
-from xl2jax.checkpoint import find_checkpoint, load_params
+from xl2jax.checkpoint import load_params
 from xl2jax.config import FRAMES_PER_GROUP, VideoXL2Config
 from xl2jax.errors import UserError
 from xl2jax.generate import SamplingConfig
@@ -40,6 +40,7 @@ from xl2jax.ops.arena import IMPLEMENTATIONS
 from xl2jax.prompt import PREFIX, PromptTokenizer, Suffix, Turn, suffix
 from xl2jax.read_ahead import default_workers, resize
 from xl2jax.selection import Chunk, RelevanceConfig, check_bilevel, choose_context, padded, text_cache
+from xl2jax.sources import find_checkpoint
 from xl2jax.video import Backend, Clip, SampleConfig, open_video
 from xl2jax.watched import THUMBNAIL_SIZE, CacheConfig, WatchedVideo, thumbnail_places
 
@@ -118,7 +119,7 @@ class Model:
         started = time.perf_counter()
         clip = video if isinstance(video, Clip) else open_video(video, sampling, backend=backend, folder_fps=folder_fps)
         time_ids = self.tokenizer.time_ids(clip.times)
-        layout = self._layout(time_ids)
+        layout = self.layout(time_ids)
         if bilevel is not None:
             check_bilevel(bilevel, layout)
         self.check_fits(layout, config, bilevel, cache)
@@ -238,7 +239,8 @@ class Model:
         """float32 means float32: GPUs would multiply in TF32."""
         return jax.default_matmul_precision("highest" if self.dtype == "float32" else None)
 
-    def _layout(self, time_ids: list[list[int]]) -> VideoLayout:
+    def layout(self, time_ids: list[list[int]]) -> VideoLayout:
+        """Lengths of the tokens of a video, from the token ids of every group's time."""
         return VideoLayout(len(self._prefix), tuple(map(len, time_ids)), self.config.visual_tokens)
 
     def _start(self, plan: prefill.PrefillPlan, *, quantized: bool) -> KVCache:

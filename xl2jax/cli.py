@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import platform
 import sys
 import time
@@ -20,6 +19,7 @@ import tyro
 import xl2jax
 from xl2jax import memory
 from xl2jax.api import Answer, Model
+from xl2jax.atomic import check_file_target
 from xl2jax.backend import ProgramCount, program_count, start_backend
 from xl2jax.bilevel import BilevelConfig
 from xl2jax.errors import UserError
@@ -28,7 +28,7 @@ from xl2jax.layout import PrefillConfig
 from xl2jax.prompt import check_unicode
 from xl2jax.relevance import AttentionScorer
 from xl2jax.selection import RelevanceConfig, selection_for
-from xl2jax.store import cache_key, load_cache, save_cache
+from xl2jax.store import cache_key, check_cache_file, load_cache, save_cache
 from xl2jax.terminal import argument_text, require_stdout, run_command, stdin_is_closed
 from xl2jax.video import Backend, Clip, SampleConfig, open_video
 from xl2jax.watched import CacheConfig, WatchedVideo, read_thumbnails
@@ -184,10 +184,10 @@ class Args:
             raise UserError(f"{self.video}: no such video")
         if self.save_cache is not None and self.load_cache is not None:
             raise UserError("give --save-cache or --load-cache, not both")
-        if self.save_cache is not None and not os.access(self.save_cache.parent, os.W_OK | os.X_OK):
-            raise UserError(f"{self.save_cache}: cannot write the cache there")
-        if self.plot is not None and not os.access(self.plot.parent, os.W_OK | os.X_OK):
-            raise UserError(f"{self.plot}: cannot write the plot there")
+        for target in filter(None, (self.save_cache, self.plot)):
+            check_file_target(target)
+        if self.load_cache is not None:
+            check_cache_file(self.load_cache)
         SamplingConfig(self.temperature, self.top_p).check()
         for check in (self.sampling, self.prefill_config, self.bilevel, self.cache_config):
             check()

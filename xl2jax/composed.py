@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import os
 import sys
 import zipfile
 from collections.abc import Sequence
@@ -27,7 +26,8 @@ import optax
 from flax import nnx
 from tqdm import tqdm
 
-from xl2jax.checkpoint import load_params, write_params
+from xl2jax.atomic import replacing_file
+from xl2jax.checkpoint import load_params
 from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.errors import UserError
 from xl2jax.layers import rope_tables
@@ -49,6 +49,7 @@ from xl2jax.synthetic import (
     group_frames,
     make_scene,
 )
+from xl2jax.torch_folder import write_params
 from xl2jax.training.loss import IGNORE, TokenBatch, cross_entropies, embeddings
 from xl2jax.training.samples import tokenise
 from xl2jax.training.step import is_decayed
@@ -380,9 +381,8 @@ def train_composed(
                 log.flush()
                 bar.set_postfix(line)
                 recent = []
-    beside = run / ".heads.incomplete.npz"
-    np.savez(beside, early=np.asarray(state[1]["early"]), late=np.asarray(state[1]["late"]))
-    os.replace(beside, run / "heads.npz")
+    with replacing_file(run / "heads.npz") as beside, open(beside, "wb") as f:
+        np.savez(f, early=np.asarray(state[1]["early"]), late=np.asarray(state[1]["late"]))
     write_params(target, config, nnx.State({**params, "llm": state[0]}), companions=source)
 
 

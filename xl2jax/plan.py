@@ -25,13 +25,13 @@ from flax import nnx
 from xl2jax import flops, memory, prefill
 from xl2jax.backend import MEMORY_FRACTION, start_backend
 from xl2jax.bilevel import BilevelConfig
-from xl2jax.checkpoint import find_checkpoint
 from xl2jax.config import FRAMES_PER_GROUP, PRESETS, VideoXL2Config
 from xl2jax.errors import UserError
 from xl2jax.layout import PrefillConfig, VideoLayout
 from xl2jax.model import abstract_model
 from xl2jax.names import flatten
 from xl2jax.prompt import PREFIX, PromptTokenizer, time_text
+from xl2jax.sources import find_checkpoint
 from xl2jax.terminal import run_command
 
 VISION_SHARE, PREFILL_SHARE, DECODE_SHARE = 0.47, 0.56, 0.6

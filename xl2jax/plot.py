@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from xl2jax.api import Answer
-from xl2jax.errors import UserError
+from xl2jax.atomic import replacing_file
 from xl2jax.needle import FAMILIES, Result
 from xl2jax.watched import WatchedVideo
 
@@ -28,13 +28,8 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _save(figure: Any, path: Path) -> None:
-    """Written beside, then renamed. Raises UserError where it cannot be written."""
-    beside = path.with_name(f".{path.name}.incomplete")
-    try:
+    with replacing_file(path) as beside:
         figure.savefig(beside, dpi=120, format="png")
-        beside.replace(path)
-    except OSError as e:
-        raise UserError(f"{path}: cannot be written ({e.strerror})") from None
 
 
 def plot_answers(path: Path, video: WatchedVideo, answers: Sequence[Answer]) -> None:

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.errors import UserError
+from xl2jax.schema import is_file, read_bytes
 
 
 class Control(str):
@@ -55,30 +56,20 @@ class PromptTokenizer:
         """From tokenizer.json, or from vocab.json and merges.txt.
 
         Raises:
-          UserError: no such file, or the tokenizer lacks a special token, or knows more tokens than
-            the model's `vocab`.
+          UserError: no such file, one that cannot be read, or the tokenizer lacks a special token, or knows more
+            tokens than the model's `vocab`.
         """
-        path = folder / "tokenizer.json"
-        try:
-            if path.is_file():
-                tokenizer = Tokenizer.from_file(str(path))
-            elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-                from transformers import Qwen2Tokenizer
-
-                tokenizer = Qwen2Tokenizer.from_pretrained(str(folder), local_files_only=True).backend_tokenizer
-            else:
-                raise UserError(f"{folder}: no tokenizer.json (nor vocab.json with merges.txt)")
-        except UserError:
-            raise
-        except Exception as e:  # tokenizers raises bare Exception
-            raise UserError(f"{folder}: the tokenizer cannot be read ({str(e).splitlines()[0]})") from None
+        tokenizer = _read_tokenizer(folder)
         missing = [t for t in (IM_START, IM_END, END_OF_TEXT) if tokenizer.token_to_id(t) is None]
         if missing:
             raise UserError(f"{folder}: the tokenizer lacks the special token {', '.join(missing)}")
         largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
         if largest >= vocab:
             raise UserError(f"{folder}: the tokenizer's ids go up to {largest}, the model's vocabulary has {vocab}")
-        return cls(tokenizer)
+        try:
+            return cls(tokenizer)
+        except Exception as e:
+            raise _unreadable(folder, e) from None
 
     def __reduce__(self) -> tuple[type[PromptTokenizer], tuple[Tokenizer]]:
         return PromptTokenizer, (self.tokenizer,)  # a pickled Tokenizer forgets how it treats special tokens
@@ -110,6 +101,32 @@ class PromptTokenizer:
     def time_ids(self, times: list[float]) -> list[list[int]]:
         """Token ids of every group's time, from the times of all frames."""
         return [self.encode(time_text(t)) for t in times[::FRAMES_PER_GROUP]]
+
+
+_SLOW_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+
+
+def _read_tokenizer(folder: Path) -> Tokenizer:
+    whole, parts = folder / "tokenizer.json", (folder / "vocab.json", folder / "merges.txt")
+    try:
+        if is_file(whole):
+            return Tokenizer.from_buffer(read_bytes(whole))
+        if not all(map(is_file, parts)):
+            raise UserError(f"{folder}: no tokenizer.json (nor vocab.json with merges.txt)")
+        for name in _SLOW_FILES:
+            is_file(folder / name)  # a pipe would block
+        from transformers import Qwen2Tokenizer
+
+        return Qwen2Tokenizer.from_pretrained(str(folder), local_files_only=True).backend_tokenizer
+    except UserError:
+        raise
+    except Exception as e:  # tokenizers raises bare Exception
+        raise _unreadable(folder, e) from None
+
+
+def _unreadable(folder: Path, error: Exception) -> UserError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return UserError(f"{folder}: the tokenizer cannot be read ({reason})")
 
 
 def _text_tokenizer(tokenizer: Tokenizer) -> Tokenizer:

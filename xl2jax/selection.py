@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,8 @@ from xl2jax.errors import UserError
 from xl2jax.layout import VideoLayout
 from xl2jax.offload import fetch, pool_host
 from xl2jax.prompt import Suffix
-from xl2jax.relevance import AttentionScorer, read_selection
+from xl2jax.relevance import AttentionScorer
+from xl2jax.selection_files import Selection, read_selection
 from xl2jax.watched import WatchedVideo
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def check_bilevel(bilevel: BilevelConfig, layout: VideoLayout) -> None:
         raise UserError(f"top chunks must be from 0 to {blocks} (the video has {blocks} chunks), not {top}")
 
 
-def selection_for(relevance: RelevanceConfig, video: Path, question: str) -> dict[str, Any] | None:
+def selection_for(relevance: RelevanceConfig, video: Path, question: str) -> Selection | None:
     """A question's entry in the selection file; None where it has none and `missing` is `dense`."""
     if relevance.file is None:
         raise UserError("the file scorer needs a selection file (--relevance-file)")
@@ -98,8 +99,8 @@ def choose_context(
         if found is None:
             logger.info("%s has no entry for this question: reading the whole dense cache", relevance.file)
             return whole_cache(video), []
-        units = found["units"]
-        bilevel = BilevelConfig(found["select_chunk_groups"], found["pool"], 0)
+        units = found.units
+        bilevel = BilevelConfig(found.select_chunk_groups, found.pool, 0)
         check_bilevel(bilevel, video.layout)
         most = -(-video.layout.groups // 2)
         if any(not 0 <= u < most for u in units):

@@ -25,6 +25,7 @@ import tyro
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from xl2jax.atomic import replacing_file
 from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.errors import UserError
 from xl2jax.read_ahead import resize
@@ -322,14 +323,10 @@ def corpus() -> Iterator[str]:
 def write_video(
     path: Path, scene: Scene, *, fps: float = 1.0, width: int = 112, height: int = 112, repeat: int = 1
 ) -> None:
-    """H.264 with a constant quantiser (the same bytes each time); each frame stands `repeat` times.
-
-    Written beside and renamed.
-    """
+    """H.264 with a constant quantiser (the same bytes each time); each frame stands `repeat` times."""
     import av
 
-    beside = path.with_name(f".{path.name}")
-    with av.open(str(beside), "w", format="mp4") as container:
+    with replacing_file(path) as beside, av.open(str(beside), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps * repeat).limit_denominator(1000))
         assert isinstance(stream, av.VideoStream)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
@@ -339,7 +336,6 @@ def write_video(
             for _ in range(repeat):
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
-    beside.replace(path)
 
 
 # --- data sets --------------------------------------------------------------------------------
@@ -412,7 +408,8 @@ def write_dataset(args: DatasetArgs) -> None:
     one = functools.partial(_one_video, args)
     parts = in_processes(args.processes, one, range(args.videos))
     rows = [row for part in tqdm(parts, "write videos", args.videos, file=sys.stderr) for row in part]
-    target.write_text(json.dumps(rows) + "\n")
+    with replacing_file(target) as beside:
+        beside.write_text(json.dumps(rows) + "\n")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,6 +44,8 @@ def setup_logging() -> None:
     logging.getLogger("xl2jax").setLevel(logging.INFO)
     # Orbax logs warnings about its own deprecations through absl.
     logging.getLogger("absl").setLevel(logging.ERROR)
+    # Of a damaged checkpoint it reads the other tensors too, and nobody asks for their errors.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module="orbax")
 
 

@@ -42,8 +42,9 @@ from xl2jax.bilevel import (
     pool_cache,
 )  # fmt: skip
 from xl2jax.cache import KVArray, KVCache, empty_cache, unpack
-from xl2jax.checkpoint import load_params, torch_to_orbax
+from xl2jax.checkpoint import load_params
 from xl2jax.config import FRAMES_PER_GROUP, VideoXL2Config
+from xl2jax.convert import torch_to_orbax
 from xl2jax.dts import NORM_GROUPS, resample
 from xl2jax.errors import UserError
 from xl2jax.generate import SamplingConfig, decode, extend, first_token

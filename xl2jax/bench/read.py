@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import tempfile
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from xl2jax import memory
+from xl2jax.atomic import replacing_file
 from xl2jax.errors import UserError
 from xl2jax.read_ahead import default_workers, resize
 from xl2jax.synthetic import make_scene
@@ -48,12 +50,18 @@ def parse_synthetic(text: str) -> tuple[int, int, int]:
 
 def write_long(path: Path, seconds: int, width: int, height: int) -> None:
     """H.264 at 24 frames a second with libx264's own key frames: 20 seconds are encoded, then repeated without loss."""
+    length = min(seconds, _PIECE_SECONDS)
+    with tempfile.TemporaryDirectory() as scratch, replacing_file(path) as beside:
+        piece = Path(scratch, "piece.mp4")
+        _encode(piece, length, width, height)
+        _repeat(piece, beside, length, -(-seconds // length))
+
+
+def _encode(path: Path, length: int, width: int, height: int) -> None:
     import av
 
-    length = min(seconds, _PIECE_SECONDS)
     scene = make_scene(1, 5 * length)
-    piece, beside = path.with_name(f".{path.stem}.piece.mp4"), path.with_name(f".{path.name}")
-    with av.open(str(piece), "w") as container:
+    with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(_FPS))
         assert isinstance(stream, av.VideoStream)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
@@ -62,9 +70,15 @@ def write_long(path: Path, seconds: int, width: int, height: int) -> None:
             frame = scene.frame(i * scene.frames // (length * _FPS), width, height)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
-    with av.open(str(beside), "w", format="mp4") as out:
+
+
+def _repeat(piece: Path, path: Path, length: int, times: int) -> None:
+    """Writes the packets of `piece`, which lasts `length` seconds, `times` times."""
+    import av
+
+    with av.open(str(path), "w", format="mp4") as out:
         target = None
-        for part in range(-(-seconds // length)):
+        for part in range(times):
             with av.open(str(piece)) as source:
                 stream = source.streams.video[0]
                 target = target or out.add_stream_from_template(stream)
@@ -74,8 +88,6 @@ def write_long(path: Path, seconds: int, width: int, height: int) -> None:
                     if packet.pts is not None and packet.dts is not None:
                         packet.pts, packet.dts, packet.stream = packet.pts + offset, packet.dts + offset, target
                         out.mux(packet)
-    piece.unlink()
-    beside.replace(path)
 
 
 def the_file(video: Path | None, synthetic: str) -> Path:

@@ -17,13 +17,14 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from xl2jax.checkpoint import DTYPE_NAMES, ParamReader, read_params, write_torch
+from xl2jax.checkpoint import ParamReader, read_params
 from xl2jax.config import VideoXL2Config
 from xl2jax.errors import UserError
 from xl2jax.layers import LoRAConfig
 from xl2jax.model import VideoXL2, abstract_model
 from xl2jax.names import Entry, entries, flatten
-from xl2jax.tensor_files import DTYPES
+from xl2jax.tensor_files import DTYPE_NAMES, DTYPES
+from xl2jax.torch_folder import write_torch
 from xl2jax.training.sharding import param_sharding, replicated
 from xl2jax.training.step import Params, StepConfig, TrainState
 
