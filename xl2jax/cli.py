@@ -26,7 +26,7 @@ from xl2jax.layout import PrefillConfig
 from xl2jax.relevance import AttentionScorer
 from xl2jax.selection import RelevanceConfig, selection_for
 from xl2jax.store import cache_key, load_cache, save_cache
-from xl2jax.video import Backend, SampleConfig, open_video
+from xl2jax.video import Backend, FrameTimes, SampleConfig, open_video
 from xl2jax.watched import CacheConfig, WatchedVideo, read_thumbnails
 
 DEFAULT_CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "demo"
@@ -45,15 +45,19 @@ class Args:
     checkpoint: str = str(DEFAULT_CHECKPOINT)
     """Orbax folder, PyTorch folder or hub id (BAAI/Video-XL-2)."""
 
-    fps: float = 1.0
-    """Frames a second."""
+    fps: float | Literal["uniform"] = 1.0
+    """Frames a second; uniform takes exactly --max-frames frames, spread evenly over the video."""
     max_fps: int | None = 4
     """Rate to rise to while --max-frames is not reached."""
     max_frames: int = 256
     """Most frames; beyond it they are spread evenly."""
+    frame_times: FrameTimes = "auto"
+    """What the model is told. auto: frame number / rate, or the frames' own times where these differ by more than half a
+    second; upstream: always frame number / rate."""
     folder_fps: float = 1.0
     """Frames a second of a folder of images."""
     video_backend: Literal["auto", "decord", "pyav"] = "auto"
+    """What reads videos; auto is pyav."""
 
     max_new_tokens: int = 128
     temperature: float = 0.0
@@ -108,7 +112,8 @@ class Args:
     """PNG of the timeline: thumbnails, relevance of every chunk, which ones stayed dense, the answers."""
 
     def sampling(self) -> SampleConfig:
-        return SampleConfig(self.fps, self.max_fps, self.max_frames)
+        fps = None if self.fps == "uniform" else self.fps
+        return SampleConfig(fps, self.max_fps, self.max_frames, self.frame_times)
 
     def prefill_config(self) -> PrefillConfig:
         if self.chunk_groups < 1 or self.window_chunks < 0:
