@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 _RATES_AGREE = 0.05  # share by which a believed rate may differ from what the packets say
 _BACKWARD_SECONDS = 1.0  # a decoding time that jumps back by more than this begins a new recording in the same file
 _COUNTED_FROM_ZERO = ("matroska", "asf", "nut")  # formats whose length includes what lies before a late first frame
+_READ_THROUGH = ("mpeg", "ogg")  # formats in which FFmpeg gives frames other times after a jump than before
 _NO_LENGTH = ("mpegts", "mpeg")  # formats that state no length: FFmpeg takes it from the last packets
 
 
@@ -37,7 +38,8 @@ class VideoIndex:
     seconds: float64 [total], each frame's presentation time relative to the first; None where the file has no times.
     numbers: presentation time in stream units -> frame number. Empty where times do not tell frames apart (AVI with
       B-frames, raw streams, repeated times): decoded frames must then be counted.
-    keys: (number, presentation time) of the frames that decoding can begin at, ascending; empty like `numbers`.
+    keys: (number, presentation time) of the frames that decoding can begin at, ascending. Empty where `numbers` is, and
+      for formats that cannot be trusted after a jump.
     """
 
     stream: int
@@ -143,7 +145,7 @@ def _index(
     numbers: dict[int, int] = {}
     if pts and not restarts and len(set(pts)) == total:
         numbers = {t: i for i, t in enumerate(sorted(pts))}
-    keys = sorted((numbers[t], t) for t in packets.keys) if numbers else []
+    keys = sorted((numbers[t], t) for t in packets.keys) if numbers and container not in _READ_THROUGH else []
     return VideoIndex(stream, container, total, rate, duration, seconds, numbers, keys)
 
 
