@@ -31,14 +31,14 @@ _PLAYLIST_STARTS = (b"#EXTM3U", b"ffconcat", b"<MPD")
 _MAX_MOOV = 64 << 20  # bytes of an index of tracks
 
 
-def require_video_path(path: Path) -> None:
+def require_video_path(path: str | Path) -> None:
     """Raises UserError unless `path` is a regular file or a folder: a pipe, a device or a socket might block for ever."""
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
-        address = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+", str(path))
-        if address:  # pathlib makes one slash of two
-            whole = f"{address[1]}://{str(path)[address.end() :]}"
+        if address := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):(/+)", str(path)):
+            slashes = "//" if len(address[2]) == 1 else ""  # pathlib makes one slash of two
+            whole = f"{address[1]}:{slashes}{str(path)[address.start(2) + bool(slashes) :]}"
             raise UserError(f"{whole}: is an address; download the video and give the file") from None
         raise UserError(f"{path}: no such video") from None
     except OSError as e:

@@ -129,6 +129,7 @@ def open_video(
     """
     if not str(path):
         raise UserError("no video is named")
+    require_video_path(path)
     path, config = Path(path), config or SampleConfig()
     if not 0 < folder_fps < math.inf:
         raise UserError(f"folder fps must be above 0, not {folder_fps}")
