@@ -30,7 +30,7 @@ from xl2jax.relevance import AttentionScorer
 from xl2jax.selection import RelevanceConfig, selection_for
 from xl2jax.store import cache_key, check_cache_file, load_cache, save_cache
 from xl2jax.terminal import argument_text, require_stdout, run_command, stdin_is_closed
-from xl2jax.video import Backend, Clip, SampleConfig, open_video
+from xl2jax.video import Backend, Clip, FrameTimes, SampleConfig, open_video
 from xl2jax.watched import CacheConfig, WatchedVideo, read_thumbnails
 
 logger = logging.getLogger(__name__)
@@ -52,15 +52,19 @@ class Args:
     checkpoint: str = str(DEFAULT_CHECKPOINT)
     """Orbax folder, PyTorch folder or hub id (BAAI/Video-XL-2)."""
 
-    fps: float = 1.0
-    """Frames a second."""
+    fps: float | Literal["uniform"] = 1.0
+    """Frames a second; uniform takes exactly --max-frames frames, spread evenly over the video."""
     max_fps: int | None = 4
     """Rate to rise to while --max-frames is not reached."""
     max_frames: int = 256
     """Most frames; beyond it they are spread evenly."""
+    frame_times: FrameTimes = "auto"
+    """What the model is told. auto: frame number / rate, or the frames' own times where these differ by more than half a
+    second; upstream: always frame number / rate."""
     folder_fps: float = 1.0
     """Frames a second of a folder of images."""
     video_backend: Literal["auto", "decord", "pyav"] = "auto"
+    """What reads videos; auto is pyav."""
 
     max_new_tokens: int = 128
     temperature: float = 0.0
@@ -117,7 +121,8 @@ class Args:
     """PNG of the timeline: thumbnails, relevance of every chunk, which ones stayed dense, the answers."""
 
     def sampling(self) -> SampleConfig:
-        return SampleConfig(self.fps, self.max_fps, self.max_frames)
+        fps = None if self.fps == "uniform" else self.fps
+        return SampleConfig(fps, self.max_fps, self.max_frames, self.frame_times)
 
     def prefill_config(self) -> PrefillConfig:
         if self.chunk_groups < 1 or self.window_chunks < 0:
@@ -202,9 +207,7 @@ def infer() -> int:
     args = tyro.cli(Args, prog=None if sys.argv[0].startswith("xl2jax") else "python infer.py")
     args.check()
     programs = program_count()
-    clip = (
-        None if args.load_cache is not None else _open(args)
-    )  # an unreadable video is refused before weights are read
+    clip = None if args.load_cache is not None else _open(args)
     start_backend(keep_programs=args.compile_cache)
     started = time.perf_counter()
     model = xl2jax.load(args.checkpoint, dtype=args.dtype, implementation=args.attention, progress=True)
@@ -227,8 +230,11 @@ def infer() -> int:
 
 
 def _open(args: Args) -> Clip:
+    """An unreadable video is refused here, before weights are read."""
     backend: Backend = args.video_backend
-    return open_video(args.video, args.sampling(), backend=backend, folder_fps=args.folder_fps)
+    clip = open_video(args.video, args.sampling(), backend=backend, folder_fps=args.folder_fps)
+    clip.check()
+    return clip
 
 
 def _watch(args: Args, model: Model, clip: Clip | None) -> WatchedVideo:
