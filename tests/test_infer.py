@@ -43,7 +43,7 @@ def test_answer_on_stdout_the_rest_on_stderr(ask: Callable[..., Any], model: xl2
     assert status == 0, err
     video = model.watch(clip, xl2jax.SampleConfig(fps=2, max_frames=40))
     assert out == model.ask(video, QUESTION, max_new_tokens=6).text + "\n"
-    for word in ("load", "read", "vision", "prefill", "tokens/s", "peak memory"):
+    for word in ("load", "read", "compute", "tokens/s", "peak memory", "cut off at 6 tokens (--max-new-tokens)"):
         assert word in err
 
 
@@ -60,7 +60,10 @@ def test_json(ask: Callable[..., Any], clip: Path, checkpoint: Path, tmp_path: P
     chunks = report["answers"][0]["chunks"]
     assert [c["number"] for c in chunks] == [1, 2, 3]
     assert all(isinstance(c["score"], float) for c in chunks)
-    assert {"load", "read", "vision", "prefill"} == set(report["timings"])
+    assert [a["finish_reason"] for a in report["answers"]] == [
+        "length" if a["new_tokens"] == 6 else "stop" for a in report["answers"]
+    ]
+    assert {"load", "read", "compute"} == set(report["timings"])
     assert report["peak_memory_bytes"] > 1e7
     assert report["versions"]["jax"]
     # The Orbax checkpoint answers the same.
@@ -216,6 +219,25 @@ def test_cut_off_video_is_answered_with_a_warning(
     assert status == 0, err
     assert "the file is cut off, last good time" in err
     assert 4 <= json.loads(out)["frames"] < 40
+
+
+def test_a_bad_video_is_refused_before_a_checkpoint_is_read(refused: Callable[..., str], tmp_path: Path) -> None:
+    """The real weights take minutes to read."""
+    (tmp_path / "text.mp4").write_text("no video\n" * 100)
+    flags = ("--checkpoint", tmp_path / "missing", *FAST, "--question", QUESTION)
+    assert "text.mp4: not a video" in refused(infer, "--video", tmp_path / "text.mp4", *flags)
+
+
+def test_questions_that_are_not_utf_8(
+    ask: Callable[..., Any], refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Latin-1 bytes reach Python as lone surrogates; in a conversation they do not end it."""
+    assert "not UTF-8 at character 3" in refused(infer, "--video", "/none", "--question", "caf\udce9?")
+    monkeypatch.setattr("sys.stdin", io.StringIO("caf\udce9?\nWhat is it?\n"))
+    status, out, err = ask("--interactive", "--json")
+    assert status == 0, err
+    assert "error: the text is not UTF-8" in err
+    assert [a["question"] for a in json.loads(out)["answers"]] == ["What is it?"]
 
 
 def test_bad_checkpoints(refused: Callable[..., str], clip: Path, copied: Path) -> None:

@@ -22,6 +22,7 @@ from xl2jax.api import Answer, Model
 from xl2jax.atomic import check_file_target
 from xl2jax.backend import ProgramCount, program_count, start_backend
 from xl2jax.bilevel import BilevelConfig
+from xl2jax.containers import require_video_path
 from xl2jax.errors import UserError
 from xl2jax.generate import SamplingConfig
 from xl2jax.layout import PrefillConfig
@@ -185,8 +186,7 @@ class Args:
             raise UserError(f"max new tokens must be 1 or more, not {self.max_new_tokens}")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed must be from 0 to {2**32 - 1}, not {self.seed}")
-        if not self.video.exists():
-            raise UserError(f"{self.video}: no such video")
+        require_video_path(self.video)
         if self.save_cache is not None and self.load_cache is not None:
             raise UserError("give --save-cache or --load-cache, not both")
         for target in filter(None, (self.save_cache, self.plot)):

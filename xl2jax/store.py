@@ -52,8 +52,6 @@ def cache_key(
     model: Model, video: Path, sampling: SampleConfig, folder_fps: float, config: PrefillConfig, cache: CacheConfig
 ) -> dict[str, Any]:
     """Everything a video cache depends on."""
-    if not video.exists():
-        raise UserError(f"{video}: no such video")
     try:
         content = content_hash(video)
     except OSError as e:
