@@ -1,5 +1,6 @@
-# make demo: answers a question about a video.  make test: the tests.  Both set up .venv first.
-.PHONY: install demo test lint clean
+# make demo: answers a question about a video.  make test: the tests, but for those that take minutes
+# (make slow-test).  All set up .venv first.
+.PHONY: install demo test slow-test lint clean
 
 PYTHON ?= python3.12
 BIN := .venv/bin
@@ -7,6 +8,8 @@ BIN := .venv/bin
 EXTRAS ?= dev
 # Of the demo's video.
 SEED ?= 1
+# The shell gets it as a variable, never as part of a command.
+export SEED
 
 install: .venv/installed
 
@@ -23,13 +26,16 @@ install: .venv/installed
 
 demo: install
 	@mkdir -p build
-	@$(BIN)/python -m xl2jax.synthetic clip build/demo.mp4 --seed $(SEED) > build/demo.txt
+	@$(BIN)/python -m xl2jax.synthetic clip build/demo.mp4 --seed "$$SEED" > build/demo.txt
 	@echo "What is asked, and what is right (any SEED=N makes another video):" >&2 && cat build/demo.txt >&2
 	@cut -f1 build/demo.txt | sed 's/.*/--question "&"/' | xargs $(BIN)/python infer.py --video build/demo.mp4 --select-chunk-groups 1 --plot build/demo.png
 	@echo "wrote build/demo.png: the timeline, and which parts each answer looked at" >&2
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+slow-test: install
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,7 +1,13 @@
 """`python infer.py --video clip.mp4 --question "..."`: answers on stdout, everything else on stderr."""
 
-from xl2jax.cli import infer
 from xl2jax.terminal import run_command
 
+
+def main() -> int:
+    from xl2jax.cli import infer
+
+    return infer()
+
+
 if __name__ == "__main__":
-    run_command(infer)
+    run_command(main)

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from xl2jax.checkpoint import write_torch
 from xl2jax.config import PRESETS, LLMConfig, VideoXL2Config
 from xl2jax.names import Entry
+from xl2jax.torch_folder import write_torch
 
 CONFIG = VideoXL2Config(
     vision=PRESETS["tiny"].vision,

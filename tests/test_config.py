@@ -1,12 +1,19 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import random
 from pathlib import Path
+from typing import Any
 
 import pytest
+from damage import damaged_json, outcome
 
+from xl2jax import schema
 from xl2jax.config import PRESETS, SIGLIP_SO400M, VideoXL2Config
 from xl2jax.errors import UserError
+from xl2jax.names import entries
 
 
 def test_reads_upstreams_config(goldens: Path) -> None:
@@ -26,7 +33,20 @@ def test_presets_survive_config_json(name: str, tmp_path: Path) -> None:
     assert VideoXL2Config.from_hf(tmp_path) == PRESETS[name]
 
 
-@pytest.mark.parametrize("name", ["google/siglip-so400m-patch14-384", "/share/models/siglip-so400m-patch14-384"])
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_the_bound_counts_nearly_all_parameters(name: str) -> None:
+    whole = sum(math.prod(e.shape) for e in entries(PRESETS[name]))
+    assert 0.9 * whole < PRESETS[name]._matrices() <= whole
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "google/siglip-so400m-patch14-384",
+        "/share/models/siglip-so400m-patch14-384",
+        "../siglip-so400m-patch14-384",
+    ],
+)
 def test_released_tower_by_name(name: str, tmp_path: Path) -> None:
     raw = PRESETS["video-xl-2"].to_hf()[0] | {"mm_vision_tower": name}
     del raw["mm_interpolate_grid"], raw["head_dim"]
@@ -36,30 +56,179 @@ def test_released_tower_by_name(name: str, tmp_path: Path) -> None:
     assert config.vision == SIGLIP_SO400M
 
 
+BELOW = object()
+"""Stands for a field that is taken out."""
+
+
+def changed(folder: Path, change: dict[str, Any], name: str = "config.json") -> None:
+    raw = json.loads((folder / name).read_text()) | change
+    (folder / name).write_text(json.dumps({k: v for k, v in raw.items() if v is not BELOW}))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"mm_vision_tower": BELOW, "model_type": "llama"}, "not a Video-XL-2 checkpoint .model_type 'llama'"),
         ({"mm_vision_tower": None}, "not a Video-XL-2 checkpoint"),
         ({"mm_vision_tower": "openai/clip"}, "neither SigLIP-SO400M"),
-        ({"hidden_size": "64"}, "hidden_size is missing or not a whole number"),
+        ({"mm_vision_tower": 7}, "mm_vision_tower: should be a valid string, not 7"),
+        ({"mm_vision_tower": "x" * 5000}, "neither SigLIP-SO400M"),
+        ({"mm_vision_tower": "x\x00"}, "neither SigLIP-SO400M"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "is quantised"),
+        ({"hidden_size": "64"}, "hidden_size: should be a valid integer, not '64'"),
+        ({"hidden_size": BELOW}, "hidden_size: is missing"),
+        ({"hidden_size": 2**60}, "hidden_size: should be less than or equal to 1048576"),
+        ({"hidden_size": 10**4000}, "hidden_size: .*not a very large number"),
+        ({"hidden_size": True}, "hidden_size: should be a valid integer"),
+        ({"hidden_size": 0}, "hidden_size: should be greater than or equal to 1"),
+        ({"hidden_size": 63, "head_dim": None}, "63 does not divide into 4 heads"),
+        ({"num_hidden_layers": 200_000}, "num_hidden_layers: should be less than or equal to 1024"),
+        ({"num_hidden_layers": 2**31}, "num_hidden_layers: should be less than or equal to 1024"),
+        ({"num_hidden_layers": 1024, "intermediate_size": 2**20, "hidden_size": 2**20}, "parameters are more than"),
         ({"num_key_value_heads": 3}, "not a multiple of 3 KV heads"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "RoPE scaling"),
-        ({"use_sliding_window": True}, "use_sliding_window"),
-        ({"mm_projector_type": "linear"}, "mm_projector_type"),
-        ({"mm_hidden_size": 48}, "not the vision width"),
-        ({"mm_spatial_pool_stride": 9}, "pool stride"),
+        ({"head_dim": "16"}, "head_dim: should be a valid integer"),
+        ({"head_dim": 15}, "head width 15 is odd"),
+        ({"rms_norm_eps": float("nan")}, "not JSON"),
+        ({"rms_norm_eps": float("inf")}, "not JSON"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps: should be greater than 0"),
+        ({"rope_theta": None}, "rope_theta: should be a valid number"),
+        ({"rope_theta": 10**400}, "rope_theta"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "RoPE scaling 'yarn' is not supported"),
+        ({"rope_scaling": {"type": ["yarn"]}}, "rope_scaling.type: should be a valid string"),
+        ({"rope_scaling": "yarn"}, "rope_scaling: should be an object, not 'yarn'"),
+        ({"rope_parameters": [1]}, "rope_parameters: should be an object"),
+        ({"rope_parameters": {"rope_theta": "x"}}, "rope_parameters.rope_theta: should be a valid number"),
+        ({"use_sliding_window": True}, "use_sliding_window: should be False or None, not True"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings: should be a valid boolean"),
+        ({"mm_projector_type": "linear"}, "mm_projector_type: should be 'mlp2x_gelu', not 'linear'"),
+        ({"mm_hidden_size": 48}, "mm_hidden_size 48 is not the vision width"),
+        ({"mm_spatial_pool_stride": 9}, "pool stride 9 does not fit grid 4"),
+        ({"mm_spatial_pool_stride": None}, "mm_spatial_pool_stride: should be a valid integer"),
+        ({"mm_interpolate_grid": [24]}, "mm_interpolate_grid: should be a valid integer"),
+        ({"mm_interpolate_grid": 2**31}, "mm_interpolate_grid: should be less than"),
     ],
 )
-def test_configs_that_cannot_be_served(change: dict, message: str, checkpoint: Path, copied: Path) -> None:
-    raw = json.loads((copied / "config.json").read_text()) | change
-    if raw["mm_vision_tower"] is None:
-        del raw["mm_vision_tower"]
-    (copied / "config.json").write_text(json.dumps(raw))
+def test_configs_that_cannot_be_served(change: dict[str, Any], message: str, copied: Path) -> None:
+    changed(copied, change)
+    with pytest.raises(UserError, match=message) as e:
+        VideoXL2Config.from_hf(copied)
+    assert len(str(e.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_scaling": None, "rope_parameters": None, "head_dim": 16},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1000000}, "rope_theta": BELOW},
+        {"quantization_config": None, "use_sliding_window": None, "hidden_act": BELOW},
+    ],
+)
+def test_what_other_writers_of_the_same_config_write(change: dict[str, Any], copied: Path) -> None:
+    before = VideoXL2Config.from_hf(copied)
+    changed(copied, change)
+    assert VideoXL2Config.from_hf(copied) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": None}, "vision_tower/config.json: hidden_size: should be a valid integer"),
+        ({"vision_config": "x"}, "should be an object"),
+        ({"vision_config": {}}, "hidden_size: is missing"),
+        ({"num_channels": 4}, "num_channels: should be 3"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"image_size": 10**9}, "image_size"),
+        ({"patch_size": 0}, "patch_size"),
+        ({"patch_size": 700}, "patches of 700 do not fit an image of 70"),
+        ({"num_hidden_layers": 1}, "2 layers or more"),
+        ({"hidden_size": 48}, "not a multiple of 32"),
+        ({"num_attention_heads": 5}, "not a multiple of its 5 heads"),
+    ],
+)
+def test_vision_configs_that_cannot_be_served(change: dict[str, Any], message: str, copied: Path) -> None:
+    changed(copied, change, "vision_tower/config.json")
     with pytest.raises(UserError, match=message):
         VideoXL2Config.from_hf(copied)
 
 
-def test_broken_json(copied: Path) -> None:
-    (copied / "config.json").write_text("{")
-    with pytest.raises(UserError, match="not readable as JSON"):
+@pytest.mark.parametrize("name", ["../tower", "vision_tower/../../tower", "{outside}"])
+def test_a_tower_outside_the_folder_is_not_read(name: str, copied: Path, tmp_path: Path) -> None:
+    (copied / "vision_tower").rename(tmp_path / "tower")
+    changed(copied, {"mm_vision_tower": name.format(outside=tmp_path / "tower")})
+    with pytest.raises(UserError, match="nor a folder with config.json below this one"):
         VideoXL2Config.from_hf(copied)
+
+
+def test_links_out_of_the_folder_are_followed(copied: Path, tmp_path: Path) -> None:
+    """As all files of the hub's cache are."""
+    before = VideoXL2Config.from_hf(copied)
+    for name in ("config.json", "vision_tower"):
+        (copied / name).rename(tmp_path / name)
+        (copied / name).symlink_to(f"../{name}")
+    assert VideoXL2Config.from_hf(copied) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"{", "not JSON"),
+        (b"[1]", "should be an object"),
+        (b"\xff\xfe{}", "not JSON"),
+        (b"", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b'{"a":' * 100_000, "not JSON"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "not JSON"),
+    ],
+)
+@pytest.mark.parametrize("name", ["config.json", "vision_tower/config.json"])
+def test_broken_json(text: bytes, message: str, name: str, copied: Path) -> None:
+    (copied / name).write_bytes(text)
+    with pytest.raises(UserError, match=message) as e:
+        VideoXL2Config.from_hf(copied)
+    assert len(str(e.value)) < 300
+
+
+@pytest.mark.parametrize("name", ["config.json", "vision_tower/config.json"])
+def test_files_that_cannot_be_read(name: str, copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = copied / name
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match="is a pipe or a device"):
+        VideoXL2Config.from_hf(copied)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UserError, match="is a folder, not a regular file"):
+        VideoXL2Config.from_hf(copied)
+    path.rmdir()
+    path.symlink_to("/dev/zero")
+    with pytest.raises(UserError, match="is a pipe or a device"):
+        VideoXL2Config.from_hf(copied)
+    real = os.stat
+
+    def stat(what: Any, *args: Any, **kwargs: Any) -> os.stat_result:
+        if str(what) == str(path):
+            raise PermissionError(13, "Permission denied")
+        return real(what, *args, **kwargs)
+
+    monkeypatch.setattr(schema.os, "stat", stat)
+    with pytest.raises(UserError, match="no permission to read it"):
+        VideoXL2Config.from_hf(copied)
+
+
+def test_fuzzed_configs(copied: Path) -> None:
+    """A damaged config is refused in one line, or it is the config that its text says."""
+    for name in ("config.json", "vision_tower/config.json"):
+        whole = (copied / name).read_bytes()
+        for seed in range(300):
+            (copied / name).write_bytes(damaged_json(whole, random.Random(seed)))
+            config, _ = outcome(lambda: VideoXL2Config.from_hf(copied))
+            if config is None:
+                continue
+            llm, vision = config.to_hf()
+            raw = json.loads((copied / name).read_text())
+            for key, value in (llm if name == "config.json" else raw.get("vision_config") or vision).items():
+                if raw.get(key) is not None and key.startswith(
+                    ("hidden_size", "num_", "intermediate", "mm_i", "mm_sp")
+                ):
+                    assert raw[key] == value
+        (copied / name).write_bytes(whole)

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +13,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from xl2jax import checkpoint as ckpt
-from xl2jax.checkpoint import load_params, orbax_to_torch, torch_to_orbax, write_torch
+from xl2jax import orbax_folder, tensor_files
+from xl2jax.checkpoint import load_params
 from xl2jax.config import VideoXL2Config
-from xl2jax.convert import main
+from xl2jax.convert import main, orbax_to_torch, torch_to_orbax
 from xl2jax.errors import UserError
 from xl2jax.names import flatten
+from xl2jax.torch_folder import copy_companions, write_torch
 
 
 def tensors_of(folder: Path) -> dict[str, np.ndarray]:
@@ -55,7 +55,7 @@ def test_shards_bfloat16_and_unused_tensors(checkpoint: Path, tmp_path: Path) ->
     }
     source = tmp_path / "shards"
     source.mkdir()
-    ckpt.copy_companions(checkpoint, source)
+    copy_companions(checkpoint, source)
     names, weight_map = list(whole), {}
     for i in range(0, len(names), 10):
         file = f"model-{i:05d}.safetensors"
@@ -88,7 +88,7 @@ def test_dtype_is_chosen_or_kept(checkpoint: Path, tmp_path: Path) -> None:
     assert {str(x.dtype) for x in flatten(load_params(tmp_path / "half", "float32")[1]).values()} == {"float32"}
     mixed = tmp_path / "mixed"
     mixed.mkdir()
-    ckpt.copy_companions(checkpoint, mixed)
+    copy_companions(checkpoint, mixed)
     tensors = tensors_of(checkpoint)
     tensors["lm_head.weight"] = tensors["lm_head.weight"].astype(np.float16)
     save_file(tensors, mixed / "model.safetensors")
@@ -96,10 +96,22 @@ def test_dtype_is_chosen_or_kept(checkpoint: Path, tmp_path: Path) -> None:
         torch_to_orbax(mixed, tmp_path / "out", None)
 
 
+def assert_same_params(a: Any, b: Any) -> None:
+    assert jax.tree.all(jax.tree.map(lambda x, y: x.dtype == y.dtype and bool((x == y).all()), a, b))
+
+
 def test_orbax_and_torch_load_alike(checkpoint: Path, tmp_path: Path) -> None:
     torch_to_orbax(checkpoint, tmp_path / "orbax", None)
-    a, b = (load_params(p)[1] for p in (checkpoint, tmp_path / "orbax"))
-    assert jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), a, b))
+    assert_same_params(*(load_params(p)[1] for p in (checkpoint, tmp_path / "orbax")))
+
+
+def test_float16_there_and_back(checkpoint: Path, tmp_path: Path, command: Callable[..., tuple[int, str, str]]) -> None:
+    assert command(main, checkpoint, tmp_path / "orbax", "--dtype", "float16")[0] == 0
+    assert command(main, tmp_path / "orbax", tmp_path / "torch", "--reverse")[0] == 0
+    assert json.loads((tmp_path / "torch" / "config.json").read_text())["torch_dtype"] == "float16"
+    expected = {k: x.astype(np.float16) for k, x in tensors_of(checkpoint).items()}
+    assert_same(expected, tensors_of(tmp_path / "torch"))
+    assert_same_params(load_params(tmp_path / "torch")[1], load_params(checkpoint, "float16")[1])
 
 
 def edit(folder: Path, change: Callable[[dict[str, np.ndarray]], Any]) -> None:
@@ -168,7 +180,7 @@ def test_pickles_are_refused(name: str, copied: Path, tmp_path: Path, refused: C
     assert "safe_serialization" in line
 
 
-def test_sources_and_targets(copied: Path, tmp_path: Path, refused: Callable[..., str], monkeypatch: Any) -> None:
+def test_sources_and_targets(copied: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     assert "no such checkpoint folder" in refused(main, tmp_path / "none", tmp_path / "out")
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "kept").write_text("kept")
@@ -177,20 +189,17 @@ def test_sources_and_targets(copied: Path, tmp_path: Path, refused: Callable[...
     assert "is not an Orbax checkpoint" in refused(main, copied, tmp_path / "out", "--reverse")
     (copied / "config.json").unlink()
     assert "config.json: no such file" in refused(main, copied, tmp_path / "out")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.chdir(tmp_path)
-    assert "the hub download failed" in refused(main, "nobody/nothing", tmp_path / "out")
 
 
-def test_vision_folder_stays_inside(copied: Path, tmp_path: Path, command: Callable[..., Any]) -> None:
-    """A config whose tower lies elsewhere is converted to one that stands alone."""
+def test_a_tower_of_another_name_gets_the_common_one(copied: Path, tmp_path: Path, command: Callable[..., Any]) -> None:
     raw = json.loads((copied / "config.json").read_text())
-    (copied / "vision_tower").rename(tmp_path / "tower")
-    (copied / "config.json").write_text(json.dumps(raw | {"mm_vision_tower": "../tower"}))
+    (copied / "vision_tower").rename(copied / "siglip")
+    (copied / "config.json").write_text(json.dumps(raw | {"mm_vision_tower": "siglip"}))
     before = VideoXL2Config.from_hf(copied)
     assert command(main, copied, tmp_path / "deep" / "out")[0] == 0
     assert sorted(p.name for p in (tmp_path / "deep").iterdir()) == ["out"]
     assert VideoXL2Config.from_hf(tmp_path / "deep" / "out") == before
+    assert (tmp_path / "deep" / "out" / "vision_tower").is_dir()
 
 
 def test_target_below_a_file(copied: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
@@ -221,9 +230,9 @@ def test_disk_runs_full(
     if reverse:
         torch_to_orbax(checkpoint, tmp_path / "source", None)
         source = tmp_path / "source"
-        monkeypatch.setattr(ckpt.ShardWriter, "write", full)
+        monkeypatch.setattr(tensor_files.ShardWriter, "write", full)
     else:
-        monkeypatch.setattr(ckpt.ocp.partial, "save", full)
+        monkeypatch.setattr(orbax_folder.ocp.partial, "save", full)
     line = refused(main, source, tmp_path / "out", *(["--reverse"] if reverse else []))
     assert "no space left" in line
     assert list(tmp_path.glob("*out*")) == []
@@ -236,24 +245,35 @@ def test_interrupted_run_leaves_nothing_and_can_be_repeated(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as m:
-        m.setattr(ckpt.ocp.partial, "finalize", stop)
+        m.setattr(orbax_folder.ocp.partial, "finalize", stop)
         assert command(main, checkpoint, tmp_path / "out")[0] == 130
     assert list(tmp_path.iterdir()) == []
-    # A run that was killed leaves its folder beside; the next one starts over.
-    dead = tmp_path / ".out.incomplete-999999999"
-    dead.mkdir()
-    (dead / "half").write_text("")
-    alive = tmp_path / f".out.incomplete-{os.getppid()}"  # another run's
-    alive.mkdir()
     assert command(main, checkpoint, tmp_path / "out")[0] == 0
-    assert not (tmp_path / "out" / "half").exists()
-    assert not dead.exists()
-    assert alive.exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_damaged_orbax(checkpoint: Path, tmp_path: Path) -> None:
-    torch_to_orbax(checkpoint, tmp_path / "orbax", None)
-    for file in (tmp_path / "orbax" / "params").rglob("_METADATA"):
-        file.unlink()
-    with pytest.raises(UserError, match="convert it again"):
-        load_params(tmp_path / "orbax")
+@pytest.mark.parametrize("reverse", [False, True])
+def test_two_conversions_to_one_folder(
+    reverse: bool, checkpoint: Path, tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second begins before the first is done: one of them wins, and its result is whole."""
+    source, flags, convert = checkpoint, (), torch_to_orbax
+    owner, last = orbax_folder.OrbaxWriter, "finish"
+    if reverse:
+        torch_to_orbax(checkpoint, tmp_path / "source", None)
+        source, flags, convert = tmp_path / "source", ("--reverse",), orbax_to_torch
+        owner, last = tensor_files.ShardWriter, "__exit__"
+    ours = getattr(owner, last)
+
+    def other_first(*args: Any) -> None:
+        monkeypatch.setattr(owner, last, ours)
+        convert(source, tmp_path / "out", None)
+        ours(*args)
+
+    monkeypatch.setattr(owner, last, other_first)
+    assert (
+        refused(main, source, tmp_path / "out", *flags)
+        == f"{tmp_path}/out: already exists; choose another place or remove it first"
+    )
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", *(["source"] if reverse else [])]
+    assert_same_params(load_params(tmp_path / "out")[1], load_params(checkpoint)[1])

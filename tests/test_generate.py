@@ -1,18 +1,27 @@
 from __future__ import annotations
 
+import gc
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import xl2jax
-from xl2jax import PrefillConfig, SampleConfig, SamplingConfig, runtime
+from xl2jax import PrefillConfig, SampleConfig, SamplingConfig, memory, runtime
 from xl2jax.errors import UserError
 from xl2jax.generate import sample
+from xl2jax.names import flatten, unflatten
+from xl2jax.prompt import PromptTokenizer
 
 
 def test_greedy_takes_the_largest() -> None:
-    assert int(sample(jnp.array([0.0, 3.0, 1.0]), jax.random.key(0), SamplingConfig())) == 1
+    assert int(sample(jnp.array([0.0, 3.0, 1.0]), jax.random.key(0), SamplingConfig().traced())) == 1
+    tiny = SamplingConfig(1e-38, 0.5).traced()
+    assert int(sample(jnp.array([0.0, 3.0, 2.999]), jax.random.key(0), tiny)) == 1
 
 
 def test_sampling_follows_temperature_and_top_p() -> None:
@@ -21,7 +30,7 @@ def test_sampling_follows_temperature_and_top_p() -> None:
     keys = jax.random.split(jax.random.key(0), 4000)
 
     def frequencies(config: SamplingConfig) -> np.ndarray:
-        drawn = jax.vmap(lambda k: sample(logits, k, config))(keys)
+        drawn = jax.vmap(lambda k: sample(logits, k, config.traced()))(keys)
         return np.bincount(drawn, minlength=4) / len(keys)
 
     assert np.allclose(frequencies(SamplingConfig(1.0)), p, atol=0.03)
@@ -44,15 +53,24 @@ def test_decoding_equals_one_run_over_all_tokens(model: xl2jax.Model, watched: x
     text = xl2jax.prompt.suffix(model.tokenizer, "Which shape is red?")  # type: ignore[attr-defined]
     limit = 12
     never = np.array([-1], np.int32)
-    args = {"sampling": SamplingConfig(), "implementation": "auto"}
+    greedy, auto = SamplingConfig().traced(), "auto"
     cache = runtime.new_cache(model.config.llm, 128, "float32")
     n = np.int32(len(text.ids))
     state = runtime.ask(
-        model.config, model.params, watched.cache, cache, np.array(text.ids), n, jax.random.key(0), never, **args
-    )
+        model.config, model.params, watched.cache, cache, np.array(text.ids), n, jax.random.key(0), never, greedy,
+        implementation=auto,
+    )  # fmt: skip
     first = int(state.token)
     _, rest, count = runtime.decode(
-        model.config, model.params, watched.cache, state, np.int32(limit), never, size=limit, **args
+        model.config,
+        model.params,
+        watched.cache,
+        state,
+        np.int32(limit),
+        never,
+        greedy,
+        size=limit,
+        implementation=auto,
     )
     assert int(count) == limit
     answer = [first, *np.asarray(rest).tolist()]
@@ -64,16 +82,29 @@ def test_decoding_equals_one_run_over_all_tokens(model: xl2jax.Model, watched: x
 
 
 def test_stops_at_the_end_token(model: xl2jax.Model, watched: xl2jax.WatchedVideo) -> None:
-    args = {"sampling": SamplingConfig(), "implementation": "auto"}
+    greedy, auto = SamplingConfig().traced(), "auto"
     ids = np.array(model.tokenizer.encode("\nWhy?"), np.int32)
     cache = runtime.new_cache(model.config.llm, 64, "float32")
     key, never = jax.random.key(0), np.array([-1], np.int32)
 
     def answer(stop: np.ndarray) -> list[int]:
         text = jax.tree.map(jnp.copy, cache)
-        state = runtime.ask(model.config, model.params, watched.cache, text, ids, np.int32(len(ids)), key, stop, **args)
+        state = runtime.ask(
+            model.config,
+            model.params,
+            watched.cache,
+            text,
+            ids,
+            np.int32(len(ids)),
+            key,
+            stop,
+            greedy,
+            implementation=auto,
+        )
         first = int(state.token)
-        _, new, n = runtime.decode(model.config, model.params, watched.cache, state, np.int32(9), stop, size=12, **args)
+        _, new, n = runtime.decode(
+            model.config, model.params, watched.cache, state, np.int32(9), stop, greedy, size=12, implementation=auto
+        )
         return [first, *np.asarray(new)[: int(n)].tolist()]
 
     free = answer(never)
@@ -91,20 +122,99 @@ def test_questions_leave_the_video_alone(model: xl2jax.Model, watched: xl2jax.Wa
     assert model.ask(watched, "What happens?", max_new_tokens=6).text == a
 
 
-def test_a_second_question_compiles_nothing(model: xl2jax.Model, watched: xl2jax.WatchedVideo) -> None:
-    fns = (
-        runtime.pool_cache,
-        runtime.mix,
-        runtime.slot_groups,
-        runtime.attention_scores,
-        runtime.choose,
-        runtime.ask,
-        runtime.decode,
-    )
+def compiled_programs() -> int:
+    """Programs of the jitted entry points, all together."""
+    return sum(f._cache_size() for f in vars(runtime).values() if hasattr(f, "_cache_size"))
+
+
+def test_other_questions_compile_nothing(model: xl2jax.Model, watched: xl2jax.WatchedVideo) -> None:
+    """Whatever their words, temperature, top-p, seed and length of the answer."""
+    rng = np.random.default_rng(0)
     model.ask(watched, "What happens?", max_new_tokens=6)
-    before = [f._cache_size() for f in fns]
-    model.ask(watched, "And what now?", max_new_tokens=6)
-    assert [f._cache_size() for f in fns] == before
+    before = compiled_programs()
+    for number in range(20):
+        sampling = SamplingConfig(float(rng.uniform(0, 2)), float(rng.uniform(0.1, 1)))
+        words = "and what now? " * (1 + number % 4)
+        model.ask(watched, words, max_new_tokens=int(rng.integers(1, 300)), sampling=sampling, seed=number)
+    assert compiled_programs() == before
+
+
+def test_a_longer_history_compiles_little(model: xl2jax.Model, watched: xl2jax.WatchedVideo) -> None:
+    """A conversation of 20 turns goes through three sizes of text: one more program of each kind for each size."""
+    model.ask(watched, "What happens?", max_new_tokens=6)
+    before = compiled_programs()
+    turn = ("And what happens next?", "Nothing that was not there before.")
+    for turns in (0, 1, 3, 7, 11, 20):
+        answer = model.ask(watched, "And what happens next?", max_new_tokens=6, history=[turn] * turns)
+    assert answer.suffix_tokens > 512
+    assert compiled_programs() - before <= 2 * 4  # new_cache, attention_scores, ask, decode
+
+
+def test_why_an_answer_ended(
+    model: xl2jax.Model, watched: xl2jax.WatchedVideo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = model.ask(watched, "What happens?", max_new_tokens=3)
+    assert (cut.finish_reason, cut.new_tokens) == ("length", 3)
+    params = flatten(model.params)
+    params["llm.lm_head.kernel"] = jnp.zeros_like(params["llm.lm_head.kernel"])  # token 0 is always the first of equals
+    monkeypatch.setattr(PromptTokenizer, "stop_ids", property(lambda _: [0]))
+    ending = xl2jax.Model(model.config, unflatten(params, model.config), model.tokenizer)
+    answer = ending.ask(ending.adopt(watched), "What happens?", max_new_tokens=3)
+    assert (answer.finish_reason, answer.new_tokens, answer.text) == ("stop", 1, "")
+
+
+@pytest.mark.parametrize("where", ["llm.layers.down.kernel", "vision.layers.fc1.kernel", "llm.lm_head.kernel"])
+def test_numbers_that_are_not_finite_are_an_error(where: str, model: xl2jax.Model, clip: Path) -> None:
+    params = flatten(model.params)
+    params[where] = params[where].at[..., 0].set(jnp.nan)
+    broken = xl2jax.Model(model.config, unflatten(params, model.config), model.tokenizer)
+    with pytest.raises(UserError, match="NaN or infinity, computed in float32"):
+        broken.ask(broken.watch(clip, SampleConfig(max_frames=16)), "What happens?", max_new_tokens=4)
+
+
+def test_a_video_belongs_to_its_model(model: xl2jax.Model, watched: xl2jax.WatchedVideo) -> None:
+    other = xl2jax.Model(model.config, model.params, model.tokenizer)
+    with pytest.raises(UserError, match="watched by another model"):
+        other.ask(watched, "What happens?")
+
+
+def test_closing_gives_memory_back(model: xl2jax.Model, clip: Path) -> None:
+    with model.watch(clip, SampleConfig(max_frames=16)) as video:
+        model.ask(video, "What?", max_new_tokens=1)
+        held = [weakref.ref(x) for x in jax.tree.leaves((video.cache, video.pooled, video.features))]
+        assert video.device_bytes > 0
+    gc.collect()
+    assert all(x() is None for x in held)
+    assert video.device_bytes == 0
+    with pytest.raises(UserError, match="was closed"):
+        model.ask(video, "What?")
+    video.close()  # again does nothing
+
+
+def test_one_pool_size_is_kept(model: xl2jax.Model, watched: xl2jax.WatchedVideo) -> None:
+    for pool in (1, 2, 4):
+        model.ask(watched, "What?", max_new_tokens=1, bilevel=xl2jax.BilevelConfig(pool=pool))
+        assert list(watched.pooled) == [pool]
+
+
+def test_a_refused_video_names_those_that_could_be_closed(
+    model: xl2jax.Model, watched: xl2jax.WatchedVideo, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert watched.device_bytes > 0
+    monkeypatch.setattr(memory, "available_bytes", lambda: 0)
+    with pytest.raises(UserError, match=r"other watched videos hold .* GiB: close\(\) them"):
+        model.watch(clip)
+
+
+def test_threads_ask_one_video(model: xl2jax.Model, clip: Path) -> None:
+    """Four threads at once get the answers that each gets alone, and the pooled KV is made once."""
+    questions = ["What happens?", "Who is it?", "Which colour?", "And then?"]
+    with model.watch(clip, SampleConfig(max_frames=40)) as video:
+        alone = [model.ask(video, q, max_new_tokens=8).text for q in questions]
+        video.pooled.clear()
+        with ThreadPoolExecutor(4) as pool:
+            together = list(pool.map(lambda q: model.ask(video, q, max_new_tokens=8).text, questions))
+    assert together == alone
 
 
 def test_bilevel_with_everything_dense_is_dense(model: xl2jax.Model, watched: xl2jax.WatchedVideo) -> None:

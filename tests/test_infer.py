@@ -16,9 +16,9 @@ from test_video import write_audio
 
 import xl2jax
 from xl2jax import memory
-from xl2jax.checkpoint import torch_to_orbax
 from xl2jax.cli import infer
 from xl2jax.config import VideoXL2Config
+from xl2jax.convert import torch_to_orbax
 from xl2jax.demo import write_clip
 from xl2jax.layout import PrefillConfig, VideoLayout
 from xl2jax.prefill import make_plan
@@ -43,7 +43,7 @@ def test_answer_on_stdout_the_rest_on_stderr(ask: Callable[..., Any], model: xl2
     assert status == 0, err
     video = model.watch(clip, xl2jax.SampleConfig(fps=2, max_frames=40))
     assert out == model.ask(video, QUESTION, max_new_tokens=6).text + "\n"
-    for word in ("load", "read", "vision", "prefill", "tokens/s", "peak memory"):
+    for word in ("load", "read", "compute", "tokens/s", "peak memory", "cut off at 6 tokens (--max-new-tokens)"):
         assert word in err
 
 
@@ -60,7 +60,10 @@ def test_json(ask: Callable[..., Any], clip: Path, checkpoint: Path, tmp_path: P
     chunks = report["answers"][0]["chunks"]
     assert [c["number"] for c in chunks] == [1, 2, 3]
     assert all(isinstance(c["score"], float) for c in chunks)
-    assert {"load", "read", "vision", "prefill"} == set(report["timings"])
+    assert [a["finish_reason"] for a in report["answers"]] == [
+        "length" if a["new_tokens"] == 6 else "stop" for a in report["answers"]
+    ]
+    assert {"load", "read", "compute"} == set(report["timings"])
     assert report["peak_memory_bytes"] > 1e7
     assert report["versions"]["jax"]
     # The Orbax checkpoint answers the same.
@@ -170,9 +173,9 @@ BAD = [
     (("--question", QUESTION, "--relevance", "none", "--relevance-heads", "max"), "no effect with relevance none"),
     (("--question", QUESTION, "--checkpoint", "/nowhere"), "no such checkpoint folder"),
     (("--question", QUESTION, "--attention", "magic"), "choose auto"),
-    (("--question", QUESTION, "--load-cache", "/nowhere/x"), "not a whole video cache"),
-    (("--question", QUESTION, "--save-cache", "/nowhere/x"), "cannot write the cache"),
-    (("--question", QUESTION, "--save-cache", "/etc/passwd/x"), "cannot write the cache"),
+    (("--question", QUESTION, "--load-cache", "/nowhere/x"), "no such file"),
+    (("--question", QUESTION, "--save-cache", "/nowhere/x"), "cannot be written (no such folder)"),
+    (("--question", QUESTION, "--save-cache", "/etc/passwd/x"), "cannot be written"),
     (("--question", QUESTION, "--save-cache", "a", "--load-cache", "b"), "not both"),
     (("--question", QUESTION, "--temperature", "nan"), "temperature"),
     (("--question", QUESTION, "--folder-fps", "nan"), "folder fps"),
@@ -218,6 +221,25 @@ def test_cut_off_video_is_answered_with_a_warning(
     assert 4 <= json.loads(out)["frames"] < 40
 
 
+def test_a_bad_video_is_refused_before_a_checkpoint_is_read(refused: Callable[..., str], tmp_path: Path) -> None:
+    """The real weights take minutes to read."""
+    (tmp_path / "text.mp4").write_text("no video\n" * 100)
+    flags = ("--checkpoint", tmp_path / "missing", *FAST, "--question", QUESTION)
+    assert "text.mp4: not a video" in refused(infer, "--video", tmp_path / "text.mp4", *flags)
+
+
+def test_questions_that_are_not_utf_8(
+    ask: Callable[..., Any], refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Latin-1 bytes reach Python as lone surrogates; in a conversation they do not end it."""
+    assert "not UTF-8 at character 3" in refused(infer, "--video", "/none", "--question", "caf\udce9?")
+    monkeypatch.setattr("sys.stdin", io.StringIO("caf\udce9?\nWhat is it?\n"))
+    status, out, err = ask("--interactive", "--json")
+    assert status == 0, err
+    assert "error: the text is not UTF-8" in err
+    assert [a["question"] for a in json.loads(out)["answers"]] == ["What is it?"]
+
+
 def test_bad_checkpoints(refused: Callable[..., str], clip: Path, copied: Path) -> None:
     def line() -> str:
         return refused(infer, "--video", clip, "--checkpoint", copied, *FAST, "--question", QUESTION)
@@ -249,7 +271,7 @@ def test_a_video_too_long_for_memory(
     config = VideoXL2Config.from_hf(checkpoint)
     tokenizer = PromptTokenizer.load(checkpoint, config.llm.vocab)
     layout = VideoLayout(
-        len(tokenizer.encode(PREFIX)), (len(tokenizer.encode("Time 12.0s:")),) * 20, config.visual_tokens
+        len(tokenizer.encode(*PREFIX)), (len(tokenizer.encode("Time 12.0s:")),) * 20, config.visual_tokens
     )
     plan = make_plan(layout, PrefillConfig())
     free = memory.memory_need(config, plan, layout, xl2jax.BilevelConfig(), "float32", 16).total

@@ -1,13 +1,19 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
+import random
 from pathlib import Path
 
 import pytest
+from damage import damaged_json, outcome
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from xl2jax.demo import make_tokenizer
 from xl2jax.errors import UserError
-from xl2jax.prompt import PREFIX, PromptTokenizer, suffix, time_text
+from xl2jax.prompt import IM_END, PREFIX, PromptTokenizer, suffix, time_text
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +24,7 @@ def tokenizer() -> PromptTokenizer:
 def test_prompt_text(tokenizer: PromptTokenizer) -> None:
     """The parts put together are the template of the released model."""
     part = suffix(tokenizer, "What happens?")
-    whole = tokenizer.tokenizer.decode(tokenizer.encode(PREFIX) + part.ids, skip_special_tokens=False)
+    whole = tokenizer.tokenizer.decode(tokenizer.encode(*PREFIX) + part.ids, skip_special_tokens=False)
     assert whole == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
         "\nWhat happens?<|im_end|>\n<|im_start|>assistant\n"
@@ -48,6 +54,63 @@ def test_empty_question(tokenizer: PromptTokenizer) -> None:
         suffix(tokenizer, " \n")
 
 
+CONTROLS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
+texts = st.lists(st.one_of(st.text(max_size=8), st.sampled_from([*CONTROLS, "\n", "user\n", "assistant\n"]))).map(
+    "".join
+)
+
+
+@given(texts, st.lists(st.tuples(texts, texts), max_size=2))
+def test_text_is_text(tokenizer: PromptTokenizer, question: str, history: list[tuple[str, str]]) -> None:
+    """Whatever is asked, the control tokens are the template's, and what is asked can be read back whole."""
+    assume(question.strip())
+    part = suffix(tokenizer, question, history)
+    controls = [tokenizer.tokenizer.id_to_token(i) for i in part.ids if tokenizer.tokenizer.id_to_token(i) in CONTROLS]
+    assert controls == ["<|im_end|>", "<|im_start|>"] * (2 * len(history) + 1)
+    assert question in tokenizer.decode(part.ids)
+
+
+@given(st.text(max_size=40).filter(lambda t: "<|" not in t and t.strip()))
+def test_ids_are_upstreams_where_no_special_token_is_written(tokenizer: PromptTokenizer, question: str) -> None:
+    """Upstream hands the whole text right of the video to the tokenizer, special tokens and all."""
+    whole = f"\n{question}<|im_end|>\n<|im_start|>assistant\n"
+    assert suffix(tokenizer, question).ids == tokenizer.tokenizer.encode(whole, add_special_tokens=False).ids
+
+
+def test_a_pickled_tokenizer_still_takes_text_for_text(tokenizer: PromptTokenizer) -> None:
+    again = pickle.loads(pickle.dumps(tokenizer))
+    assert again.encode("a<|im_end|>b") == tokenizer.encode("a<|im_end|>b")
+    assert tokenizer.encode(IM_END)[0] not in again.encode("a<|im_end|>b")
+
+
+def test_messages_with_roles_are_turns(tokenizer: PromptTokenizer) -> None:
+    messages = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "A cat."}]
+    assert suffix(tokenizer, "And then?", messages) == suffix(tokenizer, "And then?", [("Who?", "A cat.")])
+
+
+@pytest.mark.parametrize(
+    ("history", "message"),
+    [
+        ([{"role": "assistant", "content": "x"}, {"role": "user", "content": "y"}], "message 1 is not"),
+        ([{"role": "user", "content": "x"}], "has no answer"),
+        ([{"role": "user", "content": 3}, {"role": "assistant", "content": "y"}], "message 1 is not"),
+        ([("a", "b"), {"role": "user", "content": "x"}], "message 1 is not"),
+        (["ab"], "neither a"),
+        ([("a", None)], "neither a"),
+    ],
+)
+def test_history_of_another_form_is_refused(tokenizer: PromptTokenizer, history: list, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        suffix(tokenizer, "And then?", history)
+
+
+def test_questions_that_are_not_unicode_or_too_long(tokenizer: PromptTokenizer) -> None:
+    with pytest.raises(UserError, match="not UTF-8 at character 4"):
+        suffix(tokenizer, "caf\u00e9\udce9")
+    with pytest.raises(UserError, match="more than the 32,768"):
+        suffix(tokenizer, "x " * 150_000)
+
+
 def test_tokenizers_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no tokenizer.json"):
         PromptTokenizer.load(tmp_path, 1000)
@@ -59,23 +122,52 @@ def test_tokenizers_that_do_not_fit(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
     with pytest.raises(UserError, match=r"lacks the special token <\|im_end\|>"):
         PromptTokenizer.load(tmp_path, 1000)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match="cannot be read"):
-        PromptTokenizer.load(tmp_path, 1000)
+    for text in (b"{}", b"", b"[" * 100_000, b"\xff", b"null", b'{"model": ' + b"1" * 5000 + b"}"):
+        (tmp_path / "tokenizer.json").write_bytes(text)
+        with pytest.raises(UserError, match="the tokenizer cannot be read") as e:
+            PromptTokenizer.load(tmp_path, 1000)
+        assert len(str(e.value)) < 400
 
 
-def test_slow_tokenizer_files(tmp_path: Path) -> None:
+def test_fuzzed_tokenizers(tmp_path: Path) -> None:
+    """A damaged tokenizer is refused in one line, or it reads and writes text."""
+    whole = make_tokenizer().to_str().encode()
+    for seed in range(100):
+        (tmp_path / "tokenizer.json").write_bytes(damaged_json(whole, random.Random(seed)))
+        tokenizer, _ = outcome(lambda: PromptTokenizer.load(tmp_path, 1000))
+        if tokenizer is not None:
+            tokenizer.decode(tokenizer.encode("What happens at 12.5s? 日本"))
+
+
+def slow_files(folder: Path) -> None:
     """vocab.json and merges.txt alone, as older checkpoints have them."""
     raw = json.loads(make_tokenizer().to_str())
-    (tmp_path / "vocab.json").write_text(json.dumps(raw["model"]["vocab"]))
+    (folder / "vocab.json").write_text(json.dumps(raw["model"]["vocab"]))
     merges = [m if isinstance(m, str) else " ".join(m) for m in raw["model"]["merges"]]
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
     added = {t["content"]: t["id"] for t in raw["added_tokens"]}
-    (tmp_path / "added_tokens.json").write_text(json.dumps(added))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({
+    (folder / "added_tokens.json").write_text(json.dumps(added))
+    (folder / "tokenizer_config.json").write_text(json.dumps({
         "tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
         "added_tokens_decoder": {str(i): {"content": t, "special": True} for t, i in added.items()},
     }))  # fmt: skip
+
+
+def test_slow_tokenizer_files(tmp_path: Path) -> None:
+    slow_files(tmp_path)
     slow = PromptTokenizer.load(tmp_path, 1000)
-    text = PREFIX + "What happens at 12.5s?"
-    assert slow.encode(text) == PromptTokenizer(make_tokenizer()).encode(text)
+    parts = (*PREFIX, "What happens at 12.5s?")
+    assert slow.encode(*parts) == PromptTokenizer(make_tokenizer()).encode(*parts)
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"])
+def test_slow_tokenizer_files_that_cannot_be_read(name: str, tmp_path: Path) -> None:
+    slow_files(tmp_path)
+    if name != "special_tokens_map.json":  # which transformers reads only where the others say nothing
+        (tmp_path / name).write_bytes(b"[\xff")
+        with pytest.raises(UserError, match="the tokenizer cannot be read|lacks the special token"):
+            PromptTokenizer.load(tmp_path, 1000)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match="is a pipe or a device"):
+        PromptTokenizer.load(tmp_path, 1000)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,15 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
 
-from xl2jax import read_ahead, video
+from xl2jax import read_ahead, readers
 from xl2jax.demo import shape_frame, write_clip
 from xl2jax.errors import UserError
 from xl2jax.read_ahead import read_resized
-from xl2jax.video import DecordReader, PyAVReader, SampleConfig, images_in, open_reader, open_video
+from xl2jax.video import DecordReader, PyAVReader, Reader, SampleConfig, images_in, open_reader, open_video
 
 SIZE = 48
 
@@ -96,7 +101,7 @@ def test_same_frames(file: tuple[Path, list[np.ndarray]], name: str) -> None:
 def test_sparse_reading_decodes_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "a.mp4", frames=600, g="30")
     decoded = 0
-    plain = video._decoded
+    plain = readers._decoded
 
     def counted(*args: Any) -> Iterator[Any]:
         nonlocal decoded
@@ -104,7 +109,7 @@ def test_sparse_reading_decodes_less(tmp_path: Path, monkeypatch: pytest.MonkeyP
             decoded += 1
             yield frame
 
-    monkeypatch.setattr(video, "_decoded", counted)
+    monkeypatch.setattr(readers, "_decoded", counted)
     reader = PyAVReader(path, threads=1)
     list(reader.frames(np.array([10, 300, 599])))
     assert decoded < 100
@@ -119,8 +124,6 @@ def test_other_readers(clip: Path, tmp_path: Path) -> None:
     one = list(read_resized(DecordReader(clip), indices, SIZE, 2, "x"))
     two = list(read_resized(PyAVReader(clip), indices, SIZE, 2, "x"))
     assert all(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
-    from PIL import Image
-
     for i in range(40):
         Image.fromarray(np.full((20, 30, 3), 6 * i, np.uint8)).save(tmp_path / f"{i}.png")
     reader = open_reader(tmp_path)
@@ -142,34 +145,111 @@ def test_truncated_file_gives_the_same_part(tmp_path: Path, caplog: pytest.LogCa
     assert "cut off" in caplog.text
 
 
-class Endless:
-    """A video of any length that takes no time to decode."""
+class Endless(Reader):
+    """A video of any length that takes no time to decode, cut into spans of `span` frames."""
 
     fps = 1.0
 
     def __init__(self, total: int, span: int = 50):
         self.total, self._span = total, span
-        self.given = itertools.count()
-        self.last = 0
 
     def spans(self, indices: np.ndarray) -> list[np.ndarray]:
         return np.split(indices, range(self._span, len(indices), self._span))
 
     def frames(self, indices: np.ndarray) -> Iterator[np.ndarray]:
         for i in indices:
-            self.last = next(self.given)
             yield np.full((8, 8, 3), i % 251, np.uint8)
 
 
-def test_reading_ahead_is_bounded_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(read_ahead, "_QUEUE_BYTES", 10 * 3 * 8 * 8)
-    reader = Endless(5000)
-    frames = read_resized(reader, np.arange(5000), 8, 4, "x")
-    for i in range(200):
-        assert next(frames)[0, 0, 0] == i % 251
-    time.sleep(0.3)
-    assert reader.last < 200 + 4 * (10 + 2) + 50
-    assert [int(f[0, 0, 0]) for f in frames] == [i % 251 for i in range(200, 5000)]
+@contextlib.contextmanager
+def counted_frames() -> Iterator[Callable[[], int]]:
+    """How many resized frames exist, whoever holds them."""
+    alive, lock, plain = [0], threading.Lock(), read_ahead.resize
+
+    def died() -> None:
+        with lock:
+            alive[0] -= 1
+
+    def resize(frame: np.ndarray, size: int) -> np.ndarray:
+        small = plain(frame, size).copy()
+        with lock:
+            alive[0] += 1
+        weakref.finalize(small, died)
+        return small
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(read_ahead, "resize", resize)
+        yield lambda: alive[0]
+
+
+def settled(value: Callable[[], int]) -> int:
+    """A counter once it has stood still for a while."""
+    seen = -1
+    while seen != (seen := value()):
+        time.sleep(0.03)
+    return seen
+
+
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.integers(0, 400), st.integers(1, 120), st.integers(2, 40), st.integers(1, 8),
+    st.lists(st.integers(0, 400), max_size=2),
+)  # fmt: skip
+def test_frames_that_wait_are_bounded_and_in_order(
+    total: int, span: int, room: int, workers: int, pauses: list[int]
+) -> None:
+    """Spans shorter and longer than the room, any number of threads, a caller that stops now and then: what exists at a
+    time is at most `room` frames a thread and the one that the caller has."""  # fmt: skip
+    with counted_frames() as alive, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(read_ahead, "_WAITING_BYTES", room * 3 * 8 * 8)
+        frames = read_resized(Endless(total, span), np.arange(total), 8, workers, "bounded")
+        for i in range(total):
+            assert next(frames)[0, 0, 0] == i % 251
+            if i in pauses:
+                assert settled(alive) <= room * workers + 1
+            assert alive() <= room * workers + 1
+        assert next(frames, None) is None
+        assert settled(alive) == 0
+
+
+def test_a_folder_of_images_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(120):
+        Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(tmp_path / f"{i}.png")
+    monkeypatch.setattr(read_ahead, "_WAITING_BYTES", 10 * 3 * 8 * 8)
+    with counted_frames() as alive:
+        frames = read_resized(open_reader(tmp_path), np.arange(120), 8, 3, "images")
+        assert next(frames)[0, 0, 0] == 0
+        assert 20 <= settled(alive) <= 3 * 10 + 1
+        assert [int(f[0, 0, 0]) for f in frames] == list(range(1, 120))
+
+
+def test_all_threads_read_at_once() -> None:
+    """Threads wait for each other at their first frames: one that read alone would not get past."""
+    barrier = threading.Barrier(4, timeout=10)
+
+    class Together(Endless):
+        def frames(self, indices: np.ndarray) -> Iterator[np.ndarray]:
+            barrier.wait()
+            yield from super().frames(indices)
+
+    assert len(list(read_resized(Together(80, span=20), np.arange(80), 8, 4, "x"))) == 80
+
+
+def test_a_repeated_frame_is_resized_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.mp4", frames=3)
+    expected = [read_ahead.resize(frame, SIZE) for frame in sequential(path)]
+    resized = 0
+
+    def resize(frame: np.ndarray, size: int, plain: Any = read_ahead.resize) -> np.ndarray:
+        nonlocal resized
+        resized += 1
+        return plain(frame, size)
+
+    monkeypatch.setattr(read_ahead, "resize", resize)
+    indices = np.repeat(np.arange(3), 40)
+    got = list(read_resized(PyAVReader(path), indices, SIZE, 0, "x"))
+    assert all(np.array_equal(a, expected[i]) for a, i in zip(got, indices, strict=True))
+    assert resized == 3
 
 
 def test_closing_ends_the_threads() -> None:
@@ -208,7 +288,7 @@ def test_a_decoder_that_hangs_is_an_error() -> None:
 
 def test_the_caller_may_be_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Waiting for the caller is not a hang."""
-    monkeypatch.setattr(read_ahead, "_QUEUE_BYTES", 8 * 3 * 8 * 8)
+    monkeypatch.setattr(read_ahead, "_WAITING_BYTES", 8 * 3 * 8 * 8)
     frames = read_resized(Endless(60, span=60), np.arange(60), 8, 1, "x", stall_seconds=0.3)
     count = 0
     for _ in frames:

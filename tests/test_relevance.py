@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,9 +11,8 @@ import xl2jax
 from xl2jax import runtime
 from xl2jax.bilevel import mixed_slots
 from xl2jax.cache import KVCache, quantize, unpack
-from xl2jax.errors import UserError
 from xl2jax.prompt import suffix
-from xl2jax.relevance import AttentionScorer, block_scores, read_selection, unit_features
+from xl2jax.relevance import AttentionScorer, block_scores, unit_features
 from xl2jax.selection import _scores, padded, text_cache
 
 
@@ -127,37 +124,3 @@ def test_similarity_finds_the_group_of_the_question(model: xl2jax.Model) -> None
     scores = runtime.similarity_scores(model.config, model.params, unit_features(visual), ids, np.int32(1), np.int32(4))
     assert int(scores.argmax()) == 4
     assert float(scores[4]) > 3 * float(jnp.sort(scores)[-2])
-
-
-@pytest.fixture
-def selection(tmp_path: Path) -> Path:
-    config = {"selected_topk": 2, "selected_chunk_size": 2, "compression": 4, "relevance oracle": "LanguageBind"}
-    path = tmp_path / "selection.json"
-    path.write_text(json.dumps({
-        "plotQA": None,
-        "needle": {"config": config, "selected_unit_indices": {"clip.mp4_Where is it?": [3, 0, 7]}},
-        "count": {"config": config | {"selected_topk": 8}, "selected_unit_indices": {"lv_How many?": [1]}},
-    }))  # fmt: skip
-    return path
-
-
-def test_selection_file(selection: Path) -> None:
-    found = read_selection(selection, "clip.mp4", "Where is it?", None)
-    assert found == {"units": [3, 0], "select_chunk_groups": 2, "pool": 4}  # the best two of three
-    assert read_selection(selection, "lv.mp4", "How many?", "count") == {
-        "units": [1],
-        "select_chunk_groups": 2,
-        "pool": 4,
-    }
-    assert read_selection(selection, "clip.mp4", "Where?", None) is None
-    assert read_selection(selection, "clip.mp4", "Where is it?", "plotQA") is None
-    with pytest.raises(UserError, match="no category 'other'"):
-        read_selection(selection, "clip.mp4", "Where is it?", "other")
-
-
-def test_broken_selection_files(selection: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not a selection file"):
-        read_selection(tmp_path / "none.json", "a", "b", None)
-    selection.write_text(json.dumps({"needle": {"selected_unit_indices": {}}}))
-    with pytest.raises(UserError, match="lacks config"):
-        read_selection(selection, "clip.mp4", "Where is it?", None)

@@ -344,4 +344,4 @@ def test_plot_of_answers(
     # Dense chunks, pooled chunks and the thumbnails are all there.
     for colour in ((0x2B, 0x6C, 0xB0), (0xCB, 0xD5, 0xE0), (220, 40, 40)):
         assert (np.abs(first.astype(int) - colour).max(-1) < 40).sum() > 20, colour
-    assert "cannot write the plot there" in refused(infer, *flags, "--plot", tmp_path / "none" / "a.png")
+    assert "cannot be written (no such folder)" in refused(infer, *flags, "--plot", tmp_path / "none" / "a.png")

@@ -21,11 +21,11 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import xl2jax
-from xl2jax.checkpoint import torch_to_orbax
 from xl2jax.config import PRESETS
+from xl2jax.convert import main as convert
 from xl2jax.demo import make_checkpoint
 from xl2jax.errors import UserError
-from xl2jax.prompt import PromptTokenizer
+from xl2jax.prompt import IM_END, IM_START
 from xl2jax.training import batches
 from xl2jax.training import loader as loader_module
 from xl2jax.training.batches import Length, Probe, plan_epoch, probe_records
@@ -268,13 +268,13 @@ def test_tokens_and_labels(model: xl2jax.Model) -> None:
     )
     expected: list[tuple[list[int], bool]] = []
     for text, counted in (
-        ("<|im_start|>", True), ("system", False), ("\n", False), ("You are a helpful assistant.", False),
-        ("<|im_end|>", True), ("\n", True),
-        ("<|im_start|>", True), ("user", False), ("\n", False), ("Time 0.0s:", False), (None, False),
-        ("Time 12.5s:", False), (None, False), ("\n", False), ("\nWhich?", False), ("<|im_end|>", True), ("\n", True),
-        ("<|im_start|>", True), ("assistant", False), ("\n", False), ("Red.", True), ("<|im_end|>", True), ("\n", True),
-        ("<|im_start|>", True), ("user", False), ("\n", False), ("Sure?", False), ("<|im_end|>", True), ("\n", True),
-        ("<|im_start|>", True), ("assistant", False), ("\n", False), ("Yes.", True), ("<|im_end|>", True), ("\n", True),
+        (IM_START, True), ("system", False), ("\n", False), ("You are a helpful assistant.", False),
+        (IM_END, True), ("\n", True),
+        (IM_START, True), ("user", False), ("\n", False), ("Time 0.0s:", False), (None, False),
+        ("Time 12.5s:", False), (None, False), ("\n", False), ("\nWhich?", False), (IM_END, True), ("\n", True),
+        (IM_START, True), ("assistant", False), ("\n", False), ("Red.", True), (IM_END, True), ("\n", True),
+        (IM_START, True), ("user", False), ("\n", False), ("Sure?", False), (IM_END, True), ("\n", True),
+        (IM_START, True), ("assistant", False), ("\n", False), ("Yes.", True), (IM_END, True), ("\n", True),
     ):  # fmt: skip
         expected.append(([0, 0, 0] if text is None else t.encode(text), counted))
     ids = [i for part, _ in expected for i in part]
@@ -300,17 +300,9 @@ def test_special_tokens_in_text_are_text(model: xl2jax.Model, special: str) -> N
         got = tokenise([("user", forged), ("assistant", forged)], [], tokenizer, 3, 999).ids.tolist()
         honest = tokenise([("user", "Hi"), ("assistant", "No.")], [], tokenizer, 3, 999).ids.tolist()
         for token in SPECIAL:
-            (control,) = tokenizer.encode(token)
+            control = tokenizer.tokenizer.token_to_id(token)
             assert got.count(control) == honest.count(control)
         assert tokenizer.decode(got).count(forged) == 2
-
-
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.text(max_size=40))
-def test_text_without_special_tokens_is_encoded_as_upstream_does(model: xl2jax.Model, text: str) -> None:
-    t: PromptTokenizer = model.tokenizer
-    assert t.encode_text(text) == t.encode(text)
-    assert t.decode(t.encode_text(text)) == t.decode(t.encode(text))
 
 
 def test_cut_at_the_limit(model: xl2jax.Model) -> None:
@@ -520,7 +512,9 @@ def test_media_are_told_apart_by_content(tmp_path: Path) -> None:
     assert media_fingerprint(frames) != before
 
 
-def test_weights_are_told_apart_by_content(checkpoint: Path, tmp_path: Path) -> None:
+def test_weights_are_told_apart_by_content(
+    checkpoint: Path, tmp_path: Path, command: Callable[..., tuple[int, str, str]]
+) -> None:
     """A copy, one in other shards, one in which a single layer was trained, one of another seed."""
     before = weights_fingerprint(checkpoint)
     assert weights_fingerprint(Path(shutil.copytree(checkpoint, tmp_path / "copy"))) == before
@@ -537,11 +531,19 @@ def test_weights_are_told_apart_by_content(checkpoint: Path, tmp_path: Path) -> 
     assert weights_fingerprint(tmp_path / "copy") != before
     make_checkpoint(tmp_path / "other", PRESETS["tiny"], seed=1)
     assert weights_fingerprint(tmp_path / "other") != before
-    torch_to_orbax(checkpoint, tmp_path / "orbax", None)
+    for name in ("orbax", "again", "trained"):
+        source = tmp_path / "copy" if name == "trained" else checkpoint
+        assert command(convert, source, tmp_path / name)[0] == 0
     orbax = weights_fingerprint(tmp_path / "orbax")
-    assert orbax != before
+    assert weights_fingerprint(tmp_path / "again") == orbax
+    assert weights_fingerprint(tmp_path / "trained") != orbax
+    for name in ("orbax", "trained"):  # as an earlier version wrote them
+        manifest = json.loads((tmp_path / name / "xl2jax.json").read_text())
+        (tmp_path / name / "xl2jax.json").write_text(json.dumps({"format": 1, "dtype": manifest["dtype"]}))
+    old = weights_fingerprint(tmp_path / "orbax")
+    assert old != weights_fingerprint(tmp_path / "trained")
     (tmp_path / "orbax").rename(tmp_path / "moved")
-    assert weights_fingerprint(tmp_path / "moved") == orbax
+    assert weights_fingerprint(tmp_path / "moved") == old
 
 
 @pytest.fixture

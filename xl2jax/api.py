@@ -15,7 +15,8 @@ import dataclasses
 import functools
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ from tqdm import tqdm
 from xl2jax import memory, prefill, runtime
 from xl2jax.bilevel import BilevelConfig
 from xl2jax.cache import KVCache
-from xl2jax.checkpoint import find_checkpoint, load_params
+from xl2jax.checkpoint import load_params
 from xl2jax.config import FRAMES_PER_GROUP, VideoXL2Config
 from xl2jax.errors import UserError
 from xl2jax.generate import SamplingConfig
@@ -36,9 +37,10 @@ from xl2jax.layout import PrefillConfig, VideoLayout
 from xl2jax.names import flatten
 from xl2jax.offload import to_host
 from xl2jax.ops.arena import IMPLEMENTATIONS
-from xl2jax.prompt import PREFIX, PromptTokenizer, Suffix, suffix
+from xl2jax.prompt import PREFIX, PromptTokenizer, Suffix, Turn, suffix
 from xl2jax.read_ahead import default_workers, resize
 from xl2jax.selection import Chunk, RelevanceConfig, check_bilevel, choose_context, padded, text_cache
+from xl2jax.sources import find_checkpoint
 from xl2jax.video import Backend, Clip, SampleConfig, open_video
 from xl2jax.watched import THUMBNAIL_SIZE, CacheConfig, WatchedVideo, thumbnail_places
 
@@ -51,6 +53,8 @@ class Answer:
 
     question: str
     text: str
+    finish_reason: Literal["stop", "length"]
+    """stop: the model ended its answer. length: it was cut off at `max_new_tokens`."""
     new_tokens: int
     suffix_tokens: int
     context_tokens: int
@@ -71,7 +75,8 @@ class Model:
         self.implementation = implementation
         self.dtype = str(jax.tree.leaves(params)[0].dtype)
         self._stop = jnp.asarray(tokenizer.stop_ids, jnp.int32)
-        self._prefix = tokenizer.encode(PREFIX)
+        self._videos: weakref.WeakSet[WatchedVideo] = weakref.WeakSet()
+        self._prefix = tokenizer.encode(*PREFIX)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -89,9 +94,11 @@ class Model:
         backend: Backend = "auto", folder_fps: float = 1.0,
         bilevel: BilevelConfig | None = BilevelConfig(),  # noqa: B008 (frozen)
         cache: CacheConfig = CacheConfig(),  # noqa: B008 (frozen)
-        progress: bool = False,
+        progress: bool = False, measure_stages: bool = False,
     ) -> WatchedVideo:  # fmt: skip
         """Reads, encodes and prefills a video.
+
+        `timings` of the result are seconds: `read`, spent waiting for frames, and `compute`, all others.
 
         Args:
           video: a file or a folder of images, or a clip that was opened (`sampling` and the like play no part then).
@@ -100,21 +107,25 @@ class Model:
           backend, folder_fps: see `open_video`.
           bilevel: how questions will read it; checked, and counted in the memory, beforehand.
           cache: in how many bits, and where, the KV is kept.
+          progress: shows a bar on stderr.
+          measure_stages: has `vision` and `prefill` in `timings` in place of `compute`, for which every stage is
+            waited for.
 
         Raises:
-          UserError: unreadable video, or more frames than memory holds.
+          UserError: unreadable video, more frames than memory holds, or activations that are not finite.
         """
         sampling, config = sampling or SampleConfig(), config or PrefillConfig()
         self.check_cache(cache, bilevel)
         started = time.perf_counter()
         clip = video if isinstance(video, Clip) else open_video(video, sampling, backend=backend, folder_fps=folder_fps)
         time_ids = self.tokenizer.time_ids(clip.times)
-        layout = VideoLayout(len(self._prefix), tuple(map(len, time_ids)), self.config.visual_tokens)
+        layout = self.layout(time_ids)
         if bilevel is not None:
             check_bilevel(bilevel, layout)
         self.check_fits(layout, config, bilevel, cache)
         plan = self.plan(layout, config)
-        timings = {"read": time.perf_counter() - started, "vision": 0.0, "prefill": 0.0}
+        timings = {"read": time.perf_counter() - started}
+        stages = _Stages(measure_stages)
         frames_at_once = min(self._frames_at_once, plan.segment_groups * FRAMES_PER_GROUP)
         per_segment = -(-plan.segment_groups * FRAMES_PER_GROUP // frames_at_once) * frames_at_once
         features, groups = [], 0
@@ -129,20 +140,21 @@ class Model:
             batches = clip.batches(
                 plan.segment_groups * FRAMES_PER_GROUP, self.config.vision.image_size, workers=default_workers()
             )
+            previous: jax.Array | None = None
             for frames in _timed(batches, timings, "read"):
                 first = groups * FRAMES_PER_GROUP
                 here = [i for i in wanted if first <= i < first + len(frames)]
                 thumbnails += [(clip.times[i], resize(frames[i - first], THUMBNAIL_SIZE)) for i in here]
                 groups += len(frames) // FRAMES_PER_GROUP
                 bar.update(len(frames))
-                started = time.perf_counter()
-                pixels = np.pad(frames, ((0, per_segment - len(frames)), (0, 0), (0, 0), (0, 0)))
+                stages.begin()
+                pixels = frames
+                if len(frames) < per_segment:
+                    pixels = np.pad(frames, ((0, per_segment - len(frames)), (0, 0), (0, 0), (0, 0)))
                 visual, feature = runtime.encode(self.config, self.params, pixels, frames_at_once=frames_at_once)
                 visual, feature = visual[: plan.segment_groups], feature[: plan.segment_groups]
                 features.append(feature)
-                jax.block_until_ready(visual)
-                timings["vision"] += time.perf_counter() - started
-                started = time.perf_counter()
+                stages.end("vision", visual)
                 segment = next(parts)
                 if groups < layout.groups and len(frames) < plan.segment_groups * FRAMES_PER_GROUP:
                     # The file ended early: count what is there.
@@ -150,8 +162,15 @@ class Model:
                 kv = runtime.prefill_segment(
                     self.config, self.params, kv, visual, segment, implementation=self.implementation
                 )
-                jax.block_until_ready(kv)
-                timings["prefill"] += time.perf_counter() - started
+                stages.end("prefill", kv)
+                if previous is not None:
+                    # One segment is computed while the next is read and copied; more would only hold memory.
+                    jax.block_until_ready(previous)
+                previous = visual
+            if not bool(runtime.all_finite(kv)):
+                raise self.not_finite("the video's KV")
+        compute = time.perf_counter() - started - timings["read"]
+        timings |= stages.seconds if measure_stages else {"compute": compute}
         if groups < layout.groups:
             layout = dataclasses.replace(layout, time_lengths=layout.time_lengths[:groups])
         capacity = (plan.slots - plan.visual_start) // plan.visual_tokens
@@ -159,11 +178,22 @@ class Model:
         host = None
         if cache.offload:
             kv, host = to_host(kv, plan.visual_start)
-        return WatchedVideo(
+        watched = WatchedVideo(
             path=str(clip.path), duration=clip.duration, times=clip.times[: groups * FRAMES_PER_GROUP],
             layout=layout, plan=plan, cache=kv, host=host, timings=timings, thumbnails=thumbnails,
             features=jnp.pad(found, ((0, capacity - len(found)), (0, 0))),
         )  # fmt: skip
+        return self.adopt(watched)
+
+    def adopt(self, video: WatchedVideo) -> WatchedVideo:
+        """Takes a video for one that this model watched: for a cache whose key says that it did."""
+        self._videos.add(video)
+        return video
+
+    def not_finite(self, what: str) -> UserError:
+        """The error for numbers that are NaN or infinite."""
+        advice = "use bfloat16 or float32 (--dtype)" if self.dtype == "float16" else "the weights may be damaged"
+        return UserError(f"{what} holds NaN or infinity, computed in {self.dtype}: {advice}")
 
     def plan(self, layout: VideoLayout, config: PrefillConfig) -> prefill.PrefillPlan:
         """Steps and buckets for the default device."""
@@ -203,13 +233,14 @@ class Model:
             bilevel, layout.visual_tokens, quantized=cache.quantized, offload=cache.offload
         )
         others = {flags: need(layout, *option) for flags, option in options.items()}
-        memory.check_fits(layout, need, others)
+        memory.check_fits(layout, need, others, held=sum(v.device_bytes for v in self._videos))
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         """float32 means float32: GPUs would multiply in TF32."""
         return jax.default_matmul_precision("highest" if self.dtype == "float32" else None)
 
-    def _layout(self, time_ids: list[list[int]]) -> VideoLayout:
+    def layout(self, time_ids: list[list[int]]) -> VideoLayout:
+        """Lengths of the tokens of a video, from the token ids of every group's time."""
         return VideoLayout(len(self._prefix), tuple(map(len, time_ids)), self.config.visual_tokens)
 
     def _start(self, plan: prefill.PrefillPlan, *, quantized: bool) -> KVCache:
@@ -235,21 +266,26 @@ class Model:
         self, video: WatchedVideo, question: str, *, max_new_tokens: int = 128, sampling: SamplingConfig | None = None,
         seed: int = 0, bilevel: BilevelConfig | None = BilevelConfig(),  # noqa: B008 (frozen)
         relevance: RelevanceConfig | None = None,
-        history: list[tuple[str, str]] | None = None, on_text: Callable[[str], None] | None = None,
+        history: Sequence[Turn] | None = None, on_text: Callable[[str], None] | None = None,
     ) -> Answer:  # fmt: skip
-        """Answers a question about a watched video.
+        """Answers a question about a video that this model watched.
 
         Args:
           max_new_tokens: most tokens of the answer.
           sampling: greedy by default.
           bilevel: which KV the answer reads; None for the whole dense cache.
           relevance: how dense chunks are chosen under `bilevel`.
-          history: earlier (question, answer) turns.
+          history: earlier turns: (question, answer) pairs, or messages {"role": "user" | "assistant", "content": text}.
           on_text: called with each new piece of the answer.
 
         Raises:
-          UserError: empty question, options out of range, a selection file without the question.
+          UserError: an empty or too long question, options out of range, a selection file without the question, a video
+            that another model watched or that was closed, logits that are not finite.
         """
+        if video.closed:
+            raise UserError(f"{video.path}: the watched video was closed")
+        if video not in self._videos:
+            raise UserError(f"{video.path}: was watched by another model; watch it with the model that is asked")
         if max_new_tokens < 1:
             raise UserError(f"max new tokens must be 1 or more, not {max_new_tokens}")
         sampling = sampling or SamplingConfig()
@@ -270,36 +306,60 @@ class Model:
         context, chunks = choose_context(self, video, question, text, bilevel, relevance)
         jax.block_until_ready(context)
         selected = time.perf_counter()
+        traced = sampling.traced()
         state = runtime.ask(
             self.config, self.params, context, text_cache(self, text, max_new_tokens), padded(text.ids),
-            np.int32(len(text.ids)), jax.random.key(seed), self._stop,
-            sampling=sampling, implementation=self.implementation,
+            np.int32(len(text.ids)), jax.random.key(seed), self._stop, traced, implementation=self.implementation,
         )  # fmt: skip
-        ids = [int(state.token)]
+        token, done, finite = jax.device_get((state.token, state.done, state.finite))
+        ids = [int(token)]
         first = time.perf_counter()
         emit = _Streamer(self.tokenizer, set(self.tokenizer.stop_ids), on_text)
-        emit(ids)
-        while not bool(state.done) and len(ids) < max_new_tokens:
-            state, new, count = runtime.decode(
-                self.config, self.params, context, state, np.int32(max_new_tokens - len(ids)), self._stop,
-                sampling=sampling, size=_STREAM_TOKENS, implementation=self.implementation,
-            )  # fmt: skip
-            ids += np.asarray(new)[: int(count)].tolist()
+        while finite:
             emit(ids)
-        done = time.perf_counter()
+            if done or len(ids) >= max_new_tokens:
+                break
+            state, new, count = runtime.decode(
+                self.config, self.params, context, state, np.int32(max_new_tokens - len(ids)), self._stop, traced,
+                size=_STREAM_TOKENS, implementation=self.implementation,
+            )  # fmt: skip
+            new, count, done, finite = jax.device_get((new, count, state.done, state.finite))
+            ids += new[: int(count)].tolist()
+        else:
+            raise self.not_finite("the next token's logits")
+        decoded = time.perf_counter()
         answer = emit.finish(ids)
         return Answer(
-            question=question, text=answer, new_tokens=len(ids), suffix_tokens=len(text.ids),
-            context_tokens=int(context.length), chunks=chunks,
+            question=question, text=answer, finish_reason="stop" if ids[-1] in self.tokenizer.stop_ids else "length",
+            new_tokens=len(ids), suffix_tokens=len(text.ids), context_tokens=int(context.length), chunks=chunks,
             timings={
-                "select": selected - started, "question": first - selected, "decode": done - first,
-                "decode_tokens_per_s": (len(ids) - 1) / (done - first) if len(ids) > 1 else 0.0,
+                "select": selected - started, "question": first - selected, "decode": decoded - first,
+                "decode_tokens_per_s": (len(ids) - 1) / (decoded - first) if len(ids) > 1 else 0.0,
             },
         )  # fmt: skip
 
-    def chat(self, video: str | Path, question: str, **options: Any) -> str:
-        """One question about one video; options as for `ask`."""
-        return self.ask(self.watch(video), question, **options).text
+    def chat(self, video: str | Path, question: str, frames: SampleConfig | None = None, **options: Any) -> str:
+        """One question about one video: `frames` as in `watch`, other options as for `ask`."""
+        with self.watch(video, frames) as watched:
+            return self.ask(watched, question, **options).text
+
+
+class _Stages:
+    """Seconds of vision and prefill, where they are measured: then each stage is waited for."""
+
+    def __init__(self, measured: bool):
+        self.measured = measured
+        self.seconds = {"vision": 0.0, "prefill": 0.0}
+        self._since = 0.0
+
+    def begin(self) -> None:
+        self._since = time.perf_counter()
+
+    def end(self, stage: str, result: Any) -> None:
+        if self.measured:
+            jax.block_until_ready(result)
+            self.seconds[stage] += time.perf_counter() - self._since
+            self.begin()
 
 
 def _timed[T](items: Iterator[T], timings: dict[str, float], name: str) -> Iterator[T]:
@@ -337,7 +397,7 @@ class _Streamer:
 
 
 def load(
-    checkpoint: str | Path, *, dtype: Literal["float32", "bfloat16"] | None = None, implementation: str = "auto",
+    checkpoint: str | Path, *, dtype: Literal["float32", "bfloat16", "float16"] | None = None, implementation: str = "auto",
     progress: bool = False,
 ) -> Model:  # fmt: skip
     """Loads an Orbax folder (`xl2jax.convert`), a PyTorch folder or a hub id.

@@ -21,6 +21,7 @@ import numpy as np
 from xl2jax.cache import KVArray, KVCache, unpack
 from xl2jax.layers import rope_tables, rotate
 from xl2jax.layout import VideoLayout, bucket
+from xl2jax.ops.precision import accumulator
 
 UNIT_GROUPS = 2
 """Groups of one selectable unit in upstream's selection files."""
@@ -60,7 +61,7 @@ def group_table(layout: VideoLayout, capacity: int) -> GroupTable:
 def slot_groups(table: GroupTable, cache: KVCache, visual_tokens: int) -> jax.Array:
     """Group of each slot of a video's dense cache, int32 [S]; -1 where there is none."""
     slot = jnp.arange(cache.slots, dtype=jnp.int32)
-    ends = table.prefix + jnp.cumsum(table.time_lengths)
+    ends = table.prefix + jnp.cumsum(table.time_lengths, dtype=jnp.int32)
     time = jnp.searchsorted(ends, slot, side="right").astype(jnp.int32)
     group = jnp.where(slot < cache.visual_start, time, (slot - cache.visual_start) // visual_tokens)
     return jnp.where((slot >= table.prefix) & (group < table.groups), group, -1)
@@ -104,11 +105,12 @@ def pool_cache(cache: KVCache, table: GroupTable, *, visual_tokens: int, pool: i
     groups, v = table.time_lengths.shape[0], visual_tokens
     _, kv_heads, _, h = cache.shape
     kept = v // pool
-    before = table.prefix + jnp.cumsum(table.time_lengths)
-    positions = before[:, None] + jnp.arange(groups * v).reshape(groups, v)
-    cos, sin = rope_tables(positions.reshape(-1), h, theta)
+    before = table.prefix + jnp.cumsum(table.time_lengths, dtype=jnp.int32)
+    positions = before[:, None] + jnp.arange(groups * v, dtype=jnp.int32).reshape(groups, v)
+    dtype = accumulator(cache.dtype)
+    cos, sin = rope_tables(positions.reshape(-1), h, theta, dtype)
 
-    def windows(x: jax.Array) -> jax.Array:  # [K, G * V, H] float32 -> [K, G * kept, H]
+    def windows(x: jax.Array) -> jax.Array:  # [K, G * V, H] -> [K, G * kept, H]
         x = x.reshape(kv_heads, groups, v, h)[:, :, : kept * pool]
         return x.reshape(kv_heads, groups * kept, pool, h).mean(2)
 
@@ -119,8 +121,8 @@ def pool_cache(cache: KVCache, table: GroupTable, *, visual_tokens: int, pool: i
 
     def layer(kv: tuple[KVArray, KVArray]) -> tuple[jax.Array, jax.Array]:
         k, values = map(visual, kv)
-        pooled_k = windows(rotate(k.astype(jnp.float32), cos, -sin))
-        return pooled_k.astype(k.dtype), windows(values.astype(jnp.float32)).astype(values.dtype)
+        pooled_k = windows(rotate(k.astype(dtype), cos, -sin))
+        return pooled_k.astype(k.dtype), windows(values.astype(dtype)).astype(values.dtype)
 
     return PooledKV(*jax.lax.map(layer, (cache.k, cache.v)))
 
@@ -160,9 +162,9 @@ def mixed_source(
     groups = table.time_lengths.shape[0]
     exists = jnp.arange(groups) < table.groups
     times = table.time_lengths
-    times_before = jnp.cumsum(times) - times
+    times_before = jnp.cumsum(times, dtype=jnp.int32) - times
     lengths = jnp.where(exists, times + jnp.where(dense, v, kept), 0)
-    starts = table.prefix + jnp.cumsum(lengths) - lengths
+    starts = table.prefix + jnp.cumsum(lengths, dtype=jnp.int32) - lengths
     slot = jnp.arange(slots, dtype=jnp.int32)
     group = jnp.searchsorted(starts, slot, side="right").astype(jnp.int32) - 1
     in_prefix = slot < table.prefix
@@ -173,17 +175,17 @@ def mixed_source(
     visual = offset - times[group]
     is_pooled = ~in_prefix & ~is_time & ~dense[group]
     first = table.prefix + times_before[group]
-    place = jnp.cumsum(dense)[group] - 1 if compact else group
+    place = jnp.cumsum(dense, dtype=jnp.int32)[group] - 1 if compact else group
     source = jnp.where(is_time, first + offset, visual_start + place * v + visual)
     source = jnp.where(is_pooled, group * kept + visual, source)
     position = first + group * v + offset
     return MixedSource(
-        valid=slot < table.prefix + lengths.sum(),
+        valid=slot < table.prefix + lengths.sum(dtype=jnp.int32),
         group=jnp.where(in_prefix, -1, group),
         pooled=is_pooled,
         slot=jnp.where(in_prefix, slot, source),
         position=jnp.where(in_prefix, slot, jnp.where(is_pooled, 0, position)),
-        length=table.prefix + lengths.sum(),
+        length=table.prefix + lengths.sum(dtype=jnp.int32),
     )
 
 
@@ -191,8 +193,9 @@ def mix(cache: KVCache, pooled: PooledKV, source: MixedSource, *, theta: float) 
     """Gathers a mixed cache: slot = position, keys rotated to it. The video cache is only read."""
     h = cache.shape[3]
     slots = source.slot.shape[0]
-    old_cos, old_sin = rope_tables(source.position, h, theta)
-    new_cos, new_sin = rope_tables(jnp.arange(slots), h, theta)
+    dtype = accumulator(pooled.k.dtype)
+    old_cos, old_sin = rope_tables(source.position, h, theta, dtype)
+    new_cos, new_sin = rope_tables(jnp.arange(slots), h, theta, dtype)
     whole = jnp.where(source.valid & ~source.pooled, source.slot, 0)
     part = jnp.where(source.valid & source.pooled, source.slot, 0)
 
@@ -204,7 +207,7 @@ def mix(cache: KVCache, pooled: PooledKV, source: MixedSource, *, theta: float) 
             picked = jnp.where(source.pooled[:, None], reduced[:, part], dense)
             return jnp.where(source.valid[:, None], picked, 0)
 
-        keys = rotate(pick(k, pooled_k).astype(jnp.float32), old_cos, -old_sin)
+        keys = rotate(pick(k, pooled_k).astype(dtype), old_cos, -old_sin)
         return rotate(keys, new_cos, new_sin).astype(pooled_k.dtype), pick(v, pooled_v)
 
     k, v = jax.lax.map(layer, (cache.k, cache.v, *pooled))

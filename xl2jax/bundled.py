@@ -23,7 +23,7 @@ import tyro
 from flax import nnx
 from tqdm import tqdm
 
-from xl2jax.checkpoint import load_params, write_params
+from xl2jax.checkpoint import load_params
 from xl2jax.composed import Phase, encode_groups, train_composed
 from xl2jax.config import FRAMES_PER_GROUP, PRESETS, VideoXL2Config
 from xl2jax.demo import make_checkpoint
@@ -32,6 +32,7 @@ from xl2jax.model import abstract_model, normalise
 from xl2jax.plot import plot_losses
 from xl2jax.synthetic import COLOURS, NEEDLE_KINDS, SHAPES, DatasetArgs, Kind, group_frames, make_scene, write_dataset
 from xl2jax.terminal import run_command
+from xl2jax.torch_folder import write_params
 from xl2jax.workers import in_processes
 
 _VISION_SEED = 100_000_000

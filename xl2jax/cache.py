@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from xl2jax.config import LLMConfig
 from xl2jax.ops.arena import arena_attention, merge
@@ -65,6 +66,11 @@ class KVCache(NamedTuple):
         return layers, kv_heads, slots, h
 
     @property
+    def dtype(self) -> np.dtype:
+        """What keys and values are multiplied in."""
+        return np.dtype(self.k.scale.dtype if isinstance(self.k, QuantizedKV) else self.k.dtype)
+
+    @property
     def slots(self) -> int:
         return self.shape[2]
 
@@ -95,15 +101,18 @@ def empty_cache(
 def write(cache: KV, layer: jax.Array, k: jax.Array, v: jax.Array, slot: jax.Array) -> KV:
     """Puts k, v [T, K, H] into slots `slot ...` of one layer. The slots must exist."""
 
+    zero = jnp.int32(0)  # all indices have one type, also where Python's numbers have 64 bits
+    place = (layer, zero, slot, zero)
+
     def put(old: KVArray, new: jax.Array) -> KVArray:
         new = new.transpose(1, 0, 2)[None]
         if isinstance(old, QuantizedKV):
             values, scale = quantize(new.astype(old.scale.dtype))
             return QuantizedKV(
-                jax.lax.dynamic_update_slice(old.values, values, (layer, 0, slot, 0)),
-                jax.lax.dynamic_update_slice(old.scale, scale, (layer, 0, slot)),
+                jax.lax.dynamic_update_slice(old.values, values, place),
+                jax.lax.dynamic_update_slice(old.scale, scale, place[:3]),
             )
-        return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (layer, 0, slot, 0))
+        return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), place)
 
     return put(cache[0], k), put(cache[1], v)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
+import logging
 import platform
 import sys
 import time
@@ -19,17 +19,25 @@ import tyro
 import xl2jax
 from xl2jax import memory
 from xl2jax.api import Answer, Model
+from xl2jax.atomic import check_file_target
+from xl2jax.backend import ProgramCount, program_count, start_backend
 from xl2jax.bilevel import BilevelConfig
+from xl2jax.containers import require_video_path
 from xl2jax.errors import UserError
 from xl2jax.generate import SamplingConfig
 from xl2jax.layout import PrefillConfig
+from xl2jax.prompt import check_unicode
 from xl2jax.relevance import AttentionScorer
 from xl2jax.selection import RelevanceConfig, selection_for
-from xl2jax.store import cache_key, load_cache, save_cache
-from xl2jax.video import Backend, SampleConfig, open_video
+from xl2jax.store import cache_key, check_cache_file, load_cache, save_cache
+from xl2jax.terminal import argument_text, require_stdout, run_command, stdin_is_closed
+from xl2jax.video import Backend, Clip, FrameTimes, SampleConfig, open_video
 from xl2jax.watched import CacheConfig, WatchedVideo, read_thumbnails
 
+logger = logging.getLogger(__name__)
+
 DEFAULT_CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "demo"
+"""The bundled checkpoint of a source checkout; an installed wheel has none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,15 +53,19 @@ class Args:
     checkpoint: str = str(DEFAULT_CHECKPOINT)
     """Orbax folder, PyTorch folder or hub id (BAAI/Video-XL-2)."""
 
-    fps: float = 1.0
-    """Frames a second."""
+    fps: float | Literal["uniform"] = 1.0
+    """Frames a second; uniform takes exactly --max-frames frames, spread evenly over the video."""
     max_fps: int | None = 4
     """Rate to rise to while --max-frames is not reached."""
     max_frames: int = 256
     """Most frames; beyond it they are spread evenly."""
+    frame_times: FrameTimes = "auto"
+    """What the model is told. auto: frame number / rate, or the frames' own times where these differ by more than half a
+    second; upstream: always frame number / rate."""
     folder_fps: float = 1.0
     """Frames a second of a folder of images."""
     video_backend: Literal["auto", "decord", "pyav"] = "auto"
+    """What reads videos; auto is pyav."""
 
     max_new_tokens: int = 128
     temperature: float = 0.0
@@ -61,8 +73,10 @@ class Args:
     top_p: float = 1.0
     seed: int = 0
 
-    dtype: Literal["bfloat16", "float32"] | None = None
+    dtype: Literal["bfloat16", "float32", "float16"] | None = None
     """Of parameters, cache and activations; the checkpoint's own by default."""
+    compile_cache: bool = True
+    """Keeps compiled programs between runs, so that the next one starts at once."""
     attention: str = "auto"
     """Attention implementation: auto, or one by name."""
 
@@ -93,7 +107,7 @@ class Args:
     relevance_missing: Literal["error", "dense"] = "error"
     """What to do with a question that the file lacks."""
 
-    cache_dtype: Literal["bfloat16", "float32", "int8"] | None = None
+    cache_dtype: Literal["bfloat16", "float32", "float16", "int8"] | None = None
     """Of the video's KV: int8 (a scale for each token and head), or --dtype by default."""
     offload: bool = False
     """Moves the video's dense KV to host memory; the device keeps pooled KV and the chosen chunks."""
@@ -108,7 +122,8 @@ class Args:
     """PNG of the timeline: thumbnails, relevance of every chunk, which ones stayed dense, the answers."""
 
     def sampling(self) -> SampleConfig:
-        return SampleConfig(self.fps, self.max_fps, self.max_frames)
+        fps = None if self.fps == "uniform" else self.fps
+        return SampleConfig(fps, self.max_fps, self.max_frames, self.frame_times)
 
     def prefill_config(self) -> PrefillConfig:
         if self.chunk_groups < 1 or self.window_chunks < 0:
@@ -147,70 +162,92 @@ class Args:
             self.relevance_file, self.relevance_category, self.relevance_missing,
         )  # fmt: skip
 
+    @property
+    def questions(self) -> tuple[str, ...]:
+        return tuple(map(argument_text, self.question))
+
     def check(self) -> None:
         """What can be refused before anything is loaded."""
+        require_stdout()
         if not self.question and not self.interactive:
             raise UserError("nothing to ask: give --question or --interactive")
-        if any(not q.strip() for q in self.question):
-            raise UserError("the question is empty")
+        if self.interactive and stdin_is_closed():
+            raise UserError("standard input is closed: --interactive has no questions to read")
+        for question in self.questions:
+            if not question.strip():
+                raise UserError("the question is empty")
+            check_unicode(question)
+        if self.checkpoint == str(DEFAULT_CHECKPOINT) and not DEFAULT_CHECKPOINT.is_dir():
+            raise UserError(
+                "no checkpoint is installed: give --checkpoint with a folder or a hub id (BAAI/Video-XL-2), "
+                "or run from a source checkout, which has checkpoints/demo"
+            )
         if self.max_new_tokens < 1:
             raise UserError(f"max new tokens must be 1 or more, not {self.max_new_tokens}")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed must be from 0 to {2**32 - 1}, not {self.seed}")
-        if not self.video.exists():
-            raise UserError(f"{self.video}: no such video")
+        require_video_path(self.video)
         if self.save_cache is not None and self.load_cache is not None:
             raise UserError("give --save-cache or --load-cache, not both")
-        if self.save_cache is not None and not os.access(self.save_cache.parent, os.W_OK | os.X_OK):
-            raise UserError(f"{self.save_cache}: cannot write the cache there")
-        if self.plot is not None and not os.access(self.plot.parent, os.W_OK | os.X_OK):
-            raise UserError(f"{self.plot}: cannot write the plot there")
+        for target in filter(None, (self.save_cache, self.plot)):
+            check_file_target(target)
+        if self.load_cache is not None:
+            check_cache_file(self.load_cache)
         SamplingConfig(self.temperature, self.top_p).check()
         for check in (self.sampling, self.prefill_config, self.bilevel, self.cache_config):
             check()
         relevance = self.relevance_config()
         if relevance.file is not None and relevance.missing == "error":
-            for question in self.question:
+            for question in self.questions:
                 selection_for(relevance, self.video, question)
 
 
 def infer() -> int:
     """The command."""
-    args = tyro.cli(Args, prog="python infer.py")
+    args = tyro.cli(Args, prog=None if sys.argv[0].startswith("xl2jax") else "python infer.py")
     args.check()
+    programs = program_count()
+    clip = None if args.load_cache is not None else _open(args)
+    start_backend(keep_programs=args.compile_cache)
     started = time.perf_counter()
     model = xl2jax.load(args.checkpoint, dtype=args.dtype, implementation=args.attention, progress=True)
     load_seconds = time.perf_counter() - started
-    video = _watch(args, model)
-    answers = [_ask(args, model, video, q) for q in args.question]
+    video = _watch(args, model, clip)
+    answers = [_ask(args, model, video, q) for q in args.questions]
     if args.interactive:
         answers += _interact(args, model, video, answers)
     if args.plot is not None:
         from xl2jax.plot import plot_answers
 
         if not video.thumbnails:  # the cache came from a file
-            clip = open_video(args.video, args.sampling(), backend=args.video_backend, folder_fps=args.folder_fps)
-            video.thumbnails = read_thumbnails(clip)
+            video.thumbnails = read_thumbnails(_open(args))
         plot_answers(args.plot, video, answers)
     if args.json:
-        print(json.dumps(_report(model, video, answers, load_seconds)))
+        print(json.dumps(_report(model, video, answers, load_seconds, programs), allow_nan=False))
     else:
-        _print_timings(video, answers, load_seconds)
+        _print_timings(video, answers, load_seconds, programs)
     return 0
 
 
-def _watch(args: Args, model: Model) -> WatchedVideo:
+def _open(args: Args) -> Clip:
+    """An unreadable video is refused here, before weights are read."""
+    backend: Backend = args.video_backend
+    clip = open_video(args.video, args.sampling(), backend=backend, folder_fps=args.folder_fps)
+    clip.check()
+    return clip
+
+
+def _watch(args: Args, model: Model, clip: Clip | None) -> WatchedVideo:
+    """Watches the clip, or reads the cache that was kept of it where there is no clip."""
     sampling, config, cache = args.sampling(), args.prefill_config(), args.cache_config()
     key: dict[str, Any] | None = None
     if args.save_cache is not None or args.load_cache is not None:
         key = cache_key(model, args.video, sampling, args.folder_fps, config, cache)
-    if args.load_cache is not None and key is not None:
+    if clip is None:
+        assert args.load_cache is not None
+        assert key is not None
         return load_cache(args.load_cache, model, key, args.video, args.bilevel(), cache)
-    backend: Backend = args.video_backend
-    video = model.watch(
-        args.video, sampling, config, backend=backend, folder_fps=args.folder_fps, bilevel=args.bilevel(), cache=cache,
-        progress=True,
-    )  # fmt: skip
+    video = model.watch(clip, config=config, bilevel=args.bilevel(), cache=cache, progress=True)
     if args.save_cache is not None and key is not None:
         save_cache(args.save_cache, video, key)
     return video
@@ -233,6 +270,8 @@ def _ask(
     )  # fmt: skip
     if not args.json:
         print(flush=True)
+        if answer.finish_reason == "length":
+            logger.info("the answer was cut off at %d tokens (--max-new-tokens)", answer.new_tokens)
     return answer
 
 
@@ -247,16 +286,19 @@ def _interact(args: Args, model: Model, video: WatchedVideo, earlier: list[Answe
         if not line.strip():
             continue
         try:
+            check_unicode(line)
             answers.append(_ask(args, model, video, line.strip(), [(a.question, a.text) for a in [*earlier, *answers]]))
         except UserError as e:  # one bad question does not end the conversation
             print(f"error: {e}", file=sys.stderr)
 
 
-def _report(model: Model, video: WatchedVideo, answers: list[Answer], load_seconds: float) -> dict[str, Any]:
+def _report(
+    model: Model, video: WatchedVideo, answers: list[Answer], load_seconds: float, programs: ProgramCount
+) -> dict[str, Any]:
     layout, device = video.layout, jax.devices()[0]
     rows = [
         {
-            "question": a.question, "answer": a.text, "new_tokens": a.new_tokens, "suffix_tokens": a.suffix_tokens,
+            "question": a.question, "answer": a.text, "finish_reason": a.finish_reason, "new_tokens": a.new_tokens, "suffix_tokens": a.suffix_tokens,
             "context_tokens": a.context_tokens, "chunks": [dataclasses.asdict(c) for c in a.chunks],
             "timings": a.timings,
         }
@@ -276,6 +318,7 @@ def _report(model: Model, video: WatchedVideo, answers: list[Answer], load_secon
         "answers": rows,
         "timings": {"load": load_seconds, **video.timings},
         "peak_memory_bytes": memory.peak_bytes(),
+        "programs": {"compiled": programs.compiled, "from_cache": programs.from_cache},
         "device": f"{device.platform}: {device.device_kind}",
         "dtype": model.dtype,
         "cache": {
@@ -286,7 +329,7 @@ def _report(model: Model, video: WatchedVideo, answers: list[Answer], load_secon
     }
 
 
-def _print_timings(video: WatchedVideo, answers: list[Answer], load_seconds: float) -> None:
+def _print_timings(video: WatchedVideo, answers: list[Answer], load_seconds: float, programs: ProgramCount) -> None:
     rows = [("load", f"{load_seconds:8.2f} s")] + [(k, f"{v:8.2f} s") for k, v in video.timings.items()]
     for i, a in enumerate(answers, 1):
         label = f"answer {i}" if len(answers) > 1 else "answer"
@@ -294,6 +337,11 @@ def _print_timings(video: WatchedVideo, answers: list[Answer], load_seconds: flo
         rows.append(
             (label, f"{t['select'] + t['question']:8.2f} s to first token, {t['decode_tokens_per_s']:.1f} tokens/s")
         )
+    rows.append(("programs", f"{programs.compiled:5} compiled, {programs.from_cache} kept from earlier runs"))
     rows.append(("peak memory", f"{memory.peak_bytes() / 2**30:8.2f} GiB"))
     for name, value in rows:
         print(f"{name:12} {value}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run_command(infer)

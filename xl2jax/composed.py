@@ -27,7 +27,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from xl2jax.atomic import replacing_file
-from xl2jax.checkpoint import load_params, write_params
+from xl2jax.checkpoint import load_params
 from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.errors import UserError
 from xl2jax.layers import rope_tables
@@ -49,6 +49,7 @@ from xl2jax.synthetic import (
     group_frames,
     make_scene,
 )
+from xl2jax.torch_folder import write_params
 from xl2jax.training.loss import IGNORE, TokenBatch, cross_entropies, embeddings
 from xl2jax.training.samples import tokenise
 from xl2jax.training.step import is_decayed

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from xl2jax.errors import UserError
+from xl2jax.schema import Schema, check, is_file, leaves_folder, read_json, shown
 
 FRAMES_PER_GROUP = 4
 """Frames that DTS merges into one group (spec of the released model: two temporal strides of 2)."""
@@ -78,57 +80,61 @@ class VideoXL2Config:
         where that is SigLIP-SO400M's hub name, from the released figures.
 
         Raises:
-          UserError: no config.json, not JSON, a field is missing or asks for what the model lacks.
+          UserError: no config.json, not JSON, a field is missing, has a wrong type, is out of bounds or asks for
+            what the model lacks; sizes that contradict each other.
         """
         folder = Path(folder)
-        raw = _read_json(folder / "config.json")
-        where = str(folder / "config.json")
-        if "mm_vision_tower" not in raw:
-            kind = raw.get("model_type", "unknown")
-            raise UserError(f"{where}: not a Video-XL-2 checkpoint (model_type {kind!r}, no mm_vision_tower)")
-        llm = _llm_config(raw, where)
-        vision = _vision_config(folder, str(raw["mm_vision_tower"]))
-        for key, wanted in (
-            ("mm_projector_type", "mlp2x_gelu"),
-            ("mm_spatial_pool_mode", "average"),
-            ("mm_vision_select_feature", "patch"),
-        ):
-            if raw.get(key, wanted) != wanted:
-                raise UserError(f"{where}: {key} = {raw[key]!r} is not supported (only {wanted!r})")
-        if raw.get("mm_hidden_size", vision.width) != vision.width:
-            raise UserError(f"{where}: mm_hidden_size {raw['mm_hidden_size']} is not the vision width {vision.width}")
+        path = folder / "config.json"
+        if not is_file(path):
+            raise UserError(f"{path}: no such file (a checkpoint folder holds config.json)")
+        raw = read_json(path, dict[str, Any])
+        if raw.get("mm_vision_tower") is None:
+            kind = shown(raw.get("model_type", "unknown"))
+            raise UserError(f"{path}: not a Video-XL-2 checkpoint (model_type {kind}, no mm_vision_tower)")
+        if raw.get("quantization_config") is not None:
+            raise UserError(
+                f"{path}: the checkpoint is quantised (it has a quantization_config), which cannot be read: "
+                "give the original one in 16 or 32 bits"
+            )
+        fields = check(raw, _ModelFields, path)
         config = cls(
-            vision=vision,
-            llm=llm,
-            grid=int(raw.get("mm_interpolate_grid", 24)),
-            pool_stride=int(raw.get("mm_spatial_pool_stride", 2)),
+            vision=_vision_config(folder, fields.mm_vision_tower),
+            llm=_llm_config(fields, path),
+            grid=fields.mm_interpolate_grid,
+            pool_stride=fields.mm_spatial_pool_stride,
         )
-        config.check(where)
+        problems = config._contradictions()
+        if fields.mm_hidden_size not in (None, config.vision.width):
+            problems.append(f"mm_hidden_size {fields.mm_hidden_size} is not the vision width {config.vision.width}")
+        if problems:
+            raise UserError(f"{path}: " + "; ".join(problems))
         return config
 
-    def check(self, where: str = "config") -> None:
-        """Raises UserError where sizes contradict each other."""
+    def _contradictions(self) -> list[str]:
+        """What is wrong with sizes that are each within their bounds."""
         v, t = self.vision, self.llm
-        problems = []
-        for part in (v, t):
-            for field in dataclasses.fields(part):
-                if field.name != "tied_embeddings" and getattr(part, field.name) <= 0:
-                    problems.append(f"{field.name} must be positive")
-        if not problems:
-            if v.width % v.heads:
-                problems.append(f"vision width {v.width} is not a multiple of its {v.heads} heads")
-            if v.width % 32:
-                problems.append(f"vision width {v.width} is not a multiple of 32 (DTS norm groups)")
-            if v.layers < 2:
-                problems.append("the vision tower needs 2 layers or more (the last is dropped)")
-            if t.heads % t.kv_heads:
-                problems.append(f"{t.heads} heads are not a multiple of {t.kv_heads} KV heads")
-            if t.head_width % 2:
-                problems.append(f"head width {t.head_width} is odd")
-            if not 1 <= self.pool_stride <= self.grid:
-                problems.append(f"pool stride {self.pool_stride} does not fit grid {self.grid}")
-        if problems:
-            raise UserError(f"{where}: " + "; ".join(problems))
+        problems = {
+            f"vision width {v.width} is not a multiple of its {v.heads} heads": v.width % v.heads,
+            f"vision width {v.width} is not a multiple of 32 (DTS norm groups)": v.width % 32,
+            "the vision tower needs 2 layers or more (the last is dropped)": v.layers < 2,
+            f"patches of {v.patch_size} do not fit an image of {v.image_size}": v.patch_size > v.image_size,
+            f"{t.heads} heads are not a multiple of {t.kv_heads} KV heads": t.heads % t.kv_heads,
+            f"head width {t.head_width} is odd": t.head_width % 2,
+            f"pool stride {self.pool_stride} does not fit grid {self.grid}": self.pool_stride > self.grid,
+            f"{self._matrices():.1e} parameters are more than the {_MOST_PARAMETERS:.1e} that are read": (
+                self._matrices() > _MOST_PARAMETERS
+            ),
+        }
+        return [text for text, wrong in problems.items() if wrong]
+
+    def _matrices(self) -> int:
+        """Elements of all matrices and kernels: nearly all parameters."""
+        v, t = self.vision, self.llm
+        embeddings = (1 if t.tied_embeddings else 2) * t.vocab * t.width + v.patch_grid**2 * v.width
+        vision = v.run_layers * (4 * v.width**2 + 2 * v.width * v.mlp_width) + 3 * v.patch_size**2 * v.width
+        dts, projector = 2 * (8 + 27) * v.width**2, v.width * t.width + t.width**2
+        attention = 2 * (t.heads + t.kv_heads) * t.head_width * t.width
+        return embeddings + vision + dts + projector + t.layers * (attention + 3 * t.width * t.mlp_width)
 
     def to_hf(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """(config.json, vision_tower/config.json) in upstream's fields: `from_hf` reads them back."""
@@ -174,83 +180,107 @@ class VideoXL2Config:
         }
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file (a checkpoint folder holds config.json)")
-    try:
-        raw = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise UserError(f"{path}: not readable as JSON ({e})") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return raw
+_MOST_PARAMETERS = 2**40
+_Size = Annotated[int, Field(ge=1, le=2**20)]
+_Layers = Annotated[int, Field(ge=1, le=1024)]
+_Side = Annotated[int, Field(ge=1, le=2**14)]
+_Positive = Annotated[float, Field(gt=0)]
 
 
-def _need(raw: Mapping[str, Any], key: str, where: str) -> int:
-    value = raw.get(key)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise UserError(f"{where}: {key} is missing or not a whole number")
-    return value
+class _Rope(Schema):
+    rope_type: str | None = None
+    type: str | None = None
+    rope_theta: _Positive | None = None
 
 
-def _number(raw: Mapping[str, Any], key: str, default: float, where: str) -> float:
-    value = raw.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise UserError(f"{where}: {key} is not a number")
-    return float(value)
+class _ModelFields(Schema):
+    """config.json."""
+
+    vocab_size: Annotated[int, Field(ge=1, le=2**24)]
+    hidden_size: _Size
+    intermediate_size: _Size
+    num_hidden_layers: _Layers
+    num_attention_heads: _Size
+    num_key_value_heads: _Size
+    head_dim: _Size | None = None
+    hidden_act: Literal["silu"] = "silu"
+    rms_norm_eps: _Positive = 1e-6
+    rope_theta: _Positive = 1e6
+    rope_scaling: _Rope | None = None
+    rope_parameters: _Rope | None = None
+    tie_word_embeddings: bool = False
+    use_sliding_window: Literal[False, None] = False
+    mm_vision_tower: str
+    mm_hidden_size: _Size | None = None
+    mm_projector_type: Literal["mlp2x_gelu"] = "mlp2x_gelu"
+    mm_spatial_pool_mode: Literal["average"] = "average"
+    mm_vision_select_feature: Literal["patch"] = "patch"
+    mm_interpolate_grid: _Side = 24
+    mm_spatial_pool_stride: _Side = 2
 
 
-def _llm_config(raw: Mapping[str, Any], where: str) -> LLMConfig:
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise UserError(f"{where}: RoPE scaling {rope!r} is not supported")
-    if raw.get("use_sliding_window"):
-        raise UserError(f"{where}: use_sliding_window is not supported")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{where}: hidden_act {raw['hidden_act']!r} is not supported (only 'silu')")
-    width, heads = _need(raw, "hidden_size", where), _need(raw, "num_attention_heads", where)
-    if heads <= 0 or (raw.get("head_dim") is None and width % heads):
+class _VisionFields(Schema):
+    """The vision tower's config.json, or the `vision_config` in it."""
+
+    hidden_size: _Size
+    intermediate_size: _Size
+    num_hidden_layers: _Layers
+    num_attention_heads: _Size
+    image_size: _Side
+    patch_size: _Side
+    layer_norm_eps: _Positive = 1e-6
+    hidden_act: Literal["gelu_pytorch_tanh"] = "gelu_pytorch_tanh"
+    num_channels: Literal[3] = 3
+
+
+def _llm_config(fields: _ModelFields, where: Path) -> LLMConfig:
+    rope = fields.rope_parameters or fields.rope_scaling or _Rope()
+    kind = rope.rope_type or rope.type or "default"
+    if kind != "default":
+        raise UserError(f"{where}: RoPE scaling {shown(kind)} is not supported")
+    width, heads = fields.hidden_size, fields.num_attention_heads
+    if fields.head_dim is None and width % heads:
         raise UserError(f"{where}: hidden_size {width} does not divide into {heads} heads")
-    theta = rope["rope_theta"] if "rope_theta" in rope else _number(raw, "rope_theta", 1e6, where)
     return LLMConfig(
-        vocab=_need(raw, "vocab_size", where),
+        vocab=fields.vocab_size,
         width=width,
-        mlp_width=_need(raw, "intermediate_size", where),
-        layers=_need(raw, "num_hidden_layers", where),
+        mlp_width=fields.intermediate_size,
+        layers=fields.num_hidden_layers,
         heads=heads,
-        kv_heads=_need(raw, "num_key_value_heads", where),
-        head_width=int(raw["head_dim"]) if raw.get("head_dim") is not None else width // heads,
-        rope_theta=float(theta),
-        eps=_number(raw, "rms_norm_eps", 1e-6, where),
-        tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        kv_heads=fields.num_key_value_heads,
+        head_width=fields.head_dim or width // heads,
+        rope_theta=rope.rope_theta or fields.rope_theta,
+        eps=fields.rms_norm_eps,
+        tied_embeddings=fields.tie_word_embeddings,
     )
 
 
-def _vision_config(folder: Path, name: str) -> VisionConfig:
+def vision_config_path(folder: Path, name: str) -> Path | None:
+    """The config.json of the vision tower that `mm_vision_tower` names, where it lies below the checkpoint folder."""
     path = folder / name / "config.json"
-    if not path.is_file():
+    return path if leaves_folder(name) is None and is_file(path) else None
+
+
+def _vision_config(folder: Path, name: str) -> VisionConfig:
+    path = vision_config_path(folder, name)
+    if path is None:
         # An absolute path of the machine that trained the model ends in the tower's public name.
-        if Path(name).name == _SO400M_NAME:
+        if PurePosixPath(name).name == _SO400M_NAME:
             return SIGLIP_SO400M
         raise UserError(
-            f"{folder / 'config.json'}: mm_vision_tower {name!r} is neither SigLIP-SO400M "
-            f"({_SO400M_NAME}) nor a folder with config.json beside it"
+            f"{folder / 'config.json'}: mm_vision_tower {shown(name)} is neither SigLIP-SO400M "
+            f"({_SO400M_NAME}) nor a folder with config.json below this one"
         )
-    raw = _read_json(path)
-    raw = raw.get("vision_config", raw)
-    where = str(path)
-    if raw.get("hidden_act", "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
-        raise UserError(f"{where}: hidden_act {raw['hidden_act']!r} is not supported (only 'gelu_pytorch_tanh')")
-    if raw.get("num_channels", 3) != 3:
-        raise UserError(f"{where}: num_channels must be 3")
+    raw = read_json(path, dict[str, Any])
+    fields = check(raw.get("vision_config", raw), _VisionFields, path)
     return VisionConfig(
-        width=_need(raw, "hidden_size", where),
-        mlp_width=_need(raw, "intermediate_size", where),
-        layers=_need(raw, "num_hidden_layers", where),
-        heads=_need(raw, "num_attention_heads", where),
-        image_size=_need(raw, "image_size", where),
-        patch_size=_need(raw, "patch_size", where),
-        eps=_number(raw, "layer_norm_eps", 1e-6, where),
+        width=fields.hidden_size,
+        mlp_width=fields.intermediate_size,
+        layers=fields.num_hidden_layers,
+        heads=fields.num_attention_heads,
+        image_size=fields.image_size,
+        patch_size=fields.patch_size,
+        eps=fields.layer_norm_eps,
     )
 
 

@@ -17,13 +17,13 @@ import tyro
 from PIL import Image, ImageDraw
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from xl2jax.checkpoint import DTYPE_NAMES, write_torch
 from xl2jax.config import PRESETS, VideoXL2Config
 from xl2jax.names import Entry
 from xl2jax.prompt import END_OF_TEXT, IM_END, IM_START
 from xl2jax.synthetic import corpus
-from xl2jax.tensor_files import DTYPES
+from xl2jax.tensor_files import DTYPE_NAMES, DTYPES
 from xl2jax.terminal import run_command
+from xl2jax.torch_folder import write_torch
 
 _COLOURS = ((220, 40, 40), (40, 90, 220), (40, 170, 70), (235, 200, 40))
 

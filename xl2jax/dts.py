@@ -10,6 +10,7 @@ from flax import nnx
 
 from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.ops.dense import dense_attention
+from xl2jax.ops.precision import accumulator
 
 MAX_RELATIVE_POSITION = 64
 NORM_GROUPS = 32
@@ -19,11 +20,11 @@ STAGES = 2
 def resample(features: jax.Array, grid: int) -> jax.Array:
     """Patch features [F, P, C] -> [F, C, grid, grid]: bilinear, half-pixel centres, no antialias.
 
-    Computed in float32 and returned in the input's dtype.
+    Computed in float32 (float64 for float64) and returned in the input's dtype.
     """
     x = einops.rearrange(features, "f (y x) c -> f y x c", y=int(features.shape[1] ** 0.5))
     shape = (x.shape[0], grid, grid, x.shape[3])
-    x = jax.image.resize(x.astype(jnp.float32), shape, "bilinear", antialias=False)
+    x = jax.image.resize(x.astype(accumulator(x.dtype)), shape, "bilinear", antialias=False)
     return einops.rearrange(x, "f y x c -> f c y x").astype(features.dtype)
 
 
@@ -85,7 +86,7 @@ class TemporalAttention(nnx.Module):
         # Not nnx.Embed's call: it casts to the dtype it was built with. [i, j, C]
         rk, rv = (e.embedding[...][rows] for e in (self.relative_position_k, self.relative_position_v))
         weights = jnp.einsum("pic,pjc->pij", q, k) + jnp.einsum("pjc,jic->pij", q, rk)
-        weights = jax.nn.softmax(weights.astype(jnp.float32), axis=-1).astype(v.dtype)
+        weights = jax.nn.softmax(weights.astype(accumulator(weights.dtype)), axis=-1).astype(v.dtype)
         out = jnp.einsum("pij,pjc->pic", weights, v) + jnp.einsum("pij,ijc->pic", weights, rv)
         x = x + self.proj_out(out)
         return einops.rearrange(x, "(g h w) t c -> g t h w c", g=g, h=h, w=w)

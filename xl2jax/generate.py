@@ -8,15 +8,19 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from xl2jax.cache import KV, KVCache, attend_text
 from xl2jax.errors import UserError
 from xl2jax.qwen2 import Qwen2
 
+GREEDY_BELOW = 1e-4
+"""Temperatures below this one are greedy: quotients of logits would leave float32's range."""
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """Temperature 0 is greedy. `top_p` keeps the smallest set of tokens with that probability."""
+    """Temperature 0 (or below `GREEDY_BELOW`) is greedy. `top_p` keeps the smallest set of tokens with that probability."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -25,6 +29,17 @@ class SamplingConfig:
         """Raises UserError for values out of range."""
         if not (math.isfinite(self.temperature) and self.temperature >= 0 and 0 < self.top_p <= 1):
             raise UserError("temperature must be 0 or more, and top-p above 0 and at most 1")
+
+    def traced(self) -> Sampling:
+        """As arguments of a compiled program: another temperature compiles nothing."""
+        return Sampling(np.float32(self.temperature), np.float32(self.top_p))
+
+
+class Sampling(NamedTuple):
+    """`SamplingConfig` inside a program, float32 []."""
+
+    temperature: jax.Array | np.float32
+    top_p: jax.Array | np.float32
 
 
 class DecodeState(NamedTuple):
@@ -36,6 +51,8 @@ class DecodeState(NamedTuple):
     """Suffix and answer so far."""
     key: jax.Array
     done: jax.Array
+    finite: jax.Array
+    """Whether all logits so far were numbers; where they are not, decoding is done."""
 
 
 def extend(
@@ -57,30 +74,43 @@ def extend(
     return text._replace(k=k, v=v, global_length=start + length), hidden
 
 
-def sample(logits: jax.Array, key: jax.Array, config: SamplingConfig) -> jax.Array:
+def sample(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
     """float32 logits [vocab] -> token id."""
-    if config.temperature == 0.0:
+
+    def greedy() -> jax.Array:
         return jnp.argmax(logits).astype(jnp.int32)
-    logits = logits / config.temperature
-    if config.top_p < 1.0:
-        order = jnp.argsort(-logits)
-        p = jax.nn.softmax(logits[order])
-        kept = jnp.cumsum(p) - p < config.top_p  # the first token always stays
-        logits = jnp.where(jnp.zeros_like(kept).at[order].set(kept), logits, -jnp.inf)
-    return jax.random.categorical(key, logits).astype(jnp.int32)
+
+    def drawn() -> jax.Array:
+        scaled = logits / sampling.temperature
+        order = jnp.argsort(-scaled)
+        p = jax.nn.softmax(scaled[order])
+        # The first token always stays; rounded sums must not drop any where top_p is 1.
+        kept = (jnp.cumsum(p) - p < sampling.top_p) | (sampling.top_p >= 1)
+        allowed = jnp.zeros_like(kept).at[order].set(kept)
+        return jax.random.categorical(key, jnp.where(allowed, scaled, -jnp.inf)).astype(jnp.int32)
+
+    return jax.lax.cond(sampling.temperature < GREEDY_BELOW, greedy, drawn)
+
+
+def _next(
+    llm: Qwen2, hidden: jax.Array, text: KVCache, key: jax.Array, stop: jax.Array, sampling: Sampling
+) -> DecodeState:
+    """The state behind one more token, sampled from a hidden state [D]."""
+    key, use = jax.random.split(key)
+    logits = llm.logits(hidden)
+    token, finite = sample(logits, use, sampling), jnp.all(jnp.isfinite(logits))
+    return DecodeState(token, text, key, jnp.any(token == stop) | ~finite, finite)
 
 
 def first_token(
-    llm: Qwen2, text: KVCache, hidden: jax.Array, length: jax.Array, key: jax.Array, stop: jax.Array, config: SamplingConfig
+    llm: Qwen2, text: KVCache, hidden: jax.Array, length: jax.Array, key: jax.Array, stop: jax.Array, sampling: Sampling
 ) -> DecodeState:  # fmt: skip
     """Samples from the last valid row of a suffix's hidden states [T, D]."""
-    key, use = jax.random.split(key)
-    token = sample(llm.logits(hidden[length - 1]), use, config)
-    return DecodeState(token, text, key, jnp.any(token == stop))
+    return _next(llm, hidden[length - 1], text, key, stop, sampling)
 
 
 def decode(
-    llm: Qwen2, context: KVCache, state: DecodeState, limit: jax.Array, stop: jax.Array, config: SamplingConfig,
+    llm: Qwen2, context: KVCache, state: DecodeState, limit: jax.Array, stop: jax.Array, sampling: Sampling,
     *, size: int, implementation: str = "auto",
 ) -> tuple[DecodeState, jax.Array, jax.Array]:  # fmt: skip
     """Up to min(limit, size) further tokens, until one of `stop` [n] is sampled.
@@ -95,8 +125,7 @@ def decode(
     def one(carry: tuple[DecodeState, jax.Array, jax.Array]) -> tuple[DecodeState, jax.Array, jax.Array]:
         state, ids, n = carry
         text, hidden = extend(llm, context, state.text, state.token[None], jnp.int32(1), implementation=implementation)
-        key, use = jax.random.split(state.key)
-        token = sample(llm.logits(hidden[0]), use, config)
-        return DecodeState(token, text, key, jnp.any(token == stop)), ids.at[n].set(token), n + 1
+        state = _next(llm, hidden[0], text, state.key, stop, sampling)
+        return state, ids.at[n].set(state.token), n + 1
 
     return jax.lax.while_loop(unfinished, one, (state, jnp.zeros(size, jnp.int32), jnp.int32(0)))

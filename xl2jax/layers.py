@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from xl2jax.ops.precision import accumulator
+
 
 def stack_layers[M: nnx.Module](make: Callable[[nnx.Rngs], M], layers: int, rngs: nnx.Rngs) -> M:
     """One module whose every parameter has a leading axis L."""
@@ -66,19 +68,22 @@ class LoRALinear(nnx.Linear):
         return super().__call__(inputs, *args, **kwargs) + low * self.lora_scale
 
 
-def rope_tables(positions: jax.Array, head_width: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, float32 [..., H/2], of integer positions [...]."""
-    exponents = np.arange(0, head_width, 2, dtype=np.float32) / np.float32(head_width)
-    inv_freq = (1.0 / np.float32(theta) ** exponents).astype(np.float32)
-    angles = positions[..., None].astype(jnp.float32) * inv_freq
+def rope_tables(
+    positions: jax.Array, head_width: int, theta: float, dtype: jax.typing.DTypeLike = jnp.float32
+) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, [..., H/2] in `dtype` (float32 or float64), of integer positions [...]."""
+    kind = np.dtype(dtype).type
+    exponents = np.arange(0, head_width, 2, dtype=kind) / kind(head_width)
+    inv_freq = (kind(1) / kind(theta) ** exponents).astype(kind)
+    angles = positions[..., None].astype(kind) * inv_freq
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Half-split rotary embedding of x [..., H]; cos and sin broadcast against [..., H/2].
 
-    Computed in float32, returned in x's dtype. With `-sin` it is its own inverse.
+    Computed in float32 (float64 for float64), returned in x's dtype. With `-sin` it is its own inverse.
     """
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    first, second = jnp.split(x.astype(accumulator(x.dtype)), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)

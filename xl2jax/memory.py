@@ -117,10 +117,11 @@ def available_bytes() -> int:
 
 
 def check_fits(
-    layout: VideoLayout, need_of: Callable[[VideoLayout], MemoryNeed], others: Mapping[str, MemoryNeed] | None = None
-) -> None:
+    layout: VideoLayout, need_of: Callable[[VideoLayout], MemoryNeed], others: Mapping[str, MemoryNeed] | None = None,
+    *, held: int = 0,
+) -> None:  # fmt: skip
     """Raises UserError if a video needs more than is free; says how many frames would fit, and which of `others`
-    (flags, and what the same video needs with them)."""
+    (flags, and what the same video needs with them). `held`: bytes of other watched videos, which could be closed."""
     free, need = available_bytes(), need_of(layout)
     if need.total <= free:
         return
@@ -133,6 +134,9 @@ def check_fits(
     frames = groups * FRAMES_PER_GROUP
     advice = [f"{frames} frames would fit (--max-frames {frames})" if frames else "not even 4 frames fit"]
     advice += [f"all fit with {flags}" for flags, other in (others or {}).items() if other.total <= free]
+    if held:
+        enough = "all fit then" if need.total <= free + held else "which is not enough for all"
+        advice.append(f"other watched videos hold {held / 2**30:.2f} GiB: close() them ({enough})")
     raise UserError(
         f"{layout.groups * FRAMES_PER_GROUP} frames need {need.total / 2**30:.2f} GiB beside the model "
         f"(KV cache {need.cache / 2**30:.2f}), {free / 2**30:.2f} GiB are free: {'; '.join(advice)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 
@@ -132,7 +133,8 @@ def _patterns() -> list[tuple[re.Pattern[str], str, Transform]]:
     return rows
 
 
-def entries(config: VideoXL2Config) -> list[Entry]:
+@functools.cache
+def entries(config: VideoXL2Config) -> tuple[Entry, ...]:
     """Every tensor of a checkpoint of this config, layer by layer."""
     patterns = _patterns()
     out = []
@@ -151,4 +153,4 @@ def entries(config: VideoXL2Config) -> list[Entry]:
             # A zero-stride array stands in for the tensor: shapes without memory.
             torch_shape = transform.to_torch(np.broadcast_to(np.int8(0), shape), config).shape
             out.append(Entry(name, param, layer, shape, torch_name, torch_shape, transform))
-    return out
+    return tuple(out)

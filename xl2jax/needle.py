@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import xl2jax
 from xl2jax.api import Answer, Model
+from xl2jax.backend import start_backend
 from xl2jax.bilevel import BilevelConfig
 from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.errors import UserError
@@ -264,6 +265,7 @@ def main() -> None:
     parse_modes(args.modes)
     parse_kinds(args.kinds)
     _scorer(args).check(args.relevance)
+    start_backend()
     model = xl2jax.load(args.checkpoint, dtype=args.dtype)
     results = needle(args, model)
     rows = summary(results)

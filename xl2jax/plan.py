@@ -23,14 +23,15 @@ import tyro
 from flax import nnx
 
 from xl2jax import flops, memory, prefill
+from xl2jax.backend import MEMORY_FRACTION, start_backend
 from xl2jax.bilevel import BilevelConfig
-from xl2jax.checkpoint import find_checkpoint
 from xl2jax.config import FRAMES_PER_GROUP, PRESETS, VideoXL2Config
 from xl2jax.errors import UserError
 from xl2jax.layout import PrefillConfig, VideoLayout
 from xl2jax.model import abstract_model
 from xl2jax.names import flatten
 from xl2jax.prompt import PREFIX, PromptTokenizer, time_text
+from xl2jax.sources import find_checkpoint
 from xl2jax.terminal import run_command
 
 VISION_SHARE, PREFILL_SHARE, DECODE_SHARE = 0.47, 0.56, 0.6
@@ -39,20 +40,28 @@ VISION_SHARE, PREFILL_SHARE, DECODE_SHARE = 0.47, 0.56, 0.6
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """A device by its vendor's datasheet: bytes of memory, dense bf16 operations and bytes a second."""
+    """A device: MiB of memory as its driver reports it; dense bf16 operations and bytes a second by its datasheet."""
 
-    memory: float
+    memory_mib: int
     matrix_rate: float
     bandwidth: float
 
+    @property
+    def available(self) -> float:
+        """Bytes that XLA has there under the commands' setting, which is what `infer.py` counts with."""
+        return MEMORY_FRACTION * ((self.memory_mib << 20) - _CONTEXT_BYTES)
+
 
 DEVICES = {
-    "h200": Device(141e9, 989e12, 4.8e12),
-    "h100": Device(80e9, 989e12, 3.35e12),
-    "a100-80g": Device(80e9, 312e12, 2.0e12),
-    "a100-40g": Device(40e9, 312e12, 1.56e12),
-    "rtx4090": Device(24e9, 165e12, 1.0e12),
+    "h200": Device(143_771, 989e12, 4.8e12),
+    "h100": Device(81_559, 989e12, 3.35e12),
+    "a100-80g": Device(81_920, 312e12, 2.0e12),
+    "a100-40g": Device(40_960, 312e12, 1.56e12),
+    "rtx4090": Device(24_564, 165e12, 1.0e12),
 }
+
+_CONTEXT_BYTES = 460 << 20
+"""What a CUDA context takes before XLA counts what is free (read on an H100: 79.2 of 79.65 GiB are left)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +95,7 @@ class Prediction:
     total: float
     """Bytes at the peak; less than the sum where the KV is offloaded before it is pooled."""
     available: float
-    """Bytes of the device, all of it or, here, what is free and the weights."""
+    """Bytes that XLA may have on the device; here, those that are free."""
     seconds: dict[str, float] | None
     """By stage; None where the device's rates are not known."""
 
@@ -131,7 +140,7 @@ def _prefill(args: PlanArgs) -> PrefillConfig:
 
 
 def _available(args: PlanArgs) -> float:
-    return memory.available_bytes() if args.device == "here" else DEVICES[args.device].memory
+    return memory.available_bytes() if args.device == "here" else DEVICES[args.device].available
 
 
 def predict(config: VideoXL2Config, layout: VideoLayout, args: PlanArgs) -> Prediction:
@@ -183,13 +192,13 @@ def largest(config: VideoXL2Config, layout: VideoLayout, args: PlanArgs) -> int:
 
 
 def layout_of(config: VideoXL2Config, tokenizer: PromptTokenizer | None, frames: int, seconds: float) -> VideoLayout:
-    """The tokens of a video of that many frames. Without a tokenizer a token a character of digits is assumed."""
+    """The tokens of a video of that many frames. Without a tokenizer, those of Qwen's."""
     groups = frames // FRAMES_PER_GROUP
     times = [round(g * FRAMES_PER_GROUP * seconds, 1) for g in range(groups)]
-    if tokenizer is None:  # Qwen's: "Time", a space, every digit, point and unit one token each
-        return VideoLayout(14, tuple(len(str(t)) + 3 for t in times), config.visual_tokens)
+    if tokenizer is None:  # "Time", a space, "s" and ":" are a token each, and so is every digit and the point
+        return VideoLayout(14, tuple(len(str(t)) + 4 for t in times), config.visual_tokens)
     lengths = tuple(len(tokenizer.encode(time_text(t))) for t in times)
-    return VideoLayout(len(tokenizer.encode(PREFIX)), lengths, config.visual_tokens)
+    return VideoLayout(len(tokenizer.encode(*PREFIX)), lengths, config.visual_tokens)
 
 
 def main() -> int:
@@ -208,6 +217,8 @@ def main() -> int:
         folder: Path = find_checkpoint(args.checkpoint)
         config = VideoXL2Config.from_hf(folder)
         tokenizer = PromptTokenizer.load(folder, config.llm.vocab)
+    if args.device == "here":
+        start_backend(keep_programs=False)
     layout = layout_of(config, tokenizer, args.frames, args.seconds_per_frame)
     found = predict(config, layout, args)
     fitting = args.frames if found.fits else largest(config, layout, args)

@@ -1,19 +1,40 @@
-"""Qwen's chat template with a video in it, and the tokenizer."""
+"""Qwen's chat template with a video in it, and the tokenizer.
+
+Control tokens come from the template alone. What users and data sets bring is text: `<|im_end|>` in a question is
+tokenised as the characters that it is written with.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
+import itertools
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.errors import UserError
+from xl2jax.schema import is_file, read_bytes
 
-IM_START, IM_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+
+class Control(str):
+    """The name of a control token. A plain string is text, whatever it holds."""
+
+    __slots__ = ()
+
+
+IM_START, IM_END, END_OF_TEXT = Control("<|im_start|>"), Control("<|im_end|>"), Control("<|endoftext|>")
 SYSTEM = "You are a helpful assistant."
-PREFIX = f"{IM_START}system\n{SYSTEM}{IM_END}\n{IM_START}user\n"
+PREFIX = (IM_START, "system\n", SYSTEM, IM_END, "\n", IM_START, "user\n")
+"""Everything left of the video."""
+
+MAX_TEXT_TOKENS = 32_768
+"""Tokens that a question with its history may have: the positions that Qwen2.5 was trained with."""
+
+type Turn = tuple[str, str] | Mapping[str, str]
+"""A (question, answer) pair, or one message {"role": "user" | "assistant", "content": text}."""
 
 
 def time_text(seconds: float) -> str:
@@ -28,52 +49,46 @@ class PromptTokenizer:
         self.tokenizer = tokenizer
         tokenizer.no_padding()
         tokenizer.no_truncation()
+        self._plain = _text_tokenizer(tokenizer)
 
     @classmethod
     def load(cls, folder: Path, vocab: int) -> PromptTokenizer:
         """From tokenizer.json, or from vocab.json and merges.txt.
 
         Raises:
-          UserError: no such file, or the tokenizer lacks a special token, or knows more tokens than
-            the model's `vocab`.
+          UserError: no such file, one that cannot be read, or the tokenizer lacks a special token, or knows more
+            tokens than the model's `vocab`.
         """
-        path = folder / "tokenizer.json"
-        try:
-            if path.is_file():
-                tokenizer = Tokenizer.from_file(str(path))
-            elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-                from transformers import Qwen2Tokenizer
-
-                tokenizer = Qwen2Tokenizer.from_pretrained(str(folder), local_files_only=True).backend_tokenizer
-            else:
-                raise UserError(f"{folder}: no tokenizer.json (nor vocab.json with merges.txt)")
-        except UserError:
-            raise
-        except Exception as e:  # tokenizers raises bare Exception
-            raise UserError(f"{folder}: the tokenizer cannot be read ({str(e).splitlines()[0]})") from None
+        tokenizer = _read_tokenizer(folder)
         missing = [t for t in (IM_START, IM_END, END_OF_TEXT) if tokenizer.token_to_id(t) is None]
         if missing:
             raise UserError(f"{folder}: the tokenizer lacks the special token {', '.join(missing)}")
         largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
         if largest >= vocab:
             raise UserError(f"{folder}: the tokenizer's ids go up to {largest}, the model's vocabulary has {vocab}")
-        return cls(tokenizer)
+        try:
+            return cls(tokenizer)
+        except Exception as e:
+            raise _unreadable(folder, e) from None
 
-    def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+    def __reduce__(self) -> tuple[type[PromptTokenizer], tuple[Tokenizer]]:
+        return PromptTokenizer, (self.tokenizer,)  # a pickled Tokenizer forgets how it treats special tokens
 
-    def encode_text(self, text: str) -> list[int]:
-        """Of text that users wrote: what looks like a special token in it is encoded as the characters it has."""
-        return self._plain.encode(text, add_special_tokens=False).ids
+    def encode(self, *parts: str) -> list[int]:
+        """Token ids of text and `Control` tokens. Text between two control tokens is tokenised as one."""
+        ids: list[int] = []
+        for is_control, run in itertools.groupby(parts, lambda part: isinstance(part, Control)):
+            if is_control:
+                ids += [self._control_id(token) for token in run]
+            else:
+                ids += self._plain.encode("".join(run), add_special_tokens=False).ids
+        return ids
 
-    @functools.cached_property
-    def _plain(self) -> Tokenizer:
-        plain = Tokenizer.from_str(self.tokenizer.to_str())
-        plain.encode_special_tokens = True
-        return plain
-
-    def __getstate__(self) -> dict[str, Tokenizer]:
-        return {"tokenizer": self.tokenizer}  # pickled, `_plain` would forget what it is
+    def _control_id(self, token: str) -> int:
+        number = self.tokenizer.token_to_id(token)
+        if number is None:
+            raise UserError(f"the tokenizer lacks the special token {token}")
+        return int(number)
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -88,6 +103,42 @@ class PromptTokenizer:
         return [self.encode(time_text(t)) for t in times[::FRAMES_PER_GROUP]]
 
 
+_SLOW_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+
+
+def _read_tokenizer(folder: Path) -> Tokenizer:
+    whole, parts = folder / "tokenizer.json", (folder / "vocab.json", folder / "merges.txt")
+    try:
+        if is_file(whole):
+            return Tokenizer.from_buffer(read_bytes(whole))
+        if not all(map(is_file, parts)):
+            raise UserError(f"{folder}: no tokenizer.json (nor vocab.json with merges.txt)")
+        for name in _SLOW_FILES:
+            is_file(folder / name)  # a pipe would block
+        from transformers import Qwen2Tokenizer
+
+        return Qwen2Tokenizer.from_pretrained(str(folder), local_files_only=True).backend_tokenizer
+    except UserError:
+        raise
+    except Exception as e:  # tokenizers raises bare Exception
+        raise _unreadable(folder, e) from None
+
+
+def _unreadable(folder: Path, error: Exception) -> UserError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return UserError(f"{folder}: the tokenizer cannot be read ({reason})")
+
+
+def _text_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
+    """The same tokenizer, to which control tokens are characters like any others."""
+    raw = json.loads(tokenizer.to_str())
+    for token in raw["added_tokens"]:
+        token["special"] = token["special"] or token["content"] in (IM_START, IM_END, END_OF_TEXT)
+    plain = Tokenizer.from_str(json.dumps(raw))
+    plain.encode_special_tokens = True
+    return plain
+
+
 @dataclasses.dataclass(frozen=True)
 class Suffix:
     """Tokens right of the video. The question's own are `ids[first:last]`."""
@@ -97,14 +148,52 @@ class Suffix:
     last: int
 
 
-def suffix(tokenizer: PromptTokenizer, question: str, history: list[tuple[str, str]] | None = None) -> Suffix:
-    """Everything behind the video: earlier turns as text (`history`: question, answer), the question."""
+def suffix(tokenizer: PromptTokenizer, question: str, history: Sequence[Turn] | None = None) -> Suffix:
+    """Everything behind the video: earlier turns as text, then the question.
+
+    Raises UserError where the question is empty, not Unicode or too long, or the history is not one of turns.
+    """
     if not question.strip():
         raise UserError("the question is empty")
-    head = "\n"
-    for asked, answered in history or []:
-        head += f"{asked}{IM_END}\n{IM_START}assistant\n{answered}{IM_END}\n{IM_START}user\n"
-    tail = f"{IM_END}\n{IM_START}assistant\n"
-    ids = tokenizer.encode(head + question + tail)
-    from_question = len(tokenizer.encode(question + tail))
-    return Suffix(ids, max(len(ids) - from_question, 0), len(ids) - len(tokenizer.encode(tail)))
+    head: list[str] = ["\n"]
+    for asked, answered in pairs(history or ()):
+        head += [asked, IM_END, "\n", IM_START, "assistant\n", answered, IM_END, "\n", IM_START, "user\n"]
+    for text in (question, *head):
+        check_unicode(text)
+    tail = (IM_END, "\n", IM_START, "assistant\n")
+    ids = tokenizer.encode(*head, question, *tail)
+    if len(ids) > MAX_TEXT_TOKENS:
+        what = "the question with its history" if history else "the question"
+        raise UserError(f"{what} has {len(ids):,} tokens, more than the {MAX_TEXT_TOKENS:,} that the model can read")
+    from_question = len(tokenizer.encode(question, *tail))
+    return Suffix(ids, max(len(ids) - from_question, 0), len(ids) - len(tokenizer.encode(*tail)))
+
+
+def check_unicode(text: str) -> None:
+    """Raises UserError for text that is not Unicode: bytes in another encoding reach Python as lone surrogates."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as e:
+        shown = text[max(e.start - 20, 0) : e.end + 10].encode("utf-8", "backslashreplace").decode()
+        raise UserError(f"the text is not UTF-8 at character {e.start} ({shown!r}): give it in UTF-8") from None
+
+
+def pairs(history: Sequence[Turn]) -> list[tuple[str, str]]:
+    """Earlier turns as (question, answer) pairs. Messages with roles must alternate, the user first.
+
+    Raises UserError for anything else.
+    """
+    if not any(isinstance(turn, Mapping) for turn in history):
+        for turn in history:
+            if not (isinstance(turn, (tuple, list)) and len(turn) == 2 and all(isinstance(t, str) for t in turn)):
+                raise UserError(f"history: {turn!r} is neither a (question, answer) pair nor a message with a role")
+        return [(asked, answered) for asked, answered in history]
+    texts = []
+    for number, turn in enumerate(history):
+        role = ("user", "assistant")[number % 2]
+        if not isinstance(turn, Mapping) or turn.get("role") != role or not isinstance(turn.get("content"), str):
+            raise UserError(f'history: message {number + 1} is not {{"role": "{role}", "content": text}}')
+        texts.append(turn["content"])
+    if len(texts) % 2:
+        raise UserError("history: the last user message has no answer")
+    return list(zip(texts[::2], texts[1::2], strict=True))

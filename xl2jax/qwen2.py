@@ -11,6 +11,7 @@ from flax import nnx
 
 from xl2jax.config import LLMConfig
 from xl2jax.layers import LoRAConfig, LoRALinear, rope_tables, rotate, scan_layers, stack_layers
+from xl2jax.ops.precision import accumulator
 
 type Attend[S] = Callable[[S, jax.Array, jax.Array, jax.Array, jax.Array], tuple[S, jax.Array]]
 """`(state, layer, q, k, v) -> (state, out)`: q and out [..., T, N, H], k and v [..., T, K, H], rotated."""
@@ -83,7 +84,9 @@ class Qwen2(nnx.Module):
         Every layer calls `attend(state, layer, q, k, v)` with rotated q and k. A cache is part of
         `state`, which is carried from layer to layer and returned.
         """
-        cos, sin = (t[..., None, :] for t in rope_tables(positions, self.head_width, self.rope_theta))
+        cos, sin = (
+            t[..., None, :] for t in rope_tables(positions, self.head_width, self.rope_theta, accumulator(x.dtype))
+        )
 
         def body(layer: DecoderLayer, carry: tuple[jax.Array, S], index: jax.Array) -> tuple[jax.Array, S]:
             x, state = carry
@@ -93,10 +96,11 @@ class Qwen2(nnx.Module):
         return self.norm(x), state
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Hidden states [..., D] -> float32 logits [..., vocab]."""
+        """Hidden states [..., D] -> logits [..., vocab], float32 (float64 for float64)."""
+        dtype = accumulator(hidden.dtype)
         kernel = self.embed.embedding[...].T if self.tied else self.lm_head.kernel[...]
         if hidden.ndim > 1:
-            return jnp.dot(hidden, kernel, preferred_element_type=jnp.float32)
+            return jnp.dot(hidden, kernel, preferred_element_type=dtype)
         # For one 16-bit row XLA would first write all of lm_head as float32: give it a few rows.
         rows = jax.lax.optimization_barrier(jnp.pad(hidden[None], ((0, 7), (0, 0))))
-        return jnp.dot(rows, kernel, preferred_element_type=jnp.float32)[0]
+        return jnp.dot(rows, kernel, preferred_element_type=dtype)[0]

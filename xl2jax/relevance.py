@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -142,35 +140,3 @@ def block_scores(group_scores: jax.Array, groups: jax.Array, select_chunk_groups
     block = index // select_chunk_groups
     total = jax.ops.segment_sum(jnp.where(real, group_scores, 0.0), block, num_segments=blocks)
     return total / jnp.maximum(jax.ops.segment_sum(real.astype(jnp.float32), block, num_segments=blocks), 1)
-
-
-def read_selection(path: Path, video: str, question: str, category: str | None) -> dict[str, Any] | None:
-    """One question's entry of an upstream selection file.
-
-    Returns {"units": [...], "select_chunk_groups": int, "pool": int}, or None where the file has no
-    entry for the question. The key is `<video file name>_<question>`, also tried without the suffix
-    of the file name (as LVBench's files have it). Without `category` all categories are searched.
-    """
-    try:
-        raw = json.loads(path.read_text())
-        categories = {k: v for k, v in raw.items() if v is not None}
-    except (OSError, ValueError, AttributeError) as e:
-        raise UserError(f"{path}: not a selection file ({e})") from None
-    if category is not None:
-        if category not in raw:
-            raise UserError(f"{path}: no category {category!r} (it has {', '.join(raw) or 'none'})")
-        categories = {k: v for k, v in categories.items() if k == category}
-    for entry in categories.values():
-        try:
-            config, selected = entry["config"], entry["selected_unit_indices"]
-            for name in (video, Path(video).stem):
-                units = selected.get(f"{name}_{question}")
-                if units is not None:
-                    return {
-                        "units": [int(u) for u in units][: int(config["selected_topk"])],
-                        "select_chunk_groups": int(config["selected_chunk_size"]),
-                        "pool": int(config["compression"]),
-                    }
-        except (KeyError, TypeError, ValueError, AttributeError):
-            raise UserError(f"{path}: not a selection file (an entry lacks config or selected_unit_indices)") from None
-    return None

@@ -6,6 +6,7 @@ One compilation a bucket of lengths: nothing here depends on a video's exact len
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from xl2jax import bilevel, generate, prefill, relevance
 from xl2jax.bilevel import GroupTable, MixedSource, PooledKV
 from xl2jax.cache import KVCache, empty_cache
 from xl2jax.config import LLMConfig, VideoXL2Config
-from xl2jax.generate import DecodeState, SamplingConfig
+from xl2jax.generate import DecodeState, Sampling
 from xl2jax.model import VideoXL2, abstract_model, normalise
 from xl2jax.prefill import Step
 from xl2jax.relevance import AttentionScorer
@@ -56,12 +57,20 @@ def encode(
 
 @jax.jit
 def checksum(x: jax.Array) -> jax.Array:
-    """uint32 over all bits of an array; any changed or moved element changes it."""
+    """uint32 over all bits of an array, for telling checkpoints apart: a changed or moved element changes it, but for
+    a chance of about 1 in 2**32."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint32).reshape(-1)
     h = bits.astype(jnp.uint32) + jnp.arange(bits.size, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # MurmurHash3's finaliser
         h = (h ^ (h >> shift)) * jnp.uint32(factor)
     return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)
+
+
+@jax.jit
+def all_finite(tree: Any) -> jax.Array:
+    """Whether every floating-point element of a pytree is a number."""
+    parts = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.all(jnp.stack(parts))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "slots", "dtype", "quantized"))
@@ -148,13 +157,13 @@ def choose(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "sampling", "implementation"),
+    static_argnames=("config", "implementation"),
     donate_argnames="text",
     compiler_options=COMPILER_OPTIONS,
 )
 def ask(
     config: VideoXL2Config, params: nnx.State, context: KVCache, text: KVCache, ids: jax.Array, length: jax.Array,
-    key: jax.Array, stop: jax.Array, *, sampling: SamplingConfig, implementation: str,
+    key: jax.Array, stop: jax.Array, sampling: Sampling, *, implementation: str,
 ) -> DecodeState:  # fmt: skip
     """Runs the suffix behind `context` and samples the first token of the answer."""
     llm = merge_model(config, params).llm
@@ -164,13 +173,13 @@ def ask(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "sampling", "size", "implementation"),
+    static_argnames=("config", "size", "implementation"),
     donate_argnames="state",
     compiler_options=COMPILER_OPTIONS,
 )
 def decode(
     config: VideoXL2Config, params: nnx.State, context: KVCache, state: DecodeState, limit: jax.Array,
-    stop: jax.Array, *, sampling: SamplingConfig, size: int, implementation: str,
+    stop: jax.Array, sampling: Sampling, *, size: int, implementation: str,
 ) -> tuple[DecodeState, jax.Array, jax.Array]:  # fmt: skip
     """Up to min(limit, size) further tokens."""
     llm = merge_model(config, params).llm

@@ -11,8 +11,8 @@ import functools
 import os
 import stat
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
 
 import pydantic
 import pydantic_core
@@ -51,6 +51,45 @@ def require_regular(path: Path) -> None:
     if not stat.S_ISREG(os.stat(path).st_mode):
         kind = "a folder" if path.is_dir() else "a pipe or a device"
         raise UserError(f"{path}: is {kind}, not a regular file")
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a regular file at `path`. Raises UserError where something else is, or where it cannot be seen.
+
+    `Path.is_file` says False of a file in a folder that may not be looked into.
+    """
+    try:
+        require_regular(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as e:
+        raise unreadable(path, e) from None
+    return True
+
+
+def leaves_folder(name: str) -> str | None:
+    """Why a file's name that was read from a file is not one of something below a folder; None where it is.
+
+    The name alone counts: in the hub's cache all files are links to elsewhere.
+    """
+    parts = PurePosixPath(name).parts
+    if not parts:
+        return "is empty"
+    if name.startswith("/") or ".." in parts or not name.isprintable():
+        return "leads out of the folder"
+    if any(len(part.encode()) > 255 for part in parts) or len(name) > 1000:
+        return "is too long"
+    return None
+
+
+def _below_folder(name: str) -> str:
+    if (reason := leaves_folder(name)) is not None:
+        raise ValueError(reason)
+    return name
+
+
+type NameBelow = Annotated[str, pydantic.AfterValidator(_below_folder)]
+"""The name of a file below the folder of the file that it was read from."""
 
 
 def unreadable(path: str | Path, error: OSError) -> UserError:
@@ -102,22 +141,23 @@ def check[T](raw: Any, schema: type[T], where: str | Path) -> T:
 _adapter: Callable[[Any], Any] = functools.cache(pydantic.TypeAdapter)  # (making one takes longer than its checks)
 
 
-def problems(error: pydantic.ValidationError, shown: int = 3) -> str:
+def problems(error: pydantic.ValidationError, limit: int = 3) -> str:
     """What is wrong, by field: `a.b: should be a valid integer, not 'x'`."""
     errors = error.errors(include_url=False)
     out = []
-    for e in errors[:shown]:
+    for e in errors[:limit]:
         place = ".".join(str(part)[:60] for part in e["loc"])
         message = _MESSAGES.get(e["type"], e["msg"].removeprefix("Value error, ").removeprefix("Input "))
-        given = "" if e["type"] == "missing" or isinstance(e["input"], (dict, list)) else f", not {_shown(e['input'])}"
+        given = "" if e["type"] == "missing" or isinstance(e["input"], (dict, list)) else f", not {shown(e['input'])}"
         out.append(f"{place}: {message}{given}" if place else f"{message}{given}")
-    more = f"; and {len(errors) - shown} more" if len(errors) > shown else ""
+    more = f"; and {len(errors) - limit} more" if len(errors) > limit else ""
     return "; ".join(out) + more
 
 
 _MESSAGES = {"missing": "is missing", "model_type": "should be an object", "dict_type": "should be an object"}
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value that others wrote, as an error message shows it: short and printable."""
     text = repr(value) if not isinstance(value, int) or abs(value) < 1 << 64 else "a very large number"
     return text if len(text) <= 60 else text[:57] + "..."

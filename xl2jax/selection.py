@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +17,20 @@ from xl2jax.bilevel import BilevelConfig, MixedSource, PooledKV, blocks_of_units
 from xl2jax.cache import KVCache
 from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.errors import UserError
-from xl2jax.layout import VideoLayout, bucket
+from xl2jax.layout import VideoLayout
 from xl2jax.offload import fetch, pool_host
 from xl2jax.prompt import Suffix
-from xl2jax.relevance import AttentionScorer, read_selection
+from xl2jax.relevance import AttentionScorer
+from xl2jax.selection_files import Selection, read_selection
 from xl2jax.watched import WatchedVideo
 
 if TYPE_CHECKING:
     from xl2jax.api import Model
 
 logger = logging.getLogger(__name__)
+
+_TEXT_SIZES = (128, 512, 2048)  # beyond them powers of two
+_LEAST_TEXT_SLOTS = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +73,7 @@ def check_bilevel(bilevel: BilevelConfig, layout: VideoLayout) -> None:
         raise UserError(f"top chunks must be from 0 to {blocks} (the video has {blocks} chunks), not {top}")
 
 
-def selection_for(relevance: RelevanceConfig, video: Path, question: str) -> dict[str, Any] | None:
+def selection_for(relevance: RelevanceConfig, video: Path, question: str) -> Selection | None:
     """A question's entry in the selection file; None where it has none and `missing` is `dense`."""
     if relevance.file is None:
         raise UserError("the file scorer needs a selection file (--relevance-file)")
@@ -95,8 +99,8 @@ def choose_context(
         if found is None:
             logger.info("%s has no entry for this question: reading the whole dense cache", relevance.file)
             return whole_cache(video), []
-        units = found["units"]
-        bilevel = BilevelConfig(found["select_chunk_groups"], found["pool"], 0)
+        units = found.units
+        bilevel = BilevelConfig(found.select_chunk_groups, found.pool, 0)
         check_bilevel(bilevel, video.layout)
         most = -(-video.layout.groups // 2)
         if any(not 0 <= u < most for u in units):
@@ -117,18 +121,22 @@ def choose_context(
     context, _ = _mix(model, video, pooled, dense, most, bilevel)
     if relevance.scorer == "none":
         scores = None
+    if scores is not None and not np.isfinite(scores).all():
+        raise model.not_finite("the chunks' relevance")
     return context, _chunks(video, size, np.asarray(blocks), None if scores is None else np.asarray(scores))
 
 
 def _pooled(model: Model, video: WatchedVideo, pool: int) -> PooledKV:
-    if pool not in video.pooled:
-        llm, visual_tokens = model.config.llm, video.layout.visual_tokens
-        if video.host is None:
-            found = runtime.pool_cache(llm, video.cache, video.table, visual_tokens=visual_tokens, pool=pool)
-        else:
-            found = pool_host(llm, video.cache, video.host, video.table, visual_tokens=visual_tokens, pool=pool)
-        video.pooled[pool] = found
-    return video.pooled[pool]
+    with video.lock:
+        if pool not in video.pooled:
+            video.pooled.clear()
+            llm, visual_tokens = model.config.llm, video.layout.visual_tokens
+            if video.host is None:
+                pooled = runtime.pool_cache(llm, video.cache, video.table, visual_tokens=visual_tokens, pool=pool)
+            else:
+                pooled = pool_host(llm, video.cache, video.host, video.table, visual_tokens=visual_tokens, pool=pool)
+            video.pooled[pool] = pooled
+        return video.pooled[pool]
 
 
 def _mix(
@@ -191,7 +199,7 @@ def _scores(
 
 def text_cache(model: Model, text: Suffix, room: int) -> KVCache:
     """An empty cache for a suffix and `room` new tokens. Raises UserError where there is no memory for it."""
-    slots = bucket(len(padded(text.ids)) + room, 128)
+    slots = max(text_size(len(text.ids) + room), _LEAST_TEXT_SLOTS)
     need, free = slots * memory.slot_bytes(model.config, model.dtype), memory.available_bytes()
     if need > free:
         raise UserError(
@@ -200,9 +208,14 @@ def text_cache(model: Model, text: Suffix, room: int) -> KVCache:
     return runtime.new_cache(model.config.llm, slots, model.dtype)
 
 
+def text_size(tokens: int) -> int:
+    """`tokens` rounded up to one of few sizes, so that questions and answers of other lengths compile nothing."""
+    return next((size for size in _TEXT_SIZES if size >= tokens), 1 << (tokens - 1).bit_length())
+
+
 def padded(ids: list[int]) -> np.ndarray:
-    """int32, zeros up to a bucket of lengths: few shapes to compile for."""
-    out = np.zeros(bucket(len(ids), 32), np.int32)
+    """int32, with zeros up to one of few sizes."""
+    out = np.zeros(text_size(len(ids)), np.int32)
     out[: len(ids)] = ids
     return out
 

@@ -31,7 +31,7 @@ from xl2jax.errors import UserError
 from xl2jax.read_ahead import resize
 from xl2jax.terminal import run_command
 from xl2jax.training.records import IMAGE
-from xl2jax.video import Clip, frame_times
+from xl2jax.video import Clip, Reader, frame_times
 from xl2jax.workers import in_processes
 
 COLOURS = {
@@ -282,7 +282,7 @@ def group_frames(scene: Scene, size: int) -> np.ndarray:
     return np.stack([resize(scene.frame(f, width, height), size) for f in range(FRAMES_PER_GROUP)])
 
 
-class SceneReader:
+class SceneReader(Reader):
     """A scene as an open video of one frame a second (times `seconds / 4` apart): no file, no codec."""
 
     def __init__(self, scene: Scene, seconds: float = FRAMES_PER_GROUP, *, width: int = 112, height: int = 112):

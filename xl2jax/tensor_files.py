@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from xl2jax.checks import is_finite
 from xl2jax.errors import UserError
+from xl2jax.schema import NameBelow, Schema, is_file, read_json, require_regular, unreadable
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -25,19 +29,26 @@ DTYPES = {
     "I32": np.dtype(np.int32),
     "I8": np.dtype(np.int8),
 }
-_PICKLED = ("*.bin", "*.pt", "*.pth")
+type DtypeName = Literal["float32", "bfloat16", "float16"]
+DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+"""Dtypes that parameters may have, and their names in safetensors files."""
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 type Stored = tuple[str, tuple[int, ...], str]
 """Name, shape and dtype (`F32`, `BF16`, `F16`) of a stored tensor."""
 
 
+class _Index(Schema):
+    weight_map: dict[str, NameBelow]
+
+
 class TensorFolder:
     """The tensors of a checkpoint folder by name: shapes and dtypes first, data on demand.
 
     Raises:
-      UserError: no safetensors file, pickled weights only, a missing shard, a truncated file or one
-        whose header lies, a tensor in two files or not where the index says.
+      UserError: no safetensors file, pickled weights only, a shard that is missing or outside the folder, a truncated
+        file or one whose header lies, a pipe or a device, a tensor in two files or not where the index says.
     """
 
     def __init__(self, folder: str | Path, files: list[Path] | None = None):
@@ -46,9 +57,11 @@ class TensorFolder:
         self.file_of: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
+        index = self._index() if files is None else None
         duplicates = []
-        for path in self._files() if files is None else files:
+        for path in self._files(index) if files is None else files:
             try:
+                require_regular(path)
                 with safe_open(path, framework="np") as f:
                     for name in f.keys():  # noqa: SIM118 (not a mapping)
                         if name in self.file_of:
@@ -56,46 +69,43 @@ class TensorFolder:
                         self.file_of[name] = path
                         part = f.get_slice(name)
                         self.shapes[name], self.dtypes[name] = tuple(part.get_shape()), str(part.get_dtype())
-            except (SafetensorError, OSError) as e:
+            except SafetensorError as e:
                 raise UserError(f"{path}: not a whole safetensors file ({e}); fetch it again") from None
+            except OSError as e:
+                raise unreadable(path, e) from None
         if duplicates:
             raise UserError(f"{self.folder}: stored twice: {listing(duplicates)}")
-        if files is None:
-            self._check_index()
+        wrong = [n for n, f in (index or {}).items() if self.file_of.get(n) != self.folder / f]
+        if wrong:
+            raise UserError(f"{self.folder / INDEX}: the file it names does not hold {listing(wrong)}")
 
-    def _files(self) -> list[Path]:
+    def _index(self) -> dict[str, str] | None:
+        path = self.folder / INDEX
+        return read_json(path, _Index).weight_map if is_file(path) else None
+
+    def _files(self, index: dict[str, str] | None) -> list[Path]:
         folder = self.folder
-        if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder")
-        index = folder / INDEX
-        if index.is_file():
-            try:
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError, TypeError):
-                raise UserError(f"{index}: not a safetensors index (no weight_map)") from None
-            missing = [n for n in names if not (folder / n).is_file()]
+        try:
+            names = sorted(os.listdir(folder))
+        except OSError as e:
+            raise unreadable(folder, e) from None
+        if index is not None:
+            shards = sorted(set(index.values()))
+            missing = [n for n in shards if not is_file(folder / n)]
             if missing:
                 raise UserError(f"{folder}: incomplete checkpoint, missing {listing(missing)}")
-            return [folder / n for n in names]
-        files = sorted(folder.glob("*.safetensors"))
+            return [folder / n for n in shards]
+        files = [folder / n for n in names if n.endswith(".safetensors") and not n.startswith(".")]
         if not files:
-            pickled = sorted(p.name for pattern in _PICKLED for p in folder.glob(pattern))
+            pickled = [n for n in names if f"*{Path(n).suffix}" in PICKLED]
             if pickled:
                 raise UserError(f"{folder}: {refuse_pickles(pickled)}")
             raise UserError(f"{folder}: no safetensors file")
         return files
 
-    def _check_index(self) -> None:
-        index = self.folder / INDEX
-        if index.is_file():
-            weight_map = json.loads(index.read_text())["weight_map"]
-            wrong = [n for n, f in weight_map.items() if self.file_of.get(n) != self.folder / f]
-            if wrong:
-                raise UserError(f"{index}: the file it names does not hold {listing(wrong)}")
-
     def nbytes(self, name: str) -> int:
         size = DTYPES[self.dtypes[name]].itemsize if self.dtypes[name] in DTYPES else 8
-        return int(np.prod(self.shapes[name], dtype=np.int64)) * size
+        return math.prod(self.shapes[name]) * size
 
     def read(self, name: str) -> np.ndarray:
         """One tensor. The file is opened for it alone, so no mapped page outlives the call."""
@@ -103,7 +113,25 @@ class TensorFolder:
             with safe_open(self.file_of[name], framework="np") as f:
                 return f.get_tensor(name)
         except (SafetensorError, OSError) as e:
-            raise UserError(f"{self.file_of[name]}: cannot read {name} ({e})") from None
+            raise UserError(f"{self.file_of[name]}: cannot read {shorten(name)} ({e})") from None
+
+
+def cast(array: np.ndarray, dtype: str, where: str) -> np.ndarray:
+    """A floating-point array as `float32`, `bfloat16` or `float16`, contiguous.
+
+    Raises UserError, with the name `where`, where it holds NaN or infinity, or a number that is too large for `dtype`.
+    """
+    target = DTYPES[DTYPE_NAMES[dtype]]
+    with np.errstate(over="ignore", invalid="ignore"):
+        out = np.ascontiguousarray(array).astype(target, copy=False)
+    if not is_finite(out):
+        if is_finite(array):
+            largest = float(ml_dtypes.finfo(target).max)
+            raise UserError(
+                f"{where}: has numbers beyond {largest:.5g}, which {dtype} cannot hold: choose bfloat16 or float32"
+            )
+        raise UserError(f"{where}: has NaN or infinite numbers: the weights are damaged, or their training diverged")
+    return out
 
 
 def refuse_pickles(names: list[str]) -> str:
@@ -114,11 +142,17 @@ def refuse_pickles(names: list[str]) -> str:
     )
 
 
-def listing(names: Iterable[str], most: int = 6) -> str:
+def listing(names: Iterable[str], limit: int = 6) -> str:
     """`a, b, c (+4 more)`."""
     names = list(names)
-    more = f" (+{len(names) - most} more)" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    more = f" (+{len(names) - limit} more)" if len(names) > limit else ""
+    return ", ".join(map(shorten, names[:limit])) + more
+
+
+def shorten(name: str) -> str:
+    """A name that others chose, fit for a line of an error message."""
+    name = name if name.isprintable() else repr(name)
+    return name if len(name) <= 120 else f"{name[:117]}..."
 
 
 class ShardWriter:
@@ -129,11 +163,12 @@ class ShardWriter:
         header: dict[str, object] = {"__metadata__": metadata or {"format": "pt"}}
         offset = 0
         for name, shape, dtype in tensors:
-            end = offset + int(np.prod(shape, dtype=np.int64)) * DTYPES[dtype].itemsize
+            end = offset + math.prod(shape) * DTYPES[dtype].itemsize
             header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
             offset = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
+        self.header = text
         self._order: Iterator[Stored] = iter(tensors)
         self._file: BinaryIO = open(path, "wb")  # noqa: SIM115 (closed by __exit__)
         self._file.write(len(text).to_bytes(8, "little") + text)

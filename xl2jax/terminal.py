@@ -1,20 +1,38 @@
-"""What command lines share: logs and progress on stderr, user errors as one line and status 2."""
+"""What command lines share: standard streams that may be closed or full, logs, errors as one line, Ctrl-C.
+
+Nothing heavy is imported here: a command imports its own modules inside the function that `run_command` calls, so that
+Ctrl-C ends it in one line then too.
+"""
 
 from __future__ import annotations
 
+import _thread
+import contextlib
+import errno
+import io
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable
-
-import jax
-from tqdm import tqdm
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 from xl2jax.errors import UserError
 
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+INTERRUPTED = 128 + signal.SIGINT
+BROKEN_PIPE = 128 + signal.SIGPIPE
+
 
 def byte_bar(label: str, total: int, show: bool) -> tqdm:
+    """A progress bar of bytes on stderr."""
+    from tqdm import tqdm
+
     return tqdm(
         total=total, desc=label, unit="B", unit_scale=True, unit_divisor=1024, disable=not show, file=sys.stderr
     )
@@ -26,27 +44,228 @@ def setup_logging() -> None:
     logging.getLogger("xl2jax").setLevel(logging.INFO)
     # Orbax logs warnings about its own deprecations through absl.
     logging.getLogger("absl").setLevel(logging.ERROR)
+    # Of a damaged checkpoint it reads the other tensors too, and nobody asks for their errors.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module="orbax")
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Runs a command's main function and exits: UserError is one line on stderr and status 2."""
-    setup_logging()
-    try:
-        status = main() or 0
-        sys.stdout.flush()
-    except UserError as e:
-        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
-        status = 2
-    except jax.errors.JaxRuntimeError as e:
-        if "RESOURCE_EXHAUSTED" not in str(e):
-            raise
-        print(f"error: out of memory on the device ({str(e).splitlines()[0]}); use fewer frames", file=sys.stderr)
-        status = 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        status = 130
-    except BrokenPipeError:  # the reader of stdout went away
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
+    """Runs a command's main function and exits. Every error that a user or the machine can cause is one line.
+
+    Exit status: what `main` returns; 2 for an error; 130 after Ctrl-C; 141 where the reader of stdout went away.
+    """
+    with _standard_streams(), _Interrupts() as interrupts:
+        try:
+            setup_logging()
+            status = main() or 0
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            status = INTERRUPTED
+        except BrokenPipeError:
+            status = BROKEN_PIPE
+        except Exception as e:
+            line = explain(e)
+            if interrupts.asked:
+                print("interrupted", file=sys.stderr)
+                status = INTERRUPTED
+            elif line is None:
+                raise
+            else:
+                print(f"error: {' '.join(line.split())}", file=sys.stderr)
+                status = 2
     sys.exit(status)
+
+
+def explain(error: Exception) -> str | None:
+    """One line for an error that a user or the machine causes; None for one that is a fault of the program."""
+    text = str(error)
+    first_line = text.splitlines()[0] if text else type(error).__name__
+    if isinstance(error, UserError):
+        return text
+    if type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError"):
+        if "RESOURCE_EXHAUSTED" in text:
+            return f"out of memory on the device ({first_line}); use fewer frames"
+        return None
+    number = getattr(error, "errno", None)
+    if isinstance(error, MemoryError) or number == errno.ENOMEM or "Cannot allocate memory" in text:
+        return f"out of host memory ({first_line}): free some, or raise the limit of this process (ulimit -v)"
+    if "can't start new thread" in text or number == errno.EAGAIN:
+        return f"the system lets this process start no more threads ({first_line}): raise its limit (ulimit -u)"
+    if number in (errno.EMFILE, errno.ENFILE):
+        return f"too many files are open ({first_line}): raise the limit of this process (ulimit -n)"
+    return None
+
+
+# --- standard streams --------------------------------------------------------------------------
+
+
+class OutputError(UserError):
+    """stdout cannot be written: what a command has to say would be lost."""
+
+
+_CLOSED = "standard output is closed: the answer could not be written anywhere"
+
+
+class _Output(io.RawIOBase):
+    """Writes to a file descriptor. Where that fails, `on_error` is told; it may raise."""
+
+    def __init__(self, descriptor: int, on_error: Callable[[OSError], None], *, refuses: bool = False):
+        self._descriptor, self._on_error, self._refuses = descriptor, on_error, refuses
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def isatty(self) -> bool:
+        return os.isatty(self._descriptor)
+
+    def write(self, data: Any) -> int:
+        if self._refuses:
+            raise OutputError(_CLOSED)
+        try:
+            return os.write(self._descriptor, data)
+        except OSError as e:
+            self._on_error(e)
+            return len(data)
+
+
+def stdout_is_closed() -> bool:
+    """Whether the command was started without a stdout."""
+    return isinstance(sys.stdout, _Text) and sys.stdout.closed_at_start
+
+
+def stdin_is_closed() -> bool:
+    """Whether the command was started without a stdin."""
+    return sys.stdin is None or sys.stdin.closed
+
+
+def require_stdout() -> None:
+    """Raises UserError, before anything slow is done, where an answer could not be written."""
+    if stdout_is_closed():
+        raise OutputError(_CLOSED)
+
+
+class _Text(io.TextIOWrapper):
+    """UTF-8, whatever the locale says."""
+
+    closed_at_start = False
+
+
+@contextlib.contextmanager
+def _standard_streams() -> Iterator[None]:
+    """stdout and stderr in UTF-8. What goes to a stderr that is closed or full is lost; a stdout that is, is an error.
+
+    Closed descriptors are opened on the null device: else the next file that is opened would take their number.
+    """
+    before = sys.stdout, sys.stderr
+    closed = {n: _is_closed(n) for n in (0, 1, 2)}
+    for descriptor in closed:
+        if closed[descriptor]:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != descriptor:
+                os.dup2(null, descriptor)
+                os.close(null)
+
+    def lost(_: OSError) -> None:
+        pass
+
+    def refused(e: OSError) -> None:
+        if isinstance(e, BrokenPipeError):
+            raise e
+        raise OutputError(f"standard output cannot be written ({e.strerror})") from None
+
+    for stream in before:
+        if stream is not None:
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+    sys.stderr = _Text(
+        io.BufferedWriter(_Output(2, lost)), encoding="utf-8", errors="backslashreplace", line_buffering=True,
+        write_through=True,
+    )  # fmt: skip
+    out = _Text(
+        io.BufferedWriter(_Output(1, refused, refuses=closed[1])), encoding="utf-8", errors="surrogateescape",
+        line_buffering=os.isatty(1),
+    )  # fmt: skip
+    out.closed_at_start = closed[1]
+    sys.stdout = out
+    if sys.stdin is not None and hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, UserError, ValueError):
+                stream.flush()
+        sys.stdout, sys.stderr = before
+
+
+def _is_closed(descriptor: int) -> bool:
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        return True
+    return False
+
+
+def argument_text(text: str) -> str:
+    """A command-line argument as the UTF-8 that it was written in, also where the locale knows ASCII alone.
+
+    Bytes that are not UTF-8 stay lone surrogates, which are refused where the text is used.
+    """
+    if not any("\ud800" <= c <= "\udfff" for c in text):
+        return text
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
+
+
+# --- Ctrl-C ------------------------------------------------------------------------------------
+
+
+class _Interrupts:
+    """Has Ctrl-C noticed also where the exception that it raises is lost.
+
+    Python drops it in callbacks (JAX has one in the garbage collector) and hands it to `sys.unraisablehook`. Modules
+    that are being imported print it, or turn it into other errors: it waits until they are there.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._timer: threading.Timer | None = None
+
+    def __enter__(self) -> _Interrupts:
+        self._hook, self._handler = sys.unraisablehook, signal.getsignal(signal.SIGINT)
+        sys.unraisablehook = self._on_dropped
+        if self._handler is signal.default_int_handler:  # else it is ignored, or somebody else's
+            signal.signal(signal.SIGINT, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer.join()
+        sys.unraisablehook = self._hook
+        if self._handler is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        while frame is not None:
+            if frame.f_code.co_filename.startswith("<frozen importlib"):
+                self._ask_again()
+                return
+            frame = frame.f_back
+        raise KeyboardInterrupt
+
+    def _on_dropped(self, dropped: sys.UnraisableHookArgs) -> None:
+        if dropped.exc_type is not None and issubclass(dropped.exc_type, KeyboardInterrupt):
+            self._ask_again()
+        else:
+            self._hook(dropped)
+
+    def _ask_again(self) -> None:
+        """Raises the signal again in a moment, from another thread: where it is now it would be lost again."""
+        self._timer = threading.Timer(0.05, _thread.interrupt_main)
+        self._timer.daemon = True
+        self._timer.start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import threading
 from typing import Literal
 
 import jax
@@ -29,7 +30,7 @@ class CacheConfig:
     offload: the visual KV goes to host memory once the video is watched; only bi-level decoding can read it there.
     """
 
-    dtype: Literal["bfloat16", "float32", "int8"] | None = None
+    dtype: Literal["bfloat16", "float32", "float16", "int8"] | None = None
     offload: bool = False
 
     def check(self, model_dtype: str) -> None:
@@ -44,9 +45,13 @@ class CacheConfig:
         return self.dtype == "int8"
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class WatchedVideo:
-    """A video in the KV cache. Never changed by questions; `pooled` and `told_keys` are set on first use."""
+    """A video in the KV cache of the model that watched it.
+
+    Questions never change it, and several threads may ask about it; `pooled` and `told_keys` are set on first use.
+    `close()`, or the end of a `with` block, gives its memory back.
+    """
 
     path: str
     duration: float
@@ -62,12 +67,36 @@ class WatchedVideo:
     host: HostKV | None = None
     """The visual KV where it was offloaded; `cache` holds the globals alone then."""
     pooled: dict[int, PooledKV] = dataclasses.field(default_factory=dict)
+    """The pooled KV of the pool size that was asked for last."""
+    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+    """Held while `pooled` is made: threads that ask at once make it once."""
+    closed: bool = False
     told_keys: bool = False
     """Whether it was said which KV chunks are scored by."""
 
     @property
     def group_capacity(self) -> int:
         return (self.plan.slots - self.plan.visual_start) // self.plan.visual_tokens
+
+    @property
+    def device_bytes(self) -> int:
+        """What the video holds on the device."""
+        return 0 if self.closed else sum(x.nbytes for x in jax.tree.leaves((self.cache, self.features, self.pooled)))
+
+    def close(self) -> None:
+        """Gives the video's memory back. Answers that are being given in other threads are finished first."""
+        if not self.closed:
+            self.closed = True
+            with self.lock:
+                self.pooled.clear()
+                self.host = None
+                del self.cache, self.features
+
+    def __enter__(self) -> WatchedVideo:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @functools.cached_property
     def table(self) -> GroupTable:

@@ -55,7 +55,7 @@ def file_row(args: E2EArgs, _: str, frames: int) -> dict[str, Any]:
     bilevel = BilevelConfig(args.select_chunk_groups, args.pool, args.top_chunks)
     video = model.watch(
         path, sampling, PrefillConfig(args.chunk_groups, args.window_chunks), bilevel=bilevel,
-        cache=CacheConfig(args.cache_dtype, args.offload), progress=True,
+        cache=CacheConfig(args.cache_dtype, args.offload), progress=True, measure_stages=True,
     )  # fmt: skip
     watching = time.perf_counter() - started
     compile_s = compilation.seconds

@@ -21,7 +21,7 @@ from xl2jax.ops import mosaic
 from xl2jax.ops.arena import attend_blockwise, attend_reference
 from xl2jax.ops.dense import dense_attention
 
-_PREFIX, _TIMES, _SUFFIX, _CHUNK = 14, 7, 64, 4
+_PREFIX, _TIMES, _SUFFIX, _CHUNK = 14, 9, 64, 4
 _LLM = PRESETS["video-xl-2"].llm
 
 

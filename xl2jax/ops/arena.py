@@ -10,8 +10,8 @@ Shapes of the op, whatever the implementation:
     k, v          [R, K, S, H]   rows of key and value slots: cache layers, or batch rows; N = K * groups
     rows          [B]   int32    the row of k and v that each batch row reads (nothing is copied)
     g_end, v_lo, v_hi  [B, T]  int32
-    -> out        [B, T, N, H]   q's dtype, float32 accumulation
-    -> lse        [B, T, N]      float32 log-sum-exp of the scaled scores, NEGATIVE where nothing is seen
+    -> out        [B, T, N, H]   q's dtype, float32 accumulation (float64 for float64)
+    -> lse        [B, T, N]      float32 (float64) log-sum-exp of the scaled scores, NEGATIVE where nothing is seen
 
 Slots that no query sees may hold any finite value; the XLA implementations bear NaN there too.
 """
@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xl2jax.errors import UserError
+from xl2jax.ops.precision import accumulator
 
 NEGATIVE = -1e30
 """Finite stand-in for minus infinity."""
@@ -44,12 +45,13 @@ def arena_mask(g_end: Any, v_lo: Any, v_hi: Any, slots: Any) -> Any:
 def attend_reference(
     q: jax.Array, k: jax.Array, v: jax.Array, rows: jax.Array, g_end: jax.Array, v_lo: jax.Array, v_hi: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The oracle: float32, one dense mask."""
-    k, v = k[rows].astype(jnp.float32), v[rows].astype(jnp.float32)
+    """The oracle: float32 (float64 for float64), one dense mask."""
+    dtype = accumulator(q.dtype)
+    k, v = k[rows].astype(dtype), v[rows].astype(dtype)
     groups = q.shape[2] // k.shape[1]
     mask = arena_mask(g_end, v_lo, v_hi, np.arange(k.shape[2]))[:, None, None]
     v = jnp.where(jnp.any(mask, axis=(1, 2, 3))[:, None, :, None], v, 0.0)
-    queries = q.astype(jnp.float32).reshape(*q.shape[:2], k.shape[1], groups, q.shape[3])
+    queries = q.astype(dtype).reshape(*q.shape[:2], k.shape[1], groups, q.shape[3])
     scores = jnp.einsum("btkgh,bksh->bkgts", queries, k, precision="highest") * q.shape[-1] ** -0.5
     scores = jnp.where(mask, scores, NEGATIVE)
     top = jnp.max(scores, axis=-1, keepdims=True)
@@ -118,12 +120,13 @@ def _live_blocks_of_tile(
     """How many key blocks some query of the tile sees, and a function that reads the i-th of them."""
     kv_heads, slots, h = k.shape[1:]
     g_blocks, v_first, v_last = live_blocks(g_end, v_lo, v_hi, block)
+    zero = jnp.int32(0)
 
     def read(i: jax.Array) -> _Block:
         start = jnp.where(i < g_blocks, i, i - g_blocks + v_first) * block
         # The last block may hang over the end: read it further left, and mask what was read before.
         read_at = jnp.minimum(start, slots - block)
-        kb, vb = (jax.lax.dynamic_slice(x, (row, 0, read_at, 0), (1, kv_heads, block, h))[0] for x in (k, v))
+        kb, vb = (jax.lax.dynamic_slice(x, (row, zero, read_at, zero), (1, kv_heads, block, h))[0] for x in (k, v))
         columns = read_at + jnp.arange(block, dtype=jnp.int32)
         mask = arena_mask(g_end, v_lo, v_hi, columns) & (columns >= start)
         return _Block(kb, jnp.where(jnp.any(mask, axis=0)[:, None], vb, 0), mask, read_at)
@@ -144,8 +147,8 @@ def _unfold(x: jax.Array, tokens: int) -> jax.Array:
 
 
 def _scores(q: jax.Array, block: _Block) -> jax.Array:
-    """Scaled, masked float32 scores [K, T, groups, block] of folded queries [K, T * groups, H]."""
-    scores = jnp.einsum("kqh,ksh->kqs", q, block.k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    """Scaled, masked scores [K, T, groups, block] of folded queries [K, T * groups, H]."""
+    scores = jnp.einsum("kqh,ksh->kqs", q, block.k, preferred_element_type=accumulator(q.dtype)) * q.shape[-1] ** -0.5
     t, width = block.mask.shape
     return jnp.where(block.mask[:, None], scores.reshape(q.shape[0], t, -1, width), NEGATIVE)
 
@@ -157,7 +160,7 @@ def _attend_tile(
     """q [T, N, H] against row `row` of k and v: (out [T, N, H], lse [T, N])."""
     t, n, h = q.shape
     kv_heads = k.shape[1]
-    queries = _fold(q, kv_heads)
+    queries, dtype = _fold(q, kv_heads), accumulator(q.dtype)
     count, read = _live_blocks_of_tile(k, v, row, g_end, v_lo, v_hi, block)
 
     def body(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -171,12 +174,12 @@ def _attend_tile(
         decay = jnp.exp(top - new_top)
         total = total * decay + jnp.sum(p, axis=-1)
         p = p.reshape(kv_heads, -1, block).astype(keys.v.dtype)
-        update = jnp.einsum("kqs,ksh->kqh", p, keys.v, preferred_element_type=jnp.float32)
+        update = jnp.einsum("kqs,ksh->kqh", p, keys.v, preferred_element_type=dtype)
         return acc * decay[..., None] + update.reshape(acc.shape), new_top, total
 
     shape = (kv_heads, t, n // kv_heads)
-    init = (jnp.zeros((*shape, h)), jnp.full(shape, NEGATIVE), jnp.zeros(shape))
-    acc, top, total = jax.lax.fori_loop(0, count, body, init)
+    init = (jnp.zeros((*shape, h), dtype), jnp.full(shape, NEGATIVE, dtype), jnp.zeros(shape, dtype))
+    acc, top, total = jax.lax.fori_loop(jnp.int32(0), count, body, init)
     seen = top > NEGATIVE / 2
     total = jnp.where(seen, total, 1.0)
     out = jnp.where(seen[..., None], acc / total[..., None], 0.0)
@@ -187,13 +190,14 @@ def _attend_tile(
 def _backward(
     residuals: tuple[jax.Array, ...], cotangents: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of q, k and v, blockwise in float32: the scores are made again from lse."""
+    """Gradients of q, k and v, blockwise in float32 (float64): the scores are made again from lse."""
     q, k, v, rows, g_end, v_lo, v_hi, out, lse = residuals
     b, t, n, h = q.shape
     kv_heads = k.shape[1]
-    d_out, d_lse = (x.astype(jnp.float32) for x in cotangents)
+    dtype = accumulator(q.dtype)
+    d_out, d_lse = (x.astype(dtype) for x in cotangents)
     # The part of a score's gradient that all slots share.
-    shared = d_lse - jnp.sum(d_out * out.astype(jnp.float32), axis=-1)
+    shared = d_lse - jnp.sum(d_out * out.astype(dtype), axis=-1)
     tile, block = _tile_sizes(t, k.shape[2])
     tiles = -(-t // tile)
 
@@ -215,24 +219,24 @@ def _backward(
             seen = scores > NEGATIVE / 2
             p = jnp.exp(jnp.where(seen, scores - norm.reshape(scores.shape[:3])[..., None], NEGATIVE))
             p = p.reshape(kv_heads, -1, block)
-            d_p = jnp.einsum("kqh,ksh->kqs", d_outs, keys.v.astype(jnp.float32))
+            d_p = jnp.einsum("kqh,ksh->kqs", d_outs, keys.v.astype(dtype))
             d_scores = p * (d_p + part[..., None]) * h**-0.5
-            at = (row, 0, keys.read_at, 0)
+            at = (row, jnp.int32(0), keys.read_at, jnp.int32(0))
 
             def add(total: jax.Array, update: jax.Array) -> jax.Array:
                 old = jax.lax.dynamic_slice(total, at, (1, *update.shape))
                 return jax.lax.dynamic_update_slice(total, old + update[None], at)
 
-            d_q = d_q + jnp.einsum("kqs,ksh->kqh", d_scores, keys.k.astype(jnp.float32))
-            d_k = add(d_k, jnp.einsum("kqs,kqh->ksh", d_scores, queries.astype(jnp.float32)))
+            d_q = d_q + jnp.einsum("kqs,ksh->kqh", d_scores, keys.k.astype(dtype))
+            d_k = add(d_k, jnp.einsum("kqs,kqh->ksh", d_scores, queries.astype(dtype)))
             d_v = add(d_v, jnp.einsum("kqs,kqh->ksh", p, d_outs))
             return d_q, d_k, d_v
 
-        d_q, d_k, d_v = jax.lax.fori_loop(0, count, body, (jnp.zeros(queries.shape), *grads))
+        d_q, d_k, d_v = jax.lax.fori_loop(jnp.int32(0), count, body, (jnp.zeros(queries.shape, dtype), *grads))
         return (d_k, d_v), _unfold(d_q, tile)
 
     per_tile = (jnp.repeat(rows, tiles), *(to_tiles(x) for x in (g_end, v_lo, v_hi, q, d_out, lse, shared)))
-    (d_k, d_v), d_q = jax.lax.scan(one, (jnp.zeros(k.shape), jnp.zeros(v.shape)), per_tile)
+    (d_k, d_v), d_q = jax.lax.scan(one, (jnp.zeros(k.shape, dtype), jnp.zeros(v.shape, dtype)), per_tile)
     d_q = d_q.reshape(b, tiles * tile, n, h)[:, :t]
     return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype)
 
@@ -314,5 +318,5 @@ def merge(parts: list[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Arra
     """Attention over disjoint sets of slots, (out, lse) each, to attention over their union."""
     outs, lses = zip(*parts, strict=True)
     lse = functools.reduce(jnp.logaddexp, lses)
-    out = sum(o.astype(jnp.float32) * jnp.exp(x - lse)[..., None] for o, x in zip(outs, lses, strict=True))
+    out = sum(o.astype(x.dtype) * jnp.exp(x - lse)[..., None] for o, x in zip(outs, lses, strict=True))
     return jnp.asarray(out).astype(outs[0].dtype), lse

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
+import einops
 import jax
 import jax.numpy as jnp
 
@@ -15,15 +16,29 @@ def dense_attention(
     """Scaled dot-product attention. q [B, T, N, H], k and v [B, S, K, H] -> [B, T, N, H].
 
     `mask` [B, 1, T, S]: True where a key is seen, besides what `causal` says.
-    N is a multiple of K (GQA). Softmax in float32. On NVIDIA GPUs 16-bit arrays whose head width cuDNN
+    N is a multiple of K (GQA). Softmax in float32 (float64 for float64). On NVIDIA GPUs 16-bit arrays whose head width cuDNN
     serves (a multiple of 8 up to 128) go to cuDNN, everything else to XLA.
     """
     served = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
     cudnn = jax.default_backend() == "gpu" and served
     if cudnn and mask is None and not causal and (q.shape[1] % 2 or k.shape[1] % 2):
         return _odd(q, k, v)
+    if q.dtype == jnp.float64:
+        return _float64(q, k, v, causal=causal, mask=mask)
     implementation: Literal["cudnn", "xla"] = "cudnn" if cudnn else "xla"
     return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation=implementation)
+
+
+def _float64(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool, mask: jax.Array | None) -> jax.Array:
+    """jax.nn.dot_product_attention takes its softmax in float32 whatever it is given."""
+    kv_heads = k.shape[2]
+    queries = einops.rearrange(q, "b t (k g) h -> b t k g h", k=kv_heads)
+    scores = jnp.einsum("btkgh,bskh->bkgts", queries, k) * q.shape[-1] ** -0.5
+    seen = jnp.tri(q.shape[1], k.shape[1], dtype=bool) if causal else jnp.ones((1, 1), bool)
+    if mask is not None:
+        seen = seen & mask[:, :, None]
+    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
+    return einops.rearrange(jnp.einsum("bkgts,bskh->btkgh", weights, v), "b t k g h -> b t (k g) h")
 
 
 @jax.custom_vjp

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
-from xl2jax.checkpoint import MANIFEST, PARAMS, is_orbax
+from xl2jax.orbax_folder import PARAMS, is_orbax, read_manifest
 from xl2jax.schema import require_regular
 from xl2jax.tensor_files import TensorFolder
 
@@ -51,13 +51,16 @@ def weights_fingerprint(folder: Path) -> str:
     """Of the weights of a checkpoint folder.
 
     PyTorch layout: name, shape and a few rows of every tensor, however they are split into files. Training changes
-    nearly every value of a tensor that trains, so the rows tell. Orbax layout: the files, whose names are new in
-    every conversion.
+    nearly every value of a tensor that trains, so the rows tell. Orbax layout: the checksums that were kept at
+    conversion, or the files where it kept none.
 
     Raises UserError where the weights cannot be read.
     """
     if is_orbax(folder):
-        files = [folder / MANIFEST, *sorted(p for p in (folder / PARAMS).rglob("*") if p.is_file())]
+        manifest = read_manifest(folder)
+        if manifest.checksums is not None:
+            return digest(manifest.dtype, *sorted(manifest.checksums.items()))
+        files = sorted(p for p in (folder / PARAMS).rglob("*") if p.is_file())
         return digest(*(x for p in files for x in (str(p.relative_to(folder)), _file_fingerprint(p))))
     tensors = TensorFolder(folder)
     rows: dict[str, str] = {}

@@ -75,7 +75,7 @@ def tokenise(
             add(newline, False)
         if role == "assistant":
             answer_starts.append(len(ids))
-        add(tokenizer.encode_text(text), role == "assistant")
+        add(tokenizer.encode(text), role == "assistant")
         add([*end, *newline], True)
 
     add_turn("system", SYSTEM, ())

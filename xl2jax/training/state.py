@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import shutil
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -21,14 +19,16 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from xl2jax.checkpoint import DTYPE_NAMES, ParamReader, read_params, write_torch
+from xl2jax.checkpoint import ParamReader, read_params
 from xl2jax.config import VideoXL2Config
 from xl2jax.errors import UserError
 from xl2jax.layers import LoRAConfig
 from xl2jax.model import VideoXL2, abstract_model
 from xl2jax.names import Entry, entries, flatten
+from xl2jax.orbax_folder import ignore_closed_loops
 from xl2jax.schema import check as checked
-from xl2jax.tensor_files import DTYPES
+from xl2jax.tensor_files import DTYPE_NAMES, DTYPES
+from xl2jax.torch_folder import write_torch
 from xl2jax.training.processes import from_main
 from xl2jax.training.sharding import param_sharding, replicated
 from xl2jax.training.step import MASTER, Params, StepConfig, TrainState
@@ -107,7 +107,9 @@ class Checkpoints:
 
     def __init__(self, output: Path, keep: int):
         self._folder = output / _CHECKPOINTS
-        _quiet_threads()
+        # Orbax's threads log a traceback each of the error that is raised here.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        ignore_closed_loops()
         with self._one_line():
             self._checkpointer = ocp.training.Checkpointer(
                 self._folder.absolute(),
@@ -190,23 +192,6 @@ class Checkpoints:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-@functools.cache
-def _quiet_threads() -> None:
-    """Keeps Orbax's threads from printing tracebacks, once for the process: what they fail with is raised here too.
-
-    Each of them logs the error of a full disk; and tensorstore, whose other writes fail a moment later, reports these
-    to an event loop that Orbax has closed.
-    """
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    before = sys.unraisablehook
-
-    def hook(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            before(unraisable)
-
-    sys.unraisablehook = hook
 
 
 def merge_adapter(kernel: np.ndarray, a: np.ndarray, b: np.ndarray, lora: LoRAConfig) -> np.ndarray:

@@ -1,0 +1,42 @@
+"""`xl2jax COMMAND ...`, or `python -m xl2jax COMMAND ...`: every command of the package by one name."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from xl2jax.errors import UserError
+from xl2jax.terminal import run_command
+
+COMMANDS = {
+    "infer": ("xl2jax.cli", "infer", "answers questions about a video"),
+    "train": ("xl2jax.training.run", "main", "fine-tunes the model"),
+    "convert": ("xl2jax.convert", "main", "converts checkpoints between PyTorch and Orbax"),
+    "verify": ("xl2jax.verify", "main", "compares every stage with upstream's tensors"),
+    "plan": ("xl2jax.plan", "main", "predicts memory and time of a video"),
+    "needle": ("xl2jax.needle", "main", "measures whether answers survive sparse reading"),
+    "bench": ("xl2jax.bench.__main__", "main", "times prefill, decoding, kernels and the whole model"),
+}
+
+
+def dispatch() -> int | None:
+    """Runs the command that the first argument names."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        print("usage: xl2jax COMMAND [OPTIONS]    (xl2jax COMMAND --help lists the options)\n")
+        print(*(f"  {command:10} {what}" for command, (_, _, what) in COMMANDS.items()), sep="\n")
+        return 0
+    if name not in COMMANDS:
+        raise UserError(f"no command {name!r}: choose {', '.join(COMMANDS)}")
+    module, function, _ = COMMANDS[name]
+    sys.argv = [f"xl2jax {name}", *sys.argv[2:]]
+    result: int | None = getattr(importlib.import_module(module), function)()
+    return result
+
+
+def main() -> None:
+    run_command(dispatch)
+
+
+if __name__ == "__main__":
+    main()
