@@ -344,28 +344,30 @@ def same_training(a: Path, b: Path, checkpoint: Path) -> None:
     assert norm(one, two) < 1e-2 * norm(one, first)
 
 
+PACKED = ("--packing", "--max-length", 96, "--global-batch", 4)  # eight samples of some 46 tokens in four rows
+
+
 @pytest.mark.parametrize(
-    ("fsdp", "tensor"), [(2, 2), pytest.param(1, 1, marks=pytest.mark.slow), pytest.param(8, 1, marks=pytest.mark.slow)]
+    ("mesh", "flags"),
+    [
+        ((2, 2), PACKED),
+        *(pytest.param(mesh, (), marks=pytest.mark.slow) for mesh in ((1, 1), (8, 1), (2, 2))),
+    ],
 )
 def test_every_mesh_trains_as_one_device(
-    trained: Trained, start: Start, single: Path, tmp_path: Path, checkpoint: Path, fsdp: int, tensor: int
-) -> None:
-    """Eight devices: copies, slices and columns at once (and, slower, copies alone, slices alone)."""
-    flags = ("--export", tmp_path / "out", "--fsdp", fsdp, "--tensor", tensor)
-    process = start(tmp_path / "run", *SHORT, *flags, file="eight.json", devices=8)
+    trained: Trained, start: Start, single: Path, tmp_path: Path, checkpoint: Path, mesh: tuple[int, int],
+    flags: tuple[object, ...],
+) -> None:  # fmt: skip
+    """Eight devices, as copies, slices and columns at once; rows that hold two samples train as rows of one. (Slower:
+    copies alone, slices alone, and rows of one sample in two micro-batches.)"""
+    fsdp, tensor = mesh
+    parts = ("--fsdp", fsdp, "--tensor", tensor, "--export", tmp_path / "out")
+    process = start(tmp_path / "run", *SHORT, *flags, *parts, file="eight.json", devices=8)
     reference(trained, single)
-    finished(process)
+    out = finished(process)
+    assert f"fsdp {fsdp} x tensor {tensor}" in out
+    assert not flags or "step                     4 rows = 1 micro-batches of 4" in out
     same_training(single, tmp_path, checkpoint)
-
-
-def test_packed_rows_train_as_rows_of_one_sample(
-    trained: Trained, single: Path, tmp_path: Path, checkpoint: Path
-) -> None:
-    """Eight samples of some 46 tokens in two rows of 192: the same steps."""
-    flags = ("--packing", "--max-length", 192, "--global-batch", 2, "--micro-batch", 2, "--export", tmp_path / "out")
-    out = trained(tmp_path / "run", "--epochs", 2, *flags, file="eight.json")
-    assert "step                     2 rows = 1 micro-batches of 2" in out
-    same_training(reference(trained, single), tmp_path, checkpoint)
 
 
 SLOWLY = """
