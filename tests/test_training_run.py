@@ -79,12 +79,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-HURRY = f"""
-import jax, signal, xl2jax.training.run
-jit = jax.jit
-jax.jit = lambda *a, **k: jit(*a, **({{"compiler_options": {FAST_COMPILE}}} | k))
-"""
+@pytest.fixture(scope="module", autouse=True)
+def _hurry() -> Iterator[None]:
+    """The compiler is told to hurry, in processes of their own too."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def arguments(checkpoint: Path, data: Path, output: Path, *flags: object) -> list[str]:
@@ -110,7 +110,7 @@ def trained(
     checkpoint: Path, data: Path, command: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch,
     programs: dict[str, Steps],
 ) -> Trained:  # fmt: skip
-    """Runs train.py in this process, for what it prints. The compiler is told to hurry, and only once."""
+    """Runs train.py in this process, for what it prints; its programs are made once."""
 
     def run(output: Path, *flags: object, file: str = "four.json", status: int = 0) -> str:
         argv = arguments(checkpoint, data / file, output, *flags)
@@ -123,9 +123,7 @@ def trained(
             return programs[settings]
 
         with monkeypatch.context() as m:
-            jit = jax.jit
             m.setattr(run_module, "Steps", compiled)
-            m.setattr(jax, "jit", lambda *x, **k: jit(*x, **({"compiler_options": FAST_COMPILE} | k)))
             got, out, err = command(train.main, *argv)
         assert got == status, err[-3000:]
         return out + err
@@ -146,10 +144,13 @@ def start(checkpoint: Path, data: Path) -> Iterator[Start]:
         code: str = "",
         core: int | None = None,
     ) -> Any:
-        env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+        env = os.environ | {
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        }  # fmt: skip
         if "--coordinator" not in flags:  # cached CPU programs order their collectives otherwise than fresh ones
             env["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir
-        program = ["-c", f"{HURRY}{code}\nimport train\ntrain.run_command(train.main)"]
+        program = ["-c", f"import signal, train\n{code}\ntrain.run_command(train.main)"]
         if core is not None:  # not preexec_fn: JAX warns of any fork
             program = ["-c", _PINNED, str(core), *program]
         process = subprocess.Popen(
@@ -381,6 +382,7 @@ Telemetry.step = lambda *x: (time.sleep(0.5), step(*x))
 def test_two_processes_train_save_and_resume(trained: Trained, start: Start, tmp_path: Path, checkpoint: Path) -> None:
     """SIGTERM to one of two processes: both save the same step. One process goes on; two export what it saved."""
     flags = ("--global-batch", 8, "--epochs", 16, "--train", "llm.*", "--keep", 9)
+    alone = (*flags, "--micro-batch", 8)
 
     # One core each: with more, the CPU backend may run independent collectives of a program in any order.
     cores = sorted(os.sched_getaffinity(0))
@@ -406,8 +408,8 @@ def test_two_processes_train_save_and_resume(trained: Trained, start: Start, tmp
     assert last_line(out[0]) == f"SIGTERM: saved step {done} of 16"
     assert len(metrics(tmp_path / "run")) == done
     assert "mesh                     data 1 x fsdp 2 x tensor 1" in out[0]
-    trained(tmp_path / "single" / "run", *flags, "--export", tmp_path / "single" / "out", file="eight.json")
-    assert f"resumed from step {done}" in trained(tmp_path / "run", *flags, file="eight.json")
+    trained(tmp_path / "single" / "run", *alone, "--export", tmp_path / "single" / "out", file="eight.json")
+    assert f"resumed from step {done}" in trained(tmp_path / "run", *alone, file="eight.json")
     out = [finished(p) for p in both("--export", tmp_path / "out")]
     assert "resumed from step 16" in out[0]
     same_training(tmp_path / "single", tmp_path, checkpoint)
