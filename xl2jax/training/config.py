@@ -159,7 +159,13 @@ class TrainConfig:
 
 def _check_new_folder(path: Path) -> None:
     """Raises UserError unless a folder can be made there: asked before training, not behind it."""
-    if os.path.lexists(path):
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        pass
+    except OSError as e:
+        raise UserError(f"{path}: cannot be made ({e.strerror})") from None
+    else:
         raise UserError(f"{path}: already exists; choose another place or remove it first")
     above = next(p for p in path.absolute().parents if p.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
