@@ -13,8 +13,8 @@ from typing import Annotated, Literal
 import tyro
 
 from xl2jax.errors import UserError
+from xl2jax.frames import FrameTimes, SampleConfig
 from xl2jax.layers import LoRAConfig
-from xl2jax.video import SampleConfig
 
 type Preset = Literal["stage1", "stage2", "stage3", "stage4"]
 
@@ -38,6 +38,8 @@ class TrainConfig:
     fps: float = 1.0
     max_fps: int | None = 4
     max_frames: int = 150
+    frame_times: FrameTimes = "auto"
+    """auto tells the model the frames' own times where they differ from frame number / rate; upstream never does."""
     max_length: int = 6000
     """Most tokens of a sample; the end beyond them is cut off."""
     packing: bool = False
@@ -109,7 +111,7 @@ class TrainConfig:
     """Reads all data once, reports, and stops."""
 
     def sampling(self) -> SampleConfig:
-        return SampleConfig(self.fps, self.max_fps, self.max_frames)
+        return SampleConfig(self.fps, self.max_fps, self.max_frames, self.frame_times)
 
     @property
     def lora(self) -> LoRAConfig | None:
