@@ -94,7 +94,7 @@ def _beside(path: Path, need_bytes: int, parents: bool = False) -> Iterator[Path
             _make_folder(path.parent)
         free = shutil.disk_usage(path.parent).free
         if free < need_bytes:
-            raise UserError(f"{path}: needs {need_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free there")
+            raise UserError(f"{path}: needs {need_bytes / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free there")
         _remove_leftovers(path)
         yield beside
         _sync_folder(path.parent)
@@ -102,8 +102,6 @@ def _beside(path: Path, need_bytes: int, parents: bool = False) -> Iterator[Path
         _remove(beside)
         if isinstance(e, OSError):
             raise UserError(f"{path}: {_reason(e, beside)}") from e
-        if "No space left on device" in str(e):  # as libraries report it
-            raise UserError(f"{path}: {_REASONS[errno.ENOSPC]}") from e
         raise
 
 
