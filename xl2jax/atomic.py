@@ -101,14 +101,14 @@ def _beside(path: Path, need_bytes: int, parents: bool = False) -> Iterator[Path
     except BaseException as e:
         _remove(beside)
         if isinstance(e, OSError):
-            raise UserError(f"{path}: {_reason(e, beside)}") from e
+            raise UserError(f"{path}: {_reason(e, path, beside)}") from e
         raise
 
 
-def _reason(error: OSError, beside: Path) -> str:
-    """What happened, in words. A file that has nothing to do with the target is named."""
+def _reason(error: OSError, path: Path, beside: Path) -> str:
+    """What happened, in words. A file that is neither the target nor a folder above it is named."""
     about = str(error.filename or "")
-    if about and not about.startswith(str(beside.parent)):
+    if not about.startswith(str(beside)) and not str(path).startswith(about):
         return f"cannot be written ({about}: {error.strerror})"
     return _REASONS.get(error.errno or 0, f"cannot be written ({error.strerror or error})")
 

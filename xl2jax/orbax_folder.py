@@ -28,7 +28,7 @@ from xl2jax.checks import checksum
 from xl2jax.config import VideoXL2Config
 from xl2jax.errors import UserError
 from xl2jax.names import Entry, entries
-from xl2jax.schema import Schema, is_file, read_json
+from xl2jax.schema import Schema, is_file, read_json, require_readable, unreadable
 from xl2jax.tensor_files import DTYPE_NAMES, DTYPES, ShardWriter, TensorFolder, listing
 
 logger = logging.getLogger(__name__)
@@ -84,10 +84,21 @@ class OrbaxFolder:
                 folder,
             )
 
+    def _require_readable(self) -> None:
+        def refuse(error: OSError) -> None:
+            raise error
+
+        try:
+            for folder, _, files in os.walk(self._path, onerror=refuse):
+                for name in files:
+                    require_readable(Path(folder, name))  # of a pipe Orbax would read for ever
+        except FileNotFoundError as e:
+            raise self._damaged(e) from e
+        except OSError as e:
+            raise unreadable(e.filename or self._path, e) from None
+
     def _dtypes(self) -> dict[str, np.dtype]:
-        for folder, _, files in os.walk(self._path):
-            for name in files:
-                is_file(Path(folder, name))  # a pipe would block
+        self._require_readable()
         try:
             metadata = ocp.pytree_metadata(self._path).metadata
             if not isinstance(metadata, dict):
