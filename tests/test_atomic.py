@@ -121,6 +121,16 @@ def test_targets_that_are_refused(tmp_path: Path) -> None:
     assert names(tmp_path) == ["file", "folder", "pipe"]
 
 
+def test_a_path_is_shown_as_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    monkeypatch.chdir(tmp_path)
+    write(Path("link/file"))
+    assert names(tmp_path / "real") == ["file"]
+    with pytest.raises(UserError, match="^link/none/file: cannot be written .no such folder.$"):
+        write(Path("link/none/file"))
+
+
 def test_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10**9 - 10**5}))
     for context in (atomic.replacing_file, atomic.replacing_folder):
