@@ -1,5 +1,6 @@
-# make demo: answers a question about a video.  make test: the tests.  Both set up .venv first.
-.PHONY: install demo test lint clean
+# make demo: answers a question about a video.  make test: the tests, but for those that take minutes
+# (make slow-test).  All set up .venv first.
+.PHONY: install demo test slow-test lint clean
 
 PYTHON ?= python3.12
 BIN := .venv/bin
@@ -32,6 +33,9 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+slow-test: install
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 lint: install
 	$(BIN)/ruff check .

@@ -4,10 +4,12 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from xl2jax import flops
 from xl2jax.bench import __main__ as bench
@@ -15,9 +17,28 @@ from xl2jax.bench.e2e import E2EArgs
 from xl2jax.bench.file import file_row, plot_rows
 from xl2jax.bench.read import write_long
 from xl2jax.config import PRESETS
+from xl2jax.errors import UserError
 from xl2jax.layout import PrefillConfig, VideoLayout, dense_mask
 from xl2jax.model import abstract_model
 from xl2jax.video import PyAVReader
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows run in processes of their own, each of which would import and compile everything anew."""
+
+    def row(command: str, args: object, mode: str, size: int) -> dict[str, Any]:
+        kind, function = bench.ROWS[command]
+        return function(kind(**dataclasses.asdict(args)), mode, size)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(bench, "_in_own_process", row)
+
+
+def test_a_row_in_its_own_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.undo()
+    args = bench.ReadArgs(video=tmp_path / "none.mp4")
+    with pytest.raises(UserError, match="bench read ours with 4 groups failed"):
+        bench._in_own_process("read", args, "ours", 4)
 
 
 def test_rows(command: Callable[..., tuple[int, str, str]]) -> None:
@@ -42,6 +63,7 @@ def test_rows(command: Callable[..., tuple[int, str, str]]) -> None:
     assert row["step_ms"] > 0
 
 
+@pytest.mark.slow
 def test_e2e(command: Callable[..., tuple[int, str, str]]) -> None:
     """Every stage of the whole model on the smallest preset; the dtype that GPUs get."""
     status, out, err = command(bench.main, "e2e", "--preset", "tiny", "--frames", "96", "--step-groups", "4", "--json")
@@ -73,6 +95,7 @@ def test_e2e(command: Callable[..., tuple[int, str, str]]) -> None:
         )
 
 
+@pytest.mark.slow
 def test_train(command: Callable[..., tuple[int, str, str]]) -> None:
     status, out, err = command(
         bench.main, "train", "--preset", "tiny", "--frames", "4", "--steps", "1", "--train", "lora+projector", "--json"

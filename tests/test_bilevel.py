@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,8 @@ from hypothesis import strategies as st
 
 from xl2jax.bilevel import (
     BilevelConfig,
+    GroupTable,
+    MixedSource,
     blocks_of_units,
     choose_blocks,
     group_table,
@@ -20,19 +24,25 @@ from xl2jax.bilevel import (
     pool_cache,
 )
 from xl2jax.cache import KVCache
-from xl2jax.layers import rope_tables, rotate
 from xl2jax.layout import PrefillConfig, VideoLayout, natural_ranges
 
 L, K, H, THETA = 2, 2, 8, 1e4
+_CAPACITY, _START = 6, 32  # fixed shapes: a program for each pair of visual tokens and pool, whatever the video
+
+
+def turned(x: np.ndarray, direction: int) -> np.ndarray:
+    """x [..., N, H] rotated by its place along N, or back: complex numbers whose parts are the two halves of H."""
+    angles = np.arange(x.shape[-2])[:, None] / THETA ** (np.arange(0, H, 2) / H)
+    z = (x[..., : H // 2] + 1j * x[..., H // 2 :]) * np.exp(1j * direction * angles)
+    return np.concatenate([z.real, z.imag], axis=-1).astype(np.float32)
 
 
 def video_cache(layout: VideoLayout, capacity: int) -> tuple[KVCache, np.ndarray, np.ndarray]:
     """An arena cache, and its un-rotated keys and values [L, K, N, H] in natural order."""
     rng = np.random.default_rng(0)
-    start = layout.global_tokens + 3
+    start = _START
     raw, v = rng.standard_normal((2, L, K, layout.tokens, H)).astype(np.float32)
-    cos, sin = rope_tables(jnp.arange(layout.tokens), H, THETA)
-    k = np.asarray(rotate(jnp.asarray(raw), cos, sin))
+    k = turned(raw, 1)
     slot = natural_ranges(layout, 0, start, PrefillConfig())["slot"]
     arena = np.full((2, L, K, start + capacity * layout.visual_tokens, H), 7.0, np.float32)
     arena[0][:, :, slot], arena[1][:, :, slot] = k, v
@@ -55,34 +65,41 @@ def naive_mix(layout: VideoLayout, dense: np.ndarray, pool: int, x: np.ndarray) 
     return np.concatenate(parts, axis=2)
 
 
-@settings(max_examples=30, deadline=None)
+@functools.partial(jax.jit, static_argnames=("visual_tokens", "pool", "slots"))
+def _mixed(
+    cache: KVCache, table: GroupTable, dense: jax.Array, *, visual_tokens: int, pool: int, slots: int
+) -> tuple[KVCache, MixedSource]:
+    pooled = pool_cache(cache, table, visual_tokens=visual_tokens, pool=pool, theta=THETA)
+    source = mixed_source(table, dense, cache.visual_start, visual_tokens=visual_tokens, pool=pool, slots=slots)
+    return mix(cache, pooled, source, theta=THETA), source
+
+
+@settings(max_examples=60, deadline=None)
 @given(
-    times=st.lists(st.integers(1, 4), min_size=1, max_size=6),
-    visual=st.integers(1, 7),
-    pool=st.integers(1, 4),
-    extra=st.integers(0, 3),
+    times=st.lists(st.integers(1, 4), min_size=1, max_size=_CAPACITY),
+    sizes=st.sampled_from([(7, 3), (4, 4), (3, 1), (1, 1)]),
     data=st.data(),
 )
-def test_mixed_cache(times: list[int], visual: int, pool: int, extra: int, data: st.DataObject) -> None:
+def test_mixed_cache(times: list[int], sizes: tuple[int, int], data: st.DataObject) -> None:
     """Any mixture, remainders of pooling dropped, capacity beyond the video unused."""
-    pool = min(pool, visual)
+    visual, pool = sizes
+    extra = _CAPACITY - len(times)
     layout = VideoLayout(3, tuple(times), visual)
     dense = np.array(data.draw(st.lists(st.booleans(), min_size=len(times), max_size=len(times))))
-    cache, raw, v = video_cache(layout, layout.groups + extra)
-    table = group_table(layout, layout.groups + extra)
-    pooled = pool_cache(cache, table, visual_tokens=visual, pool=pool, theta=THETA)
+    cache, raw, v = video_cache(layout, _CAPACITY)
+    table = group_table(layout, _CAPACITY)
     slots = mixed_slots(layout, int(dense.sum()), BilevelConfig(1, pool))
     flags = jnp.asarray(np.pad(dense, (0, extra)))
-    source = mixed_source(table, flags, cache.visual_start, visual_tokens=visual, pool=pool, slots=slots)
-    mixed = mix(cache, pooled, source, theta=THETA)
+    mixed, source = _mixed(cache, table, flags, visual_tokens=visual, pool=pool, slots=slots)
     expected_k, expected_v = (naive_mix(layout, dense, pool, x) for x in (raw, v))
     m = expected_k.shape[2]
     assert (int(mixed.length), int(mixed.visual_length)) == (m, 0)
-    cos, sin = rope_tables(jnp.arange(m), H, THETA)
-    assert np.allclose(rotate(mixed.k[:, :, :m], cos, -sin), expected_k, atol=1e-5)
-    assert np.allclose(mixed.v[:, :, :m], expected_v, atol=1e-6)
-    assert not np.asarray(mixed.k[:, :, m:]).any()
-    assert np.isfinite(np.asarray(mixed.v)).all()
+    keys, values = np.asarray(mixed.k), np.asarray(mixed.v)
+    # The oracle turns in float64; float32 angles up to 60 are off by 4e-6, twice, for elements up to 5.
+    assert np.allclose(turned(keys, -1)[:, :, :m], expected_k, atol=1e-4)
+    assert np.allclose(values[:, :, :m], expected_v, atol=1e-6)
+    assert not keys[:, :, m:].any()
+    assert np.isfinite(values).all()
     group = np.asarray(source.group)[:m]
     assert (group[: layout.prefix] == -1).all()
     counts = np.array(times) + np.where(dense, visual, visual // pool)

@@ -232,6 +232,7 @@ class _Interrupts:
 
     def __init__(self) -> None:
         self.asked = False
+        self._timer: threading.Timer | None = None
 
     def __enter__(self) -> _Interrupts:
         self._hook, self._handler = sys.unraisablehook, signal.getsignal(signal.SIGINT)
@@ -241,6 +242,9 @@ class _Interrupts:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer.join()
         sys.unraisablehook = self._hook
         if self._handler is signal.default_int_handler:
             signal.signal(signal.SIGINT, self._handler)
@@ -262,6 +266,6 @@ class _Interrupts:
 
     def _ask_again(self) -> None:
         """Raises the signal again in a moment, from another thread: where it is now it would be lost again."""
-        timer = threading.Timer(0.05, _thread.interrupt_main)
-        timer.daemon = True
-        timer.start()
+        self._timer = threading.Timer(0.05, _thread.interrupt_main)
+        self._timer.daemon = True
+        self._timer.start()
