@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -15,15 +18,26 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
+from tensorboardX.proto import event_pb2
 
 import train
 from xl2jax.cli import infer
 from xl2jax.config import PRESETS, VideoXL2Config
 from xl2jax.convert import main as convert
 from xl2jax.demo import make_checkpoint, write_clip
+from xl2jax.errors import UserError
+from xl2jax.training import batches, run
+from xl2jax.training.processes import locked
+from xl2jax.training.signals import Signals
+from xl2jax.training.state import Checkpoints
+from xl2jax.training.step import TrainState
+from xl2jax.training.telemetry import Telemetry
 
 ROOT = Path(__file__).parent.parent
 ANSWERS = ("Red.", "Blue.", "Four.", "A ring.")
@@ -87,9 +101,13 @@ def start(checkpoint: Path, data: Path, cache: Path) -> Iterator[Start]:
             env["JAX_COMPILATION_CACHE_DIR"] = str(cache)
         common = (
             "--checkpoint", checkpoint, "--data", data / file, "--output", output, "--max-frames", 4,
-            "--compute-dtype", "float32", "--no-tensorboard", "--export-dtype", "float32",
+            "--compute-dtype", "float32", "--export-dtype", "float32", "--no-remat",
         )  # fmt: skip
-        program = ["train.py"] if code is None else ["-c", code]
+        # (a suite in the background ignores Ctrl-C)
+        program = [
+            "-c", f"import signal, train; signal.signal(signal.SIGINT, signal.default_int_handler)\n{code or ''}\n"
+            "from xl2jax.terminal import run_command\nrun_command(train.main)",
+        ]  # fmt: skip
         if core is not None:  # not preexec_fn: JAX warns of any fork
             program = ["-c", _PINNED, str(core), *program]
         process = subprocess.Popen(
@@ -116,33 +134,93 @@ def metrics(output: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-LEARN = ("--global-batch", 4, "--epochs", 70, "--learning-rate", 2e-3, "--save-every", 20)
+def last_line(out: str) -> str:
+    return out.strip().splitlines()[-1]
+
+
+def steps_done(process: subprocess.Popen[str], output: Path, steps: int) -> None:
+    """Waits until a run has done so many steps."""
+    path = output / "metrics.jsonl"
+    while not path.exists() or path.read_bytes().count(b"\n") < steps:
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        time.sleep(0.02)
+
+
+def whole_checkpoints(output: Path) -> list[int]:
+    return sorted(int(p.name) for p in (output / "checkpoints").iterdir() if p.name.isdigit())
+
+
+def board(folder: Path) -> dict[tuple[str, int], float]:
+    """TensorBoard's last value of each (name, step), as its loader sees it: a start drops the steps from its own on."""
+    values: dict[tuple[str, int], float] = {}
+    for path in sorted(folder.iterdir()):
+        data = path.read_bytes()
+        while data:
+            (size,) = struct.unpack("<Q", data[:8])
+            event = event_pb2.Event.FromString(data[12 : 12 + size])
+            data = data[16 + size :]
+            if event.session_log.status == event_pb2.SessionLog.START:
+                values = {k: v for k, v in values.items() if k[1] < event.step}
+            values |= {(v.tag, event.step): v.simple_value for v in event.summary.value}
+    return values
+
+
+LEARN = ("--global-batch", 4, "--epochs", 45, "--learning-rate", 3e-3, "--save-every", 15)
+KILLED_IN_A_SAVE = """
+import os
+from xl2jax.training.state import Checkpoints
+save = Checkpoints.save
+Checkpoints.save = lambda *x: (save(*x), os.kill(os.getpid(), signal.SIGKILL))
+"""
 
 
 def test_learns_stops_resumes_exports_and_answers(
-    start: Start, data: Path, tmp_path: Path, command: Callable[..., tuple[int, str, str]]
-) -> None:
-    straight = start(tmp_path / "straight", *LEARN, "--export", tmp_path / "straight-out")
-    finished(straight)
-    stopped = start(tmp_path / "stopped", *LEARN)
-    while len(metrics(tmp_path / "stopped")) < 5:
-        assert stopped.poll() is None, stopped.communicate()[0][-3000:]
-        time.sleep(0.02)
-    stopped.send_signal(signal.SIGTERM)
-    out = finished(stopped, 143)
-    done = len(metrics(tmp_path / "stopped"))
-    assert f"SIGTERM: saved step {done} of 70" in out
-    assert 5 <= done < 70
-    # What a crash in the middle of a save leaves, and rows of steps that were never saved.
-    (tmp_path / "stopped" / "checkpoints" / "69.orbax-checkpoint-tmp").mkdir()
-    with open(tmp_path / "stopped" / "metrics.jsonl", "a") as f:
-        f.write('{"step": 69, "loss": 0}\n{"step": 7')
-    out = finished(start(tmp_path / "stopped", *LEARN, "--export", tmp_path / "out", "--workers", 1, "--keep", 1))
+    start: Start, data: Path, checkpoint: Path, tmp_path: Path, command: Callable[..., tuple[int, str, str]],
+) -> None:  # fmt: skip
+    """A run that is stopped by SIGTERM, then by Ctrl-C, killed in the middle of a save and moved, with its data and
+    the checkpoint it began from, to places that are spelt relatively: bit for bit what a straight run gives."""
+    finished(start(tmp_path / "straight", *LEARN, "--export", tmp_path / "straight-out"))
+    one, output = metrics(tmp_path / "straight"), tmp_path / "stopped"
+    process = start(output, *LEARN)
+    steps_done(process, output, 5)
+    flags = ("--checkpoint", checkpoint, "--data", data / "four.json", "--output", output, "--global-batch", 4)
+    status, _, err = command(train.main, *flags)
+    assert status == 2
+    assert f"another run uses this folder (process {process.pid} on " in last_line(err)
+    process.send_signal(signal.SIGTERM)
+    out = finished(process, 143)
+    done = len(metrics(output))
+    assert last_line(out) == f"SIGTERM: saved step {done} of 45"
+    assert whole_checkpoints(output) == [done]
+    process = start(output, *LEARN)
+    steps_done(process, output, done + 2)
+    process.send_signal(signal.SIGINT)
+    out = finished(process, 130)
     assert f"resumed from step {done}" in out
-    assert [p.name for p in (tmp_path / "stopped" / "checkpoints").iterdir()] == ["70"]
-    one, two = metrics(tmp_path / "straight"), metrics(tmp_path / "stopped")
-    assert [r["step"] for r in two] == list(range(1, 71))
+    assert last_line(out) == f"Ctrl-C: saved step {len(metrics(output))} of 45"
+    finished(start(output, *LEARN, code=KILLED_IN_A_SAVE), -signal.SIGKILL)
+    newest = whole_checkpoints(output)[-1]
+    with open(output / "metrics.jsonl", "a") as f:  # rows of steps that were never saved, one of them torn
+        f.write('{"step": 44, "loss": 0}\n{"step": 4')
+    moved = tmp_path / "moved"
+    output.rename(moved)
+    shutil.copytree(data, tmp_path / "data")
+    shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    here = Path(os.path.relpath(tmp_path, ROOT))
+    out = finished(
+        start(
+            here / "moved", *LEARN, "--export", here / "out", "--workers", 1, "--keep", 1, "--data",
+            here / "data" / "four.json", "--checkpoint", here / "checkpoint",
+        )
+    )  # fmt: skip
+    assert f"resumed from step {newest}" in out
+    assert [p.name for p in (moved / "checkpoints").iterdir()] == ["45"]
+    two = metrics(moved)
+    assert [r["step"] for r in two] == list(range(1, 46))
     assert [(r["loss"], r["grad_norm"]) for r in one] == [(r["loss"], r["grad_norm"]) for r in two]
+    seen = board(moved / "tensorboard")
+    assert len({step for _, step in seen}) == 45
+    assert all(seen["train/loss", int(r["step"])] == np.float32(r["loss"]) for r in two)
     a, b = (load_file(tmp_path / f / "model.safetensors") for f in ("straight-out", "out"))
     assert a.keys() == b.keys()
     assert all(np.array_equal(a[n], b[n]) for n in a)
@@ -159,42 +237,42 @@ def test_learns_stops_resumes_exports_and_answers(
 
 
 def test_adapters_train_resume_and_merge_into_the_checkpoint(start: Start, checkpoint: Path, tmp_path: Path) -> None:
-    """bfloat16 compute: what is frozen is exported as it was, bit for bit, not as the compute copy has it."""
+    """bfloat16 compute: what is frozen is exported as it was, bit for bit, not as the compute copy has it; what trains
+    is kept in float32. A part whose rate is 0 stays, the others follow a constant rate behind the warm-up."""
     flags = (
-        "--global-batch",
-        4,
-        "--epochs",
-        6,
-        "--learning-rate",
-        1e-2,
-        "--save-every",
-        3,
-        "--lora-rank",
-        4,
-        "--keep",
-        9,
-    )
-    flags += ("--compute-dtype", "bfloat16", "--train", "projector.*")
+        "--global-batch", 4, "--epochs", 6, "--learning-rate", 1e-2, "--save-every", 3, "--lora-rank", 4, "--keep", 9,
+        "--compute-dtype", "bfloat16", "--train", "projector.*", "--rates", "projector.fc1.*=0",
+        "--schedule", "constant", "--warmup", 0.34,
+    )  # fmt: skip
     finished(start(tmp_path / "run", *flags))
+    stored = ocp.pytree_metadata(tmp_path / "run" / "checkpoints" / "6" / "state").metadata
+    assert {np.dtype(x.dtype).name for x in jax.tree.leaves(stored)} == {"float32", "int32"}
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
     assert "resumed from step 3" in finished(start(tmp_path / "run", *flags, "--export", tmp_path / "out"))
     before, after = (load_file(p / "model.safetensors") for p in (checkpoint, tmp_path / "out"))
     assert before.keys() == after.keys()
     changed = {n for n in before if not np.array_equal(before[n], after[n])}
     linear = {n for n in before if ".layers." in n and "vision" not in n and n.endswith("_proj.weight")}
-    assert changed == linear | {n for n in before if "mm_projector" in n}
+    assert changed == linear | {n for n in before if "mm_projector.2" in n}
     rows = metrics(tmp_path / "run")
     assert [r["step"] for r in rows] == [1, 2, 3, 4, 5, 6]
+    assert np.allclose([r["learning_rate"] for r in rows], [0, 1e-2 / 3, 2e-2 / 3, 1e-2, 1e-2, 1e-2])
     assert rows[-1]["loss"] < rows[0]["loss"]
 
 
-SHORT = ("--global-batch", 8, "--epochs", 3)
-MESHES = {"data": (1, 1), "fsdp": (8, 1), "all": (2, 2)}
+SHORT = ("--global-batch", 8, "--epochs", 2)
 
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("single")
+
+
+def reference(start: Start, single: Path) -> Path:
+    """A run on one device, once for the module: its checkpoints after both steps, what it exported."""
+    if not (single / "out").exists():
+        finished(start(single / "run", *SHORT, "--save-every", 1, "--export", single / "out", file="eight.json"))
+    return single
 
 
 def same_training(a: Path, b: Path, checkpoint: Path) -> None:
@@ -212,59 +290,104 @@ def same_training(a: Path, b: Path, checkpoint: Path) -> None:
     assert norm(one, two) < 1e-2 * norm(one, first)
 
 
-def test_every_mesh_trains_as_one_device(start: Start, single: Path, tmp_path: Path, checkpoint: Path) -> None:
-    alone = start(single / "run", *SHORT, "--export", single / "out", file="eight.json")
-    # All meshes in one process: the flags of the second and later runs replace the output.
-    code = f"""
-import sys, dataclasses
-from pathlib import Path
-from xl2jax.terminal import setup_logging
-from xl2jax.training.config import parse
-from xl2jax.training.run import train
-setup_logging()
-base = parse(sys.argv[1:])
-for name, (fsdp, tensor) in {MESHES!r}.items():
-    folder = base.output / name
-    train(dataclasses.replace(base, fsdp=fsdp, tensor=tensor, output=folder / "run", export=folder / "out"))
+@pytest.mark.parametrize(
+    ("fsdp", "tensor"), [(2, 2), pytest.param(1, 1, marks=pytest.mark.slow), pytest.param(8, 1, marks=pytest.mark.slow)]
+)
+def test_every_mesh_trains_as_one_device(
+    start: Start, single: Path, tmp_path: Path, checkpoint: Path, fsdp: int, tensor: int
+) -> None:
+    """Eight devices: copies, slices and columns at once (and, slower, copies alone, slices alone)."""
+    flags = ("--export", tmp_path / "out", "--fsdp", fsdp, "--tensor", tensor)
+    finished(start(tmp_path / "run", *SHORT, *flags, file="eight.json", devices=8))
+    same_training(reference(start, single), tmp_path, checkpoint)
+
+
+def test_packed_rows_train_as_rows_of_one_sample(start: Start, single: Path, tmp_path: Path, checkpoint: Path) -> None:
+    """Eight samples of some 46 tokens in two rows of 192: the same steps."""
+    flags = ("--packing", "--max-length", 192, "--global-batch", 2, "--micro-batch", 2, "--export", tmp_path / "out")
+    out = finished(start(tmp_path / "run", "--epochs", 2, *flags, file="eight.json"))
+    assert "step                     2 rows = 1 micro-batches of 2" in out
+    same_training(reference(start, single), tmp_path, checkpoint)
+
+
+SLOWLY = """
+import time
+from xl2jax.training.telemetry import Telemetry
+step = Telemetry.step
+Telemetry.step = lambda *x: (time.sleep(0.25), step(*x))
 """
-    finished(start(tmp_path, *SHORT, file="eight.json", devices=8, code=code))
-    finished(alone)
-    for name in MESHES:
-        same_training(single, tmp_path / name, checkpoint)
 
 
-def test_two_processes_train_save_and_resume(start: Start, single: Path, tmp_path: Path, checkpoint: Path) -> None:
-    if not metrics(single / "run"):
-        finished(start(single / "run", *SHORT, "--export", single / "out", file="eight.json"))
+def test_two_processes_train_save_and_resume(start: Start, tmp_path: Path, checkpoint: Path) -> None:
+    """SIGTERM to one of two processes: both save the same step. One process goes on; two export what it saved."""
+    flags = ("--global-batch", 8, "--epochs", 40, "--train", "llm.*", "projector.*", "--keep", 9)
+    whole = ("--export", tmp_path / "single" / "out", "--micro-batch", 8)
+    alone = start(tmp_path / "single" / "run", *flags, *whole, file="eight.json")
 
     # One core each: with more, the CPU backend may run independent collectives of a program in any order.
     cores = sorted(os.sched_getaffinity(0))
 
-    def both(*flags: object) -> list[str]:
+    def both(*more: object, code: str | None = None) -> list[subprocess.Popen[str]]:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{s.getsockname()[1]}"
-        processes = [
+        return [
             start(
-                tmp_path / "run", *SHORT, "--coordinator", address, "--processes", 2, "--process", i, "--micro-batch", 2,
-                *flags, file="eight.json", core=cores[i % len(cores)],
+                tmp_path / "run", *flags, "--coordinator", address, "--processes", 2, "--process", i, "--micro-batch", 4,
+                *more, file="eight.json", core=cores[i % len(cores)], code=code,
             )
             for i in range(2)
         ]  # fmt: skip
-        return [finished(p) for p in reversed(processes)][::-1]
 
-    both("--save-every", 1, "--keep", 9)
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "3")
-    out = both("--export", tmp_path / "out")
-    assert "resumed from step 2" in out[0]
+    processes = both(code=SLOWLY)
+    steps_done(processes[0], tmp_path / "run", 3)
+    processes[1].send_signal(signal.SIGTERM)
+    out = [finished(p, 143) for p in processes]
+    (done,) = whole_checkpoints(tmp_path / "run")
+    assert 3 <= done < 40
+    assert last_line(out[0]) == f"SIGTERM: saved step {done} of 40"
+    assert len(metrics(tmp_path / "run")) == done
     assert "mesh                     data 1 x fsdp 2 x tensor 1" in out[0]
-    same_training(single, tmp_path, checkpoint)
+    finished(alone)
+    out = finished(start(tmp_path / "run", *flags, "--micro-batch", 8, file="eight.json"))
+    assert f"resumed from step {done}" in out
+    out = [finished(p) for p in both("--export", tmp_path / "out")]
+    assert "resumed from step 40" in out[0]
+    same_training(tmp_path / "single", tmp_path, checkpoint)
+
+
+def test_the_folder_of_another_run_is_refused_in_two_processes(start: Start, tmp_path: Path) -> None:
+    """Only the first looks at the folder, and both end."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{s.getsockname()[1]}"
+    flags = ("--global-batch", 8, "--coordinator", address, "--processes", 2, "--micro-batch", 4)
+    with locked(tmp_path / "run"):
+        for process in [start(tmp_path / "run", *flags, "--process", i, file="eight.json") for i in range(2)]:
+            out = finished(process, 2)
+            assert f"another run uses this folder (process {os.getpid()} on " in last_line(out)
+
+
+FEW_BYTES = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
+
+
+def test_what_cannot_be_saved_ends_in_one_line(start: Start, single: Path, tmp_path: Path) -> None:
+    """As on a full disk; the checkpoint before stays as it was, and the run goes on from it where there is room."""
+    shutil.copytree(reference(start, single) / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")
+    kept = {p: p.read_bytes() for p in (tmp_path / "run" / "checkpoints" / "1").rglob("*") if p.is_file()}
+    out = finished(start(tmp_path / "run", *SHORT, file="eight.json", code=FEW_BYTES), 2)
+    assert "Traceback" not in out
+    assert [line for line in out.splitlines() if line.startswith("error: ")] == [last_line(out)]
+    assert "checkpoints: cannot be written (" in last_line(out)
+    assert whole_checkpoints(tmp_path / "run") == [1]
+    assert all(p.read_bytes() == data for p, data in kept.items())
 
 
 def test_not_a_number_stops_the_run(start: Start, tmp_path: Path) -> None:
     flags = ("--global-batch", 2, "--epochs", 9, "--learning-rate", 1e30, "--warmup", 0, "--save-every", 1)
     out = finished(start(tmp_path / "run", *flags), 2)
-    last = out.strip().splitlines()[-1]
+    last = last_line(out)
     assert last.startswith("error: step ")
     assert "loss nan" in last or "loss inf" in last
     assert "samples s" in last
@@ -296,14 +419,19 @@ def test_validate_data_reports(
     data: Path, tmp_path: Path, checkpoint: Path, command: Callable[..., tuple[int, str, str]]
 ) -> None:
     (data / "broken.mp4").write_bytes((data / "0.mp4").read_bytes()[:200])
-    broken = [*rows(), {**rows()[0], "id": "x", "video": "broken.mp4"}, {**rows()[0], "id": "y", "video": "none.mp4"}]
+    broken = [*rows(), {**rows()[0], "id": "x", "video": "broken.mp4"}, {**rows()[0], "id": "y", "video": "none.mp4"},
+              {**rows()[0], "id": "z", "video": ""}]  # fmt: skip
     (data / "some.json").write_text(json.dumps(broken))
     flags = ("--checkpoint", checkpoint, "--data", data / "some.json", "--output", tmp_path / "o", "--global-batch", 1)
     status, out, _ = command(train.main, *flags, "--validate-data")
     assert status == 1
     assert "sample x: " in out
     assert "sample y: " in out
+    assert "record 6 (id z): video: should be the name of a file" in out
+    assert "1 malformed records" in out
     assert "4 can be used, 2 cannot" in out
+    (data / "some.json").unlink()
+    (data / "broken.mp4").unlink()
 
 
 def test_refusals(data: Path, tmp_path: Path, checkpoint: Path, copied: Path, refused: Callable[..., str]) -> None:
@@ -320,6 +448,10 @@ def test_refusals(data: Path, tmp_path: Path, checkpoint: Path, copied: Path, re
     assert "matches no parameter" in refuse("--train", "vission.*")
     (tmp_path / "exists").mkdir()
     assert "already exists" in refuse("--export", tmp_path / "exists")
+    (tmp_path / "file").write_text("")
+    assert "file (not a folder that can be written to)" in refuse("--export", tmp_path / "file" / "deep" / "out")
+    if not os.access("/proc", os.W_OK):
+        assert "/proc (not a folder that can be written to)" in refuse("--export", "/proc/out")
     assert "max frames must be 4 or more" in refuse("--max-frames", 3)
 
 
@@ -343,13 +475,221 @@ def test_late_refusals(data: Path, tmp_path: Path, copied: Path, command: Callab
     (tmp_path / "other" / "config.json").write_text(json.dumps(raw | {"intermediate_size": 128}))
     assert "misshapen" in line(ck=tmp_path / "other")
     (tmp_path / "file").write_text("")
-    assert "cannot be made" in line("--output", tmp_path / "file" / "o")
+    assert "cannot be written" in line("--output", tmp_path / "file" / "o")
 
 
-def test_another_run_in_the_output_is_refused(start: Start, single: Path) -> None:
-    if not metrics(single / "run"):
-        finished(start(single / "run", *SHORT, "--export", single / "out", file="eight.json"))
-    out = finished(start(single / "run", "--global-batch", 8, "--epochs", 4, file="eight.json"), 2)
-    last = out.strip().splitlines()[-1]
-    assert "holds a run with other settings" in last
-    assert "epochs 3 -> 4" in last
+def test_a_run_with_other_settings_or_samples_is_refused(
+    start: Start, single: Path, data: Path, tmp_path: Path, checkpoint: Path, command: Callable[..., tuple[int, str, str]]
+) -> None:  # fmt: skip
+    """By name, before any weight is loaded: settings, weights, samples that vanished, changed or appeared."""
+    shutil.copytree(reference(start, single) / "run", tmp_path / "run")
+    shutil.copytree(data, tmp_path / "data")
+    kept = (tmp_path / "run" / "lengths.json").read_bytes()
+
+    def line(*flags: object, ck: Path = checkpoint) -> str:
+        common = (
+            "--checkpoint", ck, "--data", tmp_path / "data" / "eight.json", "--output", tmp_path / "run", *SHORT,
+            "--max-frames", 4, "--compute-dtype", "float32", "--no-remat",
+        )  # fmt: skip
+        status, _, err = command(train.main, *common, *flags)
+        assert status == 2, err
+        assert (tmp_path / "run" / "lengths.json").read_bytes() == kept
+        return last_line(err)
+
+    assert "holds a run with other settings (epochs 2 -> 4, seed 0 -> 1)" in line("--epochs", 4, "--seed", 1)
+    other = tmp_path / "other"
+    shutil.copytree(checkpoint, other)
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"] += np.float32(1e-3)
+    save_file(tensors, other / "model.safetensors")
+    assert "holds a run with other settings (other weights in --checkpoint)" in line(ck=other)
+    text = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(text.replace('"version":', '"truncation": null, "version":', 1))
+    (other / "model.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes())
+    videos = tmp_path / "data"
+    (videos / "0.mp4").write_bytes((videos / "1.mp4").read_bytes())
+    (videos / "3.mp4").unlink()
+    records = json.loads((videos / "eight.json").read_text())
+    records.append({**records[1], "id": "new", "conversations": [
+        {"from": "human", "value": QUESTION}, {"from": "gpt", "value": "New."}]})  # fmt: skip
+    (videos / "eight.json").write_text(json.dumps(records))
+    said = line(ck=other)
+    assert (
+        "the samples are not those that this run began with: 2 vanished (s3, s7), 2 changed (s0, s4), 1 appeared (new)"
+        in said
+    )
+    assert "put them back as they were or choose another --output" in said
+
+
+def test_what_is_skipped_is_said_at_every_start(
+    data: Path, tmp_path: Path, checkpoint: Path, command: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """With its number and name, malformed or unreadable, until it is put right; --strict skips nothing."""
+    (tmp_path / "data").mkdir()
+    for i in (0, 1):
+        shutil.copyfile(data / f"{i}.mp4", tmp_path / "data" / f"{i}.mp4")
+    broken = [*rows(), {**rows()[0], "id": "empty", "video": ""}, {**rows()[0], "id": "root", "video": "."}]
+    (tmp_path / "data" / "d.json").write_text(json.dumps(broken))
+    seen = []
+    monkeypatch.setattr(run, "_steps", lambda _, plan, samples, *rest: seen.append([x.record.id for x in samples]))
+
+    def started(*flags: object) -> tuple[int, str]:
+        status, _, err = command(
+            train.main, "--checkpoint", checkpoint, "--data", tmp_path / "data" / "d.json", "--output", tmp_path / "o",
+            "--global-batch", 1, "--max-frames", 4, *flags,
+        )  # fmt: skip
+        return status, err
+
+    for _ in range(2):
+        _, err = started()
+        assert seen.pop() == ["s0", "s1"]
+        for part in (
+            "(id empty): video: should be",
+            "sample root: ",
+            "sample s2: ",
+            "sample s3: ",
+            "3.mp4: no such file",
+        ):
+            assert part in err
+        assert "4 of 6 samples are skipped: 2 are malformed, 2 cannot be read" in err
+    assert "--strict: 2 samples cannot be used: " in last_line(started("--strict")[1])
+    (tmp_path / "data" / "d.json").write_text(json.dumps(broken[:4]))
+    status, err = started("--strict")
+    assert (status, seen) == (2, [])
+    assert "--strict: 2 samples cannot be used: sample s2: " in last_line(err)
+    for i in (2, 3):
+        shutil.copyfile(data / f"{i}.mp4", tmp_path / "data" / f"{i}.mp4")
+    _, err = started("--strict")
+    assert seen.pop() == ["s0", "s1", "s2", "s3"]
+    assert "skipped" not in err
+
+
+def test_signals_are_noticed_wherever_they_arrive() -> None:
+    """Ctrl-C inside a callback whose exceptions are dropped, as JAX's for the garbage collector; handlers come back."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler), signal.getsignal(signal.SIGTERM)
+    try:
+        with Signals() as signals, signals.stepping():
+            assert not signals.stop_after(1)
+            with contextlib.suppress(BaseException):
+                signal.raise_signal(signal.SIGINT)
+            assert signals.stop_after(2)
+            assert (signals.status, signals.name) == (130, "Ctrl-C")
+            with pytest.raises(KeyboardInterrupt):
+                signals.check()
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # a second one ends the process
+        with Signals() as signals, signals.stepping():
+            signal.raise_signal(signal.SIGTERM)
+            signals.check()
+            assert signals.stop_after(1)
+            assert (signals.status, signals.name) == (143, "SIGTERM")
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+        assert signal.getsignal(signal.SIGTERM) == before[1]
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell's background has it
+        with Signals() as signals:
+            signal.raise_signal(signal.SIGINT)
+            signals.check()
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+
+
+def test_ctrl_c_before_there_are_steps(
+    data: Path, tmp_path: Path, checkpoint: Path, command: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """While the data is looked at: one line, and the folder is free again."""
+    presses = iter([signal.SIGINT])  # one: a second would end the tests
+    monkeypatch.setattr(batches, "open_media", lambda *x: [signal.raise_signal(n) for n in presses])
+    flags = ("--checkpoint", checkpoint, "--data", data / "four.json", "--output", tmp_path / "o", "--global-batch", 4)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        status, _, err = command(train.main, *flags)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert status == 130
+    assert last_line(err) == "interrupted"
+    with locked(tmp_path / "o"):
+        pass
+
+
+def test_a_folder_is_one_runs_alone(tmp_path: Path) -> None:
+    with locked(tmp_path / "o"):
+        line = re.escape(f"another run uses this folder (process {os.getpid()} on ")
+        with pytest.raises(UserError, match=line), locked(tmp_path / "o"):
+            pass
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import sys, time; from pathlib import Path\n"
+         "from xl2jax.training.processes import locked\n"
+         "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)", str(tmp_path / "o")],
+        cwd=ROOT, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=f"process {holder.pid} on "), locked(tmp_path / "o"):
+        pass
+    holder.kill()
+    holder.communicate()
+    with locked(tmp_path / "o"):
+        pass
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "o", tmp_path / ("x" * 300)):
+        with pytest.raises(UserError, match="cannot be written"), locked(place):
+            pass
+
+
+def telemetry(output: Path, first: int = 0) -> Telemetry:
+    return Telemetry(output, 9, first, show=True, tensorboard=True, wandb=None, config={})
+
+
+def test_logs_go_on_from_the_checkpoint(tmp_path: Path) -> None:
+    """Steps behind it vanish from both logs, torn and foreign rows too."""
+    with telemetry(tmp_path) as log:
+        for step in range(1, 5):
+            log.step(step, {"loss": float(step), "learning_rate": 0.1, "grad_norm": 1.0}, 10, 1e9)
+    with open(tmp_path / "metrics.jsonl", "ab") as f:
+        f.write(b'[]\n{"step": "x"}\n\xff\n{"step": 2')
+    with telemetry(tmp_path, first=2) as log:
+        log.step(3, {"loss": 7.0, "learning_rate": 0.1, "grad_norm": 1.0}, 10, 1e9)
+    assert [(r["step"], r["loss"]) for r in metrics(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 7.0)]
+    loss = {step: value for (name, step), value in board(tmp_path / "tensorboard").items() if name == "train/loss"}
+    assert loss == {1: 1.0, 2: 2.0, 3: 7.0}
+
+
+@pytest.mark.parametrize("log", ["metrics", "board"])
+def test_a_full_disk_under_the_logs_is_one_line(tmp_path: Path, log: str) -> None:
+    """No thread that dies in silence, no queue that fills up: the step that cannot be logged says so."""
+    with telemetry(tmp_path) as t:
+        if log == "metrics":
+            t._file.close()
+            t._file = open("/dev/full", "w", buffering=1)  # noqa: SIM115
+        else:
+            t._board._file.close()
+            t._board._file = open("/dev/full", "wb")  # noqa: SIM115
+        with pytest.raises(UserError, match="the log cannot be written .No space left on device"):
+            t.step(1, {"loss": 1.0, "learning_rate": 0.1, "grad_norm": 1.0}, 10, 1e9)
+
+
+def test_a_checkpoint_that_has_no_room_is_refused_before_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = TrainState(jnp.int32(1), {"a": jnp.ones((1000,))}, {"m": jnp.ones((1000,))})  # type: ignore[arg-type]
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        assert checkpoints.latest is None
+        assert checkpoints.identity() is None
+        checkpoints.save(state, {"k": "v"})
+        checkpoints.wait()
+        usage = shutil.disk_usage(tmp_path)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=8003))
+        with pytest.raises(UserError, match="a checkpoint needs 0.000 GB, 0.000 GB are free"):
+            checkpoints.save(state._replace(step=jnp.int32(2)), {"k": "v"})
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=8004))
+        checkpoints.save(state._replace(step=jnp.int32(2)), {"k": "w"})
+    assert whole_checkpoints(tmp_path) == [1, 2]
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        assert (checkpoints.latest, checkpoints.identity()) == (2, {"k": "w"})
+    (tmp_path / "checkpoints" / "2" / "_CHECKPOINT_METADATA").write_text('{"custom_metadata": {"k": [1]}}')
+    with (
+        pytest.raises(UserError, match="2: .*remove it to go on from the one before"),
+        Checkpoints(tmp_path, 2) as checkpoints,
+    ):
+        checkpoints.identity()

@@ -22,7 +22,7 @@ from xl2jax.ops.dense import dense_attention, padded_attention
 from xl2jax.training.config import PRESETS, TrainConfig, trained_names
 from xl2jax.training.loss import IGNORE, TokenBatch
 from xl2jax.training.sharding import make_mesh, param_spec
-from xl2jax.training.state import merge_adapter, parameter_shapes
+from xl2jax.training.state import abstract_state, merge_adapter, new_state, parameter_shapes
 from xl2jax.training.step import Params, StepConfig, Sums, TrainState, gradients, learning_rate, optimizer, update
 from xl2jax.training.telemetry import sample_flops
 
@@ -39,18 +39,19 @@ def params(model: xl2jax.Model) -> Params:
 
 @pytest.fixture(scope="module")
 def batch(model: xl2jax.Model) -> tuple[np.ndarray, TokenBatch]:
-    """Two samples: 4 frames and 20 tokens of text, no frames and 12 tokens."""
+    """Two samples in rows of 40: 4 frames and 20 tokens of text, no frames and 12 tokens."""
     rng = np.random.default_rng(0)
     v = model.config.visual_tokens
     pixels = rng.integers(0, 256, (2, 4, 70, 70, 3), np.uint8)
-    ids = rng.integers(0, 300, (2, 24)).astype(np.int32)
-    visual = np.full((2, 24), -1, np.int32)
+    ids = rng.integers(0, 300, (2, 40)).astype(np.int32)
+    visual = np.full((2, 40), -1, np.int32)
     visual[0, 3 : 3 + v] = np.arange(v)
-    labels = np.where(rng.random((2, 24)) < 0.5, ids, IGNORE).astype(np.int32)
+    labels = np.where(rng.random((2, 40)) < 0.5, ids, IGNORE).astype(np.int32)
     labels[visual >= 0] = IGNORE
-    labels[1, 12:] = IGNORE
+    labels[0, 24:] = labels[1, 12:] = IGNORE
     labels[:, 0] = IGNORE
-    return pixels, TokenBatch(*map(jnp.asarray, (ids, visual, labels)))
+    segment = np.where(np.arange(40) < np.array([[24], [12]]), 0, -1).astype(np.int32)
+    return pixels, TokenBatch(*map(jnp.asarray, (ids, visual, labels, segment)))
 
 
 def close(a: Params, b: Params, tolerance: float = 1e-5) -> None:
@@ -66,6 +67,7 @@ FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive
 
 @pytest.fixture(scope="module")
 def micro(model: xl2jax.Model) -> object:
+    """Loss sum and gradients of all parameters."""
     config = StepConfig(model.config, None, "float32", True)
     return jax.jit(lambda params, *batch: gradients(config, params, {}, *batch), compiler_options=FAST_COMPILE)
 
@@ -76,12 +78,12 @@ def test_sums_of_rows_and_of_a_packed_row_are_those_of_the_batch(micro, params, 
     parts = [
         micro(params, batch[0], batch[1]._replace(labels=jnp.where(own, batch[1].labels, IGNORE))) for own in alone
     ]
-    added = jax.tree.map(lambda *x: sum(x), *parts)
+    added = jax.tree.map(np.add, *parts)
     assert float(whole.loss) == pytest.approx(float(added.loss), rel=1e-6)
     assert float(whole.tokens) == float(added.tokens) == int((np.asarray(batch[1].labels)[:, 1:] != IGNORE).sum())
     close(whole.grads, added.grads)
     ids, visual, labels = (np.asarray(x) for x in batch[1][:3])
-    packed = [np.concatenate([x[0], x[1, :12], fill]) for x, fill in zip(
+    packed = [np.concatenate([x[0, :24], x[1, :12], fill]) for x, fill in zip(
         (ids, visual, labels), ([0] * 4, [-1] * 4, [IGNORE] * 4), strict=True
     )]  # fmt: skip
     segment = np.array([0] * 24 + [1] * 12 + [-1] * 4)
@@ -109,8 +111,10 @@ def test_adapters_start_as_nothing_and_merge_exactly(model: xl2jax.Model, params
     config = StepConfig(model.config, lora, "float32", True)
     run = jax.jit(lambda adapters, *batch: gradients(config, adapters, params, *batch), compiler_options=FAST_COMPILE)
     plain: Sums = micro(params, *batch)
-    start: Sums = run(zero, *batch)
-    assert float(start.loss) == pytest.approx(float(plain.loss), rel=1e-6)
+    # Without segments, as rows of one sample are: that changes nothing but the program.
+    alone = (batch[0], batch[1]._replace(segment=None))
+    start: Sums = run(zero, *alone)
+    assert float(start.loss) == pytest.approx(float(plain.loss), rel=1e-5)
     assert set(start.grads) == set(names)
     assert all(float(jnp.abs(g).max()) == 0 for n, g in start.grads.items() if n.endswith("lora_a"))
     # dLoss / dB follows from the kernel's own gradient: alpha / rank * A^T dW.
@@ -123,8 +127,8 @@ def test_adapters_start_as_nothing_and_merge_exactly(model: xl2jax.Model, params
         base = name.rpartition(".")[0]
         low = [np.asarray(adapters[f"{base}.{x}"]) for x in ("lora_a", "lora_b")]
         merged[f"{base}.kernel"] = jnp.asarray(merge_adapter(np.asarray(params[f"{base}.kernel"]), *low, lora))
-    assert float(run(adapters, *batch).loss) == pytest.approx(float(micro(merged, *batch).loss), rel=1e-5)
-    assert float(run(adapters, *batch).loss) != pytest.approx(float(plain.loss), rel=1e-3)
+    assert float(run(adapters, *alone).loss) == pytest.approx(float(micro(merged, *batch).loss), rel=1e-5)
+    assert float(run(adapters, *alone).loss) != pytest.approx(float(plain.loss), rel=1e-3)
 
 
 def test_update_is_adamw_in_float64() -> None:
@@ -162,6 +166,66 @@ def test_update_is_adamw_in_float64() -> None:
     assert int(state.step) == 4
 
 
+def moved(model: xl2jax.Model, params: Params, batch: tuple[np.ndarray, TokenBatch], dtype: str) -> np.ndarray:
+    """How far each weight of the LLM is from where it was after 200 steps on one batch at the preset's rate."""
+    steps = 200
+    config = settings(warmup=0.0, schedule="constant", compute_dtype=dtype)
+    assert config.learning_rate == PRESETS["stage4"].learning_rate == 1e-5
+    before = {n: p for n, p in params.items() if n.startswith("llm")}
+    frozen = {n: p for n, p in params.items() if n not in before}
+    tx, schedule = optimizer(config, list(before), steps), learning_rate(config, steps)
+    mesh = make_mesh(None, 1)
+    shapes = {n: jax.ShapeDtypeStruct(p.shape, p.dtype) for n, p in before.items()}
+    abstract = abstract_state(shapes, tx, mesh)
+    assert {x.dtype for x in jax.tree.leaves(abstract)} == {jnp.dtype("float32"), jnp.dtype("int32")}
+    step = StepConfig(model.config, None, dtype, False)
+
+    def one(state: TrainState, _: None) -> tuple[TrainState, None]:
+        sums = gradients(step, state.params, frozen, *batch)
+        assert {g.dtype for g in sums.grads.values()} == {jnp.dtype("float32")}
+        return update(tx, schedule, state, sums)[0], None
+
+    run = jax.jit(lambda state: jax.lax.scan(one, state, None, length=steps)[0], compiler_options=FAST_COMPILE)
+    after = run(new_state(before, tx, abstract)).params
+    return np.concatenate([np.abs(np.asarray(after[n]) - np.asarray(p)).ravel() for n, p in before.items()])
+
+
+def test_bfloat16_compute_moves_weights_as_far_as_float32(model, params, batch) -> None:  # type: ignore[no-untyped-def]
+    """Weights kept in bfloat16 would not move: a step of 1e-5 is far below half of their spacing."""
+    text = (batch[0][1:], TokenBatch(*(x[1:, :12] for x in batch[1])))
+    exact, got = (moved(model, params, text, dtype) for dtype in ("float32", "bfloat16"))
+    assert 1e-3 < exact.mean() < 2e-3  # 200 steps of 1e-5, where a word of the vocabulary is in the batch
+    assert got.mean() == pytest.approx(exact.mean(), rel=0.05)
+    assert (got > 0).mean() == pytest.approx((exact > 0).mean(), abs=0.01)
+
+
+def test_the_second_moment_reaches_its_value() -> None:
+    """After 3,000 steps of one gradient g it is (1 - 0.999^3000) g^2; kept in bfloat16 it would stop at half of that."""
+    params = {"llm.a.kernel": jnp.ones((3, 4))}
+    config = settings(clip_norm=100.0)
+    tx, schedule = optimizer(config, list(params), 3000), learning_rate(config, 3000)
+    state = TrainState(jnp.int32(0), params, tx.init(params))
+    gradient = {"llm.a.kernel": jnp.linspace(-0.3, 0.7, 12).reshape(3, 4)}
+    sums = Sums(jnp.float32(1), jnp.float32(1), gradient)
+    state = jax.jit(lambda s: jax.lax.scan(lambda s, _: (update(tx, schedule, s, sums)[0], None), s, None, 3000)[0])(
+        state
+    )
+    (second,) = (x.nu["llm.a.kernel"] for x in state.opt_state if hasattr(x, "nu"))
+    assert np.allclose(second, (1 - 0.999**3000) * np.square(gradient["llm.a.kernel"]), rtol=1e-3)
+
+
+def test_rates_follow_the_schedule() -> None:
+    """Warm-up over 3 of 10 steps, then constant or a cosine to 0."""
+    constant = learning_rate(settings(learning_rate=0.3, warmup=0.25, schedule="constant"), 10)
+    assert np.allclose([constant(i) for i in range(10)], [0, 0.1, 0.2, *[0.3] * 7])
+    cosine = learning_rate(settings(learning_rate=0.3, warmup=0.25), 10)
+    assert np.allclose(
+        [cosine(i) for i in range(11)],
+        [0, 0.1, 0.2, *(0.15 * (1 + math.cos(math.pi * i / 7)) for i in range(8))], atol=1e-7,
+    )  # fmt: skip
+    assert float(learning_rate(settings(learning_rate=0.3, warmup=0.0, schedule="constant"), 10)(0)) == np.float32(0.3)
+
+
 def test_padding_to_even_lengths_changes_nothing() -> None:
     """What cuDNN is given for the gradient of 729 patches: values and gradients against plain attention."""
     q, k, v, weight = (jax.random.normal(jax.random.key(i), (2, 7, 3, 8)) for i in range(4))
@@ -169,10 +233,11 @@ def test_padding_to_even_lengths_changes_nothing() -> None:
     def value(attention: Callable[..., jax.Array], *x: jax.Array) -> jax.Array:
         return jnp.sum(attention(*x) * weight)
 
-    plain = jax.value_and_grad(functools.partial(value, dense_attention), argnums=(0, 1, 2))(q, k, v)
-    padded = jax.value_and_grad(
-        functools.partial(value, lambda *x: padded_attention(*x, "xla")), argnums=(0, 1, 2)
-    )(q, k, v)  # fmt: skip
+    def gradient(attention: Callable[..., jax.Array]) -> object:
+        both = jax.value_and_grad(functools.partial(value, attention), argnums=(0, 1, 2))
+        return jax.jit(both, compiler_options=FAST_COMPILE)(q, k, v)
+
+    plain, padded = gradient(dense_attention), gradient(lambda *x: padded_attention(*x, "xla"))
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(padded), strict=True):
         assert np.allclose(a, b, rtol=1e-5, atol=1e-5)
 

@@ -7,8 +7,10 @@ wrong type) ends in one UserError that names the file and the field.
 
 from __future__ import annotations
 
+import functools
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
@@ -139,11 +141,14 @@ def read_yaml[T](path: Path, schema: type[T]) -> T:
 def check[T](raw: Any, schema: type[T], where: str | Path) -> T:
     """A parsed value as a `schema`: the first few fields that are wrong are named."""
     try:
-        return pydantic.TypeAdapter(schema).validate_python(raw, strict=True)
+        return _adapter(schema).validate_python(raw, strict=True)
     except pydantic.ValidationError as e:
         raise UserError(f"{where}: {problems(e)}") from None
     except RecursionError:
         raise UserError(f"{where}: nested too deeply") from None
+
+
+_adapter: Callable[[Any], Any] = functools.cache(pydantic.TypeAdapter)  # (making one takes longer than its checks)
 
 
 def problems(error: pydantic.ValidationError, limit: int = 3) -> str:

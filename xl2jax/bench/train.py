@@ -22,7 +22,7 @@ from xl2jax.training.config import TrainConfig, trained_names
 from xl2jax.training.loss import IGNORE, TokenBatch
 from xl2jax.training.sharding import batch_devices, batch_sharding, make_mesh, param_sharding
 from xl2jax.training.state import abstract_state, new_state, parameter_shapes
-from xl2jax.training.step import Params, StepConfig, Steps, learning_rate, optimizer
+from xl2jax.training.step import MASTER, Params, StepConfig, Steps, learning_rate, optimizer
 from xl2jax.training.telemetry import sample_flops
 
 
@@ -37,8 +37,6 @@ class TrainBenchArgs:
     """Samples that a device takes at a time."""
     train: Literal["lora", "lora+projector", "all"] = "lora"
     lora_rank: int = 64
-    param_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of what trains, with its optimizer state."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     fsdp: int | None = None
     tensor: int = 1
@@ -54,7 +52,7 @@ def train_rows(args: TrainBenchArgs) -> Iterator[dict[str, Any]]:
     model = PRESETS[args.preset]
     config = dataclasses.replace(
         TRAINING["stage4"], checkpoint="random", data=Path(), output=Path(), fsdp=args.fsdp, tensor=args.tensor,
-        param_dtype=args.param_dtype, compute_dtype=args.compute_dtype,
+        compute_dtype=args.compute_dtype,
         lora_rank=0 if args.train == "all" else args.lora_rank,
         train=("projector.*",) if args.train == "lora+projector" else None,
     )  # fmt: skip
@@ -63,7 +61,7 @@ def train_rows(args: TrainBenchArgs) -> Iterator[dict[str, Any]]:
     shapes = parameter_shapes(model, config.lora)
     names = trained_names(config, list(shapes))
     tx, schedule = optimizer(config, names, 1000), learning_rate(config, 1000)
-    abstract = abstract_state({n: shapes[n] for n in names}, tx, config.param_dtype, mesh)
+    abstract = abstract_state({n: shapes[n] for n in names}, tx, mesh)
     groups, rows = args.frames // FRAMES_PER_GROUP, args.rows * batch_devices(mesh)
     with jax.set_mesh(mesh):
         params = _random(config, shapes, set(names), mesh)
@@ -107,7 +105,7 @@ def _random(config: TrainConfig, shapes: dict[str, Any], trained: set[str], mesh
     """Normal values scaled by fan-in, ones for norms, zeros for biases and adapters' B; made in place on the mesh."""
     out = {}
     for number, (name, s) in enumerate(shapes.items()):
-        dtype = jnp.dtype(config.param_dtype if name in trained else config.compute_dtype)
+        dtype = jnp.dtype(MASTER if name in trained else config.compute_dtype)
         shape = s.shape
 
         def make(name: str = name, shape: Any = shape, dtype: Any = dtype, number: int = number) -> jax.Array:

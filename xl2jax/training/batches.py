@@ -10,21 +10,20 @@ one shape. Which samples a step holds does not depend on the devices.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import multiprocessing
-from collections.abc import Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from tqdm import tqdm
 
 from xl2jax.config import FRAMES_PER_GROUP
-from xl2jax.errors import UserError
 from xl2jax.layout import bucket
 from xl2jax.prompt import PromptTokenizer
 from xl2jax.training.records import Record
-from xl2jax.training.samples import open_media, read_frames, sample_tokens
+from xl2jax.training.samples import open_media, read_frames, sample_tokens, unusable
 from xl2jax.video import SampleConfig
+from xl2jax.workers import in_processes, in_threads
 
 _TOKEN_UNIT = 64  # lengths of rows are multiples of this
 _WINDOW = 32  # steps sorted by length together
@@ -44,8 +43,8 @@ class Probe:
 
     lengths: tuple[Length | None, ...]
     problems: dict[int, str]
-    cut: int
-    """Samples longer than the limit."""
+    cut: frozenset[int]
+    """Numbers of the records that are longer than the limit."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,25 +59,24 @@ class MicroBatch:
 def probe_records(
     records: Sequence[Record], sampling: SampleConfig, tokenizer: PromptTokenizer, visual_tokens: int, max_length: int,
     *, threads: int, workers: int = 0, progress: bool = False, decode_size: int | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> Probe:  # fmt: skip
     """Opens every record's media for its length; with `decode_size` it reads all frames as well.
 
-    In `workers` processes, or in `threads` threads of this one.
+    In `workers` processes, or in `threads` threads of this one. `check` is called after each record.
     """
     probe = _RecordProbe(sampling, tokenizer, visual_tokens, max_length, decode_size)
     label = "look at the data" if decode_size is None else "read the data"
-    pool: Executor
-    if workers:  # (multiprocessing.Pool would wait for ever for a worker that was killed)
-        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _set_probe, (probe,))
-    else:
-        pool = ThreadPoolExecutor(threads)
-    with pool:
-        answers = pool.map(_probe_in_worker if workers else probe, records, chunksize=8)
-        found = list(tqdm(answers, label, len(records), disable=not progress, unit="sample"))
+    answers = []
+    results = in_processes(workers, probe, records) if workers else in_threads(threads, probe, records)
+    with contextlib.closing(results):
+        for answer in tqdm(results, label, len(records), disable=not progress, unit="sample"):
+            answers.append(answer)
+            check()
     return Probe(
-        tuple(None if isinstance(x, str) else x[0] for x in found),
-        {i: x for i, x in enumerate(found) if isinstance(x, str)},
-        sum(not isinstance(x, str) and x[1] for x in found),
+        tuple(None if isinstance(x, str) else x[0] for x in answers),
+        {i: x for i, x in enumerate(answers) if isinstance(x, str)},
+        frozenset(i for i, x in enumerate(answers) if not isinstance(x, str) and x[1]),
     )
 
 
@@ -98,48 +96,34 @@ class _RecordProbe:
             tokens = sample_tokens(record, clip, self.tokenizer, self.visual_tokens, self.max_length)
             if self.decode_size is not None:
                 read_frames(record, clip, self.decode_size)
-        except UserError as e:
-            return str(e)
+        except Exception as e:
+            return unusable(e)
         groups = 0 if clip is None else len(clip.indices) // FRAMES_PER_GROUP
         return Length(groups, len(tokens.ids)), tokens.cut
 
 
-_in_worker: _RecordProbe
-"""A worker process's own, sent once: a real tokenizer is megabytes."""
-
-
-def _set_probe(probe: _RecordProbe) -> None:
-    global _in_worker
-    _in_worker = probe
-
-
-def _probe_in_worker(record: Record) -> tuple[Length, bool] | str:
-    return _in_worker(record)
-
-
 def plan_epoch(
-    lengths: Sequence[Length | None], batch: int, rows: int, seed: int, epoch: int, *, pack_to: int | None = None
+    lengths: Sequence[Length], batch: int, rows: int, seed: int, epoch: int, *, pack_to: int | None = None
 ) -> list[list[MicroBatch]]:
-    """The steps of one epoch, each a list of micro-batches: every usable sample once.
+    """The steps of one epoch, each a list of micro-batches: every sample once.
 
     A step has `batch` rows, the last of an epoch maybe fewer; `rows` of them make a micro-batch, the last maybe
     with empty rows. `pack_to` fills a row with several samples, up to that many tokens.
     """
     rng = np.random.default_rng([seed, epoch])
-    order = [int(i) for i in rng.permutation(len(lengths)) if lengths[i] is not None]
-    known = {i: x for i in order if (x := lengths[i]) is not None}
+    order = [int(i) for i in rng.permutation(len(lengths))]
     steps: list[list[tuple[int, ...]]] = []
     size = batch * _WINDOW
     for first in range(0, len(order), size):
-        window = sorted(order[first : first + size], key=lambda i: (known[i].groups, known[i].tokens))
-        filled: list[tuple[int, ...]] = [(i,) for i in window] if pack_to is None else _packed(window, known, pack_to)
+        window = sorted(order[first : first + size], key=lambda i: (lengths[i].groups, lengths[i].tokens))
+        filled: list[tuple[int, ...]] = [(i,) for i in window] if pack_to is None else _packed(window, lengths, pack_to)
         steps += [filled[start : start + batch] for start in range(0, len(filled), batch)]
 
     def micro_batch(part: list[tuple[int, ...]]) -> MicroBatch:
         return MicroBatch(
             rows=(*part, *[()] * (rows - len(part))),
-            groups=bucket(max(max(sum(known[i].groups for i in row) for row in part), 1)),
-            tokens=bucket(max(sum(known[i].tokens for i in row) for row in part), _TOKEN_UNIT),
+            groups=bucket(max(max(sum(lengths[i].groups for i in row) for row in part), 1)),
+            tokens=bucket(max(sum(lengths[i].tokens for i in row) for row in part), _TOKEN_UNIT),
         )
 
     return [
@@ -148,11 +132,11 @@ def plan_epoch(
     ]
 
 
-def _packed(window: list[int], known: dict[int, Length], limit: int) -> list[tuple[int, ...]]:
+def _packed(window: list[int], lengths: Sequence[Length], limit: int) -> list[tuple[int, ...]]:
     """First fit, longest samples first."""
     bins: list[tuple[int, list[int]]] = []
     for i in reversed(window):
-        tokens = known[i].tokens
+        tokens = lengths[i].tokens
         for n, (used, members) in enumerate(bins):
             if used + tokens <= limit:
                 members.append(i)

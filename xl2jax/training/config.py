@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -69,10 +70,9 @@ class TrainConfig:
     """Samples (rows, where packed) of an optimizer step."""
     micro_batch: int = 1
     """Rows that a device takes at a time; the rest of --global-batch is accumulated."""
-    param_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of master weights and optimizer state."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of the forward and backward pass, and of what is frozen."""
+    """Of the forward and backward pass, and of what is frozen. What trains, its gradients' sum and its optimizer state
+    are float32: in bfloat16 a step of these rates is less than half the distance to the next number."""
     remat: bool = True
     """Recomputes each layer in the backward pass."""
     seed: int = 0
@@ -103,6 +103,8 @@ class TrainConfig:
 
     dry_run: bool = False
     """Prints the plan and stops before weights or media are read."""
+    strict: bool = False
+    """Refuses data of which a sample cannot be used, in place of skipping it."""
     validate_data: bool = False
     """Reads all data once, reports, and stops."""
 
@@ -137,8 +139,8 @@ class TrainConfig:
         given = [x is not None for x in (self.coordinator, self.processes, self.process)]
         if any(given) and not all(given):
             raise UserError("--coordinator, --processes and --process go together")
-        if self.export is not None and self.export.exists():
-            raise UserError(f"{self.export}: already exists; choose another place or remove it first")
+        if self.export is not None:
+            _check_new_folder(self.export)
 
     def part_rates(self) -> list[tuple[str, float]]:
         """(pattern, peak rate) pairs of `rates`."""
@@ -153,6 +155,15 @@ class TrainConfig:
                 raise UserError(f"--rates {text!r} is not PATTERN=RATE")
             out.append((pattern, value))
         return out
+
+
+def _check_new_folder(path: Path) -> None:
+    """Raises UserError unless a folder can be made there: asked before training, not behind it."""
+    if os.path.lexists(path):
+        raise UserError(f"{path}: already exists; choose another place or remove it first")
+    above = next(p for p in path.absolute().parents if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: cannot be made in {above} (not a folder that can be written to)")
 
 
 _EVERYTHING = TrainConfig(checkpoint=tyro.MISSING, data=tyro.MISSING, output=tyro.MISSING)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import TypedDict
 
 import grain
@@ -11,13 +11,13 @@ import numpy as np
 from absl import flags
 
 from xl2jax.config import FRAMES_PER_GROUP
-from xl2jax.errors import UserError
 from xl2jax.prompt import PromptTokenizer
 from xl2jax.training.batches import MicroBatch
 from xl2jax.training.loss import IGNORE
 from xl2jax.training.records import Record
-from xl2jax.training.samples import open_media, read_frames, sample_tokens
+from xl2jax.training.samples import open_media, read_frames, sample_tokens, unusable
 from xl2jax.video import SampleConfig
+from xl2jax.workers import ignore_interrupts
 
 
 class Arrays(TypedDict):
@@ -58,8 +58,8 @@ class Loader:
                     clip = open_media(record, self.sampling)
                     tokens = sample_tokens(record, clip, self.tokenizer, self.visual_tokens, self.max_length)
                     own = read_frames(record, clip, size)
-                except UserError as e:
-                    failed.append(f"{record.id}: {e}")
+                except Exception as e:
+                    failed.append(f"{record.id}: {unusable(e)}")
                     continue
                 here = slice(t, t + len(tokens.ids))
                 if here.stop > batch.tokens or f + len(own) > frames.shape[1]:
@@ -79,8 +79,8 @@ class Loader:
 
 def read_ahead(
     plan: Sequence[MicroBatch], loader: Loader, start: int, *, process: int, processes: int, workers: int, threads: int
-) -> Iterator[Arrays]:
-    """This process's rows of `plan[start:]`, in order.
+) -> Generator[Arrays]:
+    """This process's rows of `plan[start:]`, in order. To be closed: what was read ahead and not taken is then freed.
 
     `workers` processes each read with `threads` threads; 0 workers: threads of this process.
     """
@@ -93,5 +93,11 @@ def read_ahead(
     if workers:
         if not flags.FLAGS.is_parsed():  # grain reads absl flags before it starts processes
             flags.FLAGS.mark_as_parsed()
-        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
-    return iter(stream)
+        stream = stream.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2), ignore_interrupts
+        )
+    iterator = iter(stream)
+    try:
+        yield from iterator
+    finally:
+        iterator.close()

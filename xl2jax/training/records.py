@@ -8,27 +8,29 @@
       "conversations": [{"from": "human", "value": "<image>\\nWho speaks?"}, {"from": "gpt", "value": "Ada."}]}]
 
 `image` in place of `video` is one picture; with neither the record is text. Media paths are relative to
-the media root, by default the folder of the JSON file.
+the media root, by default the folder of the JSON file. A file whose name ends in `.jsonl` has one record a line.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import io
 import math
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import yaml
+import pydantic
 
 from xl2jax.errors import UserError
+from xl2jax.schema import Schema, check, parse_json, read_bytes, read_json, read_yaml
 
 IMAGE = "<image>"
 
 _ROLES = {"human": "user", "gpt": "assistant"}
-_SHOWN = 3  # problems named in one error
+_SHOWN = 80  # characters of an id that messages show
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,89 +38,146 @@ class Record:
     """One sample. `turns` are (user | assistant, text), the first without its leading `<image>`."""
 
     id: str
+    """Names the sample in messages; several may have the same."""
     kind: Literal["video", "image", "text"]
     media: Path | None
     turns: tuple[tuple[str, str], ...]
     scale: float
+    """Factor on the times of the frames."""
 
 
-def read_records(path: Path, seed: int, media_root: Path | None = None) -> list[Record]:
+@dataclasses.dataclass(frozen=True)
+class RecordSet:
+    """The records that are well formed, and one line for each that is not."""
+
+    records: list[Record]
+    malformed: list[str]
+
+
+def _usable_name(name: str) -> str:
+    if not name.strip() or "\0" in name:
+        raise ValueError("should be the name of a file")
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        raise ValueError("should be a name that files can have") from None
+    return name
+
+
+type _FileName = Annotated[str, pydantic.AfterValidator(_usable_name)]
+
+
+class _Set(Schema):
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    json_path: _FileName
+    sampling_strategy: str = "all"
+
+
+class _Sets(Schema):
+    datasets: list[_Set] = pydantic.Field(min_length=1)
+
+
+class _Turn(Schema):
+    speaker: Literal["human", "gpt"] = pydantic.Field(alias="from")
+    value: str
+
+
+class _Row(Schema):
+    id: str | int | float | None = None
+    video: _FileName | None = None
+    image: _FileName | None = None
+    scale: float = pydantic.Field(1.0, gt=0, le=1e6)
+    conversations: list[_Turn] = pydantic.Field(min_length=1)
+
+    @pydantic.field_validator("image", mode="before")
+    @classmethod
+    def _one_image(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            raise ValueError("several images are not supported")
+        return value
+
+    @pydantic.model_validator(mode="after")
+    def _turns_alternate(self) -> _Row:
+        for number, turn in enumerate(self.conversations):
+            expected = ("human", "gpt")[number % 2]
+            if turn.speaker != expected:
+                raise ValueError(f"turn {number + 1} is from {turn.speaker}, expected {expected} (turns alternate)")
+        if len(self.conversations) % 2:
+            raise ValueError(f"{len(self.conversations)} turns: the last human turn has no answer")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _media_has_its_place(self) -> _Row:
+        if self.video is not None and self.image is not None:
+            raise ValueError("has both a video and an image")
+        places = sum(turn.value.count(IMAGE) for turn in self.conversations)
+        if self.video is None and self.image is None:
+            if places:
+                raise ValueError(f"{IMAGE} without a video or an image")
+        elif not self.conversations[0].value.startswith(IMAGE):
+            raise ValueError(f"the first human turn does not start with {IMAGE}")
+        elif places > 1:
+            raise ValueError(f"{places} times {IMAGE}, expected one")
+        return self
+
+
+def read_records(path: Path, seed: int, media_root: Path | None = None) -> RecordSet:
     """All records that a YAML file (or one JSON file) names, in its order.
 
-    `random:N` draws with `seed` and the number of the data set.
+    `random:N` draws with `seed` and the number of the data set. A record that is malformed is left out and named.
 
     Raises:
-      UserError: a file is missing or malformed, a record is wrong (the first few are named), nothing is left.
+      UserError: a file is missing or malformed as a whole, or not one record is well formed.
     """
-    sets = [{"json_path": path.name}] if path.suffix in (".json", ".jsonl") else _yaml_sets(path)
+    single = path.suffix in (".json", ".jsonl")
+    sets = [_Set(json_path=path.name)] if single else read_yaml(path, _Sets).datasets
     records: list[Record] = []
-    problems: list[str] = []
+    malformed: list[str] = []
+    roots: set[Path] = set()
     for number, entry in enumerate(sets):
-        where = f"{path}: data set {number + 1}"
-        if not isinstance(entry, dict) or not isinstance(entry.get("json_path"), str):
-            raise UserError(f"{where}: has no json_path")
-        unknown = sorted(set(entry) - {"json_path", "sampling_strategy"})
-        if unknown:
-            raise UserError(f"{where}: unknown field {', '.join(map(str, unknown))}")
-        file = path.parent / entry["json_path"]
-        rows = _sampled(
-            _json_rows(file), entry.get("sampling_strategy", "all"), random.Random(f"{seed} {number}"), where
-        )
-        for index, row in rows:
+        file = path.parent / entry.json_path
+        root = media_root or file.parent
+        roots.add(root)
+        rng, where = random.Random(f"{seed} {number}"), f"{path}: data set {number + 1}"
+        for index, row in _sampled(_rows(file), entry.sampling_strategy, rng, where):
             try:
-                records.append(_record(row, str(index), media_root or file.parent))
-            except ValueError as e:
-                name = f" (id {row['id']})" if isinstance(row, dict) and "id" in row else ""
-                problems.append(f"{file}: record {index}{name}: {e}")
-    if problems:
-        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        raise UserError("; ".join(problems[:_SHOWN]) + more)
+                records.append(_record(row, index, root, file))
+            except UserError as e:
+                malformed.append(str(e))
+    records, misplaced = _without_folders_of_media(records, roots)
+    malformed += misplaced
     if not records:
-        raise UserError(f"{path}: the data set is empty")
-    return records
+        raise UserError(f"{path}: the data set is empty{f' ({malformed[0]})' if malformed else ''}")
+    return RecordSet(records, malformed)
 
 
-def _yaml_sets(path: Path) -> list[Any]:
-    text = _text(path)
-    try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as e:
-        raise UserError(f"{path}: not YAML ({e})") from None
-    sets = raw.get("datasets") if isinstance(raw, dict) else None
-    if not isinstance(sets, list) or not sets:
-        raise UserError(f"{path}: no list `datasets`")
-    return sets
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: cannot be read ({e})") from None
-
-
-def _json_rows(path: Path) -> list[Any]:
-    text = _text(path)
-    try:
-        if path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-        else:
-            rows = json.loads(text)
-    except json.JSONDecodeError as e:
-        raise UserError(f"{path}: not JSON ({e})") from None
-    if not isinstance(rows, list):
-        raise UserError(f"{path}: not a list of records")
+def _rows(path: Path) -> list[Any]:
+    """The rows of a JSON or JSONL file. What stands for a line of JSONL that is not JSON is the error that says so."""
+    if path.suffix != ".jsonl":
+        return read_json(path, list[Any], max_bytes=None)
+    rows: list[Any] = []
+    for line in io.BytesIO(read_bytes(path, max_bytes=None)):  # a line of JSONL ends at \n and nowhere else
+        if line.strip():
+            try:
+                rows.append(parse_json(line, object, f"{path}: record {len(rows)}"))
+            except UserError as e:
+                rows.append(e)
     return rows
 
 
-def _sampled(rows: list[Any], strategy: Any, rng: random.Random, where: str) -> Iterator[tuple[int, Any]]:
+def _short(value: Any) -> str:
+    """One line that names something, whatever it is."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+
+
+def _sampled(rows: list[Any], strategy: str, rng: random.Random, where: str) -> Iterator[tuple[int, Any]]:
     """(index in the file, row) of the rows that a sampling strategy leaves."""
     indexed = list(enumerate(rows))
     if strategy == "all":
         return iter(indexed)
-    kind, _, amount = str(strategy).partition(":")
+    kind, _, amount = strategy.partition(":")
     try:
         share = amount.endswith("%")
         value = float(amount[:-1]) if share else int(amount)
@@ -126,7 +185,7 @@ def _sampled(rows: list[Any], strategy: Any, rng: random.Random, where: str) -> 
             raise ValueError
     except ValueError:
         raise UserError(
-            f"{where}: sampling_strategy {strategy!r} is none of all, first:N, end:N, random:N (N or N%)"
+            f"{where}: sampling_strategy {_short(strategy)!r} is none of all, first:N, end:N, random:N (N or N%)"
         ) from None
     count = math.ceil(len(rows) * value / 100) if share else int(value)
     if kind == "random":
@@ -134,44 +193,42 @@ def _sampled(rows: list[Any], strategy: Any, rng: random.Random, where: str) -> 
     return iter(indexed[max(len(indexed) - count, 0) :] if kind == "end" else indexed[:count])
 
 
-def _record(row: Any, index: str, root: Path) -> Record:
-    """Raises ValueError with what is wrong."""
-    if not isinstance(row, dict):
-        raise ValueError("not an object")
-    media = {kind: row[kind] for kind in ("video", "image") if row.get(kind) is not None}
-    if len(media) == 2:
-        raise ValueError("has both a video and an image")
-    kind, name = next(iter(media.items()), ("text", None))
-    if name is not None and not isinstance(name, str):
-        raise ValueError(f"{kind} is not one path" + (" (several images are not supported)" if kind == "image" else ""))
-    scale = row.get("scale", 1.0)
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
-        raise ValueError(f"scale {scale!r} is not a positive number")
-    turns = _turns(row.get("conversations"))
-    found = sum(text.count(IMAGE) for _, text in turns)
-    if name is None and found:
-        raise ValueError(f"{IMAGE} without a video or an image")
-    if name is not None:
-        if not turns[0][1].startswith(IMAGE):
-            raise ValueError(f"the first human turn does not start with {IMAGE}")
-        if found > 1:
-            raise ValueError(f"{found} times {IMAGE}, expected one")
-        turns[0] = (turns[0][0], turns[0][1].removeprefix(IMAGE))
-    path = None if name is None else root / name
-    return Record(str(row.get("id", index)), kind, path, tuple(turns), float(scale))  # type: ignore[arg-type]
+def _record(row: Any, index: int, root: Path, file: Path) -> Record:
+    """Raises UserError with what is wrong."""
+    if isinstance(row, UserError):
+        raise row
+    name = f" (id {_short(row['id'])})" if isinstance(row, dict) and "id" in row else ""
+    checked = check(row, _Row, f"{file}: record {index}{name}")
+    kind: Literal["video", "image", "text"] = "video" if checked.video else "image" if checked.image else "text"
+    media = checked.video or checked.image
+    turns = [(_ROLES[turn.speaker], turn.value) for turn in checked.conversations]
+    turns[0] = (turns[0][0], turns[0][1].removeprefix(IMAGE))
+    identifier = _short(index if checked.id is None else checked.id)
+    return Record(identifier, kind, None if media is None else root / media, tuple(turns), checked.scale)
 
 
-def _turns(raw: Any) -> list[tuple[str, str]]:
-    if not isinstance(raw, list) or not raw:
-        raise ValueError("has no conversations")
-    turns = []
-    for number, turn in enumerate(raw):
-        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str) or turn.get("from") not in _ROLES:
-            raise ValueError(f"turn {number + 1} is not {{from: human | gpt, value: text}}")
-        expected = ("human", "gpt")[number % 2]
-        if turn["from"] != expected:
-            raise ValueError(f"turn {number + 1} is from {turn['from']}, expected {expected} (turns alternate)")
-        turns.append((_ROLES[turn["from"]], turn["value"]))
-    if len(turns) % 2:
-        raise ValueError(f"{len(turns)} turns: the last human turn has no answer")
-    return turns
+def _without_folders_of_media(records: list[Record], roots: set[Path]) -> tuple[list[Record], list[str]]:
+    """The records without those whose video is a media root or a folder that holds videos of other records.
+
+    A video may be a folder of frames; these are folders by mistake, and pictures that lie there are not its frames.
+    """
+    holders: set[str] = set()
+
+    def add(folder: str) -> None:
+        while folder not in holders:
+            holders.add(folder)
+            folder = os.path.dirname(folder)
+
+    places = [os.path.abspath(r.media) if r.kind == "video" and r.media is not None else None for r in records]
+    for root in roots:
+        add(os.path.abspath(root))
+    for place in places:
+        if place is not None:
+            add(os.path.dirname(place))
+    kept, misplaced = [], []
+    for record, place in zip(records, places, strict=True):
+        if place in holders:
+            misplaced.append(f"sample {record.id}: {record.media} is the folder of other media, not a video")
+        else:
+            kept.append(record)
+    return kept, misplaced

@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 from xl2jax.config import FRAMES_PER_GROUP, VideoXL2Config
 from xl2jax.training.batches import Probe
 from xl2jax.training.config import TrainConfig
-from xl2jax.training.records import Record
+from xl2jax.training.records import Record, RecordSet
 from xl2jax.training.sharding import batch_devices, param_spec
-from xl2jax.training.step import StepConfig
+from xl2jax.training.step import MASTER, StepConfig
 
 _PARTS = ("vision", "dts", "projector", "llm")
 
@@ -34,7 +34,7 @@ def memory_per_device(
 ) -> dict[str, float]:
     """Bytes by purpose. Activations are an estimate for the longest sample: what remat keeps, one layer's
     intermediate values, and the logits of a block."""
-    master, compute = jnp.dtype(config.param_dtype).itemsize, jnp.dtype(config.compute_dtype).itemsize
+    master, compute = jnp.dtype(MASTER).itemsize, jnp.dtype(config.compute_dtype).itemsize
     own = {n: _share(n, s.shape, mesh) for n, s in shapes.items()}
     training = sum(own[n] for n in trained)
     gradient = training * (2.0 if config.global_batch > config.micro_batch * batch_devices(mesh) else 1.0)
@@ -63,7 +63,7 @@ def _activations(config: TrainConfig, model: VideoXL2Config, itemsize: int) -> f
 
 def plan_report(
     config: TrainConfig, step: StepConfig, shapes: Mapping[str, jax.ShapeDtypeStruct], trained: Sequence[str], mesh: Mesh,
-    samples: int,
+    data: RecordSet,
 ) -> str:  # fmt: skip
     """Parameters by part, memory of a device, steps."""
     lines = [f"{'part':24} {'parameters':>14} {'trained':>14}"]
@@ -78,6 +78,7 @@ def plan_report(
     lines += ["", "memory of a device"]
     lines += [f"{name:24} {size / 2**30:10.3f} GiB" for name, size in {**memory, "all": sum(memory.values())}.items()]
     micro = config.micro_batch * batch_devices(mesh)
+    samples = len(data.records)
     steps = config.epochs * math.ceil(samples / config.global_batch)
     steps = min(steps, config.max_steps or steps)
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
@@ -88,18 +89,22 @@ def plan_report(
         f"step                     {config.global_batch} rows = {config.global_batch // micro} micro-batches of {micro}",
         f"steps                    {steps:,} in {config.epochs} epochs",
     ]
+    if data.malformed:
+        lines.append(f"malformed records        {len(data.malformed):,} are skipped, such as {data.malformed[0]}")
     if config.preset == "stage1":
         lines.append("stage1                   trains DTS through the language loss (upstream's own is not public)")
     return "\n".join(lines)
 
 
-def data_report(records: Sequence[Record], probe: Probe) -> str:
-    """What --validate-data found."""
-    lines = [f"sample {records[i].id}: {reason}" for i, reason in probe.problems.items()]
+def data_report(records: Sequence[Record], malformed: Sequence[str], probe: Probe) -> str:
+    """What --validate-data found: of records that are well formed, and one line for each that is not."""
+    lines = [*malformed, *(f"sample {records[i].id}: {reason}" for i, reason in probe.problems.items())]
     good = [x for x in probe.lengths if x is not None]
     kinds = {k: sum(r.kind == k for r in records) for k in ("video", "image", "text")}
+    if malformed:
+        lines.append(f"{len(malformed)} malformed records")
     lines.append(f"{len(records)} samples ({', '.join(f'{n} {k}' for k, n in kinds.items() if n)})")
-    lines.append(f"{len(good)} can be used, {len(probe.problems)} cannot, {probe.cut} are cut at the length limit")
+    lines.append(f"{len(good)} can be used, {len(probe.problems)} cannot, {len(probe.cut)} are cut at the length limit")
     if good:
         tokens, groups = [x.tokens for x in good], [x.groups for x in good]
         lines.append(f"tokens {min(tokens)} to {max(tokens)}, mean {sum(tokens) / len(good):.0f}")

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
 import logging
 import math
-import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import jax
 import numpy as np
 import optax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -25,60 +20,43 @@ from xl2jax.config import VideoXL2Config
 from xl2jax.errors import UserError
 from xl2jax.prompt import PromptTokenizer
 from xl2jax.sources import find_checkpoint
-from xl2jax.training.batches import Length, MicroBatch, Probe, plan_epoch, probe_records
+from xl2jax.training.batches import MicroBatch, Probe, plan_epoch, probe_records
 from xl2jax.training.config import TrainConfig, trained_names
+from xl2jax.training.fingerprint import digest
+from xl2jax.training.identity import ORDER, SAMPLES, order_digest, refuse_other_settings, settings_of
+from xl2jax.training.lengths import Sample, differences, measure, read_lengths, samples_digest, write_lengths
 from xl2jax.training.loader import Arrays, Loader, read_ahead
 from xl2jax.training.loss import TokenBatch
-from xl2jax.training.records import Record, read_records
+from xl2jax.training.processes import from_main, is_main, locked
+from xl2jax.training.records import Record, RecordSet, read_records
 from xl2jax.training.report import data_report, plan_report
 from xl2jax.training.sharding import batch_devices, batch_sharding, check_tensor, make_mesh
-from xl2jax.training.state import (
-    Checkpoints,
-    abstract_state,
-    export,
-    load_parameters,
-    new_state,
-    parameter_shapes,
-    write_json,
-)
+from xl2jax.training.signals import Signals
+from xl2jax.training.state import Checkpoints, abstract_state, export, load_parameters, new_state, parameter_shapes
 from xl2jax.training.step import Metrics, Params, StepConfig, Steps, TrainState, learning_rate, optimizer
 from xl2jax.training.telemetry import Telemetry, sample_flops
 
 logger = logging.getLogger(__name__)
 
-TERMINATED = 128 + signal.SIGTERM
-"""Exit status of a run that SIGTERM stopped after it was saved."""
-
-# What may differ between the run that wrote a checkpoint and the one that goes on from it.
-_FREE = {
-    "output", "fsdp", "tensor", "coordinator", "processes", "process", "workers", "threads", "save_every", "keep",
-    "export", "export_dtype", "tensorboard", "wandb", "dry_run", "validate_data", "preset", "micro_batch", "checkpoint", "data", "media_root",
-}  # fmt: skip
-
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """What is known before weights are read."""
+    """What is known before weights and media are read."""
 
     config: TrainConfig
     folder: Path
     step: StepConfig
     tokenizer: PromptTokenizer
-    records: list[Record]
+    data: RecordSet
     mesh: Mesh
     shapes: dict[str, jax.ShapeDtypeStruct]
     trained: list[str]
+    signals: Signals
 
     @property
     def rows(self) -> int:
         """Rows of a micro-batch, over all devices."""
         return self.config.micro_batch * batch_devices(self.mesh)
-
-    @functools.cached_property
-    def data_key(self) -> str:
-        """Hash of all that the tokens and frames of the samples follow from."""
-        records = [(str(r.media), r.kind, r.turns, r.scale) for r in self.records]
-        return _digest(records, self.config.sampling(), self.config.max_length, self.tokenizer.tokenizer.to_str())
 
 
 def train(config: TrainConfig) -> int:
@@ -88,48 +66,37 @@ def train(config: TrainConfig) -> int:
         # On CPUs programs that are in flight together would mix up their collectives.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
         jax.distributed.initialize(config.coordinator, config.processes, config.process)
-    run = _prepare(config)
-    if _is_main():
-        print(plan_report(config, run.step, run.shapes, run.trained, run.mesh, len(run.records)))
-    else:
-        logging.getLogger("xl2jax").setLevel(logging.WARNING)
-    if config.dry_run:
-        return 0
-    if config.validate_data:
-        return _validate(run)
-    try:
-        config.output.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"{config.output}: cannot be made ({e.strerror})") from None
-    lengths = _lengths(run)
-    pack_to = config.max_length if config.packing else None
-    plan = [
-        step
-        for epoch in range(config.epochs)
-        for step in plan_epoch(lengths, config.global_batch, run.rows, config.seed, epoch, pack_to=pack_to)
-    ]
-    with jax.set_mesh(run.mesh):
-        return _steps(run, plan[: config.max_steps], lengths)
+    with Signals() as signals, contextlib.ExitStack() as held:
+        run = _prepare(config, signals)
+        if is_main():
+            print(plan_report(config, run.step, run.shapes, run.trained, run.mesh, run.data))
+        else:
+            logging.getLogger("xl2jax").setLevel(logging.WARNING)
+        if config.dry_run:
+            return 0
+        if config.validate_data:
+            return _validate(run)
+        from_main(lambda: held.enter_context(locked(config.output)))
+        with jax.set_mesh(run.mesh):
+            return _train(run)
 
 
-def _is_main() -> bool:
-    return jax.process_index() == 0
-
-
-def _prepare(config: TrainConfig) -> _Run:
+def _prepare(config: TrainConfig, signals: Signals) -> _Run:
     """Everything that can be refused before media or weights are read."""
     folder = find_checkpoint(config.checkpoint)
     model = VideoXL2Config.from_hf(folder)
     tokenizer = PromptTokenizer.load(folder, model.llm.vocab)
     mesh = make_mesh(config.fsdp, config.tensor)
     check_tensor(model, config.tensor)
-    records = read_records(config.data, config.seed, config.media_root)
-    images = sum(r.kind == "image" for r in records)
-    if images and _is_main():
+    data = read_records(config.data, config.seed, config.media_root)
+    if config.strict:
+        _refuse_skipping(data.malformed)
+    images = sum(r.kind == "image" for r in data.records)
+    if images and is_main():
         logger.info("%d image samples: one view each; upstream's anyres tiles (unires) are not implemented", images)
     shapes = parameter_shapes(model, config.lora)
     step = StepConfig(model, config.lora, config.compute_dtype, config.remat)
-    run = _Run(config, folder, step, tokenizer, records, mesh, shapes, trained_names(config, list(shapes)))
+    run = _Run(config, folder, step, tokenizer, data, mesh, shapes, trained_names(config, list(shapes)), signals)
     if config.global_batch % run.rows:
         raise UserError(
             f"--global-batch {config.global_batch} is not a multiple of {run.rows} "
@@ -140,116 +107,114 @@ def _prepare(config: TrainConfig) -> _Run:
     return run
 
 
+def _train(run: _Run) -> int:
+    """Reads what the output folder holds, measures the data, trains and exports."""
+    config = run.config
+    identity = settings_of(config, run.step.model, run.tokenizer, run.folder)
+    with Checkpoints(config.output, config.keep) as checkpoints:
+        before = checkpoints.identity()
+        if before is not None:
+            refuse_other_settings(config.output, before, identity)
+        samples = from_main(lambda: _samples(run, before))
+        pack_to = config.max_length if config.packing else None
+        lengths = [x.length for x in samples]
+        plan = [
+            step
+            for epoch in range(config.epochs)
+            for step in plan_epoch(lengths, config.global_batch, run.rows, config.seed, epoch, pack_to=pack_to)
+        ][: config.max_steps]
+        identity |= {SAMPLES: samples_digest(samples), ORDER: order_digest(plan)}
+        if before is not None:
+            refuse_other_settings(config.output, before, identity)
+        state = _steps(run, plan, samples, checkpoints, identity)
+    if state is None:
+        return run.signals.status
+    if config.export is not None:
+        export(config.export, run.step, state.params, config.export_dtype, run.folder)
+        logger.info("wrote %s", config.export)
+    return 0
+
+
 # --- data -------------------------------------------------------------------------------------
 
 
-def _probe(run: _Run, decode_size: int | None = None) -> Probe:
+def _probe(run: _Run, records: list[Record], decode_size: int | None = None) -> Probe:
     return probe_records(
-        run.records, run.config.sampling(), run.tokenizer, run.step.model.visual_tokens, run.config.max_length,
-        threads=run.config.threads, workers=run.config.workers, progress=_is_main(), decode_size=decode_size,
+        records, run.config.sampling(), run.tokenizer, run.step.model.visual_tokens, run.config.max_length,
+        threads=run.config.threads, workers=run.config.workers, progress=is_main(), decode_size=decode_size,
+        check=run.signals.check,
     )  # fmt: skip
 
 
 def _validate(run: _Run) -> int:
-    probe = _probe(run, run.step.model.vision.image_size)
-    print(data_report(run.records, probe))
-    return 1 if probe.problems else 0
+    probe = _probe(run, run.data.records, run.step.model.vision.image_size)
+    print(data_report(run.data.records, run.data.malformed, probe))
+    return 1 if probe.problems or run.data.malformed else 0
 
 
-def _lengths(run: _Run) -> Sequence[Length | None]:
-    """Lengths of all records, kept in the output folder: a resumed run plans the same batches."""
-    path = run.config.output / "lengths.json"
-    found = None
-    if _is_main():
-        try:
-            stored = json.loads(path.read_text())
-            if stored["key"] == run.data_key:
-                found = stored["lengths"]
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
-        if found is None:
-            probe = _probe(run)
-            found = [None if x is None else [x.groups, x.tokens] for x in probe.lengths]
-            for i, reason in probe.problems.items():
-                logger.warning("skipped sample %s: %s", run.records[i].id, reason)
-            if probe.problems:
-                logger.warning("%d of %d samples are skipped", len(probe.problems), len(run.records))
-            if probe.cut:
-                logger.warning("%d samples are longer than %d tokens: cut", probe.cut, run.config.max_length)
-            write_json(path, {"key": run.data_key, "lengths": found})
-    if jax.process_count() > 1:  # all processes plan from the same lengths
-        flat = np.zeros((len(run.records), 2), np.int32)
-        if found is not None:
-            flat[:] = [x or (-1, -1) for x in found]
-        found = [None if g < 0 else [g, t] for g, t in multihost_utils.broadcast_one_to_all(flat).tolist()]
-    assert found is not None
-    if not any(found):
-        raise UserError(f"{run.config.data}: not one sample can be used")
-    return [None if x is None else Length(*x) for x in found]
+def _refuse_skipping(skipped: Sequence[str]) -> None:
+    if skipped:
+        more = f"; and {len(skipped) - 3} more" if len(skipped) > 3 else ""
+        raise UserError(f"--strict: {len(skipped)} samples cannot be used: {'; '.join(skipped[:3])}{more}")
 
 
-def _digest(*values: Any) -> str:
-    return hashlib.blake2b(repr(values).encode(), digest_size=8).hexdigest()
+def _samples(run: _Run, before: dict[str, str] | None) -> list[Sample]:
+    """All samples that can be used. What is skipped is said; `before` is the identity of the run that goes on.
+
+    Raises UserError if none is left, if --strict allows no skipping, or if they are not those that the run began with.
+    """
+    config, data = run.config, run.data
+    settings = digest(
+        config.sampling(), config.max_length, run.step.model.visual_tokens, run.tokenizer.tokenizer.to_str()
+    )
+    stored = read_lengths(config.output)
+    measured = measure(data.records, settings, stored, functools.partial(_probe, run), config.threads)
+    skipped = [*(f"malformed: {x}" for x in data.malformed), *measured.problems]
+    if config.strict:
+        _refuse_skipping(skipped)
+    for line in skipped:
+        logger.warning("skipped %s", line)
+    if skipped:
+        logger.warning(
+            "%d of %d samples are skipped: %d are malformed, %d cannot be read", len(skipped),
+            len(data.malformed) + len(data.records), len(data.malformed), len(measured.problems),
+        )  # fmt: skip
+    if measured.cut:
+        logger.warning("%d samples are longer than %d tokens: cut", measured.cut, config.max_length)
+    if not measured.samples:
+        raise UserError(f"{config.data}: not one sample can be used")
+    if before is not None and before.get(SAMPLES) != samples_digest(measured.samples):
+        raise UserError(
+            f"{config.output}: the samples are not those that this run began with: "
+            f"{differences(stored, measured.stored)}; put them back as they were or choose another --output"
+        )
+    if measured.stored != stored:
+        write_lengths(config.output, measured.stored)
+    return measured.samples
 
 
 # --- steps ------------------------------------------------------------------------------------
 
 
-def _identity(run: _Run, plan: list[list[MicroBatch]]) -> dict[str, str]:
-    """What a checkpoint belongs to: settings that shape the result, and the samples of every step."""
-    settings = {k: str(v) for k, v in dataclasses.asdict(run.config).items() if k not in _FREE}
-    order = [[row for micro in step for row in micro.rows if row] for step in plan]
-    return {**settings, "checkpoint": str(run.folder.resolve()), "data": run.data_key, "order": _digest(order)}
-
-
 def _start(
-    run: _Run,
-    abstract: TrainState,
-    tx: optax.GradientTransformation,
-    checkpoints: Checkpoints,
-    identity: dict[str, str],
+    run: _Run, abstract: TrainState, tx: optax.GradientTransformation, checkpoints: Checkpoints
 ) -> tuple[TrainState, Params]:
     """The state to begin or go on with, and what is frozen."""
-    trained = dict.fromkeys(run.trained, run.config.param_dtype)
+    trained = set(run.trained)
     resumed = checkpoints.latest is not None
     if resumed:
-        state, stored = checkpoints.restore(abstract)
-        changed = sorted(k for k in identity if stored.get(k) != identity[k])
-        if changed:
-            what = ", ".join(f"{k} {stored.get(k)} -> {identity[k]}" for k in changed)
-            raise UserError(f"{run.config.output}: holds a run with other settings ({what}); choose another --output")
+        state = checkpoints.restore(abstract)
         logger.info("resumed from step %d of %s", int(state.step), run.config.output)
         if len(trained) == len(run.shapes):
             return state, {}
     wanted = {n for n in run.shapes if not (resumed and n in trained)}
-    loaded = load_parameters(run.folder, run.step, trained, run.mesh, run.config.seed, wanted, progress=_is_main())
+    loaded = load_parameters(
+        run.folder, run.step, trained, run.mesh, run.config.seed, wanted, progress=is_main(), check=run.signals.check
+    )
     frozen = {n: p for n, p in loaded.items() if n not in trained}
     if not resumed:
         state = new_state({n: loaded[n] for n in run.trained}, tx, abstract)
     return state, frozen
-
-
-class _Stop:
-    """Set by SIGTERM."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def __enter__(self) -> _Stop:
-        self._before = signal.signal(signal.SIGTERM, self._handle)
-        return self
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self._before)
-
-    def agreed(self) -> bool:
-        """Whether any process was asked to stop; all of them get the same answer."""
-        if jax.process_count() == 1:
-            return self.asked
-        return bool(np.any(multihost_utils.process_allgather(np.asarray(self.asked))))
 
 
 @dataclasses.dataclass
@@ -263,34 +228,39 @@ class _Step:
     operations: float
 
 
-def _steps(run: _Run, plan: list[list[MicroBatch]], lengths: Sequence[Length | None]) -> int:
-    config, model = run.config, run.step.model
+def _steps(
+    run: _Run, plan: list[list[MicroBatch]], samples: Sequence[Sample], checkpoints: Checkpoints, identity: dict[str, str]
+) -> TrainState | None:  # fmt: skip
+    """All steps of the plan that are still to do; the state behind the last one, or None if the run was stopped."""
+    config, model, signals = run.config, run.step.model, run.signals
     tx, schedule = optimizer(config, run.trained, len(plan)), learning_rate(config, len(plan))
-    abstract = abstract_state({n: run.shapes[n] for n in run.trained}, tx, config.param_dtype, run.mesh)
-    identity = _identity(run, plan)
+    abstract = abstract_state({n: run.shapes[n] for n in run.trained}, tx, run.mesh)
     loader = Loader(
-        run.records, config.sampling(), run.tokenizer, model.visual_tokens, config.max_length, model.vision.image_size
-    )
+        [x.record for x in samples], config.sampling(), run.tokenizer, model.visual_tokens, config.max_length,
+        model.vision.image_size,
+    )  # fmt: skip
     with (
-        _Stop() as stop,
-        Checkpoints(config.output, config.keep) as checkpoints,
+        signals.stepping(),
         jax.default_matmul_precision("highest" if config.compute_dtype == "float32" else None),
         logging_redirect_tqdm(),
     ):
-        state, frozen = _start(run, abstract, tx, checkpoints, identity)
+        state, frozen = _start(run, abstract, tx, checkpoints)
         one_step = Steps(run.step, tx, schedule, abstract)
         first, trained = int(state.step), set(run.trained)
-        arrays = read_ahead(
+        reading = read_ahead(
             [m for step in plan for m in step], loader, sum(map(len, plan[:first])), process=jax.process_index(),
             processes=jax.process_count(), workers=config.workers, threads=config.threads,
         )  # fmt: skip
-        with Telemetry(
-            config.output, len(plan), first, show=_is_main(), tensorboard=config.tensorboard, wandb=config.wandb,
-            config=identity,
-        ) as telemetry:  # fmt: skip
+        with (
+            contextlib.closing(reading) as arrays,
+            Telemetry(
+                config.output, len(plan), first, show=is_main(), tensorboard=config.tensorboard, wandb=config.wandb,
+                config=identity,
+            ) as telemetry,
+        ):  # fmt: skip
             pending: _Step | None = None
             for number, micro in enumerate(plan[first:], first + 1):
-                used = [x for m in micro for row in m.rows for i in row if (x := lengths[i]) is not None]
+                used = [samples[i].length for m in micro for row in m.rows for i in row]
                 read: list[Arrays] = []
                 state, metrics = one_step(state, frozen, _on_devices(arrays, read, run), len(micro))
                 operations = sum(sample_flops(model, trained, x.groups, x.tokens) for x in used)
@@ -298,18 +268,18 @@ def _steps(run: _Run, plan: list[list[MicroBatch]], lengths: Sequence[Length | N
                 if pending is not None:
                     _look_at(pending, telemetry, config.output)
                 pending = given
-                stopping = stop.agreed()
+                stopping = signals.stop_after(number)
                 if number % config.save_every == 0 or number == len(plan) or stopping:
                     _look_at(given, telemetry, config.output)
                     pending = None
                     checkpoints.save(state, identity)
-                if stopping and number < len(plan):
-                    logger.info("SIGTERM: saved step %d of %d", number, len(plan))
-                    return TERMINATED
-    if config.export is not None:
-        export(config.export, run.step, state.params, config.export_dtype, run.folder)
-        logger.info("wrote %s", config.export)
-    return 0
+                if stopping:
+                    break
+    if int(state.step) < len(plan):
+        checkpoints.wait()
+        logger.info("%s: saved step %d of %d", signals.name, int(state.step), len(plan))
+        return None
+    return state
 
 
 def _look_at(step: _Step, telemetry: Telemetry, output: Path) -> None:

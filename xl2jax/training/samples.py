@@ -3,12 +3,13 @@
 The conversation is tokenised piece by piece, as upstream does: role, newline, text, `<|im_end|>`, newline. The
 turn with the video is `<|im_start|>user\\n`, the video, a newline, then the text behind `<image>`. The loss
 counts the assistant's text with its `<|im_end|>\\n`, and, in all turns, `<|im_start|>`, `<|im_end|>` and the
-newline behind it.
+newline behind it. What looks like a control token in a turn's text is text: only the template makes turns.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,6 +20,8 @@ from xl2jax.prompt import IM_END, IM_START, SYSTEM, PromptTokenizer, time_text
 from xl2jax.training.loss import IGNORE
 from xl2jax.training.records import Record
 from xl2jax.video import Clip, ImageReader, SampleConfig, frame_times, open_video
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +86,19 @@ def tokenise(
         raise UserError(f"{len(ids)} tokens: the first {max_length} hold nothing of an answer")
     arrays = [np.asarray(x[:max_length], np.int32) for x in (ids, visual, labels)]
     return Tokens(arrays[0], arrays[1], arrays[2], cut)
+
+
+def unusable(error: Exception) -> str:
+    """Why a sample is skipped. What is no fault of the sample is raised: memory that ran out.
+
+    A reader may raise what nobody thought of; the type of such an error is named, and its traceback is logged.
+    """
+    if isinstance(error, MemoryError):
+        raise error
+    if isinstance(error, UserError):
+        return str(error)
+    logger.debug("a sample is skipped", exc_info=error)
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def open_media(record: Record, sampling: SampleConfig) -> Clip | None:

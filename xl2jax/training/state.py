@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Mapping
+import contextlib
+import logging
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,10 +25,13 @@ from xl2jax.errors import UserError
 from xl2jax.layers import LoRAConfig
 from xl2jax.model import VideoXL2, abstract_model
 from xl2jax.names import Entry, entries, flatten
+from xl2jax.orbax_folder import ignore_closed_loops
+from xl2jax.schema import check as checked
 from xl2jax.tensor_files import DTYPE_NAMES, DTYPES
 from xl2jax.torch_folder import write_torch
+from xl2jax.training.processes import from_main
 from xl2jax.training.sharding import param_sharding, replicated
-from xl2jax.training.step import Params, StepConfig, TrainState
+from xl2jax.training.step import MASTER, Params, StepConfig, TrainState
 
 _CHECKPOINTS = "checkpoints"
 
@@ -37,11 +42,11 @@ def parameter_shapes(config: VideoXL2Config, lora: LoRAConfig | None) -> dict[st
 
 
 def abstract_state(
-    shapes: Mapping[str, jax.ShapeDtypeStruct], tx: optax.GradientTransformation, dtype: str, mesh: Mesh
+    shapes: Mapping[str, jax.ShapeDtypeStruct], tx: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
     """The TrainState of the named parameters as shapes with shardings: optimizer state lies as its parameter does."""
     params = {
-        n: jax.ShapeDtypeStruct(s.shape, jnp.dtype(dtype), sharding=param_sharding(n, s.shape, mesh))
+        n: jax.ShapeDtypeStruct(s.shape, jnp.dtype(MASTER), sharding=param_sharding(n, s.shape, mesh))
         for n, s in shapes.items()
     }
 
@@ -56,21 +61,24 @@ def abstract_state(
 
 
 def load_parameters(
-    folder: Path, config: StepConfig, trained: Mapping[str, str], mesh: Mesh, seed: int, wanted: Collection[str],
-    *, progress: bool,
+    folder: Path, config: StepConfig, trained: Collection[str], mesh: Mesh, seed: int, wanted: Collection[str],
+    *, progress: bool, check: Callable[[], None] = lambda: None,
 ) -> Params:  # fmt: skip
     """The `wanted` parameters, each put on the mesh in slices as it is read from a checkpoint; adapters are new.
 
-    `trained` gives the dtype of what trains; the rest has the compute dtype.
+    What is `trained` is in `MASTER`, the rest in the compute dtype. `check` is called after each parameter.
     """
 
     def place(name: str, array: np.ndarray) -> jax.Array:
-        dtype = DTYPES[DTYPE_NAMES[trained.get(name, config.compute_dtype)]]
+        dtype = DTYPES[DTYPE_NAMES[MASTER if name in trained else config.compute_dtype]]
         sharding = param_sharding(name, array.shape, mesh)
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index].astype(dtype))
 
     read = read_params(folder, "float32", progress=progress, wanted=lambda name: name in wanted)
-    params = {name: place(name, array) for name, array in read}
+    params = {}
+    for name, array in read:
+        params[name] = place(name, array)
+        check()
     shapes = parameter_shapes(config.model, config.lora)
     new = {n: shapes[n] for n in wanted if n not in params}
     if new:
@@ -78,7 +86,7 @@ def load_parameters(
         def make() -> Params:
             model = VideoXL2(config.model, param_dtype=jnp.float32, rngs=nnx.Rngs(seed), lora=config.lora)
             flat = flatten(nnx.state(model))
-            return {n: flat[n].astype(trained[n]) for n in new}
+            return {n: flat[n] for n in new}
 
         params |= jax.jit(make, out_shardings={n: param_sharding(n, s.shape, mesh) for n, s in new.items()})()
     return params
@@ -92,14 +100,32 @@ def new_state(params: Params, tx: optax.GradientTransformation, abstract: TrainS
 
 
 class Checkpoints:
-    """The training checkpoints of a run: newest kept, written beside and renamed when whole (Orbax)."""
+    """The training checkpoints of a run: newest kept, written beside and renamed when whole (Orbax).
+
+    What cannot be written raises UserError; the checkpoints that were there before stay.
+    """
 
     def __init__(self, output: Path, keep: int):
-        self._checkpointer = ocp.training.Checkpointer(
-            (output / _CHECKPOINTS).absolute(),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-            cleanup_tmp_directories=True,
-        )
+        self._folder = output / _CHECKPOINTS
+        # Orbax's threads log a traceback each of the error that is raised here.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        ignore_closed_loops()
+        with self._one_line():
+            self._checkpointer = ocp.training.Checkpointer(
+                self._folder.absolute(),
+                preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+                cleanup_tmp_directories=True,
+            )
+
+    @contextlib.contextmanager
+    def _one_line(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as e:  # Orbax raises what its storage raises
+            reason = "no space left on the disk" if "No space left on device" in str(e) else _first_line(e)
+            raise UserError(
+                f"{self._folder}: cannot be written ({reason}); the last whole checkpoint there is as it was"
+            ) from e
 
     @property
     def latest(self) -> int | None:
@@ -108,27 +134,64 @@ class Checkpoints:
 
     def save(self, state: TrainState, identity: Mapping[str, Any]) -> None:
         """Starts a save; the state may be donated as soon as this returns. `identity` is kept beside it."""
-        self._checkpointer.wait()
-        self._checkpointer.save_async(int(state.step), state, force=True, custom_metadata=dict(identity))
+        self.wait()
+        from_main(lambda: self._check_room(state))
+        with self._one_line():
+            self._checkpointer.save_async(int(state.step), state, force=True, custom_metadata=dict(identity))
 
-    def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The newest state, in slices on the mesh, and what was kept beside it."""
+    def _check_room(self, state: TrainState) -> None:
+        need = sum(x.nbytes for x in jax.tree.leaves(state))
+        free = shutil.disk_usage(self._folder).free
+        if free < need:
+            raise UserError(
+                f"{self._folder}: a checkpoint needs {need / 1e9:.3f} GB, {free / 1e9:.3f} GB are free there; "
+                "the last whole checkpoint is as it was"
+            )
+
+    def wait(self) -> None:
+        """Returns when the last save is whole on the disk."""
+        with self._one_line():
+            self._checkpointer.wait()
+
+    def identity(self) -> dict[str, str] | None:
+        """What was kept beside the newest state; None where there is none."""
+        newest = self._checkpointer.latest
+        if newest is None:
+            return None
+        with self._readable(newest.step) as where:
+            stored = self._checkpointer.metadata(newest).custom_metadata
+            return checked(stored or {}, dict[str, str], where)
+
+    def restore(self, abstract: TrainState) -> TrainState:
+        """The newest state, in slices on the mesh."""
         newest = self._checkpointer.latest
         assert newest is not None
-        where = self._checkpointer.directory / str(newest.step)
+        with self._readable(newest.step):
+            return self._checkpointer.load(newest, abstract)
+
+    @contextlib.contextmanager
+    def _readable(self, step: int) -> Iterator[Path]:
+        where = self._folder / str(step)
         try:
-            metadata = self._checkpointer.metadata(newest)
-            state = self._checkpointer.load(newest, abstract)
-        except Exception as e:  # Orbax raises what its storage raises
-            reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-            raise UserError(f"{where}: cannot be read ({reason}); remove it to go on from the one before") from None
-        return state, dict(metadata.custom_metadata or {})
+            yield where
+        except Exception as e:
+            reason = _first_line(e)
+            raise UserError(f"{where}: cannot be read ({reason}); remove it to go on from the one before") from e
 
     def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        self._checkpointer.close()
+        try:
+            with self._one_line():
+                self._checkpointer.close()
+        except UserError:
+            if value is None:
+                raise  # else what is on its way says more
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def merge_adapter(kernel: np.ndarray, a: np.ndarray, b: np.ndarray, lora: LoRAConfig) -> np.ndarray:
@@ -181,10 +244,3 @@ def export(target: Path, config: StepConfig, params: Params, dtype: str, source:
             stacked(name)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("export")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Written beside, then renamed."""
-    beside = path.with_name(f".{path.name}.incomplete")
-    beside.write_text(json.dumps(value, indent=1) + "\n")
-    beside.replace(path)

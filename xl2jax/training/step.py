@@ -21,6 +21,11 @@ from xl2jax.names import unflatten
 from xl2jax.training.config import TrainConfig
 from xl2jax.training.loss import TokenBatch, token_loss
 
+MASTER = "float32"
+"""dtype of what trains, of its gradients and of its optimizer state, whatever the compute dtype is. Adam's steps at the
+presets' rates are smaller than half of bfloat16's spacing around a weight, and with b2 = 0.999 so are those of its
+second moment: in bfloat16 both would stand still."""
+
 type Params = dict[str, jax.Array]
 """Parameters by dotted name, layers stacked."""
 
@@ -31,7 +36,7 @@ class TrainState(NamedTuple):
     step: jax.Array
     """int32: optimizer steps done."""
     params: Params
-    """Master copies of what trains."""
+    """What trains, in `MASTER`."""
     opt_state: optax.OptState
 
 
@@ -43,7 +48,7 @@ class Sums(NamedTuple):
     tokens: jax.Array
     """Labelled tokens."""
     grads: Params
-    """Gradient of `loss`, in the dtype of the master copies."""
+    """Gradient of `loss`, in `MASTER`."""
 
 
 class Metrics(NamedTuple):
@@ -118,8 +123,8 @@ def update(
 ) -> tuple[TrainState, Metrics]:
     """The optimizer step for the mean loss over all labelled tokens of the micro-batches in `sums`."""
     count = jnp.maximum(sums.tokens, 1.0)
-    grads = {n: (g / count).astype(g.dtype) for n, g in sums.grads.items()}
-    norm = optax.global_norm({n: g.astype(jnp.float32) for n, g in grads.items()})
+    grads = {n: g / count for n, g in sums.grads.items()}
+    norm = optax.global_norm(grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params: Params = optax.apply_updates(state.params, updates)
     metrics = Metrics(sums.loss / count, norm, jnp.asarray(schedule(state.step), jnp.float32), sums.tokens)
@@ -154,7 +159,7 @@ class Steps:
 
         @functools.partial(jax.jit, out_shardings=sums)
         def zeros() -> Sums:
-            grads = {n: jnp.zeros(p.shape, p.dtype) for n, p in abstract.params.items()}
+            grads = {n: jnp.zeros(p.shape, MASTER) for n, p in abstract.params.items()}
             return Sums(jnp.float32(0), jnp.float32(0), grads)
 
         self._whole, self._accumulate, self._apply, self._zeros = whole, accumulate, apply, zeros

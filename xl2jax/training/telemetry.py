@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
 import time
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 from tqdm import tqdm
 
 from xl2jax import flops
+from xl2jax.atomic import replacing_file
 from xl2jax.config import VideoXL2Config
 from xl2jax.errors import UserError
+from xl2jax.schema import Schema, parse_json, read_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -49,40 +53,66 @@ def sample_flops(config: VideoXL2Config, trained: set[str], groups: int, tokens:
     return total
 
 
+@contextlib.contextmanager
+def _one_line(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        raise UserError(f"{output}: the log cannot be written ({e.strerror}); the last checkpoint is as it was") from e
+
+
+class _Row(Schema):
+    step: int
+
+
 def _keep_steps(path: Path, last: int) -> None:
-    """Drops the rows of steps that were done after the checkpoint from which a run goes on."""
-    if path.is_file():
-        rows = [row for row in path.read_text().splitlines() if row.endswith("}") and json.loads(row)["step"] <= last]
-        beside = path.with_name(f".{path.name}.incomplete")
-        beside.write_text("".join(f"{row}\n" for row in rows))
-        beside.replace(path)
+    """Drops the rows of steps that were done after the checkpoint from which a run goes on, and torn ones."""
+    if not path.exists():
+        return
+
+    def is_kept(row: bytes) -> bool:
+        try:
+            return parse_json(row, _Row, path).step <= last
+        except UserError:
+            return False
+
+    rows = [row for row in read_bytes(path, max_bytes=None).split(b"\n") if is_kept(row)]
+    with replacing_file(path) as beside:
+        beside.write_bytes(b"".join(row + b"\n" for row in rows))
 
 
 class Telemetry:
-    """One process's view of a run; only process 0 shows and writes."""
+    """One process's view of a run; only process 0 shows and writes.
+
+    Raises UserError where a log cannot be written.
+    """
 
     def __init__(
         self, output: Path, total: int, first: int, *, show: bool, tensorboard: bool, wandb: str | None,
         config: dict[str, Any],
     ):  # fmt: skip
+        self._output = output
         peak = peak_flops(jax.devices()[0])
         self._peak = peak and peak * jax.device_count()
         self.skipped = 0
         self._bar = tqdm(
             total=total, initial=first, desc="train", unit="step", file=sys.stderr, disable=not show, dynamic_ncols=True
         )
-        self._file = self._board = self._wandb = None
+        self._file: TextIO | None = None
+        self._board: Any = None
+        self._wandb: Any = None
         self._times: deque[tuple[float, float, float]] = deque(maxlen=20)  # (when, tokens, operations)
         self._last = time.perf_counter()
         if not show:
             return
         path = output / "metrics.jsonl"
         _keep_steps(path, first)
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115 (closed by __exit__)
-        if tensorboard:
-            from tensorboardX import SummaryWriter
+        with _one_line(output):
+            self._file = open(path, "a", buffering=1)  # noqa: SIM115 (closed by __exit__)
+            if tensorboard:
+                from xl2jax.training.board import Board
 
-            self._board = SummaryWriter(str(output / "tensorboard"), purge_step=first + 1)
+                self._board = Board(output / "tensorboard", first + 1)
         if wandb is not None:
             try:
                 import wandb as module
@@ -105,11 +135,11 @@ class Telemetry:
             shown["mfu"] = f"{row['mfu']:.0%}"
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update(1)
-        if self._file is not None:
-            self._file.write(json.dumps({"step": step, "seconds": self._times[-1][0], **row}) + "\n")
-        if self._board is not None:
-            for name, value in row.items():
-                self._board.add_scalar(f"train/{name}", value, step)
+        with _one_line(self._output):
+            if self._file is not None:
+                self._file.write(json.dumps({"step": step, "seconds": self._times[-1][0], **row}) + "\n")
+            if self._board is not None:
+                self._board.add(step, row)
         if self._wandb is not None:
             self._wandb.log(row, step=step)
 
@@ -118,9 +148,9 @@ class Telemetry:
 
     def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self._bar.close()
-        if self._file is not None:
-            self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for log in (self._file, self._board):
+            with contextlib.suppress(OSError):  # (what a full disk did not take was said by `step`)
+                if log is not None:
+                    log.close()
         if self._wandb is not None:
             self._wandb.finish()

@@ -1,0 +1,97 @@
+"""What a file or a checkpoint holds, as a short hash of its size and of a small part of its bytes.
+
+Names, places and times of change do not count: a copy has the same fingerprint, another file of the same name does
+not. The parts that are read are spread over the whole: a video is told from another in milliseconds, and a checkpoint
+of 16 GB in a second. What differs nowhere but in a few bytes between these parts is not noticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import safe_open
+
+from xl2jax.orbax_folder import PARAMS, is_orbax, read_manifest
+from xl2jax.schema import require_regular
+from xl2jax.tensor_files import TensorFolder
+
+_PARTS = 8  # parts of a file that are read, evenly spaced, the first and the last bytes among them
+_PART_BYTES = 4096
+_ROWS = 4  # rows of a tensor that are read
+
+
+def digest(*values: Any) -> str:
+    """A short hash of bytes, and of other values as their `repr` tells them apart."""
+    out = hashlib.blake2b(digest_size=16)
+    for value in values:
+        data = value if isinstance(value, bytes) else repr(value).encode("utf-8", "backslashreplace")
+        out.update(len(data).to_bytes(8, "little"))
+        out.update(data)
+    return out.hexdigest()
+
+
+def change_mark(path: Path) -> str:
+    """Changes whenever a file, or a file in a folder, is written or replaced; costs no reading.
+
+    Raises OSError or UserError where there is no such file.
+    """
+    return digest(*((name, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in _files(path)))
+
+
+def media_fingerprint(path: Path) -> str:
+    """Of a video, a picture or a folder of frames. Raises OSError or UserError where it cannot be read."""
+    return digest(*(x for name, _ in _files(path) for x in (name, _file_fingerprint(path / name))))
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """Of the weights of a checkpoint folder.
+
+    PyTorch layout: name, shape and a few rows of every tensor, however they are split into files. Training changes
+    nearly every value of a tensor that trains, so the rows tell. Orbax layout: the checksums that were kept at
+    conversion, or the files where it kept none.
+
+    Raises UserError where the weights cannot be read.
+    """
+    if is_orbax(folder):
+        manifest = read_manifest(folder)
+        if manifest.checksums is not None:
+            return digest(manifest.dtype, *sorted(manifest.checksums.items()))
+        files = sorted(p for p in (folder / PARAMS).rglob("*") if p.is_file())
+        return digest(*(x for p in files for x in (str(p.relative_to(folder)), _file_fingerprint(p))))
+    tensors = TensorFolder(folder)
+    rows: dict[str, str] = {}
+    for path in sorted(set(tensors.file_of.values())):
+        with safe_open(path, framework="np") as f:
+            for name in (n for n, place in tensors.file_of.items() if place == path):
+                shape = tensors.shapes[name]
+                part = f.get_slice(name) if len(shape) > 1 else None
+                read = [f.get_tensor(name)] if part is None else [part[i : i + 1] for i in _spread(shape[0], _ROWS)]
+                rows[name] = digest(shape, *(np.asarray(x).tobytes() for x in read))
+    return digest(*sorted(rows.items()))
+
+
+def _files(path: Path) -> list[tuple[str, os.stat_result]]:
+    """(name, status) of the files in a folder in the order of their names, or of one file, which is nameless."""
+    if path.is_dir():
+        return [(e.name, e.stat()) for e in sorted(os.scandir(path), key=lambda e: e.name) if e.is_file()]
+    require_regular(path)
+    return [("", os.stat(path))]
+
+
+def _file_fingerprint(path: Path) -> bytes:
+    with open(path, "rb") as f:
+        size = os.fstat(f.fileno()).st_size
+        parts = []
+        for start in _spread(max(size - _PART_BYTES, 0) + 1, _PARTS):
+            f.seek(start)
+            parts.append(f.read(_PART_BYTES))
+    return bytes.fromhex(digest(size, *parts))
+
+
+def _spread(count: int, parts: int) -> list[int]:
+    """Up to `parts` of `count` numbers, evenly spaced, the first and the last among them."""
+    return sorted({round(i * (count - 1) / (parts - 1)) for i in range(parts)}) if count else []

@@ -1,0 +1,77 @@
+"""What the processes of a run share: a folder that is one run's alone, and what the first process found out."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from xl2jax.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+LOCK = "run.lock"
+
+
+def is_main() -> bool:
+    return jax.process_index() == 0
+
+
+def from_main[T](work: Callable[[], T]) -> T:
+    """What `work` gives in process 0, in every process; it runs nowhere else, and its UserError is raised in all."""
+    if jax.process_count() == 1:
+        return work()
+    result: T | UserError | None = None
+    if is_main():
+        try:
+            result = work()
+        except UserError as e:
+            result = e
+    data = np.frombuffer(pickle.dumps(result), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+    data = multihost_utils.broadcast_one_to_all(data if is_main() else np.zeros(size, np.uint8))
+    received: T | UserError = pickle.loads(np.asarray(data).tobytes())
+    if isinstance(received, UserError):
+        raise received
+    return received
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Makes `folder` and keeps other runs out of it; the lock vanishes with its process, however that ends.
+
+    Raises UserError if another run holds it, or if nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        number = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o666)
+    except OSError as e:
+        raise UserError(f"{folder}: cannot be written ({e.strerror})") from None
+    with contextlib.closing(os.fdopen(number, "r+b", buffering=0)) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = file.read(200).decode("utf-8", "replace").strip()
+            raise UserError(
+                f"{folder}: another run uses this folder ({holder or 'just started'}); "
+                "wait until it ends or choose another --output"
+            ) from None
+        except OSError as e:
+            if e.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise
+            logger.warning("%s: this file system has no locks; a second run on the folder would not be noticed", folder)
+        try:
+            file.truncate()
+            file.write(f"process {os.getpid()} on {os.uname().nodename}\n".encode())
+        except OSError as e:
+            raise UserError(f"{folder}: cannot be written ({e.strerror})") from None
+        yield
