@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -23,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 import pytest
+from jax.experimental import multihost_utils
 from safetensors.numpy import load_file, save_file
 from tensorboardX.proto import event_pb2
 
@@ -32,11 +34,14 @@ from xl2jax.config import PRESETS, VideoXL2Config
 from xl2jax.convert import main as convert
 from xl2jax.demo import make_checkpoint, write_clip
 from xl2jax.errors import UserError
-from xl2jax.training import batches, run
-from xl2jax.training.processes import locked
+from xl2jax.training import batches
+from xl2jax.training import run as run_module
+from xl2jax.training.config import parse
+from xl2jax.training.identity import FREE
+from xl2jax.training.processes import from_main, locked
 from xl2jax.training.signals import Signals
 from xl2jax.training.state import Checkpoints
-from xl2jax.training.step import TrainState
+from xl2jax.training.step import Steps, TrainState
 from xl2jax.training.telemetry import Telemetry
 
 ROOT = Path(__file__).parent.parent
@@ -74,17 +79,63 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("compiled")
+FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+HURRY = f"""
+import jax, signal, xl2jax.training.run
+jit = jax.jit
+jax.jit = lambda *a, **k: jit(*a, **({{"compiler_options": {FAST_COMPILE}}} | k))
+"""
 
 
+def arguments(checkpoint: Path, data: Path, output: Path, *flags: object) -> list[str]:
+    common = (
+        "--checkpoint", checkpoint, "--data", data, "--output", output, "--max-frames", 4, "--no-remat",
+        "--compute-dtype", "float32", "--export-dtype", "float32",
+    )  # fmt: skip
+    return [*map(str, (*common, *flags))]
+
+
+type Trained = Callable[..., str]
 type Start = Callable[..., subprocess.Popen[str]]
 
 
+@pytest.fixture(scope="module")
+def programs() -> dict[str, Steps]:
+    """Those that runs with the same settings share."""
+    return {}
+
+
 @pytest.fixture
-def start(checkpoint: Path, data: Path, cache: Path) -> Iterator[Start]:
-    """Starts train.py in a process of its own. The compiler is told to hurry."""
+def trained(
+    checkpoint: Path, data: Path, command: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch,
+    programs: dict[str, Steps],
+) -> Trained:  # fmt: skip
+    """Runs train.py in this process, for what it prints. The compiler is told to hurry, and only once."""
+
+    def run(output: Path, *flags: object, file: str = "four.json", status: int = 0) -> str:
+        argv = arguments(checkpoint, data / file, output, *flags)
+        shaping = {k: v for k, v in dataclasses.asdict(parse(argv)).items() if k not in FREE}
+        settings = f"{file} {shaping}"
+
+        def compiled(*x: Any) -> Steps:
+            if settings not in programs:
+                programs[settings] = Steps(*x)
+            return programs[settings]
+
+        with monkeypatch.context() as m:
+            jit = jax.jit
+            m.setattr(run_module, "Steps", compiled)
+            m.setattr(jax, "jit", lambda *x, **k: jit(*x, **({"compiler_options": FAST_COMPILE} | k)))
+            got, out, err = command(train.main, *argv)
+        assert got == status, err[-3000:]
+        return out + err
+
+    return run
+
+
+@pytest.fixture
+def start(checkpoint: Path, data: Path) -> Iterator[Start]:
+    """Starts train.py in a process of its own."""
     running = []
 
     def run(
@@ -92,27 +143,18 @@ def start(checkpoint: Path, data: Path, cache: Path) -> Iterator[Start]:
         *flags: object,
         file: str = "four.json",
         devices: int = 1,
-        code: str | None = None,
+        code: str = "",
         core: int | None = None,
     ) -> Any:
-        xla = f"--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_force_host_platform_device_count={devices}"
-        env = os.environ | {"XLA_FLAGS": xla, "JAX_PLATFORMS": "cpu"}
+        env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
         if "--coordinator" not in flags:  # cached CPU programs order their collectives otherwise than fresh ones
-            env["JAX_COMPILATION_CACHE_DIR"] = str(cache)
-        common = (
-            "--checkpoint", checkpoint, "--data", data / file, "--output", output, "--max-frames", 4,
-            "--compute-dtype", "float32", "--export-dtype", "float32", "--no-remat",
-        )  # fmt: skip
-        # (a suite in the background ignores Ctrl-C)
-        program = [
-            "-c", f"import signal, train; signal.signal(signal.SIGINT, signal.default_int_handler)\n{code or ''}\n"
-            "from xl2jax.terminal import run_command\nrun_command(train.main)",
-        ]  # fmt: skip
+            env["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir
+        program = ["-c", f"{HURRY}{code}\nimport train\ntrain.run_command(train.main)"]
         if core is not None:  # not preexec_fn: JAX warns of any fork
             program = ["-c", _PINNED, str(core), *program]
         process = subprocess.Popen(
-            [sys.executable, *program, *map(str, (*common, *flags))], cwd=ROOT, env=env, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            [sys.executable, *program, *arguments(checkpoint, data / file, output, *flags)], cwd=ROOT, env=env,
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         running.append(process)
         return process
@@ -127,6 +169,23 @@ def finished(process: subprocess.Popen[str], status: int = 0) -> str:
     out, _ = process.communicate(timeout=240)
     assert process.returncode == status, out[-3000:]
     return out
+
+
+@pytest.fixture
+def signal_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, int], None]]:
+    """Has a run in this process get a signal when the numbers of a step are there."""
+    step, before = Telemetry.step, signal.signal(signal.SIGINT, signal.default_int_handler)  # (else it may be ignored)
+
+    def at(number: int, sent: int) -> None:
+        def stepped(log: Telemetry, done: int, *rest: Any) -> None:
+            step(log, done, *rest)
+            if done == number:
+                signal.raise_signal(sent)
+
+        monkeypatch.setattr(Telemetry, "step", stepped)
+
+    yield at
+    signal.signal(signal.SIGINT, before)
 
 
 def metrics(output: Path) -> list[dict[str, float]]:
@@ -165,7 +224,7 @@ def board(folder: Path) -> dict[tuple[str, int], float]:
     return values
 
 
-LEARN = ("--global-batch", 4, "--epochs", 45, "--learning-rate", 3e-3, "--save-every", 15)
+LEARN = ("--global-batch", 4, "--epochs", 40, "--learning-rate", 4e-3, "--save-every", 12)
 KILLED_IN_A_SAVE = """
 import os
 from xl2jax.training.state import Checkpoints
@@ -175,56 +234,49 @@ Checkpoints.save = lambda *x: (save(*x), os.kill(os.getpid(), signal.SIGKILL))
 
 
 def test_learns_stops_resumes_exports_and_answers(
-    start: Start, data: Path, checkpoint: Path, tmp_path: Path, command: Callable[..., tuple[int, str, str]],
+    trained: Trained, start: Start, signal_at: Callable[[int, int], None], data: Path, checkpoint: Path, tmp_path: Path,
+    command: Callable[..., tuple[int, str, str]],
 ) -> None:  # fmt: skip
     """A run that is stopped by SIGTERM, then by Ctrl-C, killed in the middle of a save and moved, with its data and
     the checkpoint it began from, to places that are spelt relatively: bit for bit what a straight run gives."""
-    finished(start(tmp_path / "straight", *LEARN, "--export", tmp_path / "straight-out"))
+    trained(tmp_path / "straight", *LEARN, "--export", tmp_path / "straight-out")
     one, output = metrics(tmp_path / "straight"), tmp_path / "stopped"
-    process = start(output, *LEARN)
-    steps_done(process, output, 5)
-    flags = ("--checkpoint", checkpoint, "--data", data / "four.json", "--output", output, "--global-batch", 4)
-    status, _, err = command(train.main, *flags)
-    assert status == 2
-    assert f"another run uses this folder (process {process.pid} on " in last_line(err)
-    process.send_signal(signal.SIGTERM)
-    out = finished(process, 143)
-    done = len(metrics(output))
-    assert last_line(out) == f"SIGTERM: saved step {done} of 45"
-    assert whole_checkpoints(output) == [done]
-    process = start(output, *LEARN)
-    steps_done(process, output, done + 2)
-    process.send_signal(signal.SIGINT)
-    out = finished(process, 130)
-    assert f"resumed from step {done}" in out
-    assert last_line(out) == f"Ctrl-C: saved step {len(metrics(output))} of 45"
+    signal_at(4, signal.SIGTERM)
+    assert last_line(trained(output, *LEARN, status=143)) == "SIGTERM: saved step 5 of 40"
+    assert whole_checkpoints(output) == [5]
+    assert len(metrics(output)) == 5
+    signal_at(7, signal.SIGINT)
+    out = trained(output, *LEARN, status=130)
+    assert "resumed from step 5" in out
+    assert last_line(out) == "Ctrl-C: saved step 8 of 40"
+    assert len(metrics(output)) == 8
+    signal_at(0, 0)
     finished(start(output, *LEARN, code=KILLED_IN_A_SAVE), -signal.SIGKILL)
     newest = whole_checkpoints(output)[-1]
+    assert newest in (8, 12)
     with open(output / "metrics.jsonl", "a") as f:  # rows of steps that were never saved, one of them torn
-        f.write('{"step": 44, "loss": 0}\n{"step": 4')
+        f.write('{"step": 39, "loss": 0}\n{"step": 4')
     moved = tmp_path / "moved"
     output.rename(moved)
     shutil.copytree(data, tmp_path / "data")
     shutil.copytree(checkpoint, tmp_path / "checkpoint")
-    here = Path(os.path.relpath(tmp_path, ROOT))
-    out = finished(
-        start(
-            here / "moved", *LEARN, "--export", here / "out", "--workers", 1, "--keep", 1, "--data",
-            here / "data" / "four.json", "--checkpoint", here / "checkpoint",
-        )
+    here = Path(os.path.relpath(tmp_path))
+    out = trained(
+        here / "moved", *LEARN, "--export", here / "out", "--workers", 1, "--keep", 1, "--data",
+        here / "data" / "four.json", "--checkpoint", here / "checkpoint",
     )  # fmt: skip
     assert f"resumed from step {newest}" in out
-    assert [p.name for p in (moved / "checkpoints").iterdir()] == ["45"]
+    assert [p.name for p in (moved / "checkpoints").iterdir()] == ["40"]
     two = metrics(moved)
-    assert [r["step"] for r in two] == list(range(1, 46))
+    assert [r["step"] for r in two] == list(range(1, 41))
     assert [(r["loss"], r["grad_norm"]) for r in one] == [(r["loss"], r["grad_norm"]) for r in two]
     seen = board(moved / "tensorboard")
-    assert len({step for _, step in seen}) == 45
+    assert len({step for _, step in seen}) == 40
     assert all(seen["train/loss", int(r["step"])] == np.float32(r["loss"]) for r in two)
     a, b = (load_file(tmp_path / f / "model.safetensors") for f in ("straight-out", "out"))
     assert a.keys() == b.keys()
     assert all(np.array_equal(a[n], b[n]) for n in a)
-    assert one[-1]["loss"] < 0.05 * one[0]["loss"]
+    assert one[-1]["loss"] < 0.01 * one[0]["loss"]
     status, _, err = command(convert, tmp_path / "out", tmp_path / "orbax")
     assert status == 0, err
     for i in (0, 3):
@@ -236,7 +288,9 @@ def test_learns_stops_resumes_exports_and_answers(
         assert out.strip() == ANSWERS[i]
 
 
-def test_adapters_train_resume_and_merge_into_the_checkpoint(start: Start, checkpoint: Path, tmp_path: Path) -> None:
+def test_adapters_train_resume_and_merge_into_the_checkpoint(
+    trained: Trained, checkpoint: Path, tmp_path: Path
+) -> None:
     """bfloat16 compute: what is frozen is exported as it was, bit for bit, not as the compute copy has it; what trains
     is kept in float32. A part whose rate is 0 stays, the others follow a constant rate behind the warm-up."""
     flags = (
@@ -244,11 +298,11 @@ def test_adapters_train_resume_and_merge_into_the_checkpoint(start: Start, check
         "--compute-dtype", "bfloat16", "--train", "projector.*", "--rates", "projector.fc1.*=0",
         "--schedule", "constant", "--warmup", 0.34,
     )  # fmt: skip
-    finished(start(tmp_path / "run", *flags))
-    stored = ocp.pytree_metadata(tmp_path / "run" / "checkpoints" / "6" / "state").metadata
-    assert {np.dtype(x.dtype).name for x in jax.tree.leaves(stored)} == {"float32", "int32"}
+    trained(tmp_path / "run", *flags)
+    with ocp.training.Checkpointer(tmp_path / "run" / "checkpoints") as stored:
+        assert {x.dtype.name for x in jax.tree.leaves(stored.load())} == {"float32", "int32"}
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
-    assert "resumed from step 3" in finished(start(tmp_path / "run", *flags, "--export", tmp_path / "out"))
+    assert "resumed from step 3" in trained(tmp_path / "run", *flags, "--export", tmp_path / "out")
     before, after = (load_file(p / "model.safetensors") for p in (checkpoint, tmp_path / "out"))
     assert before.keys() == after.keys()
     changed = {n for n in before if not np.array_equal(before[n], after[n])}
@@ -268,10 +322,10 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("single")
 
 
-def reference(start: Start, single: Path) -> Path:
+def reference(trained: Trained, single: Path) -> Path:
     """A run on one device, once for the module: its checkpoints after both steps, what it exported."""
     if not (single / "out").exists():
-        finished(start(single / "run", *SHORT, "--save-every", 1, "--export", single / "out", file="eight.json"))
+        trained(single / "run", *SHORT, "--save-every", 1, "--export", single / "out", file="eight.json")
     return single
 
 
@@ -290,44 +344,48 @@ def same_training(a: Path, b: Path, checkpoint: Path) -> None:
     assert norm(one, two) < 1e-2 * norm(one, first)
 
 
+PACKED = ("--packing", "--max-length", 96, "--global-batch", 4)  # eight samples of some 46 tokens in four rows
+
+
 @pytest.mark.parametrize(
-    ("fsdp", "tensor"), [(2, 2), pytest.param(1, 1, marks=pytest.mark.slow), pytest.param(8, 1, marks=pytest.mark.slow)]
+    ("mesh", "flags"),
+    [
+        ((2, 2), PACKED),
+        *(pytest.param(mesh, (), marks=pytest.mark.slow) for mesh in ((1, 1), (8, 1), (2, 2))),
+    ],
 )
 def test_every_mesh_trains_as_one_device(
-    start: Start, single: Path, tmp_path: Path, checkpoint: Path, fsdp: int, tensor: int
-) -> None:
-    """Eight devices: copies, slices and columns at once (and, slower, copies alone, slices alone)."""
-    flags = ("--export", tmp_path / "out", "--fsdp", fsdp, "--tensor", tensor)
-    finished(start(tmp_path / "run", *SHORT, *flags, file="eight.json", devices=8))
-    same_training(reference(start, single), tmp_path, checkpoint)
-
-
-def test_packed_rows_train_as_rows_of_one_sample(start: Start, single: Path, tmp_path: Path, checkpoint: Path) -> None:
-    """Eight samples of some 46 tokens in two rows of 192: the same steps."""
-    flags = ("--packing", "--max-length", 192, "--global-batch", 2, "--micro-batch", 2, "--export", tmp_path / "out")
-    out = finished(start(tmp_path / "run", "--epochs", 2, *flags, file="eight.json"))
-    assert "step                     2 rows = 1 micro-batches of 2" in out
-    same_training(reference(start, single), tmp_path, checkpoint)
+    trained: Trained, start: Start, single: Path, tmp_path: Path, checkpoint: Path, mesh: tuple[int, int],
+    flags: tuple[object, ...],
+) -> None:  # fmt: skip
+    """Eight devices, as copies, slices and columns at once; rows that hold two samples train as rows of one. (Slower:
+    copies alone, slices alone, and rows of one sample in two micro-batches.)"""
+    fsdp, tensor = mesh
+    parts = ("--fsdp", fsdp, "--tensor", tensor, "--export", tmp_path / "out")
+    process = start(tmp_path / "run", *SHORT, *flags, *parts, file="eight.json", devices=8)
+    reference(trained, single)
+    out = finished(process)
+    assert f"fsdp {fsdp} x tensor {tensor}" in out
+    assert not flags or "step                     4 rows = 1 micro-batches of 4" in out
+    same_training(single, tmp_path, checkpoint)
 
 
 SLOWLY = """
 import time
 from xl2jax.training.telemetry import Telemetry
 step = Telemetry.step
-Telemetry.step = lambda *x: (time.sleep(0.25), step(*x))
+Telemetry.step = lambda *x: (time.sleep(0.5), step(*x))
 """
 
 
-def test_two_processes_train_save_and_resume(start: Start, tmp_path: Path, checkpoint: Path) -> None:
+def test_two_processes_train_save_and_resume(trained: Trained, start: Start, tmp_path: Path, checkpoint: Path) -> None:
     """SIGTERM to one of two processes: both save the same step. One process goes on; two export what it saved."""
-    flags = ("--global-batch", 8, "--epochs", 40, "--train", "llm.*", "projector.*", "--keep", 9)
-    whole = ("--export", tmp_path / "single" / "out", "--micro-batch", 8)
-    alone = start(tmp_path / "single" / "run", *flags, *whole, file="eight.json")
+    flags = ("--global-batch", 8, "--epochs", 16, "--train", "llm.*", "--keep", 9)
 
     # One core each: with more, the CPU backend may run independent collectives of a program in any order.
     cores = sorted(os.sched_getaffinity(0))
 
-    def both(*more: object, code: str | None = None) -> list[subprocess.Popen[str]]:
+    def both(*more: object, code: str = "") -> list[subprocess.Popen[str]]:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{s.getsockname()[1]}"
@@ -344,49 +402,84 @@ def test_two_processes_train_save_and_resume(start: Start, tmp_path: Path, check
     processes[1].send_signal(signal.SIGTERM)
     out = [finished(p, 143) for p in processes]
     (done,) = whole_checkpoints(tmp_path / "run")
-    assert 3 <= done < 40
-    assert last_line(out[0]) == f"SIGTERM: saved step {done} of 40"
+    assert 3 <= done < 16
+    assert last_line(out[0]) == f"SIGTERM: saved step {done} of 16"
     assert len(metrics(tmp_path / "run")) == done
     assert "mesh                     data 1 x fsdp 2 x tensor 1" in out[0]
-    finished(alone)
-    out = finished(start(tmp_path / "run", *flags, "--micro-batch", 8, file="eight.json"))
-    assert f"resumed from step {done}" in out
+    trained(tmp_path / "single" / "run", *flags, "--export", tmp_path / "single" / "out", file="eight.json")
+    assert f"resumed from step {done}" in trained(tmp_path / "run", *flags, file="eight.json")
     out = [finished(p) for p in both("--export", tmp_path / "out")]
-    assert "resumed from step 40" in out[0]
+    assert "resumed from step 16" in out[0]
     same_training(tmp_path / "single", tmp_path, checkpoint)
 
 
-def test_the_folder_of_another_run_is_refused_in_two_processes(start: Start, tmp_path: Path) -> None:
-    """Only the first looks at the folder, and both end."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{s.getsockname()[1]}"
-    flags = ("--global-batch", 8, "--coordinator", address, "--processes", 2, "--micro-batch", 4)
-    with locked(tmp_path / "run"):
-        for process in [start(tmp_path / "run", *flags, "--process", i, file="eight.json") for i in range(2)]:
-            out = finished(process, 2)
-            assert f"another run uses this folder (process {os.getpid()} on " in last_line(out)
+def test_what_the_first_process_finds_out_is_known_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A value, or the error that ends all of them: no process waits for one that has gone."""
+    sent: list[Any] = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for work, expected in ((lambda: ["some", {"value": 3}], ["some", {"value": 3}]), (lambda: None, None)):
+        assert _of_both(monkeypatch, sent, work) == [expected, expected]
+
+    def fails() -> None:
+        raise UserError("no such place")
+
+    assert [str(e) for e in _of_both(monkeypatch, sent, fails)] == ["no such place"] * 2
 
 
-FEW_BYTES = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
+def _of_both(monkeypatch: pytest.MonkeyPatch, sent: list[Any], work: Callable[[], Any]) -> list[Any]:
+    """What `from_main` gives in the first process and then in the second, which gets what the first sent."""
+    results = []
+    for index in range(2):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+
+        def exchanged(x: Any, index: int = index) -> Any:
+            if index == 0:
+                sent.append(x)
+                return x
+            first = sent.pop(0)
+            assert np.shape(x) == np.shape(first)
+            return first
+
+        monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", exchanged)
+        try:
+            results.append(from_main(work if index == 0 else lambda: pytest.fail("only the first may work")))
+        except UserError as e:
+            results.append(e)
+    return results
 
 
-def test_what_cannot_be_saved_ends_in_one_line(start: Start, single: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_saved_ends_in_one_line(
+    trained: Trained, single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As on a full disk; the checkpoint before stays as it was, and the run goes on from it where there is room."""
-    shutil.copytree(reference(start, single) / "run", tmp_path / "run")
+    shutil.copytree(reference(trained, single) / "run", tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")
     kept = {p: p.read_bytes() for p in (tmp_path / "run" / "checkpoints" / "1").rglob("*") if p.is_file()}
-    out = finished(start(tmp_path / "run", *SHORT, file="eight.json", code=FEW_BYTES), 2)
+    save, before = Checkpoints.save, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(*x: Any) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+        save(*x)
+
+    with monkeypatch.context() as m:
+        m.setattr(Checkpoints, "save", limited)
+        try:
+            out = trained(tmp_path / "run", *SHORT, file="eight.json", status=2)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "Traceback" not in out
     assert [line for line in out.splitlines() if line.startswith("error: ")] == [last_line(out)]
     assert "checkpoints: cannot be written (" in last_line(out)
     assert whole_checkpoints(tmp_path / "run") == [1]
     assert all(p.read_bytes() == data for p, data in kept.items())
+    trained(tmp_path / "run", *SHORT, "--export", tmp_path / "out", file="eight.json")
+    a, b = (load_file(p / "out" / "model.safetensors") for p in (single, tmp_path))
+    assert all(np.array_equal(a[n], b[n]) for n in a)
 
 
-def test_not_a_number_stops_the_run(start: Start, tmp_path: Path) -> None:
+def test_not_a_number_stops_the_run(trained: Trained, tmp_path: Path) -> None:
     flags = ("--global-batch", 2, "--epochs", 9, "--learning-rate", 1e30, "--warmup", 0, "--save-every", 1)
-    out = finished(start(tmp_path / "run", *flags), 2)
+    out = trained(tmp_path / "run", *flags, status=2)
     last = last_line(out)
     assert last.startswith("error: step ")
     assert "loss nan" in last or "loss inf" in last
@@ -452,7 +545,7 @@ def test_refusals(data: Path, tmp_path: Path, checkpoint: Path, copied: Path, re
     assert "file (not a folder that can be written to)" in refuse("--export", tmp_path / "file" / "deep" / "out")
     if not os.access("/proc", os.W_OK):
         assert "/proc (not a folder that can be written to)" in refuse("--export", "/proc/out")
-    assert "max frames must be 4 or more" in refuse("--max-frames", 3)
+    assert "max frames must be from 4" in refuse("--max-frames", 3)
 
 
 def test_late_refusals(data: Path, tmp_path: Path, copied: Path, command: Callable[..., tuple[int, str, str]]) -> None:
@@ -479,10 +572,10 @@ def test_late_refusals(data: Path, tmp_path: Path, copied: Path, command: Callab
 
 
 def test_a_run_with_other_settings_or_samples_is_refused(
-    start: Start, single: Path, data: Path, tmp_path: Path, checkpoint: Path, command: Callable[..., tuple[int, str, str]]
+    trained: Trained, single: Path, data: Path, tmp_path: Path, checkpoint: Path, command: Callable[..., tuple[int, str, str]]
 ) -> None:  # fmt: skip
     """By name, before any weight is loaded: settings, weights, samples that vanished, changed or appeared."""
-    shutil.copytree(reference(start, single) / "run", tmp_path / "run")
+    shutil.copytree(reference(trained, single) / "run", tmp_path / "run")
     shutil.copytree(data, tmp_path / "data")
     kept = (tmp_path / "run" / "lengths.json").read_bytes()
 
@@ -532,7 +625,9 @@ def test_what_is_skipped_is_said_at_every_start(
     broken = [*rows(), {**rows()[0], "id": "empty", "video": ""}, {**rows()[0], "id": "root", "video": "."}]
     (tmp_path / "data" / "d.json").write_text(json.dumps(broken))
     seen = []
-    monkeypatch.setattr(run, "_steps", lambda _, plan, samples, *rest: seen.append([x.record.id for x in samples]))
+    monkeypatch.setattr(
+        run_module, "_steps", lambda _, plan, samples, *rest: seen.append([x.record.id for x in samples])
+    )
 
     def started(*flags: object) -> tuple[int, str]:
         status, _, err = command(

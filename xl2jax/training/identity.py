@@ -19,7 +19,7 @@ from xl2jax.training.fingerprint import digest, weights_fingerprint
 SAMPLES, ORDER = "samples", "order"
 
 # What may differ between the run that wrote a checkpoint and the one that goes on from it. Of paths the content counts.
-_FREE = {
+FREE = {
     "output", "fsdp", "tensor", "coordinator", "processes", "process", "workers", "threads", "save_every", "keep",
     "export", "export_dtype", "tensorboard", "wandb", "dry_run", "validate_data", "preset", "micro_batch", "checkpoint",
     "data", "media_root", "strict", "compile_cache",
@@ -36,7 +36,7 @@ def settings_of(
     config: TrainConfig, model: VideoXL2Config, tokenizer: PromptTokenizer, checkpoint: Path
 ) -> dict[str, str]:
     """All but the data. Reads a small part of the weights."""
-    settings = {k: str(v) for k, v in dataclasses.asdict(config).items() if k not in _FREE}
+    settings = {k: str(v) for k, v in dataclasses.asdict(config).items() if k not in FREE}
     return {
         **settings,
         "format": "2",
