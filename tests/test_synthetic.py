@@ -149,7 +149,7 @@ def test_dataset(tmp_path: Path, command: Callable[..., tuple[int, str, str]], r
     flags = ("dataset", folder, "--videos", 3, "--groups", 2, 3, "--records", 2, "--turns", 3, "--processes", 1)
     status, _, err = command(synthetic.main, *flags)
     assert status == 0, err
-    records = read_records(folder / "train.json", 0)
+    records = read_records(folder / "train.json", 0).records
     assert len(records) == 6
     assert all(len(r.turns) == 6 and r.media is not None and r.media.is_file() for r in records)
     assert "already exists" in refused(synthetic.main, *flags)
@@ -157,7 +157,7 @@ def test_dataset(tmp_path: Path, command: Callable[..., tuple[int, str, str]], r
     (folder / "train.json").unlink()  # as after an interrupted run
     assert command(synthetic.main, *flags)[0] == 0
     assert (folder / "000000.mp4").stat().st_mtime_ns == before
-    assert read_records(folder / "train.json", 0) == records
+    assert read_records(folder / "train.json", 0).records == records
 
 
 def picture(path: Path) -> np.ndarray:
@@ -225,6 +225,7 @@ def test_summary_counts() -> None:
     assert (row["accuracy"], row["recall"]) == (0.5, 0.5)
 
 
+@pytest.mark.slow
 def test_the_bundled_model_finds_needles(command: Callable[..., tuple[int, str, str]]) -> None:
     """Fixed seeds, never trained on, 256 frames: by content and by time, among chunks that the question itself chose."""
     status, out, err = command(
@@ -267,6 +268,7 @@ def test_the_bundled_model_answers_the_demo(tmp_path: Path, command: Callable[..
     assert [a["answer"] for a in json.loads(out)["answers"]] == [answer for _, answer in asked]
 
 
+@pytest.mark.slow
 def test_vision_is_trained_alone(tmp_path: Path, command: Callable[..., tuple[int, str, str]]) -> None:
     make_checkpoint(tmp_path / "a", PRESETS["tiny"], embedding=0.3, branch=0.4)
     pretrain_vision(tmp_path / "a", tmp_path / "b", steps=2, batch=8)
