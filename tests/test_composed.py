@@ -36,7 +36,7 @@ from xl2jax.errors import UserError
 from xl2jax.model import VideoXL2, abstract_model, normalise
 from xl2jax.ops.dense import dense_attention
 from xl2jax.prompt import PromptTokenizer
-from xl2jax.synthetic import COLOURS, HELD_OUT, PAIRS, SHAPES, make_scene
+from xl2jax.scenes import COLOURS, HELD_OUT, PAIRS, SHAPES, make_scene
 from xl2jax.training.loss import IGNORE, TokenBatch, token_loss
 
 CHECKPOINT = Path(DEFAULT_CHECKPOINT)

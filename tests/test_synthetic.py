@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,25 +16,15 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 import xl2jax
-from xl2jax import needle, synthetic
+from xl2jax import needle, scenes, synthetic
 from xl2jax.api import Answer
 from xl2jax.bundled import labelled_groups, pretrain_vision
 from xl2jax.cli import DEFAULT_CHECKPOINT, infer
 from xl2jax.config import PRESETS
 from xl2jax.demo import make_checkpoint, make_tokenizer
 from xl2jax.needle import NeedleArgs, make_cases, parse_modes, summary
-from xl2jax.synthetic import (
-    COLOURS,
-    HELD_OUT,
-    PAIRS,
-    SHAPES,
-    TEMPLATES,
-    Scene,
-    ask,
-    make_scene,
-    scene_clip,
-    write_video,
-)
+from xl2jax.scenes import COLOURS, HELD_OUT, PAIRS, SHAPES, TEMPLATES, Scene, ask, make_scene, scene_clip
+from xl2jax.synthetic import write_video
 from xl2jax.training.records import read_records
 from xl2jax.video import SampleConfig, open_video
 
@@ -67,7 +58,7 @@ def test_needle_is_alone_in_its_group(seed: int, groups: int, data: st.DataObjec
 
 @settings(deadline=None, max_examples=100)
 @given(seeds, st.integers(1, 40), st.sampled_from(list(TEMPLATES)), st.sampled_from([0.25, 1.0, 4.0]))
-def test_answers_are_what_the_scene_shows(seed: int, groups: int, kind: synthetic.Kind, seconds: float) -> None:
+def test_answers_are_what_the_scene_shows(seed: int, groups: int, kind: scenes.Kind, seconds: float) -> None:
     scene = make_scene(seed, groups)
     question = ask(scene, kind, seconds, np.random.default_rng(seed))
     if question is None:
@@ -103,7 +94,7 @@ def test_answers_are_what_the_scene_shows(seed: int, groups: int, kind: syntheti
 def test_shapes_are_drawn_in_their_colours_and_forms() -> None:
     areas: dict[str, float] = {}
     for colour, shape in PAIRS:
-        event = synthetic.Event(0, 1, colour, shape, 0.5, 0.5, 0.3, 0.0, 0.0)
+        event = scenes.Event(0, 1, colour, shape, 0.5, 0.5, 0.3, 0.0, 0.0)
         image = Scene(1, 2, (event,)).frame(0, 200, 200)
         hit = (image == np.array(COLOURS[colour], np.uint8)).all(-1)
         assert hit[100, 100]
@@ -160,6 +151,44 @@ def test_dataset(tmp_path: Path, command: Callable[..., tuple[int, str, str]], r
     assert read_records(folder / "train.json", 0).records == records
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("clip", "c.mp4", "--seed", -1), "--seed must be from 0"), (("clip", "c.mp4", "--groups", 0), "--groups must be"),
+        (("clip", "c.mp4", "--width", -2), "--width must be"), (("clip", "c.mp4", "--height", 17), "--height must be even"),
+        (("dataset", "d", "--seed", -1), "--seed must be from 0"), (("dataset", "d", "--processes", 0), "--processes must"),
+        (("dataset", "d", "--videos", -3), "--videos must be"), (("dataset", "d", "--groups", 4, -1), "--groups must be"),
+        (("dataset", "d", "--records", 0), "--records must be"), (("dataset", "d", "--turns", 0), "--turns must be"),
+        (("clip", "file/c.mp4"), "file: cannot be made"), (("clip", "file/deep/c.mp4"), "deep: cannot be made"),
+        (("dataset", "file"), "file: cannot be made"), (("clip", "."), "is a folder, not a file"),
+    ],
+)  # fmt: skip
+def test_impossible_videos_are_refused(
+    refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[object, ...], message: str
+) -> None:  # fmt: skip
+    (tmp_path / "file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(synthetic.main, *flags)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("limit", [1000, 8000, 60_000])
+def test_a_disk_that_runs_full_leaves_nothing_behind(
+    command: Callable[..., tuple[int, str, str]], tmp_path: Path, limit: int
+) -> None:
+    """Wherever the file ends."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        status, out, err = command(synthetic.main, "clip", tmp_path / "deep" / "a.mp4", "--groups", 20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (status, out) == (2, "")
+    assert "a.mp4: cannot be written (File too large)" in err
+    assert len(err.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def picture(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB"))
@@ -175,7 +204,7 @@ def test_cases_cover_lengths_depths_and_kinds() -> None:
     for case in cases:
         assert case.scene.seed % 2 == 1
         assert {q.group for q in case.questions} == {round(case.depth * (case.frames // 4 - 1))}
-        assert [q.kind for q in case.questions] == list(synthetic.NEEDLE_KINDS)
+        assert [q.kind for q in case.questions] == list(scenes.NEEDLE_KINDS)
         needle_itself, *others = case.scene.events
         assert len(others) == 5
         assert all(e.colour != needle_itself.colour and e.shape != needle_itself.shape for e in others)

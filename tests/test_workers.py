@@ -1,15 +1,16 @@
-"""Work in several processes: order, a bounded number ahead, and failures that end it."""
+"""Work in several processes or threads: order, a bounded number ahead, failures and Ctrl-C."""
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 
 import pytest
 
 from xl2jax.errors import UserError
-from xl2jax.workers import in_processes
+from xl2jax.workers import in_processes, in_threads
 
 
 def square(x: int) -> int:
@@ -39,6 +40,33 @@ def test_what_a_call_raises_is_raised_here() -> None:
         list(in_processes(1, square, [3, -1, 4]))
 
 
-def test_a_killed_process_is_an_error_and_no_endless_wait() -> None:
+def test_a_killed_process_is_one_line_and_no_endless_wait() -> None:
     with pytest.raises(UserError, match="a worker process was killed"):
         list(in_processes(2, square, [1, 100, 2, 3]))
+
+
+def interrupted(x: int) -> int:
+    signal.raise_signal(signal.SIGINT)
+    return x
+
+
+def test_ctrl_c_is_the_parents_matter() -> None:
+    """A terminal sends it to every process; the workers end what they do."""
+    assert list(in_processes(1, interrupted, [1, 2])) == [1, 2]
+
+
+def test_threads_give_results_in_order_and_drop_what_was_not_begun() -> None:
+    assert list(in_threads(3, square, range(9))) == [x * x for x in range(9)]
+    begun, go = [], threading.Event()
+
+    def slow(x: int) -> int:
+        begun.append(x)
+        if x:
+            go.wait()
+        return x
+
+    results = in_threads(1, slow, range(100))
+    assert next(results) == 0
+    threading.Timer(0.1, go.set).start()
+    results.close()
+    assert len(begun) <= 2

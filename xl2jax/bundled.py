@@ -30,7 +30,8 @@ from xl2jax.demo import make_checkpoint
 from xl2jax.errors import UserError
 from xl2jax.model import abstract_model, normalise
 from xl2jax.plot import plot_losses
-from xl2jax.synthetic import COLOURS, NEEDLE_KINDS, SHAPES, DatasetArgs, Kind, group_frames, make_scene, write_dataset
+from xl2jax.scenes import COLOURS, NEEDLE_KINDS, SHAPES, Kind, group_frames, make_scene
+from xl2jax.synthetic import DatasetArgs, write_dataset
 from xl2jax.terminal import run_command
 from xl2jax.torch_folder import write_params
 from xl2jax.workers import in_processes

@@ -35,20 +35,8 @@ from xl2jax.model import VideoXL2, abstract_model, normalise
 from xl2jax.names import flatten
 from xl2jax.ops.dense import dense_attention
 from xl2jax.prompt import IM_START, PromptTokenizer
-from xl2jax.synthetic import (
-    COLOURS,
-    HELD_OUT,
-    LONGEST,
-    PAIRS,
-    SHAPES,
-    Kind,
-    Question,
-    Scene,
-    ask,
-    draw_scale,
-    group_frames,
-    make_scene,
-)
+from xl2jax.scenes import COLOURS, HELD_OUT, PAIRS, SHAPES, Kind, Question, Scene, ask, group_frames, make_scene
+from xl2jax.synthetic import LONGEST, draw_scale
 from xl2jax.torch_folder import write_params
 from xl2jax.training.loss import IGNORE, TokenBatch, cross_entropies, embeddings
 from xl2jax.training.samples import tokenise

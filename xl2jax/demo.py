@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from xl2jax.config import PRESETS, VideoXL2Config
 from xl2jax.names import Entry
 from xl2jax.prompt import END_OF_TEXT, IM_END, IM_START
-from xl2jax.synthetic import corpus
+from xl2jax.scenes import corpus
 from xl2jax.tensor_files import DTYPE_NAMES, DTYPES
 from xl2jax.terminal import run_command
 from xl2jax.torch_folder import write_torch

@@ -32,8 +32,8 @@ from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.errors import UserError
 from xl2jax.layout import PrefillConfig
 from xl2jax.relevance import AttentionScorer
+from xl2jax.scenes import NEEDLE_KINDS, TEMPLATES, Kind, Question, Scene, ask, make_scene, scene_clip
 from xl2jax.selection import RelevanceConfig
-from xl2jax.synthetic import NEEDLE_KINDS, TEMPLATES, Kind, Question, Scene, ask, make_scene, scene_clip
 from xl2jax.terminal import run_command
 from xl2jax.watched import CacheConfig, WatchedVideo
 

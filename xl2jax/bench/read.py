@@ -16,7 +16,7 @@ from xl2jax import memory
 from xl2jax.atomic import replacing_file
 from xl2jax.errors import UserError
 from xl2jax.read_ahead import default_workers, resize
-from xl2jax.synthetic import make_scene
+from xl2jax.scenes import make_scene
 from xl2jax.video import SampleConfig, open_video
 
 _MODES = ("stream", "sequential", "decord", "overlap")

@@ -99,7 +99,7 @@ class TrainConfig:
     export_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     tensorboard: bool = True
     compile_cache: bool = True
-    """Keeps compiled programs between runs, so that the next one starts sooner."""
+    """Keeps compiled programs between runs, so that the next one starts sooner (not with --coordinator)."""
     wandb: str | None = None
     """Project to log to."""
 

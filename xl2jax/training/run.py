@@ -73,7 +73,8 @@ def train(config: TrainConfig) -> int:
         # On CPUs programs that are in flight together would mix up their collectives.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
         jax.distributed.initialize(config.coordinator, config.processes, config.process)
-    start_backend(keep_programs=config.compile_cache)
+    # Kept CPU programs order their collectives otherwise than fresh ones: several processes would wait for each other.
+    start_backend(keep_programs=config.compile_cache and config.coordinator is None)
     with Signals() as signals, contextlib.ExitStack() as held:
         run = _prepare(config, signals)
         if is_main():
