@@ -35,7 +35,7 @@ test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 slow-test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 lint: install
 	$(BIN)/ruff check .

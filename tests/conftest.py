@@ -1,22 +1,27 @@
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
+# Programs are compiled with few optimisations: most of the suite's time is compiling, and what it checks is not speed.
+# (`make slow-test` sets this to 0: upstream's numbers are also checked with all optimisations.)
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+# Several tests run the same programs: all processes of a session share what was compiled.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _COMPILED = tempfile.TemporaryDirectory(prefix="xl2jax-compiled-")
+    os.environ |= {"JAX_COMPILATION_CACHE_DIR": _COMPILED.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05"}
+
 import pytest
 
 import xl2jax
 from xl2jax.config import PRESETS
 from xl2jax.demo import make_checkpoint, write_clip
 from xl2jax.terminal import run_command
-
-# Several tests run the same programs from the beginning: each is compiled once a session.
-_COMPILED = tempfile.TemporaryDirectory(prefix="xl2jax-compiled-")
-jax.config.update("jax_compilation_cache_dir", _COMPILED.name)
 
 GOLDENS = Path(__file__).parent / "goldens"
 

@@ -53,7 +53,7 @@ def outcome[T](call: Callable[[], T]) -> tuple[T | None, str]:
         value, line = call(), ""
     except UserError as e:
         value, line = None, str(e)
-    assert len(line) < 1000
+    assert len(line) < 1000, line
     return value, line
 
 

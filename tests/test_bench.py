@@ -41,6 +41,7 @@ def test_a_row_in_its_own_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         bench._in_own_process("read", args, "ours", 4)
 
 
+@pytest.mark.slow
 def test_rows(command: Callable[..., tuple[int, str, str]]) -> None:
     """Both benchmarks at the smallest preset: a process a row, the promised fields."""
     status, out, err = command(bench.main, "prefill", "--preset", "tiny", "--groups", "9", "--json")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import shutil
 import struct
-from collections.abc import Callable
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,8 @@ from xl2jax.config import VideoXL2Config
 from xl2jax.convert import main, orbax_to_torch, torch_to_orbax
 from xl2jax.errors import UserError
 from xl2jax.orbax_folder import OrbaxFolder, read_manifest
+from xl2jax.prompt import PromptTokenizer
+from xl2jax.sources import find_checkpoint
 from xl2jax.tensor_files import INDEX, SINGLE, TensorFolder
 from xl2jax.torch_folder import TorchCheckpoint
 
@@ -178,6 +183,46 @@ def test_fuzzed_manifests(orbax: Path, copied_orbax: Path) -> None:
         manifest, _ = outcome(lambda: read_manifest(copied_orbax))
         assert manifest is None or manifest.dtype == whole.dtype
         assert manifest is None or manifest.format == 1 or manifest.checksums is not None
+
+
+# --- files that may not be read ----------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def denied(path: Path) -> Iterator[None]:
+    """Takes the permission to read a path; a superuser becomes somebody else meanwhile."""
+    user, mode = os.geteuid(), path.stat().st_mode
+    path.chmod(0)
+    os.seteuid(65534 if user == 0 else user)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+        path.chmod(mode)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "torch", "torch/config.json", "torch/model.safetensors", "torch/tokenizer.json", "torch/vision_tower",
+        "orbax", "orbax/xl2jax.json", "orbax/params", "orbax/params/state", "orbax/params/state/_METADATA",
+    ],
+)  # fmt: skip
+def test_files_that_may_not_be_read(name: str, checkpoint: Path, orbax: Path) -> None:
+    with tempfile.TemporaryDirectory() as scratch:  # pytest's own folders are closed to others
+        for source, target in ((checkpoint, "torch"), (orbax, "orbax")):
+            shutil.copytree(source, Path(scratch, target))
+        subprocess.run(["chmod", "-R", "a+rX", scratch], check=True)
+        folder = Path(scratch, name.partition("/")[0])
+
+        def load() -> None:
+            find_checkpoint(folder)
+            PromptTokenizer.load(folder, 1000)
+            ParamReader(folder)
+
+        load()
+        with denied(Path(scratch, name)), pytest.raises(UserError, match=f"^{scratch}/{name}.*: no permission to read"):
+            load()
 
 
 # --- numbers --------------------------------------------------------------------------------

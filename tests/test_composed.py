@@ -240,6 +240,7 @@ def test_auxiliary_loss_counts_what_has_a_target() -> None:
     assert float(loss) == pytest.approx(100 * float(logits[0, 1].max() / scale[0, 1, 0]), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_command_trains_the_llm_alone_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bundled, "encode_groups", functools.partial(composed.encode_groups, of_each=1))
     still = dataclasses.replace(PHASE, name="still", learning_rate=0.0, steps=1)

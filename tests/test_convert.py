@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import resource
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -215,7 +216,7 @@ def test_another_model(tmp_path: Path, refused: Callable[..., str]) -> None:
 def test_disk_too_small(copied: Path, tmp_path: Path, refused: Callable[..., str], monkeypatch: Any) -> None:
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
-    assert "0.00 GB are free there" in refused(main, copied, tmp_path / "out")
+    assert "MB, 0.0 MB are free there" in refused(main, copied, tmp_path / "out")
     assert list(tmp_path.glob("*out*")) == []
 
 
@@ -235,6 +236,27 @@ def test_disk_runs_full(
         monkeypatch.setattr(orbax_folder.ocp.partial, "save", full)
     line = refused(main, source, tmp_path / "out", *(["--reverse"] if reverse else []))
     assert "no space left" in line
+    assert list(tmp_path.glob("*out*")) == []
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_system_refuses_to_write(
+    reverse: bool, checkpoint: Path, tmp_path: Path, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    """A limit of the system's own, which reaches Orbax's threads too: one line, and nothing from them."""
+    source = checkpoint
+    if reverse:
+        torch_to_orbax(checkpoint, tmp_path / "source", None)
+        source = tmp_path / "source"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
+    try:
+        status, _, err = command(main, source, tmp_path / "out", *(["--reverse"] if reverse else []))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert status == 2, err
+    assert err.splitlines()[-1] == f"error: {tmp_path}/out: cannot be written (File too large)"
+    assert "Traceback" not in err
     assert list(tmp_path.glob("*out*")) == []
 
 

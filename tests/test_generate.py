@@ -172,6 +172,18 @@ def test_numbers_that_are_not_finite_are_an_error(where: str, model: xl2jax.Mode
         broken.ask(broken.watch(clip, SampleConfig(max_frames=16)), "What happens?", max_new_tokens=4)
 
 
+def test_float16_answers_and_says_when_it_overflows(checkpoint: Path, clip: Path) -> None:
+    half = xl2jax.load(checkpoint, dtype="float16")
+    video = half.watch(clip, SampleConfig(max_frames=16))
+    assert {str(x.dtype) for x in (video.cache.k, video.cache.v)} == {"float16"}
+    assert half.ask(video, "What happens?", max_new_tokens=4).new_tokens >= 1
+    params = flatten(half.params)
+    params["llm.layers.down.kernel"] = params["llm.layers.down.kernel"] * 30_000
+    large = xl2jax.Model(half.config, unflatten(params, half.config), half.tokenizer)
+    with pytest.raises(UserError, match=r"computed in float16: use bfloat16 or float32 \(--dtype\)"):
+        large.watch(clip, SampleConfig(max_frames=16))
+
+
 def test_a_video_belongs_to_its_model(model: xl2jax.Model, watched: xl2jax.WatchedVideo) -> None:
     other = xl2jax.Model(model.config, model.params, model.tokenizer)
     with pytest.raises(UserError, match="watched by another model"):

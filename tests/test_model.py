@@ -14,7 +14,7 @@ from xl2jax.dts import TemporalDownsample, convolve_as_product, group_frames, re
 from xl2jax.model import pad_to_groups
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_activations_follow_the_parameters(dtype: str, checkpoint: object) -> None:
     """Nothing is promoted on the way: a bfloat16 model computes in bfloat16, logits are float32."""
     model = xl2jax.load(checkpoint, dtype=dtype)  # type: ignore[arg-type]

@@ -254,6 +254,6 @@ def test_goldens_in_int8(goldens: Path, command: Callable[..., tuple[int, str, s
     """Upstream's own outputs, within the 1 % that 8 bits cost; every generated id is the same."""
     status, out, err = command(verify.main, goldens / "tiny", "--only", "bilevel", "--cache-dtype", "int8", "--json")
     assert status == 0, err
-    by_name = {r["name"]: r["relative_l2"] for r in json.loads(out)["rows"]}
+    by_name = {r["name"]: r["relative_l2"] for r in json.loads(out)["cases"][0]["rows"]}
     assert by_name["bilevel0_generated"] == 0
     assert 1e-4 < by_name["bilevel0_suffix_logits"] < 1e-2  # 8 bits are really used

@@ -44,6 +44,7 @@ def files(folder: Path, *names: str) -> Path:
         (lambda d: files(d, "m.txt") / "m.txt", "is a file, not a checkpoint folder"),
         (lambda d: d / "none", "no such checkpoint folder"),
         (lambda d: files(d, "file") / "file" / "below", "no such checkpoint folder"),
+        (lambda d: d / "a\0b", "no such checkpoint folder"),
         (lambda d: d / ("n" * 300), "cannot be read (File name too long)"),
     ],
 )

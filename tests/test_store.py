@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -66,6 +67,17 @@ def filled(video: xl2jax.WatchedVideo) -> list[np.ndarray]:
 def same(a: xl2jax.WatchedVideo, b: xl2jax.WatchedVideo) -> bool:
     values = zip(filled(a), filled(b), strict=True)
     return a.layout == b.layout and a.times == b.times and all(x.tobytes() == y.tobytes() for x, y in values)
+
+
+def test_float16(checkpoint: Path, watched: xl2jax.WatchedVideo, clip: Path, tmp_path: Path) -> None:
+    model = xl2jax.load(checkpoint, dtype="float16")
+    k, v = (x.astype(np.float16) for x in (watched.cache.k, watched.cache.v))
+    video = dataclasses.replace(watched, cache=watched.cache._replace(k=k, v=v))
+    key = {"dtype": "float16", "prefill": dataclasses.asdict(xl2jax.PrefillConfig())}
+    save_cache(tmp_path / "cache", video, key)
+    again = load_cache(tmp_path / "cache", model, key, clip, BilevelConfig())
+    assert again.cache.k.dtype == np.float16
+    assert same(again, video)
 
 
 def header_size(data: bytes) -> int:

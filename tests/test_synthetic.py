@@ -254,6 +254,7 @@ def test_summary_counts() -> None:
     assert (row["accuracy"], row["recall"]) == (0.5, 0.5)
 
 
+@pytest.mark.slow
 def test_the_bundled_model_finds_needles(command: Callable[..., tuple[int, str, str]]) -> None:
     """Fixed seeds, never trained on, 256 frames: by content and by time, among chunks that the question itself chose."""
     status, out, err = command(
@@ -296,6 +297,7 @@ def test_the_bundled_model_answers_the_demo(tmp_path: Path, command: Callable[..
     assert [a["answer"] for a in json.loads(out)["answers"]] == [answer for _, answer in asked]
 
 
+@pytest.mark.slow
 def test_vision_is_trained_alone(tmp_path: Path, command: Callable[..., tuple[int, str, str]]) -> None:
     make_checkpoint(tmp_path / "a", PRESETS["tiny"], embedding=0.3, branch=0.4)
     pretrain_vision(tmp_path / "a", tmp_path / "b", steps=2, batch=8)

@@ -54,14 +54,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _hurry() -> Iterator[None]:
-    """The compiler is told to hurry, in processes of their own too."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def arguments(checkpoint: Path, data: Path, output: Path, *flags: object) -> list[str]:
     common = (
         "--checkpoint", checkpoint, "--data", data, "--output", output, "--max-frames", 4, "--no-remat",
@@ -121,10 +113,9 @@ def start(checkpoint: Path, data: Path) -> Iterator[Start]:
     ) -> Any:
         env = os.environ | {
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         }  # fmt: skip
-        if "--coordinator" not in flags:  # cached CPU programs order their collectives otherwise than fresh ones
-            env["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir
+        if "--coordinator" in flags:  # cached CPU programs order their collectives otherwise than fresh ones
+            env.pop("JAX_COMPILATION_CACHE_DIR", None)
         program = ["-c", f"import signal, train\n{code}\ntrain.run_command(train.main)"]
         if core is not None:  # not preexec_fn: JAX warns of any fork
             program = ["-c", _PINNED, str(core), *program]

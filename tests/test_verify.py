@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -38,9 +37,7 @@ def float64(goldens: Path) -> dict[str, dict[str, Any]]:
     """Reports of `verify --dtype float64` by case: one process, since 64 bits are a setting of the whole process."""
     cases = [goldens / "tiny", goldens / "wide"]
     command = [sys.executable, "-m", "xl2jax.verify", *map(str, cases), "--dtype", "float64", "--json"]
-    # Optimised programs would take twice as long to compile; what they compute in float64 is the same.
-    env = os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"}
-    run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.stdout, run.stderr
     report = json.loads(run.stdout)
     assert report["dtype"] == "float64"
@@ -54,13 +51,12 @@ def test_float64_agrees_on_any_machine(case: str, float64: dict[str, dict[str, A
     assert max(row["relative_l2"] for row in float64[case]["rows"]) < 1e-9
 
 
-def test_float32_agrees(goldens: Path, command: Callable[..., tuple[int, str, str]]) -> None:
+@pytest.mark.parametrize(("case", "trained"), [("geometry", False), pytest.param("wide", True, marks=pytest.mark.slow)])
+def test_float32_agrees(case: str, trained: bool, goldens: Path, command: Callable[..., tuple[int, str, str]]) -> None:
     """The released image geometry, and a case with training whose gradients float32 can decide."""
-    status, out, err = command(verify.main, goldens / "wide", goldens / "geometry", "--json")
+    status, out, err = command(verify.main, goldens / case, "--json")
     assert status == 0, err
-    wide, geometry = json.loads(out)["cases"]
-    check_all_there(wide, goldens / "wide", trained=True)
-    check_all_there(geometry, goldens / "geometry", trained=False)
+    check_all_there(json.loads(out)["cases"][0], goldens / case, trained=trained)
 
 
 def test_float32_decides_no_gradient_at_width_32(
@@ -89,12 +85,7 @@ def test_a_difference_beyond_the_limit_fails() -> None:
     assert compare("dts", x[:5], x, 5, limit=1e-12).ok
 
 
-def test_a_wrong_gradient_fails(float64: dict[str, dict[str, Any]], goldens: Path) -> None:
-    """A loss that is off by 1e-8 or a gradient that is off by 1 % of a percent would not pass."""
-    for row in float64["wide"]["rows"]:
-        assert row["relative_l2"] < 1e-10
-
-
+@pytest.mark.slow
 def test_bfloat16_errs_as_much_as_rounding_the_weights(goldens: Path, tmp_path: Path) -> None:
     """Against upstream's float64, bfloat16 must not be much worse than what rounding the weights alone does.
 
@@ -125,14 +116,14 @@ def case(goldens: Path, tmp_path: Path) -> Path:
 
 def test_a_wrong_tensor_fails(case: Path, command: Callable[..., tuple[int, str, str]]) -> None:
     path = case / "expected" / "dense.safetensors"
-    tensors = {k: x for k, x in load_file(path).items() if k in ("dts", "generated", "interpolated", "visual_tokens")}
+    tensors = {k: x for k, x in load_file(path).items() if k in ("dts", "interpolated", "visual_tokens", "projected")}
     tensors["dts"] = tensors["dts"] * 1.001
-    tensors["generated"] = np.concatenate([tensors["generated"][:-1], tensors["generated"][-1:] ^ 1])
+    tensors["projected"][0, 0, 0] += 1
     save_file(tensors, path)
     status, out, err = command(verify.main, case, "--only", "dense")
     wrong = {line.split()[0] for line in out.splitlines() if "WRONG" in line}
     assert status == 1
-    assert wrong == {"dts", "generated"}
+    assert wrong == {"dts", "projected"}
     assert "2 of 4 tensors differ" in err
 
 

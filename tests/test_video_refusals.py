@@ -86,8 +86,8 @@ def test_names_that_no_file_has(tmp_path: Path) -> None:
     assert "no such video" in refusal(tmp_path / "file" / "a.mp4")
 
 
-def test_a_playlist_opens_nothing(plain: Path, tmp_path: Path) -> None:
-    """Neither other local files nor the network."""
+def test_a_playlist_opens_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither other local files nor the network, which is shut even to formats that may be opened."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0.2)
         address = f"http://127.0.0.1:{server.getsockname()[1]}/a.ts"
@@ -98,6 +98,8 @@ def test_a_playlist_opens_nothing(plain: Path, tmp_path: Path) -> None:
             assert "a playlist: give a video file itself" in refusal(tmp_path / "a.m3u8")
             (tmp_path / "a.mp4").write_text(f"ffconcat version 1.0\nfile '{target}'\n")
             assert "a playlist: give a video file itself" in refusal(tmp_path / "a.mp4")
+        monkeypatch.setattr(containers, "_formats", lambda: "concat,hls,mpegts")
+        refusal(tmp_path / "a.m3u8")
         with pytest.raises(TimeoutError):
             server.accept()
 

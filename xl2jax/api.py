@@ -398,14 +398,15 @@ class _Streamer:
 
 def load(
     checkpoint: str | Path, *, dtype: Literal["float32", "bfloat16", "float16"] | None = None, implementation: str = "auto",
-    progress: bool = False,
+    progress: bool = False, verify_checksums: bool = True,
 ) -> Model:  # fmt: skip
-    """Loads an Orbax folder (`xl2jax.convert`), a PyTorch folder or a hub id.
+    """Loads an Orbax folder (`xl2jax.convert`), a PyTorch folder or a hub id (`org/name` or `org/name@revision`).
 
-    `dtype` None keeps the stored one. Raises UserError where the checkpoint cannot be used.
+    `dtype` None keeps the stored one. `verify_checksums` compares each tensor of an Orbax folder with the checksum
+    that was kept when it was made. Raises UserError where the checkpoint cannot be used.
     """
     folder = find_checkpoint(checkpoint)
     config = VideoXL2Config.from_hf(folder)
     tokenizer = PromptTokenizer.load(folder, config.llm.vocab)
-    config, params = load_params(folder, dtype, progress=progress)
+    config, params = load_params(folder, dtype, progress=progress, verify=verify_checksums)
     return Model(config, params, tokenizer, implementation=implementation)

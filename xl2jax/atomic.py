@@ -47,12 +47,11 @@ def replacing_file(path: Path, *, need_bytes: int = 0) -> Iterator[Path]:
     Raises UserError if there is a folder, a pipe or a device at `path`, or if it cannot be written there, or if fewer
     than `need_bytes` are free.
     """
-    path = Path(os.path.realpath(path))
-    with _beside(path, need_bytes) as beside:
-        _refuse_irregular(path)
+    with _beside(path, need_bytes) as (place, beside):
+        _refuse_irregular(place)
         yield beside
         _sync(beside)
-        beside.replace(path)
+        beside.replace(place)
 
 
 @contextlib.contextmanager
@@ -64,53 +63,54 @@ def replacing_folder(path: Path, need_bytes: int = 0) -> Iterator[Path]:
     """
     if os.path.lexists(path):
         raise UserError(f"{path}: {_REASONS[errno.EEXIST]}")
-    with _beside(path, need_bytes, parents=True) as beside:
+    with _beside(path, need_bytes, parents=True) as (place, beside):
         beside.mkdir()
         yield beside
         for folder, _, files in os.walk(beside):
             for name in files:
                 _sync(Path(folder, name))
             _sync_folder(Path(folder))
-        if os.path.lexists(path):  # os.replace would take the place of an empty folder
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
-        beside.replace(path)
+        if os.path.lexists(place):  # os.replace would take the place of an empty folder
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(place))
+        beside.replace(place)
 
 
 def check_file_target(path: Path) -> None:
     """Raises UserError where `replacing_file` would, as far as that can be known: before hours of work."""
-    path = Path(os.path.realpath(path))
-    with _beside(path, 0) as beside:
-        _refuse_irregular(path)
+    with _beside(path) as (place, beside):
+        _refuse_irregular(place)
         beside.touch(exist_ok=False)
         beside.unlink()
 
 
 @contextlib.contextmanager
-def _beside(path: Path, need_bytes: int, parents: bool = False) -> Iterator[Path]:
-    """A unique name beside `path`; whatever is there when the block fails is removed. OSError becomes UserError."""
-    beside = path.parent / f"{_prefix(path)}{_HOST}-{os.getpid()}-{_TOKEN}.{next(_NUMBERS)}"
+def _beside(path: Path, need_bytes: int = 0, *, parents: bool = False) -> Iterator[tuple[Path, Path]]:
+    """Where `path` is with all links followed, and a unique name beside it.
+
+    What has that name when the block fails is removed. An OSError becomes a UserError.
+    """
+    place = Path(os.path.realpath(path))
+    beside = place.parent / f"{_prefix(place)}{_HOST}-{os.getpid()}-{_TOKEN}.{next(_NUMBERS)}"
     try:
         if parents:
-            _make_folder(path.parent)
-        free = shutil.disk_usage(path.parent).free
+            _make_folder(place.parent)
+        free = shutil.disk_usage(place.parent).free
         if free < need_bytes:
-            raise UserError(f"{path}: needs {need_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free there")
-        _remove_leftovers(path)
-        yield beside
-        _sync_folder(path.parent)
+            raise UserError(f"{path}: needs {need_bytes / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free there")
+        _remove_leftovers(place)
+        yield place, beside
+        _sync_folder(place.parent)
     except BaseException as e:
         _remove(beside)
         if isinstance(e, OSError):
-            raise UserError(f"{path}: {_reason(e, beside)}") from e
-        if "No space left on device" in str(e):  # as libraries report it
-            raise UserError(f"{path}: {_REASONS[errno.ENOSPC]}") from e
+            raise UserError(f"{path}: {_reason(e, place, beside)}") from e
         raise
 
 
-def _reason(error: OSError, beside: Path) -> str:
-    """What happened, in words. A file that has nothing to do with the target is named."""
+def _reason(error: OSError, place: Path, beside: Path) -> str:
+    """What happened, in words. A file that is neither the target nor a folder above it is named."""
     about = str(error.filename or "")
-    if about and not about.startswith(str(beside.parent)):
+    if not about.startswith(str(beside)) and not str(place).startswith(about):
         return f"cannot be written ({about}: {error.strerror})"
     return _REASONS.get(error.errno or 0, f"cannot be written ({error.strerror or error})")
 

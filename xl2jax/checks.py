@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -12,25 +13,20 @@ _HASHED, _LOOKED_AT = 4 << 20, 256 << 10  # bytes that are hashed together, numb
 
 
 def checksum(array: np.ndarray) -> str:
-    """32 hexadecimal digits that depend on dtype, shape and every bit: blake2b over blake2b of pieces of 4 MiB.
+    """32 hexadecimal digits that depend on dtype, shape and every bit: blake2b over the CRC-32 of pieces of 4 MiB.
 
-    All processors take part.
+    It notices damage: a flipped bit for certain, anything else but once in four thousand million times. It does not
+    keep out who can compute it too. CRC-32 takes one processor 0.3 s a GB (blake2b 1.4 s); all processors take part.
     """
     flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     pieces = [flat[i : i + _HASHED].data for i in range(0, flat.size, _HASHED)]
-    digest = hashlib.blake2b(f"{array.dtype} {array.shape}".encode(), digest_size=16)
     workers = min(len(pieces), os.cpu_count() or 1)
     if workers <= 1:
-        parts = [_digest(piece) for piece in pieces]
+        parts = [zlib.crc32(piece) for piece in pieces]
     else:
-        with ThreadPoolExecutor(workers) as pool:  # hashlib lets go of the interpreter meanwhile
-            parts = list(pool.map(_digest, pieces))
-    digest.update(b"".join(parts))
-    return digest.hexdigest()
-
-
-def _digest(piece: memoryview) -> bytes:
-    return hashlib.blake2b(piece, digest_size=16).digest()
+        with ThreadPoolExecutor(workers) as pool:  # zlib lets go of the interpreter meanwhile
+            parts = list(pool.map(zlib.crc32, pieces))
+    return hashlib.blake2b(f"{array.dtype} {array.shape} {parts}".encode(), digest_size=16).hexdigest()
 
 
 def is_finite(array: np.ndarray) -> bool:

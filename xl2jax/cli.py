@@ -75,6 +75,8 @@ class Args:
 
     dtype: Literal["bfloat16", "float32", "float16"] | None = None
     """Of parameters, cache and activations; the checkpoint's own by default."""
+    verify_checksums: bool = True
+    """Compares each tensor of an Orbax checkpoint with the checksum that was kept when it was made."""
     compile_cache: bool = True
     """Keeps compiled programs between runs, so that the next one starts at once."""
     attention: str = "auto"
@@ -210,7 +212,13 @@ def infer() -> int:
     clip = None if args.load_cache is not None else _open(args)
     start_backend(keep_programs=args.compile_cache)
     started = time.perf_counter()
-    model = xl2jax.load(args.checkpoint, dtype=args.dtype, implementation=args.attention, progress=True)
+    model = xl2jax.load(
+        args.checkpoint,
+        dtype=args.dtype,
+        implementation=args.attention,
+        progress=True,
+        verify_checksums=args.verify_checksums,
+    )
     load_seconds = time.perf_counter() - started
     video = _watch(args, model, clip)
     answers = [_ask(args, model, video, q) for q in args.questions]

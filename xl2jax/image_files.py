@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from xl2jax.containers import MAX_PIXELS, reason
 from xl2jax.errors import UserError
@@ -60,6 +60,8 @@ def read_image(path: Path) -> np.ndarray:
         raise unreadable(path, e) from None
     except UserError:
         raise
+    except UnidentifiedImageError:
+        raise UserError(f"{path}: not an image that can be read (its format is not known)") from None
     except Exception as e:  # Pillow's decoders raise whatever a damaged file leads them to
         raise UserError(f"{path}: not an image that can be read ({reason(e)})") from None
 

@@ -9,12 +9,14 @@ xl2jax.json                              {"format": 2, "dtype": "bfloat16", "che
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +28,7 @@ from xl2jax.checks import checksum
 from xl2jax.config import VideoXL2Config
 from xl2jax.errors import UserError
 from xl2jax.names import Entry, entries
-from xl2jax.schema import Schema, is_file, read_json
+from xl2jax.schema import Schema, is_file, read_json, require_readable, unreadable
 from xl2jax.tensor_files import DTYPE_NAMES, DTYPES, ShardWriter, TensorFolder, listing
 
 logger = logging.getLogger(__name__)
@@ -82,10 +84,21 @@ class OrbaxFolder:
                 folder,
             )
 
+    def _require_readable(self) -> None:
+        def refuse(error: OSError) -> None:
+            raise error
+
+        try:
+            for folder, _, files in os.walk(self._path, onerror=refuse):
+                for name in files:
+                    require_readable(Path(folder, name))  # of a pipe Orbax would read for ever
+        except FileNotFoundError as e:
+            raise self._damaged(e) from e
+        except OSError as e:
+            raise unreadable(e.filename or self._path, e) from None
+
     def _dtypes(self) -> dict[str, np.dtype]:
-        for folder, _, files in os.walk(self._path):
-            for name in files:
-                is_file(Path(folder, name))  # a pipe would block
+        self._require_readable()
         try:
             metadata = ocp.pytree_metadata(self._path).metadata
             if not isinstance(metadata, dict):
@@ -148,8 +161,11 @@ class OrbaxFolder:
             raise UserError(f"{self.folder}: {name} is damaged (its checksum is another); convert the checkpoint again")
 
     def _damaged(self, error: Exception) -> UserError:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        return UserError(f"{self._path}: not a whole Orbax checkpoint ({reason}); convert it again")
+        return UserError(f"{self._path}: not a whole Orbax checkpoint ({_first_line(error)}); convert it again")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 class _ClosedLoops:
@@ -176,6 +192,20 @@ def ignore_closed_loops() -> None:
 _FLOATS = [DTYPES[code] for code in DTYPE_NAMES.values()]
 
 
+@contextlib.contextmanager
+def _system_errors() -> Iterator[None]:
+    """What Orbax raises where the disk is full or the like, as the OSError that the system gave."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as e:
+        code = re.search(r"os_error_code='(\d+)'", str(e))
+        if code is not None:
+            raise OSError(int(code[1]), os.strerror(int(code[1]))) from e
+        raise OSError(0, _first_line(e)) from e
+
+
 class OrbaxWriter:
     """Fills an Orbax model folder, whose config and tokenizer files are copied by others."""
 
@@ -183,6 +213,7 @@ class OrbaxWriter:
         self._folder, self._path, self._dtype = folder, (folder / PARAMS).absolute(), dtype
         self._checksums: dict[str, str] = {}
         self._batch: dict[str, np.ndarray] = {}
+        ignore_closed_loops()
 
     def write(self, name: str, array: np.ndarray) -> None:
         self._checksums[name] = checksum(array)
@@ -191,7 +222,8 @@ class OrbaxWriter:
             self._flush()
 
     def _flush(self) -> None:
-        ocp.partial.save(self._path, traverse_util.unflatten_dict(self._batch, sep="."))
+        with _system_errors():
+            ocp.partial.save(self._path, traverse_util.unflatten_dict(self._batch, sep="."))
         self._batch = {}
 
     def write_unused(self, files: TensorFolder, names: list[str]) -> None:
@@ -207,6 +239,7 @@ class OrbaxWriter:
     def finish(self) -> None:
         if self._batch:
             self._flush()
-        ocp.partial.finalize(self._path)
+        with _system_errors():
+            ocp.partial.finalize(self._path)
         manifest = {"format": 2, "dtype": self._dtype, "checksums": self._checksums}
         (self._folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")

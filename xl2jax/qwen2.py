@@ -11,7 +11,7 @@ from flax import nnx
 
 from xl2jax.config import LLMConfig
 from xl2jax.layers import LoRAConfig, LoRALinear, rope_tables, rotate, scan_layers, stack_layers
-from xl2jax.ops.precision import accumulator
+from xl2jax.ops.precision import accumulator, product
 
 type Attend[S] = Callable[[S, jax.Array, jax.Array, jax.Array, jax.Array], tuple[S, jax.Array]]
 """`(state, layer, q, k, v) -> (state, out)`: q and out [..., T, N, H], k and v [..., T, K, H], rotated."""
@@ -97,10 +97,9 @@ class Qwen2(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [..., D] -> logits [..., vocab], float32 (float64 for float64)."""
-        dtype = accumulator(hidden.dtype)
         kernel = self.embed.embedding[...].T if self.tied else self.lm_head.kernel[...]
         if hidden.ndim > 1:
-            return jnp.dot(hidden, kernel, preferred_element_type=dtype)
+            return product("...d,dv->...v", hidden, kernel)
         # For one 16-bit row XLA would first write all of lm_head as float32: give it a few rows.
         rows = jax.lax.optimization_barrier(jnp.pad(hidden[None], ((0, 7), (0, 0))))
-        return jnp.dot(rows, kernel, preferred_element_type=dtype)[0]
+        return product("td,dv->tv", rows, kernel)[0]

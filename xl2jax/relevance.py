@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from xl2jax.cache import KVCache, attend_text, unpack
 from xl2jax.errors import UserError
+from xl2jax.ops.precision import product
 from xl2jax.qwen2 import Qwen2
 
 
@@ -88,7 +89,7 @@ def attention_scores(
                         context.k,
                     )
                 )
-                scores = jnp.einsum("tkgh,ksh->tkgs", own, k, preferred_element_type=jnp.float32)
+                scores = product("tkgh,ksh->tkgs", own, k)
                 to = jax.lax.dynamic_slice_in_dim(group, start, block)
                 use = counted[:, None, None, None] & (start + jnp.arange(block) >= i * block) & (to < groups)
                 p = jnp.where(use, jnp.exp(jnp.where(use, scores * h**-0.5 - own_norm[..., None], 0.0)), 0.0)

@@ -53,6 +53,16 @@ def require_regular(path: Path) -> None:
         raise UserError(f"{path}: is {kind}, not a regular file")
 
 
+def require_readable(path: Path) -> None:
+    """Raises UserError unless `path` is a regular file, and OSError where it cannot be opened.
+
+    For files that a library opens: safetensors says "No such file" where there is no permission.
+    """
+    require_regular(path)
+    with open(path, "rb"):
+        pass
+
+
 def is_file(path: Path) -> bool:
     """Whether there is a regular file at `path`. Raises UserError where something else is, or where it cannot be seen.
 

@@ -26,7 +26,7 @@ def find_checkpoint(source: str | Path) -> Path:
     path, hub_id = Path(source), _HUB_ID.fullmatch(str(source))
     try:
         os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a name that no file can have
         if hub_id is None:
             raise UserError(f"{source}: no such checkpoint folder") from None
         from xl2jax.hub import download

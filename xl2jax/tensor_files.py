@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from xl2jax.checks import is_finite
 from xl2jax.errors import UserError
-from xl2jax.schema import NameBelow, Schema, is_file, read_json, require_regular, unreadable
+from xl2jax.schema import NameBelow, Schema, is_file, read_json, require_readable, unreadable
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -61,7 +61,7 @@ class TensorFolder:
         duplicates = []
         for path in self._files(index) if files is None else files:
             try:
-                require_regular(path)
+                require_readable(path)
                 with safe_open(path, framework="np") as f:
                     for name in f.keys():  # noqa: SIM118 (not a mapping)
                         if name in self.file_of:
@@ -70,7 +70,7 @@ class TensorFolder:
                         part = f.get_slice(name)
                         self.shapes[name], self.dtypes[name] = tuple(part.get_shape()), str(part.get_dtype())
             except SafetensorError as e:
-                raise UserError(f"{path}: not a whole safetensors file ({e}); fetch it again") from None
+                raise UserError(f"{path}: not a whole safetensors file ({shorten(str(e))}); fetch it again") from None
             except OSError as e:
                 raise unreadable(path, e) from None
         if duplicates:
@@ -113,7 +113,7 @@ class TensorFolder:
             with safe_open(self.file_of[name], framework="np") as f:
                 return f.get_tensor(name)
         except (SafetensorError, OSError) as e:
-            raise UserError(f"{self.file_of[name]}: cannot read {shorten(name)} ({e})") from None
+            raise UserError(f"{self.file_of[name]}: cannot read {shorten(name)} ({shorten(str(e))})") from None
 
 
 def cast(array: np.ndarray, dtype: str, where: str) -> np.ndarray:

@@ -42,8 +42,8 @@ def setup_logging() -> None:
     """xl2jax's own messages on stderr; other libraries only when something is wrong."""
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s", force=True)
     logging.getLogger("xl2jax").setLevel(logging.INFO)
-    # Orbax logs warnings about its own deprecations through absl.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Orbax logs warnings about its own deprecations through absl, and the tracebacks of errors that it raises as well.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     # Of a damaged checkpoint it reads the other tensors too, and nobody asks for their errors.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module="orbax")

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xl2jax.errors import UserError
-from xl2jax.ops.precision import accumulator
+from xl2jax.ops.precision import accumulator, product
 
 NEGATIVE = -1e30
 """Finite stand-in for minus infinity."""
@@ -148,7 +148,7 @@ def _unfold(x: jax.Array, tokens: int) -> jax.Array:
 
 def _scores(q: jax.Array, block: _Block) -> jax.Array:
     """Scaled, masked scores [K, T, groups, block] of folded queries [K, T * groups, H]."""
-    scores = jnp.einsum("kqh,ksh->kqs", q, block.k, preferred_element_type=accumulator(q.dtype)) * q.shape[-1] ** -0.5
+    scores = product("kqh,ksh->kqs", q, block.k) * q.shape[-1] ** -0.5
     t, width = block.mask.shape
     return jnp.where(block.mask[:, None], scores.reshape(q.shape[0], t, -1, width), NEGATIVE)
 
@@ -174,7 +174,7 @@ def _attend_tile(
         decay = jnp.exp(top - new_top)
         total = total * decay + jnp.sum(p, axis=-1)
         p = p.reshape(kv_heads, -1, block).astype(keys.v.dtype)
-        update = jnp.einsum("kqs,ksh->kqh", p, keys.v, preferred_element_type=dtype)
+        update = product("kqs,ksh->kqh", p, keys.v)
         return acc * decay[..., None] + update.reshape(acc.shape), new_top, total
 
     shape = (kv_heads, t, n // kv_heads)

@@ -25,6 +25,9 @@ def dense_attention(
         return _odd(q, k, v)
     if q.dtype == jnp.float64:
         return _float64(q, k, v, causal=causal, mask=mask)
+    if q.dtype == jnp.float16 and not cudnn:  # XLA multiplies no float16 into float32 on CPUs
+        wide_q, wide_k, wide_v = (x.astype(jnp.float32) for x in (q, k, v))
+        return jax.nn.dot_product_attention(wide_q, wide_k, wide_v, mask=mask, is_causal=causal).astype(q.dtype)
     implementation: Literal["cudnn", "xla"] = "cudnn" if cudnn else "xla"
     return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation=implementation)
 

@@ -10,3 +10,11 @@ import numpy as np
 def accumulator(dtype: jax.typing.DTypeLike) -> np.dtype:
     """float32 for arrays of `dtype`; float64 for float64 (as in `verify --dtype float64`)."""
     return np.dtype(jnp.promote_types(dtype, jnp.float32))
+
+
+def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """einsum of two arrays of one dtype, summed and returned in `accumulator` of it."""
+    dtype = accumulator(a.dtype)
+    if a.dtype == jnp.float16 and jax.default_backend() == "cpu":  # XLA has no such product there
+        a, b = a.astype(dtype), b.astype(dtype)
+    return jnp.einsum(spec, a, b, preferred_element_type=dtype)

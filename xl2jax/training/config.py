@@ -100,6 +100,8 @@ class TrainConfig:
     """Folder to write the result to in the PyTorch layout; it must not exist."""
     export_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     tensorboard: bool = True
+    compile_cache: bool = True
+    """Keeps compiled programs between runs, so that the next one starts sooner (not with --coordinator)."""
     wandb: str | None = None
     """Project to log to."""
 

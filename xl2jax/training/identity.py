@@ -22,7 +22,7 @@ SAMPLES, ORDER = "samples", "order"
 FREE = {
     "output", "fsdp", "tensor", "coordinator", "processes", "process", "workers", "threads", "save_every", "keep",
     "export", "export_dtype", "tensorboard", "wandb", "dry_run", "validate_data", "preset", "micro_batch", "checkpoint",
-    "data", "media_root", "strict",
+    "data", "media_root", "strict", "compile_cache",
 }  # fmt: skip
 _WORDS = {
     "weights": "other weights in --checkpoint",

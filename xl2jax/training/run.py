@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import logging
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,12 +17,13 @@ import optax
 from jax.sharding import Mesh
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from xl2jax.backend import start_backend
 from xl2jax.config import VideoXL2Config
 from xl2jax.errors import UserError
 from xl2jax.prompt import PromptTokenizer
 from xl2jax.sources import find_checkpoint
 from xl2jax.training.batches import MicroBatch, Probe, plan_epoch, probe_records
-from xl2jax.training.config import TrainConfig, trained_names
+from xl2jax.training.config import TrainConfig, parse, trained_names
 from xl2jax.training.fingerprint import digest
 from xl2jax.training.identity import ORDER, SAMPLES, order_digest, refuse_other_settings, settings_of
 from xl2jax.training.lengths import Sample, differences, measure, read_lengths, samples_digest, write_lengths
@@ -58,6 +60,11 @@ class _Run:
         return self.config.micro_batch * batch_devices(self.mesh)
 
 
+def main() -> int:
+    """The command."""
+    return train(parse(sys.argv[1:]))
+
+
 def train(config: TrainConfig) -> int:
     """The whole run; the command's exit status."""
     config.check()
@@ -65,6 +72,8 @@ def train(config: TrainConfig) -> int:
         # On CPUs programs that are in flight together would mix up their collectives.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
         jax.distributed.initialize(config.coordinator, config.processes, config.process)
+    # Kept CPU programs order their collectives otherwise than fresh ones: several processes would wait for each other.
+    start_backend(keep_programs=config.compile_cache and config.coordinator is None)
     run = _prepare(config)
     if is_main():
         print(plan_report(config, run.step, run.shapes, run.trained, run.mesh, run.data))
