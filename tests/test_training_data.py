@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import gc
 import json
 import os
 import pickle
@@ -216,7 +218,10 @@ def test_rows_hold_their_samples(records: list[Record], model: xl2jax.Model, wor
     lengths = [x for x in probe_records(records, SAMPLING, model.tokenizer, v, 999, threads=2).lengths if x is not None]
     plan = [m for s in plan_epoch(lengths, 2, 2, 0, 0, pack_to=250) for m in s]
     loader = Loader(records, SAMPLING, model.tokenizer, v, 999, 70)
-    got = list(read_ahead(plan, loader, 0, process=0, processes=1, workers=workers, threads=2))
+    reading = read_ahead(plan, loader, 0, process=0, processes=1, workers=workers, threads=2)
+    got = copy.deepcopy(
+        list(reading)
+    )  # (shared memory that the garbage collector frees while processes start complains)
     assert len(got) == len(plan)
     assert sorted(s for part in got for s in part["samples"]) == ["clip", "folder", "picture", "text"]
     for part, micro in zip(got, plan, strict=True):
@@ -249,6 +254,7 @@ def killed(batch: MicroBatch) -> None:
 
 
 def test_a_killed_worker_is_one_line() -> None:
+    gc.collect()
     plan = [MicroBatch(((0,),), 1, 64)]
     reading = read_ahead(plan, killed, 0, process=0, processes=1, workers=1, threads=1)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="a worker process was killed"):

@@ -163,7 +163,7 @@ def steps_done(process: subprocess.Popen[str], output: Path, steps: int) -> None
         time.sleep(0.02)
 
 
-LEARN = ("--global-batch", 4, "--epochs", 40, "--learning-rate", 4e-3, "--save-every", 12)
+LEARN = ("--global-batch", 2, "--epochs", 30, "--learning-rate", 4e-3, "--save-every", 12)
 KILLED_IN_A_SAVE = """
 import os
 from xl2jax.training.state import Checkpoints
@@ -178,23 +178,23 @@ def test_learns_stops_resumes_exports_and_answers(
 ) -> None:  # fmt: skip
     """A run that is stopped by SIGTERM, then by Ctrl-C, killed in the middle of a save and moved, with its data and
     the checkpoint it began from, to places that are spelt relatively: bit for bit what a straight run gives."""
-    trained(tmp_path / "straight", *LEARN, "--export", tmp_path / "straight-out")
+    trained(tmp_path / "straight", *LEARN, "--export", tmp_path / "straight-out", file="two.json")
     one, output = metrics(tmp_path / "straight"), tmp_path / "stopped"
     signal_at(4, signal.SIGTERM)
-    assert last_line(trained(output, *LEARN, status=143)) == "SIGTERM: saved step 5 of 40"
+    assert last_line(trained(output, *LEARN, file="two.json", status=143)) == "SIGTERM: saved step 5 of 30"
     assert whole_checkpoints(output) == [5]
     assert len(metrics(output)) == 5
     signal_at(7, signal.SIGINT)
-    out = trained(output, *LEARN, status=130)
+    out = trained(output, *LEARN, file="two.json", status=130)
     assert "resumed from step 5" in out
-    assert last_line(out) == "Ctrl-C: saved step 8 of 40"
+    assert last_line(out) == "Ctrl-C: saved step 8 of 30"
     assert len(metrics(output)) == 8
     signal_at(0, 0)
-    finished(start(output, *LEARN, code=KILLED_IN_A_SAVE), -signal.SIGKILL)
+    finished(start(output, *LEARN, file="two.json", code=KILLED_IN_A_SAVE), -signal.SIGKILL)
     newest = whole_checkpoints(output)[-1]
     assert newest in (8, 12)
     with open(output / "metrics.jsonl", "a") as f:  # rows of steps that were never saved, one of them torn
-        f.write('{"step": 39, "loss": 0}\n{"step": 4')
+        f.write('{"step": 29, "loss": 0}\n{"step": 4')
     moved = tmp_path / "moved"
     output.rename(moved)
     shutil.copytree(data, tmp_path / "data")
@@ -202,15 +202,15 @@ def test_learns_stops_resumes_exports_and_answers(
     here = Path(os.path.relpath(tmp_path))
     out = trained(
         here / "moved", *LEARN, "--export", here / "out", "--workers", 1, "--keep", 1, "--data",
-        here / "data" / "four.json", "--checkpoint", here / "checkpoint",
+        here / "data" / "two.json", "--checkpoint", here / "checkpoint", file="two.json",
     )  # fmt: skip
     assert f"resumed from step {newest}" in out
-    assert [p.name for p in (moved / "checkpoints").iterdir()] == ["40"]
+    assert [p.name for p in (moved / "checkpoints").iterdir()] == ["30"]
     two = metrics(moved)
-    assert [r["step"] for r in two] == list(range(1, 41))
+    assert [r["step"] for r in two] == list(range(1, 31))
     assert [(r["loss"], r["grad_norm"]) for r in one] == [(r["loss"], r["grad_norm"]) for r in two]
     seen = board(moved / "tensorboard")
-    assert len({step for _, step in seen}) == 40
+    assert len({step for _, step in seen}) == 30
     assert all(seen["train/loss", int(r["step"])] == np.float32(r["loss"]) for r in two)
     a, b = (load_file(tmp_path / f / "model.safetensors") for f in ("straight-out", "out"))
     assert a.keys() == b.keys()

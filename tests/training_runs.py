@@ -56,9 +56,11 @@ def board(folder: Path) -> dict[tuple[str, int], float]:
 
 
 def write_data(folder: Path) -> Path:
-    """Four real files that look different, each with its own answer; eight samples for batches of 8."""
+    """Four real files that look different, each with its own answer: lists of the first and the last, of all, and of
+    eight samples for batches of 8."""
     for i in range(4):
         write_clip(folder / f"{i}.mp4", 20, fps=1 + i, width=32 + 32 * i, height=64)
+    (folder / "two.json").write_text(json.dumps(rows()[::3]))
     (folder / "four.json").write_text(json.dumps(rows()))
     (folder / "eight.json").write_text(json.dumps(rows(ANSWERS * 2)))
     return folder
