@@ -228,6 +228,16 @@ def test_a_bad_video_is_refused_before_a_checkpoint_is_read(refused: Callable[..
     assert "text.mp4: not a video" in refused(infer, "--video", tmp_path / "text.mp4", *flags)
 
 
+def test_files_that_would_overwrite_one_another(refused: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "v.mp4").write_text("a video")
+    flags = ("--video", tmp_path / "v.mp4", "--question", QUESTION)
+    assert "name the same file" in refused(infer, *flags, "--save-cache", tmp_path / "v.mp4")
+    assert "name the same file" in refused(
+        infer, *flags, "--save-cache", tmp_path / "a", "--plot", tmp_path / "." / "a"
+    )
+    assert (tmp_path / "v.mp4").read_text() == "a video"
+
+
 def test_questions_that_are_not_utf_8(
     ask: Callable[..., Any], refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

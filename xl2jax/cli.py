@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import platform
 import sys
 import time
@@ -29,8 +30,8 @@ from xl2jax.layout import PrefillConfig
 from xl2jax.prompt import check_unicode
 from xl2jax.relevance import AttentionScorer
 from xl2jax.selection import RelevanceConfig, selection_for
-from xl2jax.store import cache_key, check_cache_file, load_cache, save_cache
-from xl2jax.terminal import argument_text, require_stdout, run_command, stdin_is_closed
+from xl2jax.store import cache_key, check_cache_file, load_cache, save_cache, video_key
+from xl2jax.terminal import OutputError, argument_text, require_stdout, run_command, stdin_is_closed
 from xl2jax.video import Backend, Clip, FrameTimes, SampleConfig, open_video
 from xl2jax.watched import CacheConfig, WatchedVideo, read_thumbnails
 
@@ -191,13 +192,24 @@ class Args:
         require_video_path(self.video)
         if self.save_cache is not None and self.load_cache is not None:
             raise UserError("give --save-cache or --load-cache, not both")
+        files = {
+            "--video": self.video,
+            "--save-cache": self.save_cache,
+            "--load-cache": self.load_cache,
+            "--plot": self.plot,
+        }
+        named: dict[str, str] = {}
+        for flag, file in files.items():
+            if file is not None and (other := named.setdefault(os.path.realpath(file), flag)) != flag:
+                raise UserError(f"{flag} and {other} name the same file {file}")
         for target in filter(None, (self.save_cache, self.plot)):
             check_file_target(target)
-        if self.load_cache is not None:
-            check_cache_file(self.load_cache)
         SamplingConfig(self.temperature, self.top_p).check()
         for check in (self.sampling, self.prefill_config, self.bilevel, self.cache_config):
             check()
+        if self.load_cache is not None:
+            key = video_key(self.video, self.sampling(), self.folder_fps, self.prefill_config())
+            check_cache_file(self.load_cache, key)
         relevance = self.relevance_config()
         if relevance.file is not None and relevance.missing == "error":
             for question in self.questions:
@@ -296,6 +308,8 @@ def _interact(args: Args, model: Model, video: WatchedVideo, earlier: list[Answe
         try:
             check_unicode(line)
             answers.append(_ask(args, model, video, line.strip(), [(a.question, a.text) for a in [*earlier, *answers]]))
+        except OutputError:
+            raise
         except UserError as e:  # one bad question does not end the conversation
             print(f"error: {e}", file=sys.stderr)
 

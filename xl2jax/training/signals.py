@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 from collections.abc import Iterator
 from types import FrameType
 
@@ -14,15 +15,16 @@ _INTERRUPTED, _TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 
 
 class Signals:
-    """While it is entered, Ctrl-C is a flag and no exception: one that is raised inside a callback of a library, as
-    JAX has for the garbage collector, is lost. A second Ctrl-C ends the process at once.
+    """While steps are computed, Ctrl-C is a flag and no exception: one that is raised inside a callback of a library,
+    as JAX has for the garbage collector, is lost. A second Ctrl-C ends the process at once. Before and after the steps
+    Ctrl-C raises KeyboardInterrupt.
 
     With several processes JAX's preemption service handles SIGTERM and tells all of them after which step they stop;
     Ctrl-C in one of them is handed to it.
     """
 
     def __init__(self) -> None:
-        self._interrupted = self._terminated = False
+        self._interrupted = self._terminated = self._stepping = False
 
     def __enter__(self) -> Signals:
         self._before = signal.getsignal(signal.SIGINT)
@@ -35,6 +37,9 @@ class Signals:
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         self._interrupted = True
+        if not self._stepping:
+            raise KeyboardInterrupt
+        print("stops after this step, which is saved; Ctrl-C again ends at once", file=sys.stderr)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         if jax.process_count() > 1:
             signal.raise_signal(signal.SIGTERM)
@@ -49,15 +54,15 @@ class Signals:
 
     @contextlib.contextmanager
     def stepping(self) -> Iterator[None]:
-        """While steps are computed SIGTERM is a flag as well."""
-        if jax.process_count() > 1:
-            yield
-            return
-        before = signal.signal(signal.SIGTERM, self._terminate)
+        """While steps are computed Ctrl-C and SIGTERM are flags."""
+        before = None if jax.process_count() > 1 else signal.signal(signal.SIGTERM, self._terminate)
+        self._stepping = True
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            self._stepping = False
+            if before is not None:
+                signal.signal(signal.SIGTERM, before)
 
     def stop_after(self, step: int) -> bool:
         """Whether the run stops after this step, the same in all processes. To be asked once a step, of every step."""
