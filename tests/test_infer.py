@@ -248,6 +248,9 @@ def test_questions_that_are_not_utf_8(
     assert status == 0, err
     assert "error: the text is not UTF-8" in err
     assert [a["question"] for a in json.loads(out)["answers"]] == ["What is it?"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("caf\udce9?\n"))
+    status, out, err = ask("--interactive", "--json")  # nothing was answered
+    assert (status, json.loads(out)["answers"]) == (2, [])
 
 
 def test_bad_checkpoints(refused: Callable[..., str], clip: Path, copied: Path) -> None:

@@ -27,7 +27,7 @@ from xl2jax.containers import require_video_path
 from xl2jax.errors import UserError
 from xl2jax.generate import SamplingConfig
 from xl2jax.layout import PrefillConfig
-from xl2jax.prompt import check_unicode
+from xl2jax.prompt import check_unicode, suffix
 from xl2jax.relevance import AttentionScorer
 from xl2jax.selection import RelevanceConfig, selection_for
 from xl2jax.store import cache_key, check_cache_file, load_cache, save_cache, video_key
@@ -232,10 +232,14 @@ def infer() -> int:
         verify_checksums=args.verify_checksums,
     )
     load_seconds = time.perf_counter() - started
+    for question in args.questions:
+        suffix(model.tokenizer, question)  # one that is too long is refused before the video is watched
     video = _watch(args, model, clip)
     answers = [_ask(args, model, video, q) for q in args.questions]
+    refused = 0
     if args.interactive:
-        answers += _interact(args, model, video, answers)
+        further, refused = _interact(args, model, video, answers)
+        answers += further
     if args.plot is not None:
         from xl2jax.plot import plot_answers
 
@@ -246,7 +250,7 @@ def infer() -> int:
         print(json.dumps(_report(model, video, answers, load_seconds, programs), allow_nan=False))
     else:
         _print_timings(video, answers, load_seconds, programs)
-    return 0
+    return 2 if refused and not answers else 0
 
 
 def _open(args: Args) -> Clip:
@@ -295,14 +299,16 @@ def _ask(
     return answer
 
 
-def _interact(args: Args, model: Model, video: WatchedVideo, earlier: list[Answer]) -> list[Answer]:
+def _interact(args: Args, model: Model, video: WatchedVideo, earlier: list[Answer]) -> tuple[list[Answer], int]:
+    """Answers the questions on stdin. Returns the answers, and how many questions were refused."""
     answers: list[Answer] = []
+    refused = 0
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
         if not line:
-            return answers
+            return answers, refused
         if not line.strip():
             continue
         try:
@@ -312,6 +318,7 @@ def _interact(args: Args, model: Model, video: WatchedVideo, earlier: list[Answe
             raise
         except UserError as e:  # one bad question does not end the conversation
             print(f"error: {e}", file=sys.stderr)
+            refused += 1
 
 
 def _report(
