@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pickle
+import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from xl2jax.errors import UserError
 from xl2jax.prompt import IM_END, IM_START
 from xl2jax.training import batches
 from xl2jax.training import loader as loader_module
-from xl2jax.training.batches import Length, plan_epoch, probe_records
+from xl2jax.training.batches import Length, MicroBatch, plan_epoch, probe_records
 from xl2jax.training.loader import Loader, read_ahead
 from xl2jax.training.loss import IGNORE
 from xl2jax.training.records import Record, read_records
@@ -240,6 +242,17 @@ def test_rows_hold_their_samples(records: list[Record], model: xl2jax.Model, wor
     halves = [list(read_ahead(plan, loader, 0, process=p, processes=2, workers=0, threads=1)) for p in (0, 1)]
     for whole, *parts in zip(got, *halves, strict=True):
         assert np.array_equal(whole["ids"], np.concatenate([p["ids"] for p in parts]))
+
+
+def killed(batch: MicroBatch) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_one_line() -> None:
+    plan = [MicroBatch(((0,),), 1, 64)]
+    reading = read_ahead(plan, killed, 0, process=0, processes=1, workers=1, threads=1)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="a worker process was killed"):
+        list(reading)
 
 
 def test_unreadable_when_training_leaves_its_place_empty(records: list[Record], model: xl2jax.Model) -> None:

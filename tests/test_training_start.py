@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -27,10 +28,11 @@ from xl2jax.demo import make_checkpoint
 from xl2jax.errors import UserError
 from xl2jax.training import batches
 from xl2jax.training import run as run_module
+from xl2jax.training.config import PRESETS as TRAINING
 from xl2jax.training.processes import from_main, locked
 from xl2jax.training.signals import Signals
 from xl2jax.training.state import Checkpoints
-from xl2jax.training.step import TrainState
+from xl2jax.training.step import Metrics, TrainState
 from xl2jax.training.telemetry import Telemetry
 
 
@@ -129,7 +131,8 @@ def test_refusals(data: Path, tmp_path: Path, checkpoint: Path, copied: Path, re
     (tmp_path / "exists").mkdir()
     assert "already exists" in refuse("--export", tmp_path / "exists")
     (tmp_path / "file").write_text("")
-    assert "file (not a folder that can be written to)" in refuse("--export", tmp_path / "file" / "deep" / "out")
+    assert "cannot be made (Not a directory)" in refuse("--export", tmp_path / "file" / "deep" / "out")
+    assert "cannot be made (File name too long)" in refuse("--export", tmp_path / ("x" * 300))
     if not os.access("/proc", os.W_OK):
         assert "/proc (not a folder that can be written to)" in refuse("--export", "/proc/out")
     assert "max frames must be from 4" in refuse("--max-frames", 3)
@@ -204,22 +207,32 @@ def test_what_is_skipped_is_said_at_every_start(
     assert "skipped" not in err
 
 
+def test_samples_that_fail_in_training_are_counted_or_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A file that vanished since the start leaves its place empty; with --strict it ends the run."""
+    config = dataclasses.replace(TRAINING["stage4"], checkpoint="c", data=tmp_path, output=tmp_path)
+    read = [{"failed": ["s1: gone.mp4: no such file"], "samples": ["s0"]}]
+    step = run_module._Step(3, Metrics(*[jnp.float32(1)] * 4), read, 10, 1e9)  # type: ignore[arg-type]
+    with telemetry(tmp_path) as log:
+        run_module._look_at(step, log, config)
+        assert "skipped sample s1: gone.mp4: no such file (1 so far)" in caplog.text
+        with pytest.raises(UserError, match="--strict: 1 samples cannot be used: sample s1: gone.mp4"):
+            run_module._look_at(step, log, dataclasses.replace(config, strict=True))
+    assert [row["step"] for row in metrics(tmp_path)] == [3]
+
+
 def test_signals_are_noticed_wherever_they_arrive() -> None:
     """Ctrl-C inside a callback whose exceptions are dropped, as JAX's for the garbage collector; handlers come back."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler), signal.getsignal(signal.SIGTERM)
     try:
-        with Signals() as signals, signals.stepping():
+        with Signals() as signals:
             assert not signals.stop_after(1)
             with contextlib.suppress(BaseException):
                 signal.raise_signal(signal.SIGINT)
             assert signals.stop_after(2)
             assert (signals.status, signals.name) == (130, "Ctrl-C")
-            with pytest.raises(KeyboardInterrupt):
-                signals.check()
             assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # a second one ends the process
-        with Signals() as signals, signals.stepping():
+        with Signals() as signals:
             signal.raise_signal(signal.SIGTERM)
-            signals.check()
             assert signals.stop_after(1)
             assert (signals.status, signals.name) == (143, "SIGTERM")
         assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
@@ -227,9 +240,31 @@ def test_signals_are_noticed_wherever_they_arrive() -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell's background has it
         with Signals() as signals:
             signal.raise_signal(signal.SIGINT)
-            signals.check()
+            assert not signals.stop_after(1)
     finally:
         signal.signal(signal.SIGINT, before[0])
+
+
+def test_several_processes_agree_through_the_preemption_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM is the service's, which is asked at every step; Ctrl-C is handed to it."""
+    asked: list[int] = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda n: asked.append(n) or n == 3)
+    terms: list[int] = []
+    before = [signal.signal(signal.SIGINT, signal.default_int_handler)]
+    before.append(signal.signal(signal.SIGTERM, lambda number, _: terms.append(number)))
+    try:
+        with Signals() as signals:
+            assert not signals.stop_after(1)
+            signal.raise_signal(signal.SIGINT)
+            assert terms == [signal.SIGTERM]
+            assert not signals.stop_after(2)
+            assert signals.stop_after(3)
+            assert signals.status == 130
+        assert asked == [1, 2, 3]
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])
 
 
 def test_ctrl_c_before_there_are_steps(
@@ -237,7 +272,7 @@ def test_ctrl_c_before_there_are_steps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """While the data is looked at: one line, and the folder is free again."""
-    presses = iter([signal.SIGINT])  # one: a second would end the tests
+    presses = iter([signal.SIGINT])
     monkeypatch.setattr(batches, "open_media", lambda *x: [signal.raise_signal(n) for n in presses])
     flags = ("--checkpoint", checkpoint, "--data", data / "four.json", "--output", tmp_path / "o", "--global-batch", 4)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -16,6 +16,7 @@ import pytest
 import xl2jax
 from xl2jax.config import VideoXL2Config
 from xl2jax.errors import UserError
+from xl2jax.frames import SampleConfig
 from xl2jax.layers import LoRAConfig
 from xl2jax.names import flatten
 from xl2jax.ops.dense import dense_attention, padded_attention
@@ -251,6 +252,7 @@ def test_presets_and_patterns(model: xl2jax.Model) -> None:
     assert parts(dataclasses.replace(PRESETS["stage1"])) == {"dts"}
     assert parts(dataclasses.replace(PRESETS["stage2"])) == {"projector"}
     assert parts(PRESETS["stage3"]) == parts(PRESETS["stage4"]) == {"vision", "dts", "projector", "llm"}
+    assert settings(frame_times="upstream").sampling() == SampleConfig(1.0, 4, 150, "upstream")
     assert (PRESETS["stage3"].max_frames, PRESETS["stage3"].max_length) == (16, 8192)
     assert (PRESETS["stage4"].max_frames, PRESETS["stage4"].max_length, PRESETS["stage4"].global_batch) == (
         150, 6000, 256,

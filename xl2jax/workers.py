@@ -12,6 +12,8 @@ from typing import Any
 
 from xl2jax.errors import UserError
 
+KILLED = "a worker process was killed; where memory ran out, fewer workers or processes need less of it"
+
 
 def in_threads[A, R](threads: int, function: Callable[[A], R], arguments: Iterable[A]) -> Generator[R]:
     """function(argument) for each argument, in order. What was not begun when the caller closes this is dropped."""
@@ -40,9 +42,7 @@ def in_processes[A, R](processes: int, function: Callable[[A], R], arguments: It
         while ahead:
             yield ahead.popleft().result()
     except BrokenProcessPool:
-        raise UserError(
-            "a worker process was killed; where memory ran out, fewer workers or processes need less of it"
-        ) from None
+        raise UserError(KILLED) from None
     finally:
         pool.shutdown(cancel_futures=True)
 

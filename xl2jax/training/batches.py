@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from tqdm import tqdm
@@ -59,20 +59,16 @@ class MicroBatch:
 def probe_records(
     records: Sequence[Record], sampling: SampleConfig, tokenizer: PromptTokenizer, visual_tokens: int, max_length: int,
     *, threads: int, workers: int = 0, progress: bool = False, decode_size: int | None = None,
-    check: Callable[[], None] = lambda: None,
 ) -> Probe:  # fmt: skip
     """Opens every record's media for its length; with `decode_size` it reads all frames as well.
 
-    In `workers` processes, or in `threads` threads of this one. `check` is called after each record.
+    In `workers` processes, or in `threads` threads of this one.
     """
     probe = _RecordProbe(sampling, tokenizer, visual_tokens, max_length, decode_size)
     label = "look at the data" if decode_size is None else "read the data"
-    answers = []
     results = in_processes(workers, probe, records) if workers else in_threads(threads, probe, records)
     with contextlib.closing(results):
-        for answer in tqdm(results, label, len(records), disable=not progress, unit="sample"):
-            answers.append(answer)
-            check()
+        answers = list(tqdm(results, label, len(records), disable=not progress, unit="sample"))
     return Probe(
         tuple(None if isinstance(x, str) else x[0] for x in answers),
         {i: x for i, x in enumerate(answers) if isinstance(x, str)},

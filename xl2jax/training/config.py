@@ -13,8 +13,8 @@ from typing import Annotated, Literal
 import tyro
 
 from xl2jax.errors import UserError
+from xl2jax.frames import FrameTimes, SampleConfig
 from xl2jax.layers import LoRAConfig
-from xl2jax.video import SampleConfig
 
 type Preset = Literal["stage1", "stage2", "stage3", "stage4"]
 
@@ -38,6 +38,8 @@ class TrainConfig:
     fps: float = 1.0
     max_fps: int | None = 4
     max_frames: int = 150
+    frame_times: FrameTimes = "auto"
+    """auto tells the model the frames' own times where they differ from frame number / rate; upstream never does."""
     max_length: int = 6000
     """Most tokens of a sample; the end beyond them is cut off."""
     packing: bool = False
@@ -111,7 +113,7 @@ class TrainConfig:
     """Reads all data once, reports, and stops."""
 
     def sampling(self) -> SampleConfig:
-        return SampleConfig(self.fps, self.max_fps, self.max_frames)
+        return SampleConfig(self.fps, self.max_fps, self.max_frames, self.frame_times)
 
     @property
     def lora(self) -> LoRAConfig | None:
@@ -161,7 +163,13 @@ class TrainConfig:
 
 def _check_new_folder(path: Path) -> None:
     """Raises UserError unless a folder can be made there: asked before training, not behind it."""
-    if os.path.lexists(path):
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        pass
+    except OSError as e:
+        raise UserError(f"{path}: cannot be made ({e.strerror})") from None
+    else:
         raise UserError(f"{path}: already exists; choose another place or remove it first")
     above = next(p for p in path.absolute().parents if os.path.exists(p))
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):

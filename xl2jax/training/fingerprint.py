@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def weights_fingerprint(folder: Path) -> str:
 
     PyTorch layout: name, shape and a few rows of every tensor, however they are split into files. Training changes
     nearly every value of a tensor that trains, so the rows tell. Orbax layout: the checksums that were kept at
-    conversion, or the files where it kept none.
+    conversion, or the files where it kept none. The same weights in the other layout count as others.
 
     Raises UserError where the weights cannot be read.
     """
@@ -76,10 +77,12 @@ def weights_fingerprint(folder: Path) -> str:
 
 def _files(path: Path) -> list[tuple[str, os.stat_result]]:
     """(name, status) of the files in a folder in the order of their names, or of one file, which is nameless."""
-    if path.is_dir():
+    status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
         return [(e.name, e.stat()) for e in sorted(os.scandir(path), key=lambda e: e.name) if e.is_file()]
-    require_regular(path)
-    return [("", os.stat(path))]
+    if not stat.S_ISREG(status.st_mode):
+        require_regular(path)
+    return [("", status)]
 
 
 def _file_fingerprint(path: Path) -> bytes:

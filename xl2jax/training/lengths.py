@@ -12,7 +12,6 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pydantic
@@ -23,6 +22,7 @@ from xl2jax.schema import Schema, read_json, unreadable
 from xl2jax.training.batches import Length, Probe
 from xl2jax.training.fingerprint import change_mark, digest, media_fingerprint
 from xl2jax.training.records import Record
+from xl2jax.workers import in_threads
 
 logger = logging.getLogger(__name__)
 
@@ -133,15 +133,17 @@ def differences(before: Lengths | None, now: Lengths) -> str:
     if before is None:
         return f"without {FILE} they cannot be named"
     old, new = (Counter((x.id, x.content) for x in lengths.samples) for lengths in (before, now))
-    gone, come = ([id for id, _ in (x - y).elements()] for x, y in ((old, new), (new, old)))
-    changed = [id for id in come if id in set(gone)]
-    parts = {
-        "vanished": [id for id in gone if id not in set(changed)],
-        "changed": changed,
-        "appeared": [id for id in come if id not in set(changed)],
+    only_old, only_new = ([id for id, _ in (x - y).elements()] for x, y in ((old, new), (new, old)))
+    changed = set(only_old) & set(only_new)
+    kinds = {
+        "vanished": [id for id in only_old if id not in changed],
+        "changed": [id for id in only_new if id in changed],
+        "appeared": [id for id in only_new if id not in changed],
     }
-    said = [f"{len(ids)} {what} ({', '.join(ids[:5])}{', ...' * (len(ids) > 5)})" for what, ids in parts.items() if ids]
-    return ", ".join(said) or "they stand in another order"
+    parts = [
+        f"{len(ids)} {kind} ({', '.join(ids[:5])}{', ...' * (len(ids) > 5)})" for kind, ids in kinds.items() if ids
+    ]
+    return ", ".join(parts) or "they stand in another order"
 
 
 def _place(media: Path) -> str:
@@ -156,18 +158,15 @@ def _look_at_media(
     def look_at(path: Path) -> _Media | str:
         try:
             mark, known = change_mark(path), before.get(_place(path))
-            return (
-                known
-                if known is not None and known.mark == mark
-                else _Media(mark=mark, fingerprint=media_fingerprint(path))
-            )
+            if known is not None and known.mark == mark:
+                return known
+            return _Media(mark=mark, fingerprint=media_fingerprint(path))
         except OSError as e:
             return str(unreadable(path, e))
         except UserError as e:
             return str(e)
 
     paths = list(dict.fromkeys(r.media for r in records if r.media is not None))
-    with ThreadPoolExecutor(threads) as pool:
-        seen = dict(zip(paths, pool.map(look_at, paths), strict=True))
-    problems = {n: x for n, r in enumerate(records) if r.media is not None and isinstance(x := seen[r.media], str)}
-    return {_place(p): x for p, x in seen.items() if isinstance(x, _Media)}, problems
+    looks = dict(zip(paths, in_threads(threads, look_at, paths), strict=True))
+    problems = {n: x for n, r in enumerate(records) if r.media is not None and isinstance(x := looks[r.media], str)}
+    return {_place(p): x for p, x in looks.items() if isinstance(x, _Media)}, problems

@@ -11,13 +11,14 @@ import numpy as np
 from absl import flags
 
 from xl2jax.config import FRAMES_PER_GROUP
+from xl2jax.errors import UserError
 from xl2jax.prompt import PromptTokenizer
 from xl2jax.training.batches import MicroBatch
 from xl2jax.training.loss import IGNORE
 from xl2jax.training.records import Record
 from xl2jax.training.samples import open_media, read_frames, sample_tokens, unusable
 from xl2jax.video import SampleConfig
-from xl2jax.workers import ignore_interrupts
+from xl2jax.workers import KILLED, ignore_interrupts
 
 
 class Arrays(TypedDict):
@@ -83,6 +84,8 @@ def read_ahead(
     """This process's rows of `plan[start:]`, in order. To be closed: what was read ahead and not taken is then freed.
 
     `workers` processes each read with `threads` threads; 0 workers: threads of this process.
+
+    Raises UserError if one of the processes was killed.
     """
     rows = len(plan[0].rows) // processes
     own = slice(process * rows, (process + 1) * rows)
@@ -99,5 +102,9 @@ def read_ahead(
     iterator = iter(stream)
     try:
         yield from iterator
+    except RuntimeError as e:
+        if "terminated unexpectedly" not in str(e):
+            raise
+        raise UserError(KILLED) from e
     finally:
         iterator.close()

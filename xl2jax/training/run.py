@@ -53,7 +53,6 @@ class _Run:
     mesh: Mesh
     shapes: dict[str, jax.ShapeDtypeStruct]
     trained: list[str]
-    signals: Signals
 
     @property
     def rows(self) -> int:
@@ -75,22 +74,21 @@ def train(config: TrainConfig) -> int:
         jax.distributed.initialize(config.coordinator, config.processes, config.process)
     # Kept CPU programs order their collectives otherwise than fresh ones: several processes would wait for each other.
     start_backend(keep_programs=config.compile_cache and config.coordinator is None)
-    with Signals() as signals, contextlib.ExitStack() as held:
-        run = _prepare(config, signals)
-        if is_main():
-            print(plan_report(config, run.step, run.shapes, run.trained, run.mesh, run.data))
-        else:
-            logging.getLogger("xl2jax").setLevel(logging.WARNING)
-        if config.dry_run:
-            return 0
-        if config.validate_data:
-            return _validate(run)
+    run = _prepare(config)
+    if is_main():
+        print(plan_report(config, run.step, run.shapes, run.trained, run.mesh, run.data))
+    else:
+        logging.getLogger("xl2jax").setLevel(logging.WARNING)
+    if config.dry_run:
+        return 0
+    if config.validate_data:
+        return _validate(run)
+    with contextlib.ExitStack() as held, jax.set_mesh(run.mesh):
         from_main(lambda: held.enter_context(locked(config.output)))
-        with jax.set_mesh(run.mesh):
-            return _train(run)
+        return _train(run)
 
 
-def _prepare(config: TrainConfig, signals: Signals) -> _Run:
+def _prepare(config: TrainConfig) -> _Run:
     """Everything that can be refused before media or weights are read."""
     folder = find_checkpoint(config.checkpoint)
     model = VideoXL2Config.from_hf(folder)
@@ -105,7 +103,7 @@ def _prepare(config: TrainConfig, signals: Signals) -> _Run:
         logger.info("%d image samples: one view each; upstream's anyres tiles (unires) are not implemented", images)
     shapes = parameter_shapes(model, config.lora)
     step = StepConfig(model, config.lora, config.compute_dtype, config.remat)
-    run = _Run(config, folder, step, tokenizer, data, mesh, shapes, trained_names(config, list(shapes)), signals)
+    run = _Run(config, folder, step, tokenizer, data, mesh, shapes, trained_names(config, list(shapes)))
     if config.global_batch % run.rows:
         raise UserError(
             f"--global-batch {config.global_batch} is not a multiple of {run.rows} "
@@ -135,9 +133,10 @@ def _train(run: _Run) -> int:
         identity |= {SAMPLES: samples_digest(samples), ORDER: order_digest(plan)}
         if before is not None:
             refuse_other_settings(config.output, before, identity)
-        state = _steps(run, plan, samples, checkpoints, identity)
+        signals = Signals()
+        state = _steps(run, plan, samples, checkpoints, identity, signals)
     if state is None:
-        return run.signals.status
+        return signals.status
     if config.export is not None:
         export(config.export, run.step, state.params, config.export_dtype, run.folder)
         logger.info("wrote %s", config.export)
@@ -151,7 +150,6 @@ def _probe(run: _Run, records: list[Record], decode_size: int | None = None) -> 
     return probe_records(
         records, run.config.sampling(), run.tokenizer, run.step.model.visual_tokens, run.config.max_length,
         threads=run.config.threads, workers=run.config.workers, progress=is_main(), decode_size=decode_size,
-        check=run.signals.check,
     )  # fmt: skip
 
 
@@ -217,9 +215,7 @@ def _start(
         if len(trained) == len(run.shapes):
             return state, {}
     wanted = {n for n in run.shapes if not (resumed and n in trained)}
-    loaded = load_parameters(
-        run.folder, run.step, trained, run.mesh, run.config.seed, wanted, progress=is_main(), check=run.signals.check
-    )
+    loaded = load_parameters(run.folder, run.step, trained, run.mesh, run.config.seed, wanted, progress=is_main())
     frozen = {n: p for n, p in loaded.items() if n not in trained}
     if not resumed:
         state = new_state({n: loaded[n] for n in run.trained}, tx, abstract)
@@ -238,10 +234,11 @@ class _Step:
 
 
 def _steps(
-    run: _Run, plan: list[list[MicroBatch]], samples: Sequence[Sample], checkpoints: Checkpoints, identity: dict[str, str]
+    run: _Run, plan: list[list[MicroBatch]], samples: Sequence[Sample], checkpoints: Checkpoints, identity: dict[str, str],
+    signals: Signals,
 ) -> TrainState | None:  # fmt: skip
     """All steps of the plan that are still to do; the state behind the last one, or None if the run was stopped."""
-    config, model, signals = run.config, run.step.model, run.signals
+    config, model = run.config, run.step.model
     tx, schedule = optimizer(config, run.trained, len(plan)), learning_rate(config, len(plan))
     abstract = abstract_state({n: run.shapes[n] for n in run.trained}, tx, run.mesh)
     loader = Loader(
@@ -249,7 +246,6 @@ def _steps(
         model.vision.image_size,
     )  # fmt: skip
     with (
-        signals.stepping(),
         jax.default_matmul_precision("highest" if config.compute_dtype == "float32" else None),
         logging_redirect_tqdm(),
     ):
@@ -261,6 +257,7 @@ def _steps(
             processes=jax.process_count(), workers=config.workers, threads=config.threads,
         )  # fmt: skip
         with (
+            signals,
             contextlib.closing(reading) as arrays,
             Telemetry(
                 config.output, len(plan), first, show=is_main(), tensorboard=config.tensorboard, wandb=config.wandb,
@@ -275,34 +272,37 @@ def _steps(
                 operations = sum(sample_flops(model, trained, x.groups, x.tokens) for x in used)
                 given = _Step(number, metrics, read, sum(x.tokens for x in used), operations)
                 if pending is not None:
-                    _look_at(pending, telemetry, config.output)
+                    _look_at(pending, telemetry, config)
                 pending = given
                 stopping = signals.stop_after(number)
                 if number % config.save_every == 0 or number == len(plan) or stopping:
-                    _look_at(given, telemetry, config.output)
+                    _look_at(given, telemetry, config)
                     pending = None
                     checkpoints.save(state, identity)
                 if stopping:
+                    checkpoints.wait()
                     break
     if int(state.step) < len(plan):
-        checkpoints.wait()
         logger.info("%s: saved step %d of %d", signals.name, int(state.step), len(plan))
         return None
     return state
 
 
-def _look_at(step: _Step, telemetry: Telemetry, output: Path) -> None:
-    """Waits for a step. Raises UserError where its loss is not a number: nothing is saved from then on."""
-    for part in step.read:
-        for failure in part["failed"]:
-            telemetry.skipped += 1
-            logger.warning("skipped sample %s (%d so far)", failure, telemetry.skipped)
+def _look_at(step: _Step, telemetry: Telemetry, config: TrainConfig) -> None:
+    """Waits for a step. Raises UserError where its loss is not a number, or where --strict allows no skipping: nothing
+    is saved from then on."""
+    failed = [failure for part in step.read for failure in part["failed"]]
+    if config.strict:
+        _refuse_skipping([f"sample {failure}" for failure in failed])
+    for failure in failed:
+        telemetry.skipped += 1
+        logger.warning("skipped sample %s (%d so far)", failure, telemetry.skipped)
     values = {k: float(v) for k, v in step.metrics._asdict().items()}
     if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
         samples = ", ".join(s for part in step.read for s in part["samples"])
         raise UserError(
             f"step {step.number}: loss {values['loss']}, gradient norm {values['grad_norm']}; samples {samples}; "
-            f"the last checkpoint in {output} is as it was"
+            f"the last checkpoint in {config.output} is as it was"
         )
     telemetry.step(step.number, values, step.tokens, step.operations)
 

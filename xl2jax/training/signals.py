@@ -1,11 +1,8 @@
-"""SIGTERM and Ctrl-C during a run: noticed between steps, so that the step that is computed is saved first."""
+"""SIGTERM and Ctrl-C while steps are computed: the run saves the step that is under way, then stops."""
 
 from __future__ import annotations
 
-import contextlib
 import signal
-import sys
-from collections.abc import Iterator
 from types import FrameType
 
 import jax
@@ -15,58 +12,42 @@ _INTERRUPTED, _TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 
 
 class Signals:
-    """While steps are computed, Ctrl-C is a flag and no exception: one that is raised inside a callback of a library,
-    as JAX has for the garbage collector, is lost. A second Ctrl-C ends the process at once. Before and after the steps
-    Ctrl-C raises KeyboardInterrupt.
+    """While it is entered, both are flags. An exception would be lost where it is raised inside a callback of a library,
+    such as JAX's for the garbage collector. A second Ctrl-C ends the process at once.
 
     With several processes JAX's preemption service handles SIGTERM and tells all of them after which step they stop;
     Ctrl-C in one of them is handed to it.
     """
 
     def __init__(self) -> None:
-        self._interrupted = self._terminated = self._stepping = False
+        self._interrupted = self._terminated = False
 
     def __enter__(self) -> Signals:
-        self._before = signal.getsignal(signal.SIGINT)
-        if self._before is not signal.SIG_IGN:  # as in a shell's background
+        self._several = jax.process_count() > 1
+        self._before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+        if self._before[signal.SIGINT] is not signal.SIG_IGN:  # as it is in a shell's background
             signal.signal(signal.SIGINT, self._interrupt)
+        if not self._several:
+            signal.signal(signal.SIGTERM, self._terminate)
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
+        signal.signal(signal.SIGINT, self._before[signal.SIGINT])
+        if not self._several:
+            signal.signal(signal.SIGTERM, self._before[signal.SIGTERM])
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         self._interrupted = True
-        if not self._stepping:
-            raise KeyboardInterrupt
-        print("stops after this step, which is saved; Ctrl-C again ends at once", file=sys.stderr)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if jax.process_count() > 1:
+        if self._several:
             signal.raise_signal(signal.SIGTERM)
 
     def _terminate(self, number: int, frame: FrameType | None) -> None:
         self._terminated = True
 
-    def check(self) -> None:
-        """Raises KeyboardInterrupt if Ctrl-C was pressed: for what is done before there is a step to save."""
-        if self._interrupted:
-            raise KeyboardInterrupt
-
-    @contextlib.contextmanager
-    def stepping(self) -> Iterator[None]:
-        """While steps are computed Ctrl-C and SIGTERM are flags."""
-        before = None if jax.process_count() > 1 else signal.signal(signal.SIGTERM, self._terminate)
-        self._stepping = True
-        try:
-            yield
-        finally:
-            self._stepping = False
-            if before is not None:
-                signal.signal(signal.SIGTERM, before)
-
     def stop_after(self, step: int) -> bool:
         """Whether the run stops after this step, the same in all processes. To be asked once a step, of every step."""
-        if jax.process_count() > 1:
+        if self._several:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._interrupted or self._terminated
 

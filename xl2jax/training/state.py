@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,7 +26,7 @@ from xl2jax.layers import LoRAConfig
 from xl2jax.model import VideoXL2, abstract_model
 from xl2jax.names import Entry, entries, flatten
 from xl2jax.orbax_folder import ignore_closed_loops
-from xl2jax.schema import check as checked
+from xl2jax.schema import check
 from xl2jax.tensor_files import DTYPE_NAMES, DTYPES
 from xl2jax.terminal import machine_fault
 from xl2jax.torch_folder import write_torch
@@ -63,11 +63,11 @@ def abstract_state(
 
 def load_parameters(
     folder: Path, config: StepConfig, trained: Collection[str], mesh: Mesh, seed: int, wanted: Collection[str],
-    *, progress: bool, check: Callable[[], None] = lambda: None,
+    *, progress: bool,
 ) -> Params:  # fmt: skip
     """The `wanted` parameters, each put on the mesh in slices as it is read from a checkpoint; adapters are new.
 
-    What is `trained` is in `MASTER`, the rest in the compute dtype. `check` is called after each parameter.
+    What is `trained` is in `MASTER`, the rest in the compute dtype.
     """
 
     def place(name: str, array: np.ndarray) -> jax.Array:
@@ -76,10 +76,7 @@ def load_parameters(
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index].astype(dtype))
 
     read = read_params(folder, "float32", progress=progress, wanted=lambda name: name in wanted)
-    params = {}
-    for name, array in read:
-        params[name] = place(name, array)
-        check()
+    params = {name: place(name, array) for name, array in read}
     shapes = parameter_shapes(config.model, config.lora)
     new = {n: shapes[n] for n in wanted if n not in params}
     if new:
@@ -161,7 +158,7 @@ class Checkpoints:
             return None
         with self._readable(newest.step) as where:
             stored = self._checkpointer.metadata(newest).custom_metadata
-            return checked(stored or {}, dict[str, str], where)
+            return check(stored or {}, dict[str, str], where)
 
     def restore(self, abstract: TrainState) -> TrainState:
         """The newest state, in slices on the mesh."""
