@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -36,6 +37,7 @@ def test_sampling_follows_temperature_and_top_p() -> None:
     assert np.allclose(frequencies(SamplingConfig(1.0)), p, atol=0.03)
     assert np.allclose(frequencies(SamplingConfig(1.0, 0.7)), [0.625, 0.375, 0, 0], atol=0.03)
     assert np.allclose(frequencies(SamplingConfig(1.0, 0.01)), [1, 0, 0, 0])
+    assert np.allclose(frequencies(SamplingConfig(1.0, 1e-46)), [1, 0, 0, 0])
     cold = p**2 / (p**2).sum()
     assert np.allclose(frequencies(SamplingConfig(0.5)), cold, atol=0.03)
 
@@ -201,6 +203,22 @@ def test_closing_gives_memory_back(model: xl2jax.Model, clip: Path) -> None:
     with pytest.raises(UserError, match="was closed"):
         model.ask(video, "What?")
     video.close()  # again does nothing
+
+
+def test_closing_waits_for_answers_that_are_being_given(model: xl2jax.Model, clip: Path) -> None:
+    video = model.watch(clip, SampleConfig(max_frames=16))
+    alone = model.ask(video, "What?", max_new_tokens=8).text
+    closer = threading.Thread(target=video.close)
+    pieces: list[str] = []
+
+    def on_text(piece: str) -> None:
+        if not pieces:
+            closer.start()  # in the middle of the answer
+        pieces.append(piece)
+
+    assert model.ask(video, "What?", max_new_tokens=8, on_text=on_text).text == alone
+    closer.join(timeout=60)
+    assert video.closed
 
 
 def test_one_pool_size_is_kept(model: xl2jax.Model, watched: xl2jax.WatchedVideo) -> None:

@@ -158,7 +158,7 @@ def test_what_is_in_the_cache_needs_no_network(
         assert find_checkpoint(f"{REPO}@{hub.commits['old']}") == before["@old"]
     said = [r.getMessage() for r in caplog.records if r.name.startswith("xl2jax")]
     assert len(said) == 3
-    assert all("the copy in the hub's cache is read" in line for line in said)
+    assert all("the copy in the hub's cache is used" in line for line in said)
 
 
 @pytest.mark.parametrize(

@@ -228,6 +228,16 @@ def test_a_bad_video_is_refused_before_a_checkpoint_is_read(refused: Callable[..
     assert "text.mp4: not a video" in refused(infer, "--video", tmp_path / "text.mp4", *flags)
 
 
+def test_files_that_would_overwrite_one_another(refused: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "v.mp4").write_text("a video")
+    flags = ("--video", tmp_path / "v.mp4", "--question", QUESTION)
+    assert "name the same file" in refused(infer, *flags, "--save-cache", tmp_path / "v.mp4")
+    assert "name the same file" in refused(
+        infer, *flags, "--save-cache", tmp_path / "a", "--plot", tmp_path / "." / "a"
+    )
+    assert (tmp_path / "v.mp4").read_text() == "a video"
+
+
 def test_questions_that_are_not_utf_8(
     ask: Callable[..., Any], refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,6 +248,9 @@ def test_questions_that_are_not_utf_8(
     assert status == 0, err
     assert "error: the text is not UTF-8" in err
     assert [a["question"] for a in json.loads(out)["answers"]] == ["What is it?"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("caf\udce9?\n"))
+    status, out, err = ask("--interactive", "--json")  # nothing was answered
+    assert (status, json.loads(out)["answers"]) == (2, [])
 
 
 def test_bad_checkpoints(refused: Callable[..., str], clip: Path, copied: Path) -> None:

@@ -233,7 +233,7 @@ class Model:
             bilevel, layout.visual_tokens, quantized=cache.quantized, offload=cache.offload
         )
         others = {flags: need(layout, *option) for flags, option in options.items()}
-        memory.check_fits(layout, need, others, held=sum(v.device_bytes for v in self._videos))
+        memory.check_fits(layout, need, others, held=sum(v.device_bytes for v in list(self._videos)))
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         """float32 means float32: GPUs would multiply in TF32."""
@@ -282,8 +282,6 @@ class Model:
           UserError: an empty or too long question, options out of range, a selection file without the question, a video
             that another model watched or that was closed, logits that are not finite.
         """
-        if video.closed:
-            raise UserError(f"{video.path}: the watched video was closed")
         if video not in self._videos:
             raise UserError(f"{video.path}: was watched by another model; watch it with the model that is asked")
         if max_new_tokens < 1:
@@ -292,7 +290,7 @@ class Model:
         sampling.check()
         if not 0 <= seed < 2**32:
             raise UserError(f"seed must be from 0 to {2**32 - 1}, not {seed}")
-        with self._precision():
+        with video.reading(), self._precision():
             return self._ask(
                 video, question, suffix(self.tokenizer, question, history), max_new_tokens, sampling, seed, bilevel,
                 relevance or RelevanceConfig(), on_text,

@@ -136,7 +136,7 @@ def _prefix(path: Path) -> str:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Removes what writers of `path` that were killed left beside it; that of running ones is let be."""
+    """Removes what writers of `path` that were killed left beside it; those of writers that still run are left alone."""
     prefix = f"{_prefix(path)}{_HOST}-"
     for name in os.listdir(path.parent):
         if name.startswith(prefix) and not _is_running(*name.removeprefix(prefix).partition("-")[::2]):

@@ -25,10 +25,7 @@ MEMORY_FRACTION = 0.95
 KEPT_PROGRAM_BYTES = 4 << 30
 """Size that kept programs may have together; those that were not used for longest go first."""
 
-_MEMORY_SETTINGS = (
-    "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE",
-    "XLA_PYTHON_CLIENT_ALLOCATOR",
-)  # fmt: skip
+_MEMORY_SETTINGS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
 
 def start_backend(*, keep_programs: bool = True) -> jax.Device:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import platform
 import sys
 import time
@@ -26,11 +27,11 @@ from xl2jax.containers import require_video_path
 from xl2jax.errors import UserError
 from xl2jax.generate import SamplingConfig
 from xl2jax.layout import PrefillConfig
-from xl2jax.prompt import check_unicode
+from xl2jax.prompt import check_unicode, suffix
 from xl2jax.relevance import AttentionScorer
 from xl2jax.selection import RelevanceConfig, selection_for
-from xl2jax.store import cache_key, check_cache_file, load_cache, save_cache
-from xl2jax.terminal import argument_text, require_stdout, run_command, stdin_is_closed
+from xl2jax.store import cache_key, check_cache_file, load_cache, save_cache, video_key
+from xl2jax.terminal import OutputError, argument_text, require_stdout, run_command, stdin_is_closed
 from xl2jax.video import Backend, Clip, FrameTimes, SampleConfig, open_video
 from xl2jax.watched import CacheConfig, WatchedVideo, read_thumbnails
 
@@ -191,13 +192,24 @@ class Args:
         require_video_path(self.video)
         if self.save_cache is not None and self.load_cache is not None:
             raise UserError("give --save-cache or --load-cache, not both")
+        files = {
+            "--video": self.video,
+            "--save-cache": self.save_cache,
+            "--load-cache": self.load_cache,
+            "--plot": self.plot,
+        }
+        named: dict[str, str] = {}
+        for flag, file in files.items():
+            if file is not None and (other := named.setdefault(os.path.realpath(file), flag)) != flag:
+                raise UserError(f"{flag} and {other} name the same file {file}")
         for target in filter(None, (self.save_cache, self.plot)):
             check_file_target(target)
-        if self.load_cache is not None:
-            check_cache_file(self.load_cache)
         SamplingConfig(self.temperature, self.top_p).check()
         for check in (self.sampling, self.prefill_config, self.bilevel, self.cache_config):
             check()
+        if self.load_cache is not None:
+            key = video_key(self.video, self.sampling(), self.folder_fps, self.prefill_config())
+            check_cache_file(self.load_cache, key)
         relevance = self.relevance_config()
         if relevance.file is not None and relevance.missing == "error":
             for question in self.questions:
@@ -220,10 +232,14 @@ def infer() -> int:
         verify_checksums=args.verify_checksums,
     )
     load_seconds = time.perf_counter() - started
+    for question in args.questions:
+        suffix(model.tokenizer, question)  # one that is too long is refused before the video is watched
     video = _watch(args, model, clip)
     answers = [_ask(args, model, video, q) for q in args.questions]
+    refused = 0
     if args.interactive:
-        answers += _interact(args, model, video, answers)
+        further, refused = _interact(args, model, video, answers)
+        answers += further
     if args.plot is not None:
         from xl2jax.plot import plot_answers
 
@@ -234,7 +250,7 @@ def infer() -> int:
         print(json.dumps(_report(model, video, answers, load_seconds, programs), allow_nan=False))
     else:
         _print_timings(video, answers, load_seconds, programs)
-    return 0
+    return 2 if refused and not answers else 0
 
 
 def _open(args: Args) -> Clip:
@@ -283,21 +299,26 @@ def _ask(
     return answer
 
 
-def _interact(args: Args, model: Model, video: WatchedVideo, earlier: list[Answer]) -> list[Answer]:
+def _interact(args: Args, model: Model, video: WatchedVideo, earlier: list[Answer]) -> tuple[list[Answer], int]:
+    """Answers the questions on stdin. Returns the answers, and how many questions were refused."""
     answers: list[Answer] = []
+    refused = 0
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
         if not line:
-            return answers
+            return answers, refused
         if not line.strip():
             continue
         try:
             check_unicode(line)
             answers.append(_ask(args, model, video, line.strip(), [(a.question, a.text) for a in [*earlier, *answers]]))
+        except OutputError:
+            raise
         except UserError as e:  # one bad question does not end the conversation
             print(f"error: {e}", file=sys.stderr)
+            refused += 1
 
 
 def _report(

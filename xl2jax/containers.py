@@ -16,6 +16,7 @@ from typing import Any
 
 from xl2jax.errors import UserError
 from xl2jax.schema import unreadable
+from xl2jax.terminal import machine_fault
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +68,10 @@ def opened(path: Path) -> Iterator[Any]:
     except UserError:
         raise
     except Exception as e:
-        if isinstance(e, OSError) and e.errno in (errno.ENOENT, errno.EACCES, errno.EMFILE, errno.ENFILE):
+        if isinstance(e, OSError) and e.errno in (errno.ENOENT, errno.EACCES):
             raise unreadable(path, OSError(e.errno, e.strerror)) from None  # Python's own class instead of PyAV's
+        if machine_fault(e) is not None:
+            raise  # not the file's fault
         logger.debug("%s: %r", path, e, exc_info=True)
         raise UserError(f"{path}: not a video that can be read ({_playlist(path) or reason(e)})") from None
 

@@ -84,8 +84,9 @@ def sample(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
         scaled = logits / sampling.temperature
         order = jnp.argsort(-scaled)
         p = jax.nn.softmax(scaled[order])
-        # The first token always stays; rounded sums must not drop any where top_p is 1.
+        # Rounded sums must not drop a token where top_p is 1, and the first one stays where top_p rounds to 0.
         kept = (jnp.cumsum(p) - p < sampling.top_p) | (sampling.top_p >= 1)
+        kept = kept.at[0].set(True)
         allowed = jnp.zeros_like(kept).at[order].set(kept)
         return jax.random.categorical(key, jnp.where(allowed, scaled, -jnp.inf)).astype(jnp.int32)
 

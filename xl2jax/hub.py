@@ -8,6 +8,7 @@ import logging
 from pathlib import Path
 
 from xl2jax.errors import UserError
+from xl2jax.orbax_folder import MANIFEST
 from xl2jax.tensor_files import PICKLED, refuse_pickles
 
 logger = logging.getLogger(__name__)
@@ -59,14 +60,14 @@ def _cached(name: str, repo: str, revision: str | None, advice: str) -> Path:
         raise UserError(f"{name}: the copy in the hub's cache is not complete, and {advice}") from None
     except LocalEntryNotFoundError:
         raise UserError(f"{name}: no such folder, not in the hub's cache, and {advice}") from None
-    if not any(Path(folder).glob("*.safetensors")):
+    if not any(Path(folder).glob("*.safetensors")) and not Path(folder, MANIFEST).is_file():
         raise UserError(f"{name}: the copy in the hub's cache has no weights, and {advice}")
-    logger.warning("%s: the copy in the hub's cache is read: %s", name, advice)
+    logger.warning("%s: the copy in the hub's cache is used, since the hub was not asked (%s)", name, advice)
     return Path(folder)
 
 
 def _refuse_unsafe(name: str, files: list[str]) -> None:
-    if any(fnmatch.fnmatch(f, "*.safetensors") for f in files):
+    if MANIFEST in files or any(fnmatch.fnmatch(f, "*.safetensors") for f in files):
         return
     pickled = [f for f in files for pattern in PICKLED if fnmatch.fnmatch(f, pattern)]
     if pickled:

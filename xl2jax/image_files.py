@@ -14,6 +14,7 @@ from xl2jax.containers import MAX_PIXELS, reason
 from xl2jax.errors import UserError
 from xl2jax.readers import SPAN_FRAMES, Reader
 from xl2jax.schema import unreadable
+from xl2jax.terminal import machine_fault
 
 _IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 _OTHER_IMAGES = {".heic", ".heif", ".avif", ".tif", ".tiff", ".gif", ".jxl", ".jp2", ".dng", ".cr2", ".nef", ".arw"}
@@ -63,6 +64,8 @@ def read_image(path: Path) -> np.ndarray:
     except UnidentifiedImageError:
         raise UserError(f"{path}: not an image that can be read (its format is not known)") from None
     except Exception as e:  # Pillow's decoders raise whatever a damaged file leads them to
+        if machine_fault(e) is not None:
+            raise  # not the file's fault
         raise UserError(f"{path}: not an image that can be read ({reason(e)})") from None
 
 

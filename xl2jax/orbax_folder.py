@@ -30,6 +30,7 @@ from xl2jax.errors import UserError
 from xl2jax.names import Entry, entries
 from xl2jax.schema import Schema, is_file, read_json, require_readable, unreadable
 from xl2jax.tensor_files import DTYPE_NAMES, DTYPES, ShardWriter, TensorFolder, listing
+from xl2jax.terminal import machine_fault
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ class OrbaxFolder:
             shapes = {name: tuple(leaf.shape) for name, leaf in stored.items()}
             dtypes = {name: np.dtype(leaf.dtype) for name, leaf in stored.items()}
         except Exception as e:  # Orbax raises what its storage raises
-            raise self._damaged(e) from e
+            raise machine_fault(e) or self._damaged(e) from e
         wanted = {e.name: e.shape for e in self.entries}
         problems = [n for n in shapes if n not in wanted]
         problems += [n for n, shape in wanted.items() if shapes.get(n) != shape]
@@ -145,7 +146,7 @@ class OrbaxFolder:
             flat = traverse_util.flatten_dict(tree, sep=".")
             arrays = {e.name: np.asarray(flat[e.name]) for e in parts}
         except Exception as e:
-            raise self._damaged(e) from e
+            raise machine_fault(e) or self._damaged(e) from e
         for name, array in arrays.items():
             self._verify(name, array)
         return arrays

@@ -175,7 +175,7 @@ def check_unicode(text: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as e:
         shown = text[max(e.start - 20, 0) : e.end + 10].encode("utf-8", "backslashreplace").decode()
-        raise UserError(f"the text is not UTF-8 at character {e.start} ({shown!r}): give it in UTF-8") from None
+        raise UserError(f"the text is not UTF-8 at character {e.start} ('{shown}'): give it in UTF-8") from None
 
 
 def pairs(history: Sequence[Turn]) -> list[tuple[str, str]]:

@@ -169,5 +169,7 @@ _MESSAGES = {"missing": "is missing", "model_type": "should be an object", "dict
 
 def shown(value: Any) -> str:
     """A value that others wrote, as an error message shows it: short and printable."""
+    if not isinstance(value, (str, int, float, bool, type(None))):
+        return f"a {type(value).__name__}"  # its parts may be many: aliases in YAML multiply
     text = repr(value) if not isinstance(value, int) or abs(value) < 1 << 64 else "a very large number"
     return text if len(text) <= 60 else text[:57] + "..."

@@ -203,7 +203,8 @@ def text_cache(model: Model, text: Suffix, room: int) -> KVCache:
     need, free = slots * memory.slot_bytes(model.config, model.dtype), memory.available_bytes()
     if need > free:
         raise UserError(
-            f"{room} new tokens need {need / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free: ask for fewer"
+            f"the question and up to {room} new tokens need {need / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free: "
+            "shorten the question or ask for fewer new tokens"
         )
     return runtime.new_cache(model.config.llm, slots, model.dtype)
 

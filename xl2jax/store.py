@@ -52,6 +52,14 @@ def cache_key(
     model: Model, video: Path, sampling: SampleConfig, folder_fps: float, config: PrefillConfig, cache: CacheConfig
 ) -> dict[str, Any]:
     """Everything a video cache depends on."""
+    return video_key(video, sampling, folder_fps, config) | {
+        "dtype": "int8" if cache.quantized else model.dtype,
+        "checkpoint": model.fingerprint,
+    }
+
+
+def video_key(video: Path, sampling: SampleConfig, folder_fps: float, config: PrefillConfig) -> dict[str, Any]:
+    """The part of a cache's key that is known before a model is loaded."""
     try:
         content = content_hash(video)
     except OSError as e:
@@ -59,8 +67,6 @@ def cache_key(
     return {
         "video": content,
         "sampling": {**dataclasses.asdict(sampling), "folder_fps": folder_fps if video.is_dir() else None},
-        "dtype": "int8" if cache.quantized else model.dtype,
-        "checkpoint": model.fingerprint,
         "prefill": dataclasses.asdict(config),
     }
 
@@ -180,10 +186,11 @@ def load_cache(
     return model.adopt(watched)
 
 
-def check_cache_file(path: Path) -> None:
-    """Raises UserError for a file that is not a whole cache of this version, before a model is loaded."""
-    with _CacheFile(path):
-        pass
+def check_cache_file(path: Path, key: dict[str, Any] | None = None) -> None:
+    """Raises UserError, before a model is loaded, for a file that is not a cache of this version, or whose key differs
+    from what is known of it already (`video_key`)."""
+    with _CacheFile(path) as file:
+        file.check_key(key or {})
 
 
 class _About(Schema):

@@ -97,6 +97,21 @@ def explain(error: Exception) -> str | None:
     return None
 
 
+def machine_fault(error: BaseException) -> UserError | None:
+    """The error to raise in place of "this file is damaged" where it was the machine that ran short.
+
+    Libraries wrap what the system says, so the causes of an error are looked at too.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, Exception) and not isinstance(cause, UserError):
+            line = explain(cause)
+            if line is not None:
+                return UserError(line)
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
 # --- standard streams --------------------------------------------------------------------------
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import threading
+from collections.abc import Iterator
 from typing import Literal
 
 import jax
@@ -71,8 +73,11 @@ class WatchedVideo:
     lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
     """Held while `pooled` is made: threads that ask at once make it once."""
     closed: bool = False
+    _readers: int = 0
+    _free: threading.Condition = dataclasses.field(default_factory=threading.Condition)
+    """Held while `closed` or `_readers` change."""
     told_keys: bool = False
-    """Whether it was said which KV chunks are scored by."""
+    """Whether the user was already told which KV scores the chunks."""
 
     @property
     def group_capacity(self) -> int:
@@ -81,13 +86,31 @@ class WatchedVideo:
     @property
     def device_bytes(self) -> int:
         """What the video holds on the device."""
-        return 0 if self.closed else sum(x.nbytes for x in jax.tree.leaves((self.cache, self.features, self.pooled)))
+        with self._free:
+            if self.closed:
+                return 0
+            return sum(x.nbytes for x in jax.tree.leaves((self.cache, self.features, dict(self.pooled))))
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Keeps the video open. Raises UserError where it was closed."""
+        with self._free:
+            if self.closed:
+                raise UserError(f"{self.path}: the watched video was closed")
+            self._readers += 1
+        try:
+            yield
+        finally:
+            with self._free:
+                self._readers -= 1
+                self._free.notify_all()
 
     def close(self) -> None:
         """Gives the video's memory back. Answers that are being given in other threads are finished first."""
-        if not self.closed:
-            self.closed = True
-            with self.lock:
+        with self._free:
+            self._free.wait_for(lambda: self._readers == 0)
+            if not self.closed:
+                self.closed = True
                 self.pooled.clear()
                 self.host = None
                 del self.cache, self.features

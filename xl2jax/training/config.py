@@ -171,7 +171,7 @@ def _check_new_folder(path: Path) -> None:
         raise UserError(f"{path}: cannot be made ({e.strerror})") from None
     else:
         raise UserError(f"{path}: already exists; choose another place or remove it first")
-    above = next(p for p in path.absolute().parents if p.exists())
+    above = next(p for p in path.absolute().parents if os.path.exists(p))
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise UserError(f"{path}: cannot be made in {above} (not a folder that can be written to)")
 

@@ -2,7 +2,7 @@
 
 Names, places and times of change do not count: a copy has the same fingerprint, another file of the same name does
 not. The parts that are read are spread over the whole: a video is told from another in milliseconds, and a checkpoint
-of 16 GB in a second. What differs nowhere but in a few bytes between these parts is not noticed.
+of 16 GB in a second. A change only in bytes between these parts goes unnoticed.
 """
 
 from __future__ import annotations

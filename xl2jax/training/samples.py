@@ -17,6 +17,7 @@ import numpy as np
 from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.errors import UserError
 from xl2jax.prompt import IM_END, IM_START, SYSTEM, PromptTokenizer, time_text
+from xl2jax.terminal import machine_fault
 from xl2jax.training.loss import IGNORE
 from xl2jax.training.records import Record
 from xl2jax.video import Clip, ImageReader, SampleConfig, frame_times, open_video
@@ -89,11 +90,11 @@ def tokenise(
 
 
 def unusable(error: Exception) -> str:
-    """Why a sample is skipped. What is no fault of the sample is raised: memory that ran out.
+    """Why a sample is skipped. What is the machine's fault, such as memory that ran out, is raised.
 
     A reader may raise what nobody thought of; the type of such an error is named, and its traceback is logged.
     """
-    if isinstance(error, MemoryError):
+    if machine_fault(error) is not None:
         raise error
     if isinstance(error, UserError):
         return str(error)

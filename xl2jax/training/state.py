@@ -28,6 +28,7 @@ from xl2jax.names import Entry, entries, flatten
 from xl2jax.orbax_folder import ignore_closed_loops
 from xl2jax.schema import check
 from xl2jax.tensor_files import DTYPE_NAMES, DTYPES
+from xl2jax.terminal import machine_fault
 from xl2jax.torch_folder import write_torch
 from xl2jax.training.processes import from_main
 from xl2jax.training.sharding import param_sharding, replicated
@@ -120,7 +121,7 @@ class Checkpoints:
             yield
         except Exception as e:  # Orbax raises what its storage raises
             reason = "no space left on the disk" if "No space left on device" in str(e) else _first_line(e)
-            raise UserError(
+            raise machine_fault(e) or UserError(
                 f"{self._folder}: cannot be written ({reason}); the last whole checkpoint there is as it was"
             ) from e
 
@@ -173,7 +174,9 @@ class Checkpoints:
             yield where
         except Exception as e:
             reason = _first_line(e)
-            raise UserError(f"{where}: cannot be read ({reason}); remove it to go on from the one before") from e
+            raise machine_fault(e) or UserError(
+                f"{where}: cannot be read ({reason}); remove it to go on from the one before"
+            ) from e
 
     def __enter__(self) -> Checkpoints:
         return self
