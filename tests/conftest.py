@@ -25,6 +25,14 @@ from xl2jax.terminal import run_command
 
 GOLDENS = Path(__file__).parent / "goldens"
 
+# Files that take longest run first, so that no process is left with a long one at the end.
+LONGEST = ["test_training_run", "test_verify", "test_synthetic", "test_infer", "test_generate", "test_model"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
 
 @pytest.fixture(scope="session")
 def goldens() -> Path:
