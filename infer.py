@@ -1,10 +1,10 @@
 """`python infer.py --video clip.mp4 --question "..."`: answers on stdout, everything else on stderr."""
 
-from xl2jax.terminal import run_command
+from xl2jax.system.terminal import run_command
 
 
 def main() -> int:
-    from xl2jax.cli import infer
+    from xl2jax.commands.infer import infer
 
     return infer()
 

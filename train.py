@@ -1,6 +1,6 @@
 """`python train.py --preset stage4 --checkpoint DIR --data data.yaml --output DIR`: fine-tunes the model."""
 
-from xl2jax.terminal import run_command
+from xl2jax.system.terminal import run_command
 
 
 def main() -> int:

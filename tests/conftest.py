@@ -20,8 +20,8 @@ import pytest
 
 import xl2jax
 from xl2jax.config import PRESETS
-from xl2jax.demo import make_checkpoint, write_clip
-from xl2jax.terminal import run_command
+from xl2jax.system.terminal import run_command
+from xl2jax.testing import make_checkpoint, write_clip
 
 GOLDENS = Path(__file__).parent / "goldens"
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+from xl2jax.checkpoint.param_names import Entry
+from xl2jax.checkpoint.torch_folder import write_torch
 from xl2jax.config import PRESETS, LLMConfig, VideoXL2Config
-from xl2jax.names import Entry
-from xl2jax.torch_folder import write_torch
 
 CONFIG = VideoXL2Config(
     vision=PRESETS["tiny"].vision,
@@ -27,7 +27,7 @@ CONFIG = VideoXL2Config(
 
 def measured(*argv: str) -> None:
     """Runs in a process of its own: peak memory minus that of the imports."""
-    from xl2jax import convert
+    from xl2jax.checkpoint import convert
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     sys.argv = ["convert", *argv]

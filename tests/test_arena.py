@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xl2jax.errors import UserError
-from xl2jax.layout import PrefillConfig, VideoLayout, natural_ranges
-from xl2jax.ops import arena
-from xl2jax.ops.arena import NEGATIVE, arena_attention, arena_mask, merge
+from xl2jax.inference.layout import PrefillConfig, VideoLayout, natural_ranges
+from xl2jax.ops import attention
+from xl2jax.ops.attention import NEGATIVE, arena_attention, arena_mask, merge
 
 XLA = ("reference", "blockwise")  # tests/test_mosaic.py has the same checks for the GPU kernel
 
@@ -75,7 +75,7 @@ def test_random_ranges(name: str, seed: int) -> None:
     # One shape: compiled once. Blocks of 16 slots make lists of many blocks, some overhanging.
     args = problem(seed, t=20, s=77)
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(arena, "_tile_sizes", lambda queries, slots: (8, 16))
+        m.setattr(attention, "_tile_sizes", lambda queries, slots: (8, 16))
         out, lse = arena_attention(*map(jnp.asarray, args), implementation=name)
     expected, expected_lse = float64_attention(*args)
     close(out, expected, 1e-5)
@@ -133,7 +133,7 @@ def test_unknown_implementation() -> None:
 
 
 def test_auto_says_once_what_it_chose(caplog: pytest.LogCaptureFixture) -> None:
-    arena._log_choice.cache_clear()
+    attention._log_choice.cache_clear()
     with caplog.at_level("INFO", "xl2jax"):
         for _ in range(2):
             arena_attention(*map(jnp.asarray, problem(0, t=2, s=4)))
@@ -145,7 +145,7 @@ def test_blocks_visited_are_the_live_ones() -> None:
     layout = VideoLayout(5, (3,) * 40, 16)
     r = natural_ranges(layout, 0, 256, PrefillConfig(2, 1))
     last = r["slot"] >= 256 + 38 * 16
-    a, b, c = (int(x) for x in arena.live_blocks(*(jnp.asarray(r[k][last]) for k in ("g_end", "v_lo", "v_hi")), 16))
+    a, b, c = (int(x) for x in attention.live_blocks(*(jnp.asarray(r[k][last]) for k in ("g_end", "v_lo", "v_hi")), 16))
     assert a == -(-layout.global_tokens // 16)
     assert (b, c) == ((256 + 36 * 16) // 16, (256 + 40 * 16) // 16)
 
@@ -157,7 +157,7 @@ def test_no_array_of_queries_times_slots() -> None:
         shape = jax.ShapeDtypeStruct
         q, kv = shape((1, 64, 4, 16), jnp.float32), shape((2, 2, slots, 16), jnp.float32)
         ints = [shape((1,), jnp.int32)] + [shape((1, 64), jnp.int32)] * 3
-        compiled = jax.jit(arena.attend_blockwise).lower(q, kv, kv, *ints).compile()
+        compiled = jax.jit(attention.attend_blockwise).lower(q, kv, kv, *ints).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporaries(80_000) == temporaries(8_000)
@@ -166,7 +166,7 @@ def test_no_array_of_queries_times_slots() -> None:
 @pytest.mark.parametrize("shape", [{"t": 20, "s": 77}, {"t": 9, "s": 40, "batch": 3, "rows": 2}])
 def test_gradients_are_those_of_the_reference(shape: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against autodiff of the oracle, through out and lse; batch rows that share an arena row add up."""
-    monkeypatch.setattr(arena, "_tile_sizes", lambda queries, slots: (8, 16))
+    monkeypatch.setattr(attention, "_tile_sizes", lambda queries, slots: (8, 16))
     q, k, v, *rest = map(jnp.asarray, problem(5, **shape))
     weights = jax.random.normal(jax.random.key(0), q.shape)
 
@@ -175,7 +175,7 @@ def test_gradients_are_those_of_the_reference(shape: dict, monkeypatch: pytest.M
         seen = lse > NEGATIVE / 2
         return jnp.sum(out * weights) + jnp.sum(jnp.where(seen, jnp.sin(lse), 0.0))
 
-    expected = jax.grad(lambda *a: loss(arena.attend_reference, *a), (0, 1, 2))(q, k, v)
+    expected = jax.grad(lambda *a: loss(attention.attend_reference, *a), (0, 1, 2))(q, k, v)
     actual = jax.jit(jax.grad(lambda *a: loss(arena_attention, *a), (0, 1, 2)))(q, k, v)
     for a, e in zip(actual, expected, strict=True):
         close(a, e, 1e-5)

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from xl2jax import atomic
 from xl2jax.errors import UserError
+from xl2jax.system import atomic
 
 
 def nothing() -> None:
@@ -177,7 +177,7 @@ import os, sys, types
 from pathlib import Path
 package = sys.modules["xl2jax"] = types.ModuleType("xl2jax")  # without what the whole package imports
 package.__path__ = [sys.argv[3]]
-from xl2jax import atomic
+from xl2jax.system import atomic
 with atomic.replacing_file(Path(sys.argv[1])) as file, atomic.replacing_folder(Path(sys.argv[2])) as folder:
     file.write_text("half")
     (folder / "half").write_text("half")
@@ -222,7 +222,7 @@ def test_an_earlier_process_of_the_same_number(tmp_path: Path) -> None:
 def test_a_failed_plot_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.figure import Figure
 
-    from xl2jax.plot import plot_losses
+    from xl2jax.inference.timeline import plot_losses
 
     curves = {"stage": [(1, 2.0), (2, 1.0)]}
     plot_losses(tmp_path / "whole.png", curves)

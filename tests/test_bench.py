@@ -11,16 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xl2jax import flops
-from xl2jax.bench import __main__ as bench
+from xl2jax.bench import command as bench
 from xl2jax.bench.e2e import E2EArgs
 from xl2jax.bench.file import file_row, plot_rows
 from xl2jax.bench.read import write_long
 from xl2jax.config import PRESETS
 from xl2jax.errors import UserError
-from xl2jax.layout import PrefillConfig, VideoLayout, dense_mask
-from xl2jax.model import abstract_model
-from xl2jax.video import PyAVReader
+from xl2jax.inference import flops
+from xl2jax.inference.layout import PrefillConfig, VideoLayout, dense_mask
+from xl2jax.models.video_xl2 import abstract_model
+from xl2jax.video.clip import PyAVReader
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xl2jax.bilevel import (
+from xl2jax.inference.bilevel import (
     BilevelConfig,
     GroupTable,
     MixedSource,
@@ -23,8 +23,8 @@ from xl2jax.bilevel import (
     mixed_source,
     pool_cache,
 )
-from xl2jax.cache import KVCache
-from xl2jax.layout import PrefillConfig, VideoLayout, natural_ranges
+from xl2jax.inference.cache import KVCache
+from xl2jax.inference.layout import PrefillConfig, VideoLayout, natural_ranges
 
 L, K, H, THETA = 2, 2, 8, 1e4
 _CAPACITY, _START = 6, 32  # fixed shapes: a program for each pair of visual tokens and pool, whatever the video

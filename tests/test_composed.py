@@ -17,10 +17,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from xl2jax import bundled, composed
-from xl2jax.checkpoint import load_params
-from xl2jax.cli import DEFAULT_CHECKPOINT
-from xl2jax.composed import (
+from xl2jax.checkpoint.params import load_params
+from xl2jax.commands.infer import DEFAULT_CHECKPOINT
+from xl2jax.errors import UserError
+from xl2jax.evaluation.scenes import COLOURS, HELD_OUT, PAIRS, SHAPES, make_scene
+from xl2jax.models.video_xl2 import VideoXL2, abstract_model, normalise
+from xl2jax.ops.dense import dense_attention
+from xl2jax.prompt import PromptTokenizer
+from xl2jax.recipes.demo import composed, stages
+from xl2jax.recipes.demo.composed import (
     NO_TARGET,
     STANDS_FOR,
     Phase,
@@ -32,11 +37,6 @@ from xl2jax.composed import (
     layer_outputs,
     train_composed,
 )
-from xl2jax.errors import UserError
-from xl2jax.model import VideoXL2, abstract_model, normalise
-from xl2jax.ops.dense import dense_attention
-from xl2jax.prompt import PromptTokenizer
-from xl2jax.scenes import COLOURS, HELD_OUT, PAIRS, SHAPES, make_scene
 from xl2jax.training.loss import IGNORE, TokenBatch, token_loss
 
 CHECKPOINT = Path(DEFAULT_CHECKPOINT)
@@ -242,12 +242,12 @@ def test_auxiliary_loss_counts_what_has_a_target() -> None:
 
 @pytest.mark.slow
 def test_the_command_trains_the_llm_alone_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bundled, "encode_groups", functools.partial(composed.encode_groups, of_each=1))
+    monkeypatch.setattr(stages, "encode_groups", functools.partial(composed.encode_groups, of_each=1))
     still = dataclasses.replace(PHASE, name="still", learning_rate=0.0, steps=1)
-    monkeypatch.setattr(bundled, "PHASES", (PHASE, still))
-    for done in ("random", "vision", *(stage.name for stage in bundled.STAGES)):
+    monkeypatch.setattr(stages, "PHASES", (PHASE, still))
+    for done in ("random", "vision", *(stage.name for stage in stages.STAGES)):
         (tmp_path / done).symlink_to(CHECKPOINT.absolute())
-    bundled.train_bundled(bundled.TrainArgs(tmp_path))
+    stages.train_bundled(stages.TrainArgs(tmp_path))
     before, after = load_file(CHECKPOINT / "model.safetensors"), load_file(tmp_path / "test" / "model.safetensors")
     assert before.keys() == after.keys()
     same = {name for name in before if np.array_equal(before[name], after[name])}
@@ -259,7 +259,7 @@ def test_the_command_trains_the_llm_alone_and_goes_on(tmp_path: Path, monkeypatc
     (tmp_path / "run-short").mkdir()  # that of a stage has a line a step
     steps = [{"step": i, "loss": float(i)} for i in range(1, 31)]
     (tmp_path / "run-short" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
-    curves = bundled.loss_curves(tmp_path)
+    curves = stages.loss_curves(tmp_path)
     assert curves["test"] == [(3, line["loss"])]
     assert curves["short"] == [(25, 13.0), (30, 28.0)]
     assert (tmp_path / "loss.png").stat().st_size > 1000
@@ -270,11 +270,11 @@ def test_the_command_trains_the_llm_alone_and_goes_on(tmp_path: Path, monkeypatc
             np.testing.assert_array_equal(a[name], b[name])
     # What is there is not made again; what is missing is named.
     monkeypatch.setattr(composed, "write_params", None)
-    bundled.train_bundled(bundled.TrainArgs(tmp_path))
+    stages.train_bundled(stages.TrainArgs(tmp_path))
     (tmp_path / "run-test" / "heads.npz").unlink()
     (tmp_path / "still").rename(tmp_path / "away")
     with pytest.raises(UserError, match=r"heads.npz: cannot be read"):
-        bundled.train_bundled(bundled.TrainArgs(tmp_path))
+        stages.train_bundled(stages.TrainArgs(tmp_path))
     encoded = np.zeros((1, VISUAL, 256), np.float32)
     with pytest.raises(UserError, match="already exists"):
         train_composed(CHECKPOINT, tmp_path / "away", still, tmp_path / "x", encoded=encoded, heads=None, processes=1)

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from damage import damaged_json, outcome
 
-from xl2jax import schema
+from xl2jax.checkpoint.param_names import entries
 from xl2jax.config import PRESETS, SIGLIP_SO400M, VideoXL2Config
 from xl2jax.errors import UserError
-from xl2jax.names import entries
+from xl2jax.system import schema
 
 
 def test_reads_upstreams_config(goldens: Path) -> None:

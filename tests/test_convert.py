@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from xl2jax import orbax_folder, tensor_files
-from xl2jax.checkpoint import load_params
+from xl2jax.checkpoint import orbax_folder, safetensors_io
+from xl2jax.checkpoint.convert import main, orbax_to_torch, torch_to_orbax
+from xl2jax.checkpoint.param_names import flatten
+from xl2jax.checkpoint.params import load_params
+from xl2jax.checkpoint.torch_folder import copy_companions, write_torch
 from xl2jax.config import VideoXL2Config
-from xl2jax.convert import main, orbax_to_torch, torch_to_orbax
 from xl2jax.errors import UserError
-from xl2jax.names import flatten
-from xl2jax.torch_folder import copy_companions, write_torch
 
 
 def tensors_of(folder: Path) -> dict[str, np.ndarray]:
@@ -231,7 +231,7 @@ def test_disk_runs_full(
     if reverse:
         torch_to_orbax(checkpoint, tmp_path / "source", None)
         source = tmp_path / "source"
-        monkeypatch.setattr(tensor_files.ShardWriter, "write", full)
+        monkeypatch.setattr(safetensors_io.ShardWriter, "write", full)
     else:
         monkeypatch.setattr(orbax_folder.ocp.partial, "save", full)
     line = refused(main, source, tmp_path / "out", *(["--reverse"] if reverse else []))
@@ -284,7 +284,7 @@ def test_two_conversions_to_one_folder(
     if reverse:
         torch_to_orbax(checkpoint, tmp_path / "source", None)
         source, flags, convert = tmp_path / "source", ("--reverse",), orbax_to_torch
-        owner, last = tensor_files.ShardWriter, "__exit__"
+        owner, last = safetensors_io.ShardWriter, "__exit__"
     ours = getattr(owner, last)
 
     def other_first(*args: Any) -> None:

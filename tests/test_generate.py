@@ -12,16 +12,17 @@ import numpy as np
 import pytest
 
 import xl2jax
-from xl2jax import PrefillConfig, SampleConfig, SamplingConfig, memory, runtime
+from xl2jax import FrameSampling, PrefillConfig, TokenSampling
+from xl2jax.checkpoint.param_names import flatten, unflatten
 from xl2jax.errors import UserError
-from xl2jax.generate import sample
-from xl2jax.names import flatten, unflatten
+from xl2jax.inference import compiled, memory
+from xl2jax.inference.generate import sample
 from xl2jax.prompt import PromptTokenizer
 
 
 def test_greedy_takes_the_largest() -> None:
-    assert int(sample(jnp.array([0.0, 3.0, 1.0]), jax.random.key(0), SamplingConfig().traced())) == 1
-    tiny = SamplingConfig(1e-38, 0.5).traced()
+    assert int(sample(jnp.array([0.0, 3.0, 1.0]), jax.random.key(0), TokenSampling().traced())) == 1
+    tiny = TokenSampling(1e-38, 0.5).traced()
     assert int(sample(jnp.array([0.0, 3.0, 2.999]), jax.random.key(0), tiny)) == 1
 
 
@@ -30,16 +31,16 @@ def test_sampling_follows_temperature_and_top_p() -> None:
     logits = jnp.log(jnp.asarray(p, jnp.float32))
     keys = jax.random.split(jax.random.key(0), 4000)
 
-    def frequencies(config: SamplingConfig) -> np.ndarray:
+    def frequencies(config: TokenSampling) -> np.ndarray:
         drawn = jax.vmap(lambda k: sample(logits, k, config.traced()))(keys)
         return np.bincount(drawn, minlength=4) / len(keys)
 
-    assert np.allclose(frequencies(SamplingConfig(1.0)), p, atol=0.03)
-    assert np.allclose(frequencies(SamplingConfig(1.0, 0.7)), [0.625, 0.375, 0, 0], atol=0.03)
-    assert np.allclose(frequencies(SamplingConfig(1.0, 0.01)), [1, 0, 0, 0])
-    assert np.allclose(frequencies(SamplingConfig(1.0, 1e-46)), [1, 0, 0, 0])
+    assert np.allclose(frequencies(TokenSampling(1.0)), p, atol=0.03)
+    assert np.allclose(frequencies(TokenSampling(1.0, 0.7)), [0.625, 0.375, 0, 0], atol=0.03)
+    assert np.allclose(frequencies(TokenSampling(1.0, 0.01)), [1, 0, 0, 0])
+    assert np.allclose(frequencies(TokenSampling(1.0, 1e-46)), [1, 0, 0, 0])
     cold = p**2 / (p**2).sum()
-    assert np.allclose(frequencies(SamplingConfig(0.5)), cold, atol=0.03)
+    assert np.allclose(frequencies(TokenSampling(0.5)), cold, atol=0.03)
 
 
 def test_answer_streams_what_it_returns(model: xl2jax.Model, watched: xl2jax.WatchedVideo) -> None:
@@ -55,15 +56,15 @@ def test_decoding_equals_one_run_over_all_tokens(model: xl2jax.Model, watched: x
     text = xl2jax.prompt.suffix(model.tokenizer, "Which shape is red?")  # type: ignore[attr-defined]
     limit = 12
     never = np.array([-1], np.int32)
-    greedy, auto = SamplingConfig().traced(), "auto"
-    cache = runtime.new_cache(model.config.llm, 128, "float32")
+    greedy, auto = TokenSampling().traced(), "auto"
+    cache = compiled.new_cache(model.config.llm, 128, "float32")
     n = np.int32(len(text.ids))
-    state = runtime.ask(
+    state = compiled.ask(
         model.config, model.params, watched.cache, cache, np.array(text.ids), n, jax.random.key(0), never, greedy,
         implementation=auto,
     )  # fmt: skip
     first = int(state.token)
-    _, rest, count = runtime.decode(
+    _, rest, count = compiled.decode(
         model.config,
         model.params,
         watched.cache,
@@ -76,22 +77,22 @@ def test_decoding_equals_one_run_over_all_tokens(model: xl2jax.Model, watched: x
     )
     assert int(count) == limit
     answer = [first, *np.asarray(rest).tolist()]
-    llm = runtime.merge_model(model.config, model.params).llm
+    llm = compiled.merge_model(model.config, model.params).llm
     ids = np.array(text.ids + answer[:-1])
-    cache = runtime.new_cache(model.config.llm, 128, "float32")
-    _, hidden = xl2jax.generate.extend(llm, watched.cache, cache, ids, jnp.int32(len(ids)))  # type: ignore[attr-defined]
+    cache = compiled.new_cache(model.config.llm, 128, "float32")
+    _, hidden = xl2jax.inference.generate.extend(llm, watched.cache, cache, ids, jnp.int32(len(ids)))  # type: ignore[attr-defined]
     assert np.argmax(llm.logits(hidden[len(text.ids) - 1 :]), -1).tolist() == answer
 
 
 def test_stops_at_the_end_token(model: xl2jax.Model, watched: xl2jax.WatchedVideo) -> None:
-    greedy, auto = SamplingConfig().traced(), "auto"
+    greedy, auto = TokenSampling().traced(), "auto"
     ids = np.array(model.tokenizer.encode("\nWhy?"), np.int32)
-    cache = runtime.new_cache(model.config.llm, 64, "float32")
+    cache = compiled.new_cache(model.config.llm, 64, "float32")
     key, never = jax.random.key(0), np.array([-1], np.int32)
 
     def answer(stop: np.ndarray) -> list[int]:
         text = jax.tree.map(jnp.copy, cache)
-        state = runtime.ask(
+        state = compiled.ask(
             model.config,
             model.params,
             watched.cache,
@@ -104,7 +105,7 @@ def test_stops_at_the_end_token(model: xl2jax.Model, watched: xl2jax.WatchedVide
             implementation=auto,
         )
         first = int(state.token)
-        _, new, n = runtime.decode(
+        _, new, n = compiled.decode(
             model.config, model.params, watched.cache, state, np.int32(9), stop, greedy, size=12, implementation=auto
         )
         return [first, *np.asarray(new)[: int(n)].tolist()]
@@ -126,7 +127,7 @@ def test_questions_leave_the_video_alone(model: xl2jax.Model, watched: xl2jax.Wa
 
 def compiled_programs() -> int:
     """Programs of the jitted entry points, all together."""
-    return sum(f._cache_size() for f in vars(runtime).values() if hasattr(f, "_cache_size"))
+    return sum(f._cache_size() for f in vars(compiled).values() if hasattr(f, "_cache_size"))
 
 
 def test_other_questions_compile_nothing(model: xl2jax.Model, watched: xl2jax.WatchedVideo) -> None:
@@ -135,7 +136,7 @@ def test_other_questions_compile_nothing(model: xl2jax.Model, watched: xl2jax.Wa
     model.ask(watched, "What happens?", max_new_tokens=6)
     before = compiled_programs()
     for number in range(20):
-        sampling = SamplingConfig(float(rng.uniform(0, 2)), float(rng.uniform(0.1, 1)))
+        sampling = TokenSampling(float(rng.uniform(0, 2)), float(rng.uniform(0.1, 1)))
         words = "and what now? " * (1 + number % 4)
         model.ask(watched, words, max_new_tokens=int(rng.integers(1, 300)), sampling=sampling, seed=number)
     assert compiled_programs() == before
@@ -171,19 +172,19 @@ def test_numbers_that_are_not_finite_are_an_error(where: str, model: xl2jax.Mode
     params[where] = params[where].at[..., 0].set(jnp.nan)
     broken = xl2jax.Model(model.config, unflatten(params, model.config), model.tokenizer)
     with pytest.raises(UserError, match="NaN or infinity, computed in float32"):
-        broken.ask(broken.watch(clip, SampleConfig(max_frames=16)), "What happens?", max_new_tokens=4)
+        broken.ask(broken.watch(clip, FrameSampling(max_frames=16)), "What happens?", max_new_tokens=4)
 
 
 def test_float16_answers_and_says_when_it_overflows(checkpoint: Path, clip: Path) -> None:
     half = xl2jax.load(checkpoint, dtype="float16")
-    video = half.watch(clip, SampleConfig(max_frames=16))
+    video = half.watch(clip, FrameSampling(max_frames=16))
     assert {str(x.dtype) for x in (video.cache.k, video.cache.v)} == {"float16"}
     assert half.ask(video, "What happens?", max_new_tokens=4).new_tokens >= 1
     params = flatten(half.params)
     params["llm.layers.down.kernel"] = params["llm.layers.down.kernel"] * 30_000
     large = xl2jax.Model(half.config, unflatten(params, half.config), half.tokenizer)
     with pytest.raises(UserError, match=r"computed in float16: use bfloat16 or float32 \(--dtype\)"):
-        large.watch(clip, SampleConfig(max_frames=16))
+        large.watch(clip, FrameSampling(max_frames=16))
 
 
 def test_a_video_belongs_to_its_model(model: xl2jax.Model, watched: xl2jax.WatchedVideo) -> None:
@@ -193,7 +194,7 @@ def test_a_video_belongs_to_its_model(model: xl2jax.Model, watched: xl2jax.Watch
 
 
 def test_closing_gives_memory_back(model: xl2jax.Model, clip: Path) -> None:
-    with model.watch(clip, SampleConfig(max_frames=16)) as video:
+    with model.watch(clip, FrameSampling(max_frames=16)) as video:
         model.ask(video, "What?", max_new_tokens=1)
         held = [weakref.ref(x) for x in jax.tree.leaves((video.cache, video.pooled, video.features))]
         assert video.device_bytes > 0
@@ -206,7 +207,7 @@ def test_closing_gives_memory_back(model: xl2jax.Model, clip: Path) -> None:
 
 
 def test_closing_waits_for_answers_that_are_being_given(model: xl2jax.Model, clip: Path) -> None:
-    video = model.watch(clip, SampleConfig(max_frames=16))
+    video = model.watch(clip, FrameSampling(max_frames=16))
     alone = model.ask(video, "What?", max_new_tokens=8).text
     closer = threading.Thread(target=video.close)
     pieces: list[str] = []
@@ -239,7 +240,7 @@ def test_a_refused_video_names_those_that_could_be_closed(
 def test_threads_ask_one_video(model: xl2jax.Model, clip: Path) -> None:
     """Four threads at once get the answers that each gets alone, and the pooled KV is made once."""
     questions = ["What happens?", "Who is it?", "Which colour?", "And then?"]
-    with model.watch(clip, SampleConfig(max_frames=40)) as video:
+    with model.watch(clip, FrameSampling(max_frames=40)) as video:
         alone = [model.ask(video, q, max_new_tokens=8).text for q in questions]
         video.pooled.clear()
         with ThreadPoolExecutor(4) as pool:
@@ -283,7 +284,7 @@ def test_scorer_none_keeps_the_ends(model: xl2jax.Model, watched: xl2jax.Watched
 
 def test_chunked_and_dense_prefill_differ_and_window_covers(model: xl2jax.Model, clip: object) -> None:
     """A window as long as the video is dense causal attention; a shorter one is not."""
-    sampling = SampleConfig(max_frames=40)
+    sampling = FrameSampling(max_frames=40)
 
     def keys(config: PrefillConfig) -> np.ndarray:
         video = model.watch(clip, sampling, config)  # type: ignore[arg-type]
@@ -298,8 +299,8 @@ def test_chunked_and_dense_prefill_differ_and_window_covers(model: xl2jax.Model,
     ("options", "message"),
     [
         ({"max_new_tokens": 0}, "max new tokens"),
-        ({"sampling": SamplingConfig(-1.0)}, "temperature"),
-        ({"sampling": SamplingConfig(1.0, 0.0)}, "top-p"),
+        ({"sampling": TokenSampling(-1.0)}, "temperature"),
+        ({"sampling": TokenSampling(1.0, 0.0)}, "top-p"),
         ({"bilevel": xl2jax.BilevelConfig(top_chunks=99)}, "top chunks must be from 0 to 10"),
         ({"bilevel": xl2jax.BilevelConfig(pool=99)}, "pool must be from 1 to 4"),
         ({"bilevel": xl2jax.BilevelConfig(select_chunk_groups=0)}, "select chunk groups"),

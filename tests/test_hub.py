@@ -15,9 +15,9 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from xl2jax.checkpoint import load_params
+from xl2jax.checkpoint.params import load_params
+from xl2jax.checkpoint.sources import find_checkpoint
 from xl2jax.errors import UserError
-from xl2jax.sources import find_checkpoint
 
 REPO = "org/Video-XL-2.1"
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from xl2jax.errors import UserError
-from xl2jax.image_files import images_in, read_image
-from xl2jax.video import SampleConfig, open_video
+from xl2jax.video.clip import FrameSampling, open_video
+from xl2jax.video.image_files import images_in, read_image
 
 
 def save(path: Path, value: int = 0) -> None:
@@ -99,7 +99,7 @@ def test_sixteen_bits_a_channel(tmp_path: Path) -> None:
 def test_a_folder_of_sixteen_bit_grey(tmp_path: Path) -> None:
     for i in range(4):
         Image.fromarray(np.full((6, 8), 10_000 * i, np.uint16)).save(tmp_path / f"{i}.png")
-    (batch,) = open_video(tmp_path, SampleConfig(max_fps=None)).batches(4, 8)
+    (batch,) = open_video(tmp_path, FrameSampling(max_fps=None)).batches(4, 8)
     assert batch[:, 0, 0, 0].tolist() == [0, 39, 78, 117]
 
 

@@ -15,14 +15,14 @@ from safetensors.numpy import load_file, save_file
 from test_video import write_audio
 
 import xl2jax
-from xl2jax import memory
-from xl2jax.cli import infer
+from xl2jax.checkpoint.convert import torch_to_orbax
+from xl2jax.commands.infer import infer
 from xl2jax.config import VideoXL2Config
-from xl2jax.convert import torch_to_orbax
-from xl2jax.demo import write_clip
-from xl2jax.layout import PrefillConfig, VideoLayout
-from xl2jax.prefill import make_plan
+from xl2jax.inference import memory
+from xl2jax.inference.layout import PrefillConfig, VideoLayout
+from xl2jax.inference.prefill import make_plan
 from xl2jax.prompt import PREFIX, PromptTokenizer
+from xl2jax.testing import write_clip
 
 QUESTION = "Which shape is red?"
 FAST = ("--fps", 2, "--max-frames", 40, "--max-new-tokens", 6)
@@ -41,7 +41,7 @@ def ask(
 def test_answer_on_stdout_the_rest_on_stderr(ask: Callable[..., Any], model: xl2jax.Model, clip: Path) -> None:
     status, out, err = ask("--question", QUESTION)
     assert status == 0, err
-    video = model.watch(clip, xl2jax.SampleConfig(fps=2, max_frames=40))
+    video = model.watch(clip, xl2jax.FrameSampling(fps=2, max_frames=40))
     assert out == model.ask(video, QUESTION, max_new_tokens=6).text + "\n"
     for word in ("load", "read", "compute", "tokens/s", "peak memory", "cut off at 6 tokens (--max-new-tokens)"):
         assert word in err

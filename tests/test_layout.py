@@ -7,9 +7,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xl2jax.layout import PrefillConfig, VideoLayout, bucket, dense_mask, natural_ranges, token_ranges
-from xl2jax.ops.arena import arena_mask
-from xl2jax.prefill import make_plan, segments, steps
+from xl2jax.inference.layout import PrefillConfig, VideoLayout, bucket, dense_mask, natural_ranges, token_ranges
+from xl2jax.inference.prefill import make_plan, segments, steps
+from xl2jax.ops.attention import arena_mask
 
 layouts = st.builds(
     VideoLayout,

@@ -9,16 +9,16 @@ import pytest
 from flax import nnx
 
 import xl2jax
-from xl2jax import runtime
-from xl2jax.dts import TemporalDownsample, convolve_as_product, group_frames, resample
-from xl2jax.model import pad_to_groups
+from xl2jax.inference import compiled
+from xl2jax.models.dts import TemporalDownsample, convolve_as_product, group_frames, resample
+from xl2jax.models.video_xl2 import pad_to_groups
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_activations_follow_the_parameters(dtype: str, checkpoint: object) -> None:
     """Nothing is promoted on the way: a bfloat16 model computes in bfloat16, logits are float32."""
     model = xl2jax.load(checkpoint, dtype=dtype)  # type: ignore[arg-type]
-    net = runtime.merge_model(model.config, model.params)
+    net = compiled.merge_model(model.config, model.params)
     seen = []
 
     def attend(state: None, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[None, jax.Array]:
@@ -41,7 +41,7 @@ def test_bfloat16_errs_as_much_as_rounding_the_weights(checkpoint: Path, clip: P
     """
 
     def keys(model: xl2jax.Model) -> np.ndarray:
-        video = model.watch(clip, xl2jax.SampleConfig(max_frames=32))
+        video = model.watch(clip, xl2jax.FrameSampling(max_frames=32))
         assert video.cache.k.dtype == jnp.dtype(model.dtype)
         return np.asarray(video.cache.k.astype(jnp.float32))
 

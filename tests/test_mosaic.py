@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from xl2jax.config import PRESETS
 from xl2jax.errors import UserError
-from xl2jax.layout import PrefillConfig, VideoLayout, natural_ranges
-from xl2jax.ops.arena import NEGATIVE, arena_attention, arena_mask, attend_reference
+from xl2jax.inference.layout import PrefillConfig, VideoLayout, natural_ranges
+from xl2jax.ops.attention import NEGATIVE, arena_attention, arena_mask, attend_reference
 from xl2jax.ops.mosaic import TILE, KernelConfig, attend_mosaic, choose_config, live_block_count, tile_blocks
 
 

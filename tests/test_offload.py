@@ -17,20 +17,21 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import xl2jax
-from xl2jax import memory, verify
-from xl2jax.bilevel import BilevelConfig
-from xl2jax.cache import QuantizedKV, empty_cache, quantize, rows, unpack, write
-from xl2jax.cli import infer
+from xl2jax.commands.infer import infer
 from xl2jax.config import PRESETS
 from xl2jax.errors import UserError
-from xl2jax.layout import PrefillConfig, VideoLayout
-from xl2jax.offload import fetch, to_host
-from xl2jax.prefill import default_steps, make_plan
+from xl2jax.evaluation import verify
+from xl2jax.inference import memory
+from xl2jax.inference.bilevel import BilevelConfig
+from xl2jax.inference.cache import QuantizedKV, empty_cache, quantize, rows, unpack, write
+from xl2jax.inference.layout import PrefillConfig, VideoLayout
+from xl2jax.inference.offload import fetch, to_host
+from xl2jax.inference.prefill import default_steps, make_plan
+from xl2jax.inference.relevance import AttentionScorer
+from xl2jax.inference.selection import RelevanceConfig, choose_context
+from xl2jax.inference.store import cache_key, load_cache, save_cache
+from xl2jax.inference.video_cache import CacheConfig
 from xl2jax.prompt import suffix
-from xl2jax.relevance import AttentionScorer
-from xl2jax.selection import RelevanceConfig, choose_context
-from xl2jax.store import cache_key, load_cache, save_cache
-from xl2jax.watched import CacheConfig
 
 QUESTION = "What is shown?"
 INT8 = CacheConfig("int8")
@@ -187,7 +188,7 @@ def test_a_cache_file_keeps_its_bits_and_is_read_to_either_memory(
     """Saved from the device or from the host, read to the device or to the host."""
 
     def key(cache: CacheConfig) -> dict[str, Any]:
-        return cache_key(model, clip, xl2jax.SampleConfig(), 1.0, xl2jax.PrefillConfig(), cache)
+        return cache_key(model, clip, xl2jax.FrameSampling(), 1.0, xl2jax.PrefillConfig(), cache)
 
     expected = context(model, small(CacheConfig(dtype)), POOLED, 3)
     for source in (False, True):

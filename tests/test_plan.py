@@ -16,12 +16,13 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xl2jax import memory, plan, prefill, runtime
+from xl2jax.commands import plan
+from xl2jax.commands.plan import DEVICES, PlanArgs, largest, layout_of, predict
 from xl2jax.config import PRESETS
-from xl2jax.layout import PrefillConfig
-from xl2jax.model import abstract_model
-from xl2jax.plan import DEVICES, PlanArgs, largest, layout_of, predict
-from xl2jax.relevance import AttentionScorer
+from xl2jax.inference import compiled, memory, prefill
+from xl2jax.inference.layout import PrefillConfig
+from xl2jax.inference.relevance import AttentionScorer
+from xl2jax.models.video_xl2 import abstract_model
 
 RELEASED = PRESETS["video-xl-2"]
 
@@ -56,20 +57,20 @@ def test_the_compiler_needs_no_more_than_predicted(name: str, quantized: bool) -
     need = memory.memory_need(config, step, layout, None, "float32", frames_at_once, quantized=quantized)
     params = nnx.state(abstract_model(config, jnp.float32))
     cache = jax.eval_shape(
-        lambda: runtime.new_cache(config.llm, step.slots, "float32", step.visual_start, quantized=quantized)
+        lambda: compiled.new_cache(config.llm, step.slots, "float32", step.visual_start, quantized=quantized)
     )
     assert need.cache == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((cache.k, cache.v)))
     size = config.vision.image_size
     frames = jax.ShapeDtypeStruct((step.segment_groups * 4, size, size, 3), np.uint8)
-    encode = runtime.encode.lower(config, params, frames, frames_at_once=frames_at_once).compile()
+    encode = compiled.encode.lower(config, params, frames, frames_at_once=frames_at_once).compile()
     visual = jax.ShapeDtypeStruct((step.segment_groups, config.visual_tokens, config.llm.width), jnp.float32)
     segment = next(prefill.segments(prefill.steps(layout, step, [[0] * t for t in layout.time_lengths]), step))
-    extend = runtime.prefill_segment.lower(
+    extend = compiled.prefill_segment.lower(
         config, params, cache, visual, segment, implementation="blockwise"
     ).compile()  # fmt: skip
     slots, ids = jax.ShapeDtypeStruct((step.slots,), jnp.int32), jax.ShapeDtypeStruct((32,), jnp.int32)
-    text = jax.eval_shape(lambda: runtime.new_cache(config.llm, 128, "float32"))
-    score = runtime.attention_scores.lower(
+    text = jax.eval_shape(lambda: compiled.new_cache(config.llm, 128, "float32"))
+    score = compiled.attention_scores.lower(
         config, params, cache, slots, text, ids, np.int32(1), np.int32(25), np.int32(30), scorer=AttentionScorer(),
         groups=layout.groups, implementation="blockwise",
     ).compile()  # fmt: skip

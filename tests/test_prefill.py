@@ -9,14 +9,14 @@ import pytest
 from flax import nnx
 
 import xl2jax
-from xl2jax import prefill, runtime
-from xl2jax.cache import KVCache
 from xl2jax.config import PRESETS
-from xl2jax.generate import extend
-from xl2jax.layout import PrefillConfig, VideoLayout, dense_mask
-from xl2jax.model import abstract_model
+from xl2jax.inference import compiled, prefill
+from xl2jax.inference.cache import KVCache
+from xl2jax.inference.generate import extend
+from xl2jax.inference.layout import PrefillConfig, VideoLayout, dense_mask
+from xl2jax.models.qwen2 import Qwen2
+from xl2jax.models.video_xl2 import abstract_model
 from xl2jax.ops.dense import dense_attention
-from xl2jax.qwen2 import Qwen2
 
 CONFIG = PRESETS["tiny"]
 
@@ -26,17 +26,17 @@ def run(
 ) -> KVCache:
     plan = prefill.make_plan(layout, config, **plan_options)
     ids = [[(7 * g + i) % 90 for i in range(n)] for g, n in enumerate(layout.time_lengths)]
-    cache = runtime.new_cache(model.config.llm, plan.slots, "float32", plan.visual_start)
+    cache = compiled.new_cache(model.config.llm, plan.slots, "float32", plan.visual_start)
     prefix = np.zeros(plan.prefix_cap, np.int32)
     prefix[: layout.prefix] = np.arange(layout.prefix)
-    cache = runtime.prefill_prefix(
+    cache = compiled.prefill_prefix(
         model.config, model.params, cache, prefix, np.int32(layout.prefix), implementation="auto"
     )
     step = plan.segment_groups
     for i, segment in enumerate(prefill.segments(prefill.steps(layout, plan, ids), plan)):
         part = visual[i * step : (i + 1) * step]
         part = np.pad(part, ((0, step - len(part)), (0, 0), (0, 0)))
-        cache = runtime.prefill_segment(model.config, model.params, cache, part, segment, implementation="auto")
+        cache = compiled.prefill_segment(model.config, model.params, cache, part, segment, implementation="auto")
     return cache
 
 
@@ -76,9 +76,9 @@ def test_against_the_mask(
     visual = rng.standard_normal((len(times), CONFIG.visual_tokens, CONFIG.llm.width)).astype(np.float32) * 0.1
     cache = run(model, layout, config, visual, **options)
     assert (int(cache.length), int(cache.global_length)) == (layout.tokens, layout.global_tokens)
-    llm = runtime.merge_model(model.config, model.params).llm
+    llm = compiled.merge_model(model.config, model.params).llm
     suffix = [5, 6, 7, 8]
-    text = runtime.new_cache(model.config.llm, 16, "float32")
+    text = compiled.new_cache(model.config.llm, 16, "float32")
     _, hidden = extend(llm, cache, text, jnp.array(suffix), jnp.int32(4))
     expected = masked_forward(llm, layout, config, visual, suffix)
     assert np.linalg.norm(hidden - expected) <= 1e-4 * np.linalg.norm(expected)
@@ -89,7 +89,7 @@ def test_a_second_length_in_the_bucket_compiles_nothing(model: xl2jax.Model) -> 
         layout = VideoLayout(prefix, tuple(1 + g % 3 for g in range(groups)), CONFIG.visual_tokens)
         visual = np.zeros((groups, CONFIG.visual_tokens, CONFIG.llm.width), np.float32)
         run(model, layout, PrefillConfig(), visual)
-        fns = (runtime.new_cache, runtime.prefill_prefix, runtime.prefill_segment)
+        fns = (compiled.new_cache, compiled.prefill_prefix, compiled.prefill_segment)
         return tuple(f._cache_size() for f in fns)
 
     first = once(38, 5)
@@ -103,10 +103,10 @@ def temporaries(groups: int, config: PrefillConfig) -> tuple[int, int]:
     layout = VideoLayout(5, (3,) * groups, CONFIG.visual_tokens)
     plan = prefill.make_plan(layout, config)
     params = nnx.state(abstract_model(CONFIG, jnp.float32))
-    cache = jax.eval_shape(lambda: runtime.new_cache(CONFIG.llm, plan.slots, "float32", plan.visual_start))
+    cache = jax.eval_shape(lambda: compiled.new_cache(CONFIG.llm, plan.slots, "float32", plan.visual_start))
     segment = next(prefill.segments(prefill.steps(layout, plan, [[1, 2, 3]] * groups), plan))
     visual = jax.ShapeDtypeStruct((plan.segment_groups, CONFIG.visual_tokens, CONFIG.llm.width), jnp.float32)
-    lowered = runtime.prefill_segment.lower(CONFIG, params, cache, visual, segment, implementation="auto")
+    lowered = compiled.prefill_segment.lower(CONFIG, params, cache, visual, segment, implementation="auto")
     memory = lowered.compile().memory_analysis()
     return memory.temp_size_in_bytes, memory.output_size_in_bytes - memory.alias_size_in_bytes
 

@@ -11,9 +11,9 @@ from damage import damaged_json, outcome
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from xl2jax.demo import make_tokenizer
 from xl2jax.errors import UserError
 from xl2jax.prompt import IM_END, PREFIX, PromptTokenizer, suffix, time_text
+from xl2jax.testing import make_tokenizer
 
 
 @pytest.fixture(scope="module")

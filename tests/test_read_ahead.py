@@ -22,11 +22,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from xl2jax import read_ahead, readers
-from xl2jax.demo import shape_frame, write_clip
 from xl2jax.errors import UserError
-from xl2jax.read_ahead import read_resized
-from xl2jax.video import DecordReader, PyAVReader, Reader, SampleConfig, images_in, open_reader, open_video
+from xl2jax.testing import shape_frame, write_clip
+from xl2jax.video import read_ahead, readers
+from xl2jax.video.clip import (
+    DecordReader,
+    FrameSampling,
+    PyAVReader,
+    Reader,
+    images_in,
+    open_reader,
+    open_video,
+)
+from xl2jax.video.read_ahead import read_resized
 
 SIZE = 48
 
@@ -136,7 +144,7 @@ def test_truncated_file_gives_the_same_part(tmp_path: Path, caplog: pytest.LogCa
     whole = write(tmp_path / "whole.mkv", frames=300, g="24")
     cut = tmp_path / "cut.mkv"
     cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
-    config = SampleConfig(fps=24, max_fps=None, max_frames=300)
+    config = FrameSampling(fps=24, max_fps=None, max_frames=300)
     plain, ahead = (
         np.concatenate(list(open_video(cut, config).batches(16, SIZE, workers=w))) for w in (0, 3)
     )  # fmt: skip
@@ -305,10 +313,10 @@ def test_an_interrupt_ends_the_command(tmp_path: Path) -> None:
     code = (
         "import signal, time\n"
         "from pathlib import Path\n"
-        "from xl2jax.terminal import run_command\n"
-        "from xl2jax.video import SampleConfig, open_video\n"
+        "from xl2jax.system.terminal import run_command\n"
+        "from xl2jax.video.clip import FrameSampling, open_video\n"
         "def main():\n"
-        f"    clip = open_video(Path({str(path)!r}), SampleConfig(24.0, None, 480))\n"
+        f"    clip = open_video(Path({str(path)!r}), FrameSampling(24.0, None, 480))\n"
         "    for batch in clip.batches(4, 384, workers=2):\n"
         "        print('reading', flush=True)\n"
         "        time.sleep(0.2)\n"

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 import xl2jax
-from xl2jax import runtime
-from xl2jax.bilevel import mixed_slots
-from xl2jax.cache import KVCache, quantize, unpack
+from xl2jax.inference import compiled
+from xl2jax.inference.bilevel import mixed_slots
+from xl2jax.inference.cache import KVCache, quantize, unpack
+from xl2jax.inference.relevance import AttentionScorer, block_scores, unit_features
+from xl2jax.inference.selection import _scores, padded, text_cache
 from xl2jax.prompt import suffix
-from xl2jax.relevance import AttentionScorer, block_scores, unit_features
-from xl2jax.selection import _scores, padded, text_cache
 
 
 @pytest.mark.parametrize("heads", ["squared", "mean", "max"])
@@ -34,14 +34,14 @@ def test_attention_scores_are_attention_mass(
     group[length:] = -1
     ids = rng.integers(0, c.vocab, tokens).astype(np.int32)
     first, last, end = 2, tokens - 4, tokens - 1
-    text = runtime.new_cache(c, 128, "float32")
+    text = compiled.new_cache(c, 128, "float32")
     scorer = AttentionScorer(0.4, 0.7, heads)
-    scores = runtime.attention_scores(
+    scores = compiled.attention_scores(
         model.config, model.params, context, jnp.asarray(group), text, ids, np.int32(first), np.int32(last),
         np.int32(end), scorer=scorer, groups=groups, implementation="auto",
     )  # fmt: skip
 
-    llm = runtime.merge_model(model.config, model.params).llm
+    llm = compiled.merge_model(model.config, model.params).llm
     causal = np.tri(len(ids), dtype=bool)
     per_layer = []
 
@@ -79,17 +79,17 @@ def test_a_dense_cache_is_scored_as_a_mixed_one_with_every_group_whole(
 ) -> None:
     """Which slot belongs to which group, time tokens and visual tokens, is known for both in its own way."""
     c, layout, n = model.config.llm, watched.layout, watched.group_capacity
-    pooled = runtime.pool_cache(c, watched.cache, watched.table, visual_tokens=layout.visual_tokens, pool=4)
-    mixed, source = runtime.mix(
+    pooled = compiled.pool_cache(c, watched.cache, watched.table, visual_tokens=layout.visual_tokens, pool=4)
+    mixed, source = compiled.mix(
         c, watched.cache, pooled, watched.table, jnp.ones(n, bool), visual_tokens=layout.visual_tokens, pool=4,
         slots=mixed_slots(layout, layout.groups, xl2jax.BilevelConfig()),
     )  # fmt: skip
     text = suffix(model.tokenizer, "Which one?")
-    group = runtime.slot_groups(watched.table, watched.cache, visual_tokens=layout.visual_tokens)
+    group = compiled.slot_groups(watched.table, watched.cache, visual_tokens=layout.visual_tokens)
     assert np.bincount(np.asarray(group) + 1)[1:].tolist() == [t + layout.visual_tokens for t in layout.time_lengths]
     scores = []
     for context, where in ((watched.cache, group), (mixed, jnp.where(source.valid, source.group, -1))):
-        found = runtime.attention_scores(
+        found = compiled.attention_scores(
             model.config, model.params, context, where, text_cache(model, text, 0), padded(text.ids),
             np.int32(text.first), np.int32(text.last), np.int32(len(text.ids)), scorer=AttentionScorer(), groups=n,
             implementation="auto",
@@ -117,10 +117,12 @@ def test_block_scores_average_over_real_groups() -> None:
 
 def test_similarity_finds_the_group_of_the_question(model: xl2jax.Model) -> None:
     """A group whose visual tokens are the question's embeddings scores highest, near one."""
-    llm = runtime.merge_model(model.config, model.params).llm
+    llm = compiled.merge_model(model.config, model.params).llm
     ids = np.array([0, 40, 41, 42, 0], np.int32)
     visual = jax.random.normal(jax.random.key(0), (6, 3, model.config.llm.width))
     visual = visual.at[4].set(llm.embed_tokens(jnp.array([40, 41, 42])) * 5)
-    scores = runtime.similarity_scores(model.config, model.params, unit_features(visual), ids, np.int32(1), np.int32(4))
+    scores = compiled.similarity_scores(
+        model.config, model.params, unit_features(visual), ids, np.int32(1), np.int32(4)
+    )
     assert int(scores.argmax()) == 4
     assert float(scores[4]) > 3 * float(jnp.sort(scores)[-2])

@@ -10,7 +10,7 @@ import pytest
 from damage import damaged_json, outcome
 
 from xl2jax.errors import UserError
-from xl2jax.selection_files import Selection, read_selection
+from xl2jax.inference.selection_files import Selection, read_selection
 
 
 @pytest.fixture

@@ -13,11 +13,12 @@ import psutil
 import pytest
 
 import xl2jax
-from xl2jax import SampleConfig, SamplingConfig, runtime
+from xl2jax import FrameSampling, TokenSampling
+from xl2jax.inference import compiled
 
 
 def compiled_programs() -> int:
-    return sum(f._cache_size() for f in vars(runtime).values() if hasattr(f, "_cache_size"))
+    return sum(f._cache_size() for f in vars(compiled).values() if hasattr(f, "_cache_size"))
 
 
 def held() -> dict[str, int]:
@@ -41,7 +42,7 @@ def test_sixty_videos_and_two_hundred_questions(model: xl2jax.Model, clip: Path)
 
     def one_round() -> dict[str, int]:
         for frames in rng.permutation(lengths):
-            with model.watch(clip, SampleConfig(fps=10, max_frames=int(frames))) as video:
+            with model.watch(clip, FrameSampling(fps=10, max_frames=int(frames))) as video:
                 model.ask(video, "What happens?", max_new_tokens=6)
         return held()
 
@@ -56,7 +57,7 @@ def test_sixty_videos_and_two_hundred_questions(model: xl2jax.Model, clip: Path)
         before = held()
         for number in range(200):
             words = " ".join(["what"] * int(rng.integers(1, 60)))
-            sampling = SamplingConfig(float(rng.uniform(0, 1.5)), float(rng.uniform(0.1, 1)))
+            sampling = TokenSampling(float(rng.uniform(0, 1.5)), float(rng.uniform(0.1, 1)))
             model.ask(video, words, max_new_tokens=int(rng.integers(1, 40)), sampling=sampling, seed=number)
         after = held()
     for name in ("threads", "descriptors", "array bytes", "programs"):

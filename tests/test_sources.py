@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from xl2jax import sources
-from xl2jax.convert import torch_to_orbax
+from xl2jax.checkpoint import sources
+from xl2jax.checkpoint.convert import torch_to_orbax
+from xl2jax.checkpoint.sources import find_checkpoint
 from xl2jax.errors import UserError
-from xl2jax.sources import find_checkpoint
 
 
 def files(folder: Path, *names: str) -> Path:
@@ -88,7 +88,7 @@ def test_a_folder_without_permission(copied: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_quantised_checkpoint(copied: Path) -> None:
-    from xl2jax.checkpoint import load_params
+    from xl2jax.checkpoint.params import load_params
 
     raw = json.loads((copied / "config.json").read_text())
     (copied / "config.json").write_text(json.dumps(raw | {"quantization_config": {"quant_method": "fp8"}}))

@@ -19,20 +19,20 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import xl2jax
-from xl2jax import tensor_files
-from xl2jax.bilevel import BilevelConfig
-from xl2jax.checks import checksum
-from xl2jax.cli import infer
+from xl2jax.checkpoint import safetensors_io
+from xl2jax.checkpoint.array_checks import checksum
+from xl2jax.commands.infer import infer
 from xl2jax.errors import UserError
-from xl2jax.store import cache_key, check_cache_file, load_cache, save_cache
-from xl2jax.watched import CacheConfig
+from xl2jax.inference.bilevel import BilevelConfig
+from xl2jax.inference.store import cache_key, check_cache_file, load_cache, save_cache
+from xl2jax.inference.video_cache import CacheConfig
 
 AGAIN = "watch the video again and save it anew"
 
 
 @pytest.fixture(scope="module")
 def key(model: xl2jax.Model, clip: Path) -> dict[str, Any]:
-    return cache_key(model, clip, xl2jax.SampleConfig(), 1.0, xl2jax.PrefillConfig(), CacheConfig())
+    return cache_key(model, clip, xl2jax.FrameSampling(), 1.0, xl2jax.PrefillConfig(), CacheConfig())
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +92,11 @@ def rewritten(path: Path, change: Callable[[dict[str, str], dict[str, np.ndarray
     tensors = {n: stored[n] for n in names}
     change(metadata, tensors)
     tensors["checksums"] = np.zeros((len(tensors), 16), np.int8)
-    items = [(n, x.shape, next(c for c, d in tensor_files.DTYPES.items() if d == x.dtype)) for n, x in tensors.items()]
+    items = [
+        (n, x.shape, next(c for c, d in safetensors_io.DTYPES.items() if d == x.dtype)) for n, x in tensors.items()
+    ]
     out = path.with_name("rewritten")
-    with tensor_files.ShardWriter(out, items, metadata) as writer:
+    with safetensors_io.ShardWriter(out, items, metadata) as writer:
         sums = [checksum(np.frombuffer(writer.header, np.uint8))]
         sums += [checksum(x) for n, x in tensors.items() if n != "checksums"]
         for n, x in tensors.items():
@@ -221,7 +223,7 @@ def test_a_full_disk_and_what_was_there(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     (tmp_path / "video.cache").write_text("old")
-    monkeypatch.setattr(tensor_files.ShardWriter, "write", full)
+    monkeypatch.setattr(safetensors_io.ShardWriter, "write", full)
     with pytest.raises(UserError, match="video.cache: no space left on the disk; nothing was kept"):
         save_cache(tmp_path / "video.cache", watched, key)
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("video.cache", "old")]
@@ -231,14 +233,14 @@ def test_two_that_save_to_one_file(
     saved: Path, watched: xl2jax.WatchedVideo, key: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second begins while the first is writing: the file is whole, whoever is done last."""
-    path, write = tmp_path / "video.cache", tensor_files.ShardWriter.write
+    path, write = tmp_path / "video.cache", safetensors_io.ShardWriter.write
 
     def other_first(*args: Any) -> None:
-        monkeypatch.setattr(tensor_files.ShardWriter, "write", write)
+        monkeypatch.setattr(safetensors_io.ShardWriter, "write", write)
         save_cache(path, watched, key)
         write(*args)
 
-    monkeypatch.setattr(tensor_files.ShardWriter, "write", other_first)
+    monkeypatch.setattr(safetensors_io.ShardWriter, "write", other_first)
     save_cache(path, watched, key)
     assert path.read_bytes() == saved.read_bytes()
     assert [p.name for p in tmp_path.iterdir()] == ["video.cache"]

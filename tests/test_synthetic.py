@@ -16,17 +16,18 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 import xl2jax
-from xl2jax import needle, scenes, synthetic
-from xl2jax.api import Answer
-from xl2jax.bundled import labelled_groups, pretrain_vision
-from xl2jax.cli import DEFAULT_CHECKPOINT, infer
+from xl2jax.commands.infer import DEFAULT_CHECKPOINT, infer
 from xl2jax.config import PRESETS
-from xl2jax.demo import make_checkpoint, make_tokenizer
-from xl2jax.needle import NeedleArgs, make_cases, parse_modes, summary
-from xl2jax.scenes import COLOURS, HELD_OUT, PAIRS, SHAPES, TEMPLATES, Scene, ask, make_scene, scene_clip
-from xl2jax.synthetic import write_video
+from xl2jax.evaluation import needle, scenes
+from xl2jax.evaluation.needle import NeedleArgs, make_cases, parse_modes, summary
+from xl2jax.evaluation.scenes import COLOURS, HELD_OUT, PAIRS, SHAPES, TEMPLATES, Scene, ask, make_scene, scene_clip
+from xl2jax.inference.api import Answer
+from xl2jax.recipes.demo import datasets
+from xl2jax.recipes.demo.datasets import write_video
+from xl2jax.recipes.demo.stages import labelled_groups, pretrain_vision
+from xl2jax.testing import make_checkpoint, make_tokenizer
 from xl2jax.training.records import read_records
-from xl2jax.video import SampleConfig, open_video
+from xl2jax.video.clip import FrameSampling, open_video
 
 seeds, lengths = st.integers(0, 10**6), st.integers(1, 60)
 
@@ -128,7 +129,7 @@ def test_files_show_the_scene(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", scene, width=160, height=120)
     write_video(tmp_path / "b.mp4", scene, width=160, height=120)
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
-    clip = open_video(tmp_path / "a.mp4", SampleConfig(1.0, None, 24))
+    clip = open_video(tmp_path / "a.mp4", FrameSampling(1.0, None, 24))
     assert clip.times == scene_clip(scene).times
     (read,), (drawn,) = list(clip.batches(24, 112)), list(scene_clip(scene).batches(24, 112))
     assert read.shape == drawn.shape
@@ -138,15 +139,15 @@ def test_files_show_the_scene(tmp_path: Path) -> None:
 def test_dataset(tmp_path: Path, command: Callable[..., tuple[int, str, str]], refused: Callable[..., str]) -> None:
     folder = tmp_path / "d"
     flags = ("dataset", folder, "--videos", 3, "--groups", 2, 3, "--records", 2, "--turns", 3, "--processes", 1)
-    status, _, err = command(synthetic.main, *flags)
+    status, _, err = command(datasets.main, *flags)
     assert status == 0, err
     records = read_records(folder / "train.json", 0).records
     assert len(records) == 6
     assert all(len(r.turns) == 6 and r.media is not None and r.media.is_file() for r in records)
-    assert "already exists" in refused(synthetic.main, *flags)
+    assert "already exists" in refused(datasets.main, *flags)
     before = (folder / "000000.mp4").stat().st_mtime_ns
     (folder / "train.json").unlink()  # as after an interrupted run
-    assert command(synthetic.main, *flags)[0] == 0
+    assert command(datasets.main, *flags)[0] == 0
     assert (folder / "000000.mp4").stat().st_mtime_ns == before
     assert read_records(folder / "train.json", 0).records == records
 
@@ -168,7 +169,7 @@ def test_impossible_videos_are_refused(
 ) -> None:  # fmt: skip
     (tmp_path / "file").write_text("")
     monkeypatch.chdir(tmp_path)
-    assert message in refused(synthetic.main, *flags)
+    assert message in refused(datasets.main, *flags)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
@@ -180,7 +181,7 @@ def test_a_disk_that_runs_full_leaves_nothing_behind(
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
-        status, out, err = command(synthetic.main, "clip", tmp_path / "deep" / "a.mp4", "--groups", 20)
+        status, out, err = command(datasets.main, "clip", tmp_path / "deep" / "a.mp4", "--groups", 20)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert (status, out) == (2, "")
@@ -285,7 +286,7 @@ def test_the_bundled_model_finds_needles_in_short_videos(command: Callable[..., 
 
 def test_the_bundled_model_answers_the_demo(tmp_path: Path, command: Callable[..., tuple[int, str, str]]) -> None:
     """Through H.264, infer.py and bi-level decoding."""
-    status, out, err = command(synthetic.main, "clip", tmp_path / "a.mp4", "--seed", 1)
+    status, out, err = command(datasets.main, "clip", tmp_path / "a.mp4", "--seed", 1)
     assert status == 0, err
     asked = [line.split("\t") for line in out.splitlines()]
     assert len(asked) == 3

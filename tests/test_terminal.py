@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from xl2jax.backend import start_backend
 from xl2jax.errors import UserError
-from xl2jax.terminal import argument_text, explain
+from xl2jax.system.backend import start_backend
+from xl2jax.system.terminal import argument_text, explain
 
 ROOT = Path(__file__).parent.parent
 HELLO = "print('caf\\u00e9'); print('told', file=sys.stderr)"
@@ -24,7 +24,7 @@ C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 def shell(line: str, body: str = HELLO, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[bytes]:
     """`line` in a shell, where $COMMAND runs `body` under run_command."""
-    program = f"import sys\nfrom xl2jax.terminal import run_command\ndef main():\n {body}\nrun_command(main)"
+    program = f"import sys\nfrom xl2jax.system.terminal import run_command\ndef main():\n {body}\nrun_command(main)"
     variables = os.environ | {"PYTHON": sys.executable, "PROGRAM": program, "PYTHONPATH": str(ROOT)} | (env or {})
     line = line.replace("$COMMAND", '"$PYTHON" -c "$PROGRAM"')
     return subprocess.run(["bash", "-c", line], env=variables, capture_output=True, timeout=60, check=False)
@@ -64,7 +64,7 @@ def test_files_do_not_take_the_place_of_closed_streams(tmp_path: Path) -> None:
 
 
 def test_text_under_a_locale_that_knows_ascii_alone() -> None:
-    body = "from xl2jax.terminal import argument_text; print(argument_text(sys.argv[1]))"
+    body = "from xl2jax.system.terminal import argument_text; print(argument_text(sys.argv[1]))"
     run = shell("$COMMAND $'caf\\xc3\\xa9 \\xe4\\xb8\\xad'", body, C_LOCALE)
     assert (run.returncode, run.stdout.decode()) == (0, "café 中\n")
     assert argument_text("caf\udce9") == "caf\udce9"  # Latin-1 stays what the question's own check refuses
@@ -93,7 +93,7 @@ def test_ctrl_c_at_any_time_is_one_line(seconds: float) -> None:
     program = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
-import xl2jax.terminal
+import xl2jax.system.terminal
 print('ready', flush=True)
 import runpy
 runpy.run_path('infer.py', run_name='__main__')"""
@@ -141,9 +141,7 @@ def test_what_the_machine_refuses_is_one_line(error: Exception, words: str | Non
 
 
 def test_a_platform_that_is_not_there() -> None:
-    program = (
-        "from xl2jax.terminal import run_command\nfrom xl2jax.backend import start_backend\nrun_command(start_backend)"
-    )
+    program = "from xl2jax.system.terminal import run_command\nfrom xl2jax.system.backend import start_backend\nrun_command(start_backend)"
     env = os.environ | {"JAX_PLATFORMS": "cuda", "PYTHONPATH": str(ROOT)}
     run = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=False)
     assert run.returncode == 2
@@ -186,7 +184,7 @@ def twice(env: dict[str, str], command: list[str]) -> list[dict[str, int]]:
 def test_a_second_run_reads_kept_programs(tmp_path: Path) -> None:
     program = """
 import json
-from xl2jax.backend import program_count, start_backend
+from xl2jax.system.backend import program_count, start_backend
 count = program_count()
 start_backend()
 import jax

@@ -30,7 +30,7 @@ from xl2jax.training.loader import Loader, read_ahead
 from xl2jax.training.loss import IGNORE
 from xl2jax.training.records import Record, read_records
 from xl2jax.training.samples import group_times, open_media, tokenise
-from xl2jax.video import SampleConfig, open_video
+from xl2jax.video.clip import FrameSampling, open_video
 
 # --- tokens -----------------------------------------------------------------------------------
 
@@ -93,7 +93,7 @@ def test_cut_at_the_limit(model: xl2jax.Model) -> None:
 
 
 def test_scale_multiplies_times(clip: Path) -> None:
-    opened = open_video(clip, SampleConfig(1, 4, 16))
+    opened = open_video(clip, FrameSampling(1, 4, 16))
     plain, scaled = group_times(opened, 1.0), group_times(opened, 3.0)
     assert plain == opened.times[::4]
     assert scaled == [round(3 * t, 1) for t in plain]
@@ -166,7 +166,7 @@ def records(tmp_path_factory: pytest.TempPathFactory, clip: Path) -> list[Record
     return read_records(folder / "d.json", 0).records
 
 
-SAMPLING = SampleConfig(1, 4, 8)
+SAMPLING = FrameSampling(1, 4, 8)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -190,7 +190,7 @@ def test_whatever_a_reader_raises_skips_one_sample(
 ) -> None:
     """Both before training and in it; memory that ran out is no sample's fault."""
 
-    def broken(record: Record, sampling: SampleConfig) -> Any:
+    def broken(record: Record, sampling: FrameSampling) -> Any:
         if record.id == "picture":
             raise error
         return open_media(record, sampling)

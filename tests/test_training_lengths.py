@@ -13,9 +13,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from training_runs import turns
 
+from xl2jax.checkpoint.convert import main as convert
 from xl2jax.config import PRESETS
-from xl2jax.convert import main as convert
-from xl2jax.demo import make_checkpoint
+from xl2jax.testing import make_checkpoint
 from xl2jax.training.batches import Length, Probe
 from xl2jax.training.fingerprint import media_fingerprint, weights_fingerprint
 from xl2jax.training.lengths import Lengths, Measured, differences, measure, read_lengths, samples_digest, write_lengths

@@ -24,8 +24,8 @@ from training_runs import board, last_line, metrics, rows, whole_checkpoints, wr
 
 import train
 from xl2jax.config import PRESETS, VideoXL2Config
-from xl2jax.demo import make_checkpoint
 from xl2jax.errors import UserError
+from xl2jax.testing import make_checkpoint
 from xl2jax.training import batches
 from xl2jax.training import run as run_module
 from xl2jax.training.config import PRESETS as TRAINING

@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 
 import xl2jax
+from xl2jax.checkpoint.param_names import flatten
 from xl2jax.config import VideoXL2Config
 from xl2jax.errors import UserError
-from xl2jax.frames import SampleConfig
-from xl2jax.layers import LoRAConfig
-from xl2jax.names import flatten
+from xl2jax.models.layers import LoRAConfig
 from xl2jax.ops.dense import dense_attention, padded_attention
 from xl2jax.training.config import PRESETS, TrainConfig, trained_names
 from xl2jax.training.loss import IGNORE, TokenBatch
@@ -26,6 +25,7 @@ from xl2jax.training.sharding import make_mesh, param_spec
 from xl2jax.training.state import abstract_state, merge_adapter, new_state, parameter_shapes
 from xl2jax.training.step import Params, StepConfig, Sums, TrainState, gradients, learning_rate, optimizer, update
 from xl2jax.training.telemetry import sample_flops
+from xl2jax.video.frame_sampling import FrameSampling
 
 
 def settings(**changes: object) -> TrainConfig:
@@ -252,7 +252,7 @@ def test_presets_and_patterns(model: xl2jax.Model) -> None:
     assert parts(dataclasses.replace(PRESETS["stage1"])) == {"dts"}
     assert parts(dataclasses.replace(PRESETS["stage2"])) == {"projector"}
     assert parts(PRESETS["stage3"]) == parts(PRESETS["stage4"]) == {"vision", "dts", "projector", "llm"}
-    assert settings(frame_times="upstream").sampling() == SampleConfig(1.0, 4, 150, "upstream")
+    assert settings(frame_times="upstream").sampling() == FrameSampling(1.0, 4, 150, "upstream")
     assert (PRESETS["stage3"].max_frames, PRESETS["stage3"].max_length) == (16, 8192)
     assert (PRESETS["stage4"].max_frames, PRESETS["stage4"].max_length, PRESETS["stage4"].global_batch) == (
         150, 6000, 256,

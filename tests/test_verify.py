@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from xl2jax import verify
-from xl2jax.names import flatten
-from xl2jax.verify import LIMITS, Case, compare, dense_outputs
+from xl2jax.checkpoint.param_names import flatten
+from xl2jax.evaluation import verify
+from xl2jax.evaluation.verify import LIMITS, Case, compare, dense_outputs
 
 
 def check_all_there(report: dict[str, Any], folder: Path, *, trained: bool) -> None:
@@ -36,7 +36,7 @@ def check_all_there(report: dict[str, Any], folder: Path, *, trained: bool) -> N
 def float64(goldens: Path) -> dict[str, dict[str, Any]]:
     """Reports of `verify --dtype float64` by case: one process, since 64 bits are a setting of the whole process."""
     cases = [goldens / "tiny", goldens / "wide"]
-    command = [sys.executable, "-m", "xl2jax.verify", *map(str, cases), "--dtype", "float64", "--json"]
+    command = [sys.executable, "-m", "xl2jax", "verify", *map(str, cases), "--dtype", "float64", "--json"]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.stdout, run.stderr
     report = json.loads(run.stdout)

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.numpy import load_file
 
-from xl2jax.demo import write_clip
 from xl2jax.errors import UserError
-from xl2jax.frames import chosen_frames
-from xl2jax.read_ahead import resize
-from xl2jax.video import PyAVReader, SampleConfig, open_reader, open_video, sample_indices
+from xl2jax.testing import write_clip
+from xl2jax.video.clip import FrameSampling, PyAVReader, open_reader, open_video, sample_indices
+from xl2jax.video.frame_sampling import chosen_frames
+from xl2jax.video.read_ahead import resize
 
 
 def test_sampling_is_upstreams(goldens: Path) -> None:
@@ -39,7 +39,7 @@ def test_sampling_is_upstreams(goldens: Path) -> None:
 )  # fmt: skip
 def test_sampling_properties(total: int, video_fps: float, fps: float | None, max_fps: int | None, most: int) -> None:
     indices, times = sample_indices(total, video_fps, fps, max_fps, most)
-    chosen = chosen_frames(total, video_fps, SampleConfig(fps, max_fps, most))
+    chosen = chosen_frames(total, video_fps, FrameSampling(fps, max_fps, most))
     assert len(chosen) >= 4
     assert chosen[: len(indices)].tolist() == indices.tolist()
     if fps is None:
@@ -66,7 +66,7 @@ def test_repeated_indices_and_batches(clip: Path) -> None:
     frames = list(open_reader(clip, "pyav").frames(np.array([3, 3, 5])))
     assert np.array_equal(frames[0], frames[1])
     assert not np.array_equal(frames[1], frames[2])
-    batches = list(open_video(clip, SampleConfig(max_frames=20)).batches(8, 32))
+    batches = list(open_video(clip, FrameSampling(max_frames=20)).batches(8, 32))
     assert [b.shape for b in batches] == [(8, 32, 32, 3), (8, 32, 32, 3), (4, 32, 32, 3)]
 
 
@@ -122,8 +122,8 @@ def test_cut_off_file_gives_what_is_there(tmp_path: Path, caplog: pytest.LogCapt
     assert raw.index(b"moov") < raw.index(b"mdat")
     cut = tmp_path / "cut.mp4"
     cut.write_bytes(raw[: len(raw) * 2 // 3])
-    clip = open_video(cut, SampleConfig(max_fps=None))
-    whole = open_video(tmp_path / "index_first.mp4", SampleConfig(max_fps=None))
+    clip = open_video(cut, FrameSampling(max_fps=None))
+    whole = open_video(tmp_path / "index_first.mp4", FrameSampling(max_fps=None))
     frames = np.concatenate(list(clip.batches(8, 32)))
     assert 4 <= len(frames) < 20
     assert len(frames) % 4 == 0
@@ -140,7 +140,7 @@ def test_damage_in_the_middle_costs_a_few_frames(tmp_path: Path, caplog: pytest.
         at = [p.pos for p in container.demux(video=0) if p.pos is not None]
     raw[at[90] : at[93]] = bytes(at[93] - at[90])
     path.write_bytes(raw)
-    config = SampleConfig(fps=10, max_fps=None)
+    config = FrameSampling(fps=10, max_fps=None)
     frames = np.concatenate(list(open_video(path, config).batches(8, 32)))
     assert len(frames) == 200
     good = np.concatenate(list(open_video(tmp_path / "good.mp4", config).batches(8, 32)))
@@ -152,7 +152,7 @@ def test_folder_of_frames(tmp_path: Path) -> None:
     for i in (10, 2, 1, 0, 3):
         Image.fromarray(np.full((20, 30, 3), 10 * i, np.uint8)).save(tmp_path / f"frame{i}.png")
     (tmp_path / "notes.txt").write_text("not a frame")
-    clip = open_video(tmp_path, SampleConfig(max_fps=None), folder_fps=0.5)
+    clip = open_video(tmp_path, FrameSampling(max_fps=None), folder_fps=0.5)
     (batch,) = clip.batches(8, 8)
     assert batch[:, 0, 0, 0].tolist() == [0, 10, 20, 30]
     assert clip.times == [0.0, 2.0, 4.0, 6.0]
@@ -203,4 +203,4 @@ def test_broken_image(tmp_path: Path) -> None:
 @pytest.mark.parametrize("options", [{"fps": 0}, {"fps": -1}, {"max_fps": 0}, {"max_frames": 3}])
 def test_options_out_of_range(options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="must be"):
-        SampleConfig(**options)
+        FrameSampling(**options)

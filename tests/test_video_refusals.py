@@ -20,11 +20,11 @@ import pytest
 from odd_videos import BY_SUFFIX, KINDS, Kind, constant, packets, write_recorder_webm, write_video
 from PIL import Image
 
-from xl2jax import containers
 from xl2jax.errors import UserError
-from xl2jax.video import PyAVReader, SampleConfig, open_video
+from xl2jax.video import containers
+from xl2jax.video.clip import FrameSampling, PyAVReader, open_video
 
-ALL = SampleConfig(fps=25, max_fps=None)
+ALL = FrameSampling(fps=25, max_fps=None)
 
 
 def refusal(path: str | Path, **options: Any) -> str:
@@ -307,6 +307,6 @@ def test_whatever_pyav_raises_is_one_line(plain: Path, monkeypatch: pytest.Monke
             assert "plain.mp4: not a video that can be read" in refusal(plain)
         reader = PyAVReader(plain)
         with monkeypatch.context() as patch:
-            patch.setattr("xl2jax.readers._upright", failing)
+            patch.setattr("xl2jax.video.readers._upright", failing)
             with pytest.raises(UserError, match="plain.mp4: not a video that can be read"):
                 next(reader.frames(np.array([3])))

@@ -27,11 +27,11 @@ from odd_videos import (
 from PIL import Image
 
 from xl2jax.errors import UserError
-from xl2jax.frames import MAX_FRAMES
-from xl2jax.video import PyAVReader, SampleConfig, frame_times, open_reader, open_video, sample_indices
-from xl2jax.video_index import _vp9_shown
+from xl2jax.video.clip import FrameSampling, PyAVReader, frame_times, open_reader, open_video, sample_indices
+from xl2jax.video.frame_sampling import MAX_FRAMES
+from xl2jax.video.index import _vp9_shown
 
-ALL = SampleConfig(fps=25, max_fps=None)
+ALL = FrameSampling(fps=25, max_fps=None)
 
 
 def numbers_read(path: Path, indices: list[int]) -> list[int]:
@@ -113,7 +113,7 @@ def test_variable_rate(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None
     path, times = vfr(tmp_path / "vfr.mp4")
     with av.open(str(path)) as container:
         rate = float(container.streams.video[0].average_rate or 0)
-    config = SampleConfig(fps=15, max_fps=None)
+    config = FrameSampling(fps=15, max_fps=None)
     chosen, by_rate = sample_indices(310, rate, 15, None, 256)
     clip = open_video(path, config)
     assert clip.indices.tolist() == chosen.tolist()
@@ -123,7 +123,7 @@ def test_variable_rate(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None
     assert len(caplog.records) == 1
     assert "the frame rate varies" in caplog.text
     caplog.clear()
-    upstream = open_video(path, SampleConfig(fps=15, max_fps=None, times="upstream"))
+    upstream = open_video(path, FrameSampling(fps=15, max_fps=None, times="upstream"))
     assert upstream.times == by_rate
     assert upstream.indices.tolist() == chosen.tolist()
     assert not caplog.records
@@ -132,7 +132,7 @@ def test_variable_rate(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None
 def test_times_near_upstreams_stay_upstreams(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     times = [t + (0.8 if i >= 50 else 0) for i, t in enumerate(constant(100))]
     path = write_video(tmp_path / "a.mp4", times, BY_SUFFIX["mp4"])
-    clip = open_video(path, SampleConfig(fps=5, max_fps=None))
+    clip = open_video(path, FrameSampling(fps=5, max_fps=None))
     assert clip.times != pytest.approx([times[i] for i in clip.indices], abs=0.3)
     assert clip.times == frame_times(clip.indices, clip.reader.fps)
     assert not caplog.records
@@ -324,7 +324,7 @@ def test_a_cover_picture_is_not_the_video(tmp_path: Path) -> None:
 def test_uniform(frames: int, wanted: int, tmp_path: Path) -> None:
     """Exactly that many frames (whole groups of them), evenly spread: a short video repeats frames."""
     path = write_video(tmp_path / "a.mp4", constant(frames), BY_SUFFIX["mp4"])
-    clip = open_video(path, SampleConfig(fps=None, max_fps=1, max_frames=wanted))
+    clip = open_video(path, FrameSampling(fps=None, max_fps=1, max_frames=wanted))
     expected = np.linspace(0, frames - 1, wanted).astype(int)[: wanted // 4 * 4]
     assert clip.indices.tolist() == expected.tolist()
     assert clip.times == frame_times(expected, clip.reader.fps)
@@ -337,4 +337,4 @@ def test_uniform(frames: int, wanted: int, tmp_path: Path) -> None:
 def test_settings_out_of_range() -> None:
     for options in ({"max_frames": MAX_FRAMES + 1}, {"fps": float("nan")}, {"times": "mine"}):
         with pytest.raises(UserError, match="must be"):
-            SampleConfig(**options)
+            FrameSampling(**options)

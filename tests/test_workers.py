@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from xl2jax.errors import UserError
-from xl2jax.workers import in_processes, in_threads
+from xl2jax.system.process_pool import in_processes, in_threads
 
 
 def square(x: int) -> int:

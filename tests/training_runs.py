@@ -9,7 +9,7 @@ from typing import Any
 
 from tensorboardX.proto import event_pb2
 
-from xl2jax.demo import write_clip
+from xl2jax.testing import write_clip
 
 ANSWERS = ("Red.", "Blue.", "Four.", "A ring.")
 QUESTION = "<image>\nWhat is it?"

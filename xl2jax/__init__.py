@@ -14,35 +14,35 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from xl2jax.api import Answer, Model, load
-    from xl2jax.bilevel import BilevelConfig
     from xl2jax.config import PRESETS, VideoXL2Config
     from xl2jax.errors import UserError
-    from xl2jax.generate import SamplingConfig
-    from xl2jax.layout import PrefillConfig
-    from xl2jax.relevance import AttentionScorer
-    from xl2jax.selection import Chunk, RelevanceConfig
-    from xl2jax.video import SampleConfig
-    from xl2jax.watched import CacheConfig, WatchedVideo
+    from xl2jax.inference.api import Answer, Model, load
+    from xl2jax.inference.bilevel import BilevelConfig
+    from xl2jax.inference.generate import TokenSampling
+    from xl2jax.inference.layout import PrefillConfig
+    from xl2jax.inference.relevance import AttentionScorer
+    from xl2jax.inference.selection import Chunk, RelevanceConfig
+    from xl2jax.inference.video_cache import CacheConfig, WatchedVideo
+    from xl2jax.video.clip import FrameSampling
 
 # Public names are imported when they are first used: `infer.py --help` needs no JAX.
 _PUBLIC = {
-    "api": ("Answer", "Model", "load"),
-    "bilevel": ("BilevelConfig",),
     "config": ("PRESETS", "VideoXL2Config"),
     "errors": ("UserError",),
-    "generate": ("SamplingConfig",),
-    "layout": ("PrefillConfig",),
-    "relevance": ("AttentionScorer",),
-    "selection": ("Chunk", "RelevanceConfig"),
-    "video": ("SampleConfig",),
-    "watched": ("CacheConfig", "WatchedVideo"),
+    "inference.api": ("Answer", "Model", "load"),
+    "inference.bilevel": ("BilevelConfig",),
+    "inference.generate": ("TokenSampling",),
+    "inference.layout": ("PrefillConfig",),
+    "inference.relevance": ("AttentionScorer",),
+    "inference.selection": ("Chunk", "RelevanceConfig"),
+    "inference.video_cache": ("CacheConfig", "WatchedVideo"),
+    "video.clip": ("FrameSampling",),
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 
 __all__ = [  # noqa: RUF022 (in the order of use)
     "load", "Model", "Answer", "WatchedVideo", "Chunk",
-    "SampleConfig", "PrefillConfig", "BilevelConfig", "CacheConfig", "RelevanceConfig", "AttentionScorer", "SamplingConfig",
+    "FrameSampling", "PrefillConfig", "BilevelConfig", "CacheConfig", "RelevanceConfig", "AttentionScorer", "TokenSampling",
     "VideoXL2Config", "PRESETS", "UserError",
 ]  # fmt: skip
 

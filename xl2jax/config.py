@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from xl2jax.errors import UserError
-from xl2jax.schema import Schema, check, is_file, leaves_folder, read_json, shown
+from xl2jax.system.schema import Schema, check, is_file, leaves_folder, read_json, shown
 
 FRAMES_PER_GROUP = 4
 """Frames that DTS merges into one group (spec of the released model: two temporal strides of 2)."""
@@ -296,7 +296,7 @@ PRESETS: Mapping[str, VideoXL2Config] = {
         vision=VisionConfig(width=64, mlp_width=128, layers=3, heads=4, image_size=384, patch_size=14),
         llm=LLMConfig(vocab=512, width=128, mlp_width=352, layers=4, heads=4, kv_heads=2, head_width=32),
     ),
-    # The bundled checkpoint: trained on `xl2jax.synthetic`, 16 visual tokens a group.
+    # The bundled checkpoint: trained on `xl2jax.recipes.demo.datasets`, 16 visual tokens a group.
     "demo": VideoXL2Config(
         vision=VisionConfig(width=96, mlp_width=288, layers=4, heads=4, image_size=56, patch_size=7),
         llm=LLMConfig(vocab=512, width=256, mlp_width=640, layers=6, heads=4, kv_heads=2, head_width=64),

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.errors import UserError
-from xl2jax.schema import is_file, read_bytes
+from xl2jax.system.schema import is_file, read_bytes
 
 
 class Control(str):

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from xl2jax import runtime
 from xl2jax.bench.setup import SUFFIX, Setup, random_params
-from xl2jax.bilevel import BilevelConfig
-from xl2jax.cache import KVCache, unpack
 from xl2jax.config import FRAMES_PER_GROUP, VideoXL2Config
-from xl2jax.layout import PrefillConfig
+from xl2jax.inference import compiled
+from xl2jax.inference.bilevel import BilevelConfig
+from xl2jax.inference.cache import KVCache, unpack
+from xl2jax.inference.layout import PrefillConfig
 
 _GROUPS, _LAYERS = 24, 3
 
@@ -52,7 +52,7 @@ def check_rows(config: VideoXL2Config, dtype: str, frames: np.ndarray, attention
 
     def run(params: nnx.State, implementation: str) -> tuple[Setup, jax.Array, KVCache]:
         setup = Setup(config, params, _GROUPS, chunked, _GROUPS, implementation)
-        visual = runtime.encode(config, params, pixels, frames_at_once=len(pixels))[0]
+        visual = compiled.encode(config, params, pixels, frames_at_once=len(pixels))[0]
         short = setup.plan.segment_groups - _GROUPS
         padded = jnp.pad(visual, ((0, short), (0, 0), (0, 0)))
         return setup, visual, setup.extend(setup.start(), padded, setup.segments[0])

@@ -21,17 +21,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from xl2jax import flops, memory, runtime
 from xl2jax.bench.check import check_rows
 from xl2jax.bench.kernels import ceilings
 from xl2jax.bench.setup import DECODE_TOKENS, Setup, random_params, timed
-from xl2jax.bilevel import BilevelConfig
-from xl2jax.cache import KVCache
 from xl2jax.config import FRAMES_PER_GROUP, PRESETS, VideoXL2Config
-from xl2jax.layout import PrefillConfig
-from xl2jax.model import normalise
-from xl2jax.prefill import default_steps
-from xl2jax.selection import check_bilevel
+from xl2jax.inference import compiled, flops, memory
+from xl2jax.inference.bilevel import BilevelConfig
+from xl2jax.inference.cache import KVCache
+from xl2jax.inference.layout import PrefillConfig
+from xl2jax.inference.prefill import default_steps
+from xl2jax.inference.selection import check_bilevel
+from xl2jax.models.video_xl2 import normalise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +111,7 @@ def _median(run: Callable[[], Any], repeats: int = 5) -> float:
 
 @functools.partial(jax.jit, static_argnames="config")
 def _vision(config: VideoXL2Config, params: nnx.State, frames: jax.Array) -> jax.Array:
-    return runtime.merge_model(config, params).vision(normalise(frames))
+    return compiled.merge_model(config, params).vision(normalise(frames))
 
 
 def random_frames(config: VideoXL2Config, count: int) -> np.ndarray:
@@ -125,7 +125,7 @@ def vision_row(args: E2EArgs, params: nnx.State, ceiling: float, profile: _Profi
     count = (args.step_groups or default_steps()[0]) * FRAMES_PER_GROUP
     frames = jnp.asarray(random_frames(config, count))
     tower = functools.partial(_vision, config, params, frames)
-    whole = functools.partial(runtime.encode, config, params, frames, frames_at_once=count)
+    whole = functools.partial(compiled.encode, config, params, frames, frames_at_once=count)
     alone, both = _median(tower), _median(whole)
     profile("encode", whole)
     work = count * flops.vision(config)
@@ -138,7 +138,7 @@ def vision_row(args: E2EArgs, params: nnx.State, ceiling: float, profile: _Profi
 
 def encode(setup: Setup, frames: np.ndarray) -> jax.Array:
     at_once = setup.plan.step_groups * FRAMES_PER_GROUP
-    return runtime.encode(setup.config, setup.params, frames, frames_at_once=at_once)[0]
+    return compiled.encode(setup.config, setup.params, frames, frames_at_once=at_once)[0]
 
 
 def watch(setup: Setup, frames: np.ndarray) -> KVCache:

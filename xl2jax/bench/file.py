@@ -9,15 +9,15 @@ from typing import Any
 import jax
 
 import xl2jax
-from xl2jax import memory
 from xl2jax.bench.e2e import E2EArgs
 from xl2jax.bench.read import the_file
-from xl2jax.bilevel import BilevelConfig
-from xl2jax.cli import DEFAULT_CHECKPOINT
-from xl2jax.layout import PrefillConfig
-from xl2jax.read_ahead import default_workers
-from xl2jax.video import SampleConfig, open_video
-from xl2jax.watched import CacheConfig
+from xl2jax.commands.infer import DEFAULT_CHECKPOINT
+from xl2jax.inference import memory
+from xl2jax.inference.bilevel import BilevelConfig
+from xl2jax.inference.layout import PrefillConfig
+from xl2jax.inference.video_cache import CacheConfig
+from xl2jax.video.clip import FrameSampling, open_video
+from xl2jax.video.read_ahead import default_workers
 
 _QUESTION = "What is shown?"
 STAGES = ("read_alone_s", "read_wait_s", "vision_s", "prefill_s", "first_token_s")
@@ -43,7 +43,7 @@ def file_row(args: E2EArgs, _: str, frames: int) -> dict[str, Any]:
     `reader_bytes` is how far reading alone raised the process's peak, loading the model included.
     """
     path = the_file(args.video, args.synthetic or "")
-    sampling = SampleConfig(args.fps, None, frames)
+    sampling = FrameSampling(args.fps, None, frames)
     model = xl2jax.load(args.checkpoint or DEFAULT_CHECKPOINT, dtype=args.dtype, implementation=args.attention)
     before, started = memory.host_peak_bytes(), time.perf_counter()
     clip = open_video(path, sampling)
@@ -77,6 +77,6 @@ def file_row(args: E2EArgs, _: str, frames: int) -> dict[str, Any]:
 
 def plot_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """Seconds by stage and peak memory over the number of frames."""
-    from xl2jax.plot import plot_stages
+    from xl2jax.inference.timeline import plot_stages
 
     plot_stages(path, rows, STAGES)

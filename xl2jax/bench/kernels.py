@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from xl2jax.config import PRESETS
-from xl2jax.layout import PrefillConfig, VideoLayout, natural_ranges
+from xl2jax.inference.layout import PrefillConfig, VideoLayout, natural_ranges
 from xl2jax.ops import mosaic
-from xl2jax.ops.arena import attend_blockwise, attend_reference
+from xl2jax.ops.attention import attend_blockwise, attend_reference
 from xl2jax.ops.dense import dense_attention
 
 _PREFIX, _TIMES, _SUFFIX, _CHUNK = 14, 9, 64, 4

@@ -9,13 +9,13 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from xl2jax import memory
 from xl2jax.bench.setup import DECODE_TOKENS, Setup, random_params, timed
-from xl2jax.bilevel import BilevelConfig
-from xl2jax.cache import KVCache
 from xl2jax.config import PRESETS
-from xl2jax.layout import PrefillConfig
-from xl2jax.selection import check_bilevel
+from xl2jax.inference import memory
+from xl2jax.inference.bilevel import BilevelConfig
+from xl2jax.inference.cache import KVCache
+from xl2jax.inference.layout import PrefillConfig
+from xl2jax.inference.selection import check_bilevel
 
 
 @dataclasses.dataclass(frozen=True)

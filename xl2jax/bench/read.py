@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from xl2jax import memory
-from xl2jax.atomic import replacing_file
 from xl2jax.errors import UserError
-from xl2jax.read_ahead import default_workers, resize
-from xl2jax.scenes import make_scene
-from xl2jax.video import SampleConfig, open_video
+from xl2jax.evaluation.scenes import make_scene
+from xl2jax.inference import memory
+from xl2jax.system.atomic import replacing_file
+from xl2jax.video.clip import FrameSampling, open_video
+from xl2jax.video.read_ahead import default_workers, resize
 
 _MODES = ("stream", "sequential", "decord", "overlap")
 _HEIGHTS = {"360p": (640, 360), "480p": (854, 480), "720p": (1280, 720), "1080p": (1920, 1080)}
@@ -119,7 +119,7 @@ def read_row(args: ReadArgs, mode: str, frames: int) -> dict[str, Any]:
     """Seconds and peak memory above what was there before of reading `frames` evenly spread frames."""
     before = memory.peak_bytes()
     started = time.perf_counter()
-    clip = open_video(the_file(args.video, args.synthetic), SampleConfig(fps=1.0, max_fps=_FPS, max_frames=frames))
+    clip = open_video(the_file(args.video, args.synthetic), FrameSampling(fps=1.0, max_fps=_FPS, max_frames=frames))
     opened = time.perf_counter() - started
     count = len(clip.indices)
     alone: float | None = None

@@ -13,15 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from xl2jax import prefill, runtime
-from xl2jax.bilevel import BilevelConfig, GroupTable, PooledKV, group_table, mixed_slots
-from xl2jax.cache import KVCache
 from xl2jax.config import VideoXL2Config
-from xl2jax.generate import SamplingConfig
-from xl2jax.layout import PrefillConfig, VideoLayout
-from xl2jax.model import VideoXL2
-from xl2jax.prefill import Step
-from xl2jax.relevance import AttentionScorer
+from xl2jax.inference import compiled, prefill
+from xl2jax.inference.bilevel import BilevelConfig, GroupTable, PooledKV, group_table, mixed_slots
+from xl2jax.inference.cache import KVCache
+from xl2jax.inference.generate import TokenSampling
+from xl2jax.inference.layout import PrefillConfig, VideoLayout
+from xl2jax.inference.prefill import Step
+from xl2jax.inference.relevance import AttentionScorer
+from xl2jax.models.video_xl2 import VideoXL2
 
 PREFIX, SUFFIX = 14, 20
 TIMES = 9
@@ -75,47 +75,47 @@ class Setup:
 
     def start(self) -> KVCache:
         """A cache that holds the prefix."""
-        cache = runtime.new_cache(self.config.llm, self.plan.slots, self.dtype, self.plan.visual_start)
+        cache = compiled.new_cache(self.config.llm, self.plan.slots, self.dtype, self.plan.visual_start)
         ids, length = np.zeros(self.plan.prefix_cap, np.int32), np.int32(PREFIX)
-        return runtime.prefill_prefix(self.config, self.params, cache, ids, length, implementation=self.attention)
+        return compiled.prefill_prefix(self.config, self.params, cache, ids, length, implementation=self.attention)
 
     def extend(self, cache: KVCache, visual: jax.Array, segment: Step) -> KVCache:
         """`cache`, which is given up, with one more segment."""
-        return runtime.prefill_segment(self.config, self.params, cache, visual, segment, implementation=self.attention)
+        return compiled.prefill_segment(self.config, self.params, cache, visual, segment, implementation=self.attention)
 
     def pool(self, cache: KVCache, config: BilevelConfig) -> tuple[GroupTable, PooledKV]:
         capacity = (self.plan.slots - self.plan.visual_start) // self.plan.visual_tokens
         table = group_table(self.layout, capacity)
         llm, v = self.config.llm, self.plan.visual_tokens
-        return table, runtime.pool_cache(llm, cache, table, visual_tokens=v, pool=config.pool)
+        return table, compiled.pool_cache(llm, cache, table, visual_tokens=v, pool=config.pool)
 
     def bilevel(self, cache: KVCache, table: GroupTable, pooled: PooledKV, config: BilevelConfig) -> KVCache:
         """Scores every chunk for the question as infer.py does by default, picks the best and mixes."""
         llm, v, size = self.config.llm, self.plan.visual_tokens, config.select_chunk_groups
         groups, top = len(table.time_lengths), config.top(self.layout)
 
-        group = runtime.slot_groups(table, cache, visual_tokens=v)
-        scores = runtime.attention_scores(
-            self.config, self.params, cache, group, runtime.new_cache(llm, 128, self.dtype), self.ids, np.int32(0),
+        group = compiled.slot_groups(table, cache, visual_tokens=v)
+        scores = compiled.attention_scores(
+            self.config, self.params, cache, group, compiled.new_cache(llm, 128, self.dtype), self.ids, np.int32(0),
             np.int32(SUFFIX // 2), np.int32(SUFFIX), scorer=AttentionScorer(), groups=groups,
             implementation=self.attention,
         )  # fmt: skip
-        _, _, dense = runtime.choose(scores, table.groups, select_chunk_groups=size, top=top)
+        _, _, dense = compiled.choose(scores, table.groups, select_chunk_groups=size, top=top)
         slots = mixed_slots(self.layout, (top + 2) * size, config)
-        return runtime.mix(llm, cache, pooled, table, dense, visual_tokens=v, pool=config.pool, slots=slots)[0]
+        return compiled.mix(llm, cache, pooled, table, dense, visual_tokens=v, pool=config.pool, slots=slots)[0]
 
     def first_token(self, context: KVCache) -> Any:
         """Suffix and first token: the state that decoding goes on from."""
-        text = runtime.new_cache(self.config.llm, 256, self.dtype)
-        return runtime.ask(
+        text = compiled.new_cache(self.config.llm, 256, self.dtype)
+        return compiled.ask(
             self.config, self.params, context, text, self.ids, np.int32(SUFFIX), jax.random.key(0), NEVER,
-            SamplingConfig().traced(), implementation=self.attention,
+            TokenSampling().traced(), implementation=self.attention,
         )  # fmt: skip
 
     def decode(self, context: KVCache, state: Any) -> Any:
-        return runtime.decode(
+        return compiled.decode(
             self.config, self.params, context, state, np.int32(DECODE_TOKENS), NEVER,
-            SamplingConfig().traced(), size=DECODE_TOKENS, implementation=self.attention,
+            TokenSampling().traced(), size=DECODE_TOKENS, implementation=self.attention,
         )  # fmt: skip
 
 

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xl2jax import memory
 from xl2jax.bench.kernels import ceilings
 from xl2jax.bench.setup import PREFIX, TIMES, timed
 from xl2jax.config import FRAMES_PER_GROUP, PRESETS
-from xl2jax.layout import bucket
+from xl2jax.inference import memory
+from xl2jax.inference.layout import bucket
 from xl2jax.training.config import PRESETS as TRAINING
 from xl2jax.training.config import TrainConfig, trained_names
 from xl2jax.training.loss import IGNORE, TokenBatch

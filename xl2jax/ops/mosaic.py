@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from xl2jax.errors import UserError
-from xl2jax.ops.arena import NEGATIVE
+from xl2jax.ops.attention import NEGATIVE
 
 ROWS = 64
 """Rows of a compute warpgroup (the height of a wgmma)."""
@@ -91,7 +91,7 @@ def attend_mosaic(
     q: jax.Array, k: jax.Array, v: jax.Array, rows: jax.Array, g_end: jax.Array, v_lo: jax.Array, v_hi: jax.Array,
     *, config: KernelConfig | None = None, interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """The arena op (xl2jax.ops.arena) for bfloat16 (or float16), head widths 64 and 128.
+    """The arena op (xl2jax.ops.attention) for bfloat16 (or float16), head widths 64 and 128.
 
     Raises UserError for shapes and dtypes that the kernel does not serve.
     """

@@ -18,12 +18,12 @@ import numpy as np
 from tqdm import tqdm
 
 from xl2jax.config import FRAMES_PER_GROUP
-from xl2jax.layout import bucket
+from xl2jax.inference.layout import bucket
 from xl2jax.prompt import PromptTokenizer
+from xl2jax.system.process_pool import in_processes, in_threads
 from xl2jax.training.records import Record
 from xl2jax.training.samples import open_media, read_frames, sample_tokens, unusable
-from xl2jax.video import SampleConfig
-from xl2jax.workers import in_processes, in_threads
+from xl2jax.video.clip import FrameSampling
 
 _TOKEN_UNIT = 64  # lengths of rows are multiples of this
 _WINDOW = 32  # steps sorted by length together
@@ -57,7 +57,7 @@ class MicroBatch:
 
 
 def probe_records(
-    records: Sequence[Record], sampling: SampleConfig, tokenizer: PromptTokenizer, visual_tokens: int, max_length: int,
+    records: Sequence[Record], sampling: FrameSampling, tokenizer: PromptTokenizer, visual_tokens: int, max_length: int,
     *, threads: int, workers: int = 0, progress: bool = False, decode_size: int | None = None,
 ) -> Probe:  # fmt: skip
     """Opens every record's media for its length; with `decode_size` it reads all frames as well.
@@ -80,7 +80,7 @@ def probe_records(
 class _RecordProbe:
     """A record's length and whether it was cut, or why it cannot be used."""
 
-    sampling: SampleConfig
+    sampling: FrameSampling
     tokenizer: PromptTokenizer
     visual_tokens: int
     max_length: int

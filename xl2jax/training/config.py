@@ -13,8 +13,8 @@ from typing import Annotated, Literal
 import tyro
 
 from xl2jax.errors import UserError
-from xl2jax.frames import FrameTimes, SampleConfig
-from xl2jax.layers import LoRAConfig
+from xl2jax.models.layers import LoRAConfig
+from xl2jax.video.frame_sampling import FrameSampling, FrameTimes
 
 type Preset = Literal["stage1", "stage2", "stage3", "stage4"]
 
@@ -112,8 +112,8 @@ class TrainConfig:
     validate_data: bool = False
     """Reads all data once, reports, and stops."""
 
-    def sampling(self) -> SampleConfig:
-        return SampleConfig(self.fps, self.max_fps, self.max_frames, self.frame_times)
+    def sampling(self) -> FrameSampling:
+        return FrameSampling(self.fps, self.max_fps, self.max_frames, self.frame_times)
 
     @property
     def lora(self) -> LoRAConfig | None:

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
-from xl2jax.orbax_folder import PARAMS, is_orbax, read_manifest
-from xl2jax.schema import require_regular
-from xl2jax.tensor_files import TensorFolder
+from xl2jax.checkpoint.orbax_folder import PARAMS, is_orbax, read_manifest
+from xl2jax.checkpoint.safetensors_io import TensorFolder
+from xl2jax.system.schema import require_regular
 
 _PARTS = 8  # parts of a file that are read, evenly spaced, the first and the last bytes among them
 _PART_BYTES = 4096

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import pydantic
 
-from xl2jax.atomic import replacing_file
 from xl2jax.errors import UserError
-from xl2jax.schema import Schema, read_json, unreadable
+from xl2jax.system.atomic import replacing_file
+from xl2jax.system.process_pool import in_threads
+from xl2jax.system.schema import Schema, read_json, unreadable
 from xl2jax.training.batches import Length, Probe
 from xl2jax.training.fingerprint import change_mark, digest, media_fingerprint
 from xl2jax.training.records import Record
-from xl2jax.workers import in_threads
 
 logger = logging.getLogger(__name__)
 

@@ -13,12 +13,12 @@ from absl import flags
 from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.errors import UserError
 from xl2jax.prompt import PromptTokenizer
+from xl2jax.system.process_pool import KILLED, ignore_interrupts
 from xl2jax.training.batches import MicroBatch
 from xl2jax.training.loss import IGNORE
 from xl2jax.training.records import Record
 from xl2jax.training.samples import open_media, read_frames, sample_tokens, unusable
-from xl2jax.video import SampleConfig
-from xl2jax.workers import KILLED, ignore_interrupts
+from xl2jax.video.clip import FrameSampling
 
 
 class Arrays(TypedDict):
@@ -38,7 +38,7 @@ class Loader:
     """Reads the rows of one process. Picklable: worker processes hold a copy."""
 
     records: Sequence[Record]
-    sampling: SampleConfig
+    sampling: FrameSampling
     tokenizer: PromptTokenizer
     visual_tokens: int
     max_length: int

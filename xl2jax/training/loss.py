@@ -8,9 +8,9 @@ import einops
 import jax
 import jax.numpy as jnp
 
-from xl2jax.model import VideoXL2
+from xl2jax.models.qwen2 import Qwen2
+from xl2jax.models.video_xl2 import VideoXL2
 from xl2jax.ops.dense import dense_attention
-from xl2jax.qwen2 import Qwen2
 from xl2jax.training.sharding import split_batch
 
 IGNORE = -100

@@ -25,7 +25,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 from xl2jax.errors import UserError
-from xl2jax.schema import Schema, check, parse_json, read_bytes, read_json, read_yaml
+from xl2jax.system.schema import Schema, check, parse_json, read_bytes, read_json, read_yaml
 
 IMAGE = "<image>"
 

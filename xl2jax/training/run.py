@@ -17,11 +17,11 @@ import optax
 from jax.sharding import Mesh
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from xl2jax.backend import start_backend
+from xl2jax.checkpoint.sources import find_checkpoint
 from xl2jax.config import VideoXL2Config
 from xl2jax.errors import UserError
 from xl2jax.prompt import PromptTokenizer
-from xl2jax.sources import find_checkpoint
+from xl2jax.system.backend import start_backend
 from xl2jax.training.batches import MicroBatch, Probe, plan_epoch, probe_records
 from xl2jax.training.config import TrainConfig, parse, trained_names
 from xl2jax.training.fingerprint import digest

@@ -17,10 +17,10 @@ import numpy as np
 from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.errors import UserError
 from xl2jax.prompt import IM_END, IM_START, SYSTEM, PromptTokenizer, time_text
-from xl2jax.terminal import machine_fault
+from xl2jax.system.terminal import machine_fault
 from xl2jax.training.loss import IGNORE
 from xl2jax.training.records import Record
-from xl2jax.video import Clip, ImageReader, SampleConfig, frame_times, open_video
+from xl2jax.video.clip import Clip, FrameSampling, ImageReader, frame_times, open_video
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def unusable(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def open_media(record: Record, sampling: SampleConfig) -> Clip | None:
+def open_media(record: Record, sampling: FrameSampling) -> Clip | None:
     """The frames of a record: a video file, a folder of frames (1 a second), a picture as 4 equal frames.
 
     Raises UserError where it cannot be opened.

@@ -16,11 +16,11 @@ from typing import Any, TextIO
 import jax
 from tqdm import tqdm
 
-from xl2jax import flops
-from xl2jax.atomic import replacing_file
 from xl2jax.config import VideoXL2Config
 from xl2jax.errors import UserError
-from xl2jax.schema import Schema, parse_json, read_bytes
+from xl2jax.inference import flops
+from xl2jax.system.atomic import replacing_file
+from xl2jax.system.schema import Schema, parse_json, read_bytes
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,246 @@
+"""The Orbax model folder, in which every tensor has a checksum.
+
+config.json, vision_tower/config.json    upstream's own
+tokenizer.json, ...                      upstream's own
+params/                                  the Orbax checkpoint, one array per tensor of a layer
+unused.safetensors                       tensors that upstream stores and never reads
+xl2jax.json                              {"format": 2, "dtype": "bfloat16", "checksums": {name: digits}}
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp
+from flax import traverse_util
+
+from xl2jax.checkpoint.array_checks import checksum
+from xl2jax.checkpoint.param_names import Entry, entries
+from xl2jax.checkpoint.safetensors_io import DTYPE_NAMES, DTYPES, ShardWriter, TensorFolder, listing
+from xl2jax.config import VideoXL2Config
+from xl2jax.errors import UserError
+from xl2jax.system.schema import Schema, is_file, read_json, require_readable, unreadable
+from xl2jax.system.terminal import machine_fault
+
+logger = logging.getLogger(__name__)
+
+PARAMS, UNUSED, MANIFEST = "params", "unused.safetensors", "xl2jax.json"
+_BATCH_BYTES = 64 << 20  # arrays that Orbax writes, or reads, at a time
+
+
+class Manifest(Schema):
+    """xl2jax.json. Format 1 had no checksums."""
+
+    format: Literal[1, 2]
+    dtype: Literal["float32", "bfloat16", "float16"]
+    checksums: dict[str, str] | None = None
+
+
+def is_orbax(folder: Path) -> bool:
+    return is_file(folder / MANIFEST)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises UserError where it is not one that this version reads."""
+    manifest = read_json(folder / MANIFEST, Manifest)
+    if manifest.format != 1 and manifest.checksums is None:
+        raise UserError(f"{folder / MANIFEST}: checksums: is missing; convert the checkpoint again")
+    return manifest
+
+
+def unused_tensors(folder: Path) -> TensorFolder:
+    """The tensors that upstream stores and never reads."""
+    return TensorFolder(folder, [folder / UNUSED] if is_file(folder / UNUSED) else [])
+
+
+class OrbaxFolder:
+    """Reads tensors of an Orbax model folder, after checking all names and shapes.
+
+    Raises UserError where it is not whole. With `verify` also where a tensor is not what was written.
+    """
+
+    def __init__(self, folder: Path, config: VideoXL2Config, *, verify: bool = True):
+        self.folder, self._path = folder, (folder / PARAMS).absolute()
+        self.entries = entries(config)
+        ignore_closed_loops()
+        manifest = read_manifest(folder)
+        self.dtype: str = manifest.dtype
+        self._stored = self._dtypes()
+        self._ahead: dict[str, np.ndarray] = {}
+        self._checksums = manifest.checksums if verify else None
+        if verify and manifest.checksums is None:
+            logger.info(
+                "%s: has no checksums (an earlier version converted it), so that damage goes unnoticed: "
+                "convert it again to have them",
+                folder,
+            )
+
+    def _require_readable(self) -> None:
+        def refuse(error: OSError) -> None:
+            raise error
+
+        try:
+            for folder, _, files in os.walk(self._path, onerror=refuse):
+                for name in files:
+                    require_readable(Path(folder, name))  # of a pipe Orbax would read for ever
+        except FileNotFoundError as e:
+            raise self._damaged(e) from e
+        except OSError as e:
+            raise unreadable(e.filename or self._path, e) from None
+
+    def _dtypes(self) -> dict[str, np.dtype]:
+        self._require_readable()
+        try:
+            metadata = ocp.pytree_metadata(self._path).metadata
+            if not isinstance(metadata, dict):
+                raise ValueError("nothing says which arrays it has")
+            stored = traverse_util.flatten_dict(metadata, sep=".")
+            shapes = {name: tuple(leaf.shape) for name, leaf in stored.items()}
+            dtypes = {name: np.dtype(leaf.dtype) for name, leaf in stored.items()}
+        except Exception as e:  # Orbax raises what its storage raises
+            raise machine_fault(e) or self._damaged(e) from e
+        wanted = {e.name: e.shape for e in self.entries}
+        problems = [n for n in shapes if n not in wanted]
+        problems += [n for n, shape in wanted.items() if shapes.get(n) != shape]
+        problems += [n for n, dtype in dtypes.items() if dtype not in _FLOATS and n not in problems]
+        if problems:
+            raise UserError(f"{self._path}: the arrays do not fit config.json: {listing(problems)}")
+        return dtypes
+
+    def read(self, parts: Sequence[Entry]) -> list[np.ndarray]:
+        """Some tensors, as they are stored. Cheap in the order of `entries`: a call of Orbax costs 50 to 200 ms."""
+        if any(e.name not in self._ahead for e in parts):
+            self._ahead = self._load(self._with_next(parts))
+        return [self._ahead.pop(e.name) for e in parts]
+
+    def _with_next(self, parts: Sequence[Entry]) -> list[Entry]:
+        """`parts` and those behind them in the table, as long as all have no more than _BATCH_BYTES."""
+        together = list(parts)
+        size = sum(map(self._nbytes, together))
+        for entry in self.entries[self.entries.index(together[-1]) + 1 :]:
+            size += self._nbytes(entry)
+            if size > _BATCH_BYTES:
+                break
+            together.append(entry)
+        return together
+
+    def _nbytes(self, entry: Entry) -> int:
+        return math.prod(entry.shape) * self._stored[entry.name].itemsize
+
+    def _load(self, parts: list[Entry]) -> dict[str, np.ndarray]:
+        abstract: dict[str, Any] = dict.fromkeys(self._stored, ocp.PLACEHOLDER)
+        for e in parts:
+            abstract[e.name] = np.empty(e.shape, self._stored[e.name])
+        try:
+            tree = ocp.load_pytree(self._path, traverse_util.unflatten_dict(abstract, sep="."))
+            flat = traverse_util.flatten_dict(tree, sep=".")
+            arrays = {e.name: np.asarray(flat[e.name]) for e in parts}
+        except Exception as e:
+            raise machine_fault(e) or self._damaged(e) from e
+        for name, array in arrays.items():
+            self._verify(name, array)
+        return arrays
+
+    def verify_unused(self) -> None:
+        """Raises UserError where a tensor that upstream never reads is damaged."""
+        files = unused_tensors(self.folder)
+        for name in files.shapes:
+            self._verify(name, files.read(name))
+
+    def _verify(self, name: str, array: np.ndarray) -> None:
+        if self._checksums is not None and self._checksums.get(name) != checksum(array):
+            raise UserError(f"{self.folder}: {name} is damaged (its checksum is another); convert the checkpoint again")
+
+    def _damaged(self, error: Exception) -> UserError:
+        return UserError(f"{self._path}: not a whole Orbax checkpoint ({_first_line(error)}); convert it again")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+class _ClosedLoops:
+    """A `sys.unraisablehook` that keeps quiet what follows the first error of a damaged checkpoint.
+
+    Orbax reads many tensors at once. When one of them fails it closes its event loop, and each of the others that ends
+    later prints a traceback from a thread of its own, which no caller can catch.
+    """
+
+    def __init__(self, hook: Callable[[Any], Any]):
+        self._hook = hook
+
+    def __call__(self, late: Any) -> None:
+        if str(late.exc_value) != "Event loop is closed":
+            self._hook(late)
+
+
+def ignore_closed_loops() -> None:
+    """Has such errors ignored from now on, in this process."""
+    if not isinstance(sys.unraisablehook, _ClosedLoops):
+        sys.unraisablehook = _ClosedLoops(sys.unraisablehook)
+
+
+_FLOATS = [DTYPES[code] for code in DTYPE_NAMES.values()]
+
+
+@contextlib.contextmanager
+def _system_errors() -> Iterator[None]:
+    """What Orbax raises where the disk is full or the like, as the OSError that the system gave."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as e:
+        code = re.search(r"os_error_code='(\d+)'", str(e))
+        if code is not None:
+            raise OSError(int(code[1]), os.strerror(int(code[1]))) from e
+        raise OSError(0, _first_line(e)) from e
+
+
+class OrbaxWriter:
+    """Fills an Orbax model folder, whose config and tokenizer files are copied by others."""
+
+    def __init__(self, folder: Path, dtype: str):
+        self._folder, self._path, self._dtype = folder, (folder / PARAMS).absolute(), dtype
+        self._checksums: dict[str, str] = {}
+        self._batch: dict[str, np.ndarray] = {}
+        ignore_closed_loops()
+
+    def write(self, name: str, array: np.ndarray) -> None:
+        self._checksums[name] = checksum(array)
+        self._batch[name] = array
+        if sum(a.nbytes for a in self._batch.values()) >= _BATCH_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        with _system_errors():
+            ocp.partial.save(self._path, traverse_util.unflatten_dict(self._batch, sep="."))
+        self._batch = {}
+
+    def write_unused(self, files: TensorFolder, names: list[str]) -> None:
+        """Copies tensors that upstream never reads."""
+        if not names:
+            return
+        with ShardWriter(self._folder / UNUSED, [(n, files.shapes[n], files.dtypes[n]) for n in names]) as out:
+            for name in names:
+                array = files.read(name)
+                self._checksums[name] = checksum(array)
+                out.write(name, array)
+
+    def finish(self) -> None:
+        if self._batch:
+            self._flush()
+        with _system_errors():
+            ocp.partial.finalize(self._path)
+        manifest = {"format": 2, "dtype": self._dtype, "checksums": self._checksums}
+        (self._folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")

@@ -1,0 +1,80 @@
+"""The parameters of a checkpoint of either layout, by dotted name, layers stacked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from xl2jax.checkpoint.orbax_folder import OrbaxFolder, is_orbax
+from xl2jax.checkpoint.param_names import Entry, unflatten
+from xl2jax.checkpoint.safetensors_io import DTYPE_NAMES, DTYPES, cast
+from xl2jax.checkpoint.torch_folder import TorchCheckpoint
+from xl2jax.config import VideoXL2Config
+from xl2jax.system.terminal import byte_bar
+
+
+def load_params(
+    folder: Path, dtype: str | None = None, *, progress: bool = False, verify: bool = True
+) -> tuple[VideoXL2Config, nnx.State]:
+    """Parameters from either layout, layers stacked, on the default device. See `ParamReader`."""
+    config = VideoXL2Config.from_hf(folder)
+    params = {n: jnp.asarray(array) for n, array in read_params(folder, dtype, progress=progress, verify=verify)}
+    return config, unflatten(params, config)
+
+
+class ParamReader:
+    """The parameters of a checkpoint of either layout by dotted name, layers stacked: opened and checked once.
+
+    `dtype`: `float32`, `bfloat16`, `float16`, or None for the stored one. `verify`: compare what is read from an Orbax
+    folder with the checksums that its conversion kept. Host memory holds one stacked parameter and its layers at a time.
+
+    Raises UserError for a checkpoint that is not whole, and in `read` for a tensor that is damaged, not finite, or too
+    large for `dtype`.
+    """
+
+    def __init__(self, folder: Path, dtype: str | None = None, *, verify: bool = True):
+        self._source: Callable[[list[Entry]], list[np.ndarray]]
+        if is_orbax(folder):
+            orbax = OrbaxFolder(folder, VideoXL2Config.from_hf(folder), verify=verify)
+            chosen, table = dtype or orbax.dtype, orbax.entries
+            self._source = lambda parts: [
+                cast(array, chosen, f"{folder}: {e.name}") for e, array in zip(parts, orbax.read(parts), strict=True)
+            ]
+        else:
+            torch = TorchCheckpoint(folder)
+            chosen, table = torch.dtype(dtype), torch.entries
+            self._source = lambda parts: [torch.read(entry, chosen) for entry in parts]
+        self._itemsize = DTYPES[DTYPE_NAMES[chosen]].itemsize
+        self._parts: dict[str, list[Entry]] = {}
+        for entry in table:
+            self._parts.setdefault(entry.param, []).append(entry)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._parts)
+
+    def nbytes(self, name: str) -> int:
+        return sum(int(np.prod(e.shape)) for e in self._parts[name]) * self._itemsize
+
+    def read(self, name: str) -> np.ndarray:
+        parts = self._parts[name]
+        arrays = self._source(parts)
+        return arrays[0] if parts[0].layer is None else np.stack(arrays)
+
+
+def read_params(
+    folder: Path, dtype: str | None = None, *, progress: bool = False, wanted: Callable[[str], bool] = lambda _: True,
+    verify: bool = True,
+) -> Iterator[tuple[str, np.ndarray]]:  # fmt: skip
+    """(dotted name, array) of the wanted parameters. See `ParamReader`."""
+    reader = ParamReader(folder, dtype, verify=verify)
+    names = [n for n in reader.names if wanted(n)]
+    with byte_bar("load", sum(map(reader.nbytes, names)), progress) as bar:
+        for name in names:
+            array = reader.read(name)
+            yield name, array
+            bar.update(array.nbytes)

@@ -1,0 +1,197 @@
+"""Upstream's checkpoint layout: config.json, tokenizer files and safetensors shards, read and written."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from xl2jax.checkpoint.orbax_folder import is_orbax, unused_tensors
+from xl2jax.checkpoint.param_names import Entry, entries, flatten, is_unused
+from xl2jax.checkpoint.safetensors_io import (
+    DTYPE_NAMES,
+    DTYPES,
+    FLOATS,
+    INDEX,
+    SINGLE,
+    ShardWriter,
+    Stored,
+    TensorFolder,
+    cast,
+    listing,
+)
+from xl2jax.config import VISION_FOLDER, VideoXL2Config, vision_config_path
+from xl2jax.errors import UserError
+from xl2jax.system.atomic import replacing_folder
+from xl2jax.system.schema import is_file, read_json
+from xl2jax.system.terminal import byte_bar
+
+_COMPANIONS = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
+    "special_tokens_map.json", "chat_template.jinja", "chat_template.json", "generation_config.json", "README.md",
+)  # fmt: skip
+_SHARD_BYTES = 4 << 30
+
+
+class TorchCheckpoint:
+    """A PyTorch-layout folder checked against its config: every problem found is in one error."""
+
+    def __init__(self, folder: Path):
+        self.config = VideoXL2Config.from_hf(folder)
+        self.files = TensorFolder(folder)
+        self.entries = entries(self.config)
+        known = {e.torch_name: e for e in self.entries}
+        shapes = self.files.shapes
+        self.unused = [n for n in shapes if n not in known and is_unused(n, self.config)]
+        unknown = [n for n in shapes if n not in known and not is_unused(n, self.config)]
+        missing = [n for n in known if n not in shapes]
+        misshapen = [
+            f"{n} {list(shapes[n])} should be {list(e.torch_shape)}"
+            for n, e in known.items()
+            if n in shapes and shapes[n] != e.torch_shape
+        ]
+        odd = [f"{n} is {d}" for n, d in self.files.dtypes.items() if d not in DTYPES and n in self.unused]
+        odd += [f"{n} is {d}" for n, d in self.files.dtypes.items() if d not in FLOATS and n in known]
+        problems = [
+            f"{len(names)} {what}: {listing(names)}"
+            for what, names in (
+                ("missing", missing), ("unknown", unknown), ("misshapen", misshapen), ("not floating point", odd),
+            )
+            if names
+        ]  # fmt: skip
+        if problems:
+            raise UserError(f"{folder}: the weights do not fit config.json; " + "; ".join(problems))
+        self.stored_dtypes = Counter(self.files.dtypes[n] for n in known)
+
+    def dtype(self, wanted: str | None) -> str:
+        """`wanted`, or the one dtype that all tensors are stored in."""
+        if wanted is not None:
+            return wanted
+        stored = list(self.stored_dtypes)
+        for name, code in DTYPE_NAMES.items():
+            if stored == [code]:
+                return name
+        raise UserError(
+            f"{self.files.folder}: stored as {' and '.join(sorted(stored))}; choose --dtype {', '.join(DTYPE_NAMES)}"
+        )
+
+    def read(self, entry: Entry, dtype: str) -> np.ndarray:
+        array = entry.transform.to_jax(self.files.read(entry.torch_name))
+        return cast(array, dtype, f"{self.files.folder}: {entry.torch_name}")
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """config.json, the vision tower's config and the tokenizer files."""
+    for name in ("config.json", *_COMPANIONS):
+        if is_file(source / name):
+            shutil.copyfile(source / name, target / name)
+    raw = read_json(source / "config.json", dict[str, Any])
+    tower = vision_config_path(source, str(raw["mm_vision_tower"]))
+    if tower is not None:
+        (target / VISION_FOLDER).mkdir()
+        shutil.copyfile(tower, target / VISION_FOLDER / "config.json")
+        if raw["mm_vision_tower"] != VISION_FOLDER:
+            _write_json(target / "config.json", raw | {"mm_vision_tower": VISION_FOLDER})
+
+
+def write_torch(
+    target: Path,
+    config: VideoXL2Config,
+    read: Callable[[Entry], np.ndarray],
+    dtype: str,
+    *,
+    companions: Path | None = None,
+    shard_bytes: int = _SHARD_BYTES,
+    progress: bool = False,
+) -> None:
+    """Writes upstream's layout: config.json, safetensors shards, an index when there are several.
+
+    `read(entry)` gives our array of one tensor in `dtype`. `companions` is the checkpoint folder (either layout)
+    that config, tokenizer files and unused tensors are copied from; without it config.json is made from `config`.
+    """
+    code = DTYPE_NAMES[dtype]
+    items: list[tuple[Stored, Callable[[], np.ndarray]]] = []
+    for e in entries(config):
+        items.append(((e.torch_name, e.torch_shape, code), functools.partial(_as_torch, read, e, config)))
+    kept, names = _unused_of(companions)
+    for n in names:
+        items.append(((n, kept.shapes[n], kept.dtypes[n]), functools.partial(kept.read, n)))
+    sizes = [math.prod(s) * DTYPES[d].itemsize for (_, s, d), _ in items]
+    shards: list[list[int]] = [[]]
+    used = 0
+    for i, size in enumerate(sizes):
+        if used and used + size > shard_bytes:
+            shards.append([])
+            used = 0
+        shards[-1].append(i)
+        used += size
+    with replacing_folder(target, sum(sizes)) as place, byte_bar("write", sum(sizes), progress) as bar:
+        if companions is not None:
+            copy_companions(companions, place)
+        else:
+            _write_configs(config, place)
+        _set_torch_dtype(place / "config.json", dtype)
+        weight_map = {}
+        for number, shard in enumerate(shards, 1):
+            name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            with ShardWriter(place / name, [items[i][0] for i in shard]) as out:
+                for i in shard:
+                    stored, tensor = items[i]
+                    out.write(stored[0], tensor())
+                    weight_map[stored[0]] = name
+                    bar.update(sizes[i])
+        if len(shards) > 1:
+            _write_json(
+                place / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(weight_map.items()))}
+            )
+
+
+def write_params(target: Path, config: VideoXL2Config, params: nnx.State, *, companions: Path) -> None:
+    """Float32 parameters in memory as upstream's layout, with the companions of the checkpoint they came from."""
+    stored = {name: np.asarray(x) for name, x in flatten(params).items()}
+
+    def read(entry: Entry) -> np.ndarray:
+        return stored[entry.param] if entry.layer is None else stored[entry.param][entry.layer]
+
+    write_torch(target, config, read, "float32", companions=companions)
+
+
+def _unused_of(companions: Path | None) -> tuple[TensorFolder, list[str]]:
+    """The tensors of a checkpoint that upstream stores and never reads, in either layout."""
+    if companions is None:
+        return TensorFolder(Path(), []), []
+    if is_orbax(companions):
+        kept = unused_tensors(companions)
+        return kept, list(kept.shapes)
+    torch = TorchCheckpoint(companions)
+    return torch.files, torch.unused
+
+
+def _as_torch(read: Callable[[Entry], np.ndarray], entry: Entry, config: VideoXL2Config) -> np.ndarray:
+    return entry.transform.to_torch(read(entry), config)
+
+
+def _write_configs(config: VideoXL2Config, place: Path) -> None:
+    llm, vision = config.to_hf()
+    (place / VISION_FOLDER).mkdir()
+    _write_json(place / "config.json", llm)
+    _write_json(place / VISION_FOLDER / "config.json", vision)
+
+
+def _set_torch_dtype(path: Path, dtype: str) -> None:
+    raw = read_json(path, dict[str, Any])
+    key = "dtype" if "dtype" in raw else "torch_dtype"
+    if raw.get(key) != dtype:
+        _write_json(path, raw | {key: dtype})
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")

@@ -1,0 +1,1 @@
+"""The command lines: flags, messages and files around the library."""

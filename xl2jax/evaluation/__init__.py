@@ -1,0 +1,1 @@
+"""How right the model is: against upstream's own numbers (verify), and in long videos (needle)."""

@@ -1,0 +1,410 @@
+"""The Python API: load a model, let it watch a video once, ask it many questions.
+
+model = xl2jax.load("BAAI/Video-XL-2")
+print(model.chat("clip.mp4", "What happens?"))
+
+video = model.watch("lecture.mp4")           # frames -> KV cache, once
+for question in questions:
+    print(model.ask(video, question).text)   # selection, question and answer only
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from xl2jax.checkpoint.param_names import flatten
+from xl2jax.checkpoint.params import load_params
+from xl2jax.checkpoint.sources import find_checkpoint
+from xl2jax.config import FRAMES_PER_GROUP, VideoXL2Config
+from xl2jax.errors import UserError
+from xl2jax.inference import compiled, memory, prefill
+from xl2jax.inference.bilevel import BilevelConfig
+from xl2jax.inference.cache import KVCache
+from xl2jax.inference.generate import TokenSampling
+from xl2jax.inference.layout import PrefillConfig, VideoLayout
+from xl2jax.inference.offload import to_host
+from xl2jax.inference.selection import Chunk, RelevanceConfig, check_bilevel, choose_context, padded, text_cache
+from xl2jax.inference.video_cache import THUMBNAIL_SIZE, CacheConfig, WatchedVideo, thumbnail_places
+from xl2jax.ops.attention import IMPLEMENTATIONS
+from xl2jax.prompt import PREFIX, PromptTokenizer, Suffix, Turn, suffix
+from xl2jax.video.clip import Backend, Clip, FrameSampling, open_video
+from xl2jax.video.read_ahead import default_workers, resize
+
+_STREAM_TOKENS = 8  # decoded on the device between two looks at the answer
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """An answer, and what it cost."""
+
+    question: str
+    text: str
+    finish_reason: Literal["stop", "length"]
+    """stop: the model ended its answer. length: it was cut off at `max_new_tokens`."""
+    new_tokens: int
+    suffix_tokens: int
+    context_tokens: int
+    """Tokens of the video as it was read for this answer."""
+    chunks: list[Chunk]
+    timings: dict[str, float]
+
+
+class Model:
+    """A loaded checkpoint. See the module's docstring for its use."""
+
+    def __init__(
+        self, config: VideoXL2Config, params: nnx.State, tokenizer: PromptTokenizer, *, implementation: str = "auto"
+    ):
+        if implementation not in ("auto", *IMPLEMENTATIONS):
+            raise UserError(f"attention {implementation!r}: choose auto, {', '.join(IMPLEMENTATIONS)}")
+        self.config, self.params, self.tokenizer = config, params, tokenizer
+        self.implementation = implementation
+        self.dtype = str(jax.tree.leaves(params)[0].dtype)
+        self._stop = jnp.asarray(tokenizer.stop_ids, jnp.int32)
+        self._videos: weakref.WeakSet[WatchedVideo] = weakref.WeakSet()
+        self._prefix = tokenizer.encode(*PREFIX)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hash of the config, the tokenizer and all parameters."""
+        digest = hashlib.blake2b(repr(self.config).encode(), digest_size=16)
+        digest.update(self.tokenizer.tokenizer.to_str().encode())
+        for name, value in flatten(self.params).items():
+            digest.update(f"{name} {int(compiled.checksum(value))} ".encode())
+        return digest.hexdigest()
+
+    # --- the video, once ---------------------------------------------------------------------
+
+    def watch(
+        self, video: str | Path | Clip, sampling: FrameSampling | None = None, config: PrefillConfig | None = None, *,
+        backend: Backend = "auto", folder_fps: float = 1.0,
+        bilevel: BilevelConfig | None = BilevelConfig(),  # noqa: B008 (frozen)
+        cache: CacheConfig = CacheConfig(),  # noqa: B008 (frozen)
+        progress: bool = False, measure_stages: bool = False,
+    ) -> WatchedVideo:  # fmt: skip
+        """Reads, encodes and prefills a video.
+
+        `timings` of the result are seconds: `read`, spent waiting for frames, and `compute`, all others.
+
+        Args:
+          video: a file or a folder of images, or a clip that was opened (`sampling` and the like play no part then).
+          sampling: which frames.
+          config: chunk size and window of the prefill.
+          backend, folder_fps: see `open_video`.
+          bilevel: how questions will read it; checked, and counted in the memory, beforehand.
+          cache: in how many bits, and where, the KV is kept.
+          progress: shows a bar on stderr.
+          measure_stages: has `vision` and `prefill` in `timings` in place of `compute`, for which every stage is
+            waited for.
+
+        Raises:
+          UserError: unreadable video, more frames than memory holds, or activations that are not finite.
+        """
+        sampling, config = sampling or FrameSampling(), config or PrefillConfig()
+        self.check_cache(cache, bilevel)
+        started = time.perf_counter()
+        clip = video if isinstance(video, Clip) else open_video(video, sampling, backend=backend, folder_fps=folder_fps)
+        time_ids = self.tokenizer.time_ids(clip.times)
+        layout = self.layout(time_ids)
+        if bilevel is not None:
+            check_bilevel(bilevel, layout)
+        self.check_fits(layout, config, bilevel, cache)
+        plan = self.plan(layout, config)
+        timings = {"read": time.perf_counter() - started}
+        stages = _Stages(measure_stages)
+        frames_at_once = min(self._frames_at_once, plan.segment_groups * FRAMES_PER_GROUP)
+        per_segment = -(-plan.segment_groups * FRAMES_PER_GROUP // frames_at_once) * frames_at_once
+        features, groups = [], 0
+        wanted = thumbnail_places(clip)
+        thumbnails: list[tuple[float, np.ndarray]] = []
+        with (
+            self._precision(),
+            tqdm(total=len(clip.indices), desc="watch", unit="frame", disable=not progress) as bar,
+        ):
+            kv = self._start(plan, quantized=cache.quantized)
+            parts = prefill.segments(prefill.steps(layout, plan, time_ids), plan)
+            batches = clip.batches(
+                plan.segment_groups * FRAMES_PER_GROUP, self.config.vision.image_size, workers=default_workers()
+            )
+            previous: jax.Array | None = None
+            for frames in _timed(batches, timings, "read"):
+                first = groups * FRAMES_PER_GROUP
+                here = [i for i in wanted if first <= i < first + len(frames)]
+                thumbnails += [(clip.times[i], resize(frames[i - first], THUMBNAIL_SIZE)) for i in here]
+                groups += len(frames) // FRAMES_PER_GROUP
+                bar.update(len(frames))
+                stages.begin()
+                pixels = frames
+                if len(frames) < per_segment:
+                    pixels = np.pad(frames, ((0, per_segment - len(frames)), (0, 0), (0, 0), (0, 0)))
+                visual, feature = compiled.encode(self.config, self.params, pixels, frames_at_once=frames_at_once)
+                visual, feature = visual[: plan.segment_groups], feature[: plan.segment_groups]
+                features.append(feature)
+                stages.end("vision", visual)
+                segment = next(parts)
+                if groups < layout.groups and len(frames) < plan.segment_groups * FRAMES_PER_GROUP:
+                    # The file ended early: count what is there.
+                    layout, segment = self._cut(layout, plan, time_ids, groups)
+                kv = compiled.prefill_segment(
+                    self.config, self.params, kv, visual, segment, implementation=self.implementation
+                )
+                stages.end("prefill", kv)
+                if previous is not None:
+                    # One segment is computed while the next is read and copied; more would only hold memory.
+                    jax.block_until_ready(previous)
+                previous = visual
+            if not bool(compiled.all_finite(kv)):
+                raise self.not_finite("the video's KV")
+        compute = time.perf_counter() - started - timings["read"]
+        timings |= stages.seconds if measure_stages else {"compute": compute}
+        if groups < layout.groups:
+            layout = dataclasses.replace(layout, time_lengths=layout.time_lengths[:groups])
+        capacity = (plan.slots - plan.visual_start) // plan.visual_tokens
+        found = jnp.concatenate(features)[:capacity]
+        host = None
+        if cache.offload:
+            kv, host = to_host(kv, plan.visual_start)
+        watched = WatchedVideo(
+            path=str(clip.path), duration=clip.duration, times=clip.times[: groups * FRAMES_PER_GROUP],
+            layout=layout, plan=plan, cache=kv, host=host, timings=timings, thumbnails=thumbnails,
+            features=jnp.pad(found, ((0, capacity - len(found)), (0, 0))),
+        )  # fmt: skip
+        return self.adopt(watched)
+
+    def adopt(self, video: WatchedVideo) -> WatchedVideo:
+        """Takes a video for one that this model watched: for a cache whose key says that it did."""
+        self._videos.add(video)
+        return video
+
+    def not_finite(self, what: str) -> UserError:
+        """The error for numbers that are NaN or infinite."""
+        advice = "use bfloat16 or float32 (--dtype)" if self.dtype == "float16" else "the weights may be damaged"
+        return UserError(f"{what} holds NaN or infinity, computed in {self.dtype}: {advice}")
+
+    def plan(self, layout: VideoLayout, config: PrefillConfig) -> prefill.PrefillPlan:
+        """Steps and buckets for the default device."""
+        return prefill.make_plan(layout, config)
+
+    @property
+    def _frames_at_once(self) -> int:
+        """Frames that the vision tower takes together."""
+        return FRAMES_PER_GROUP * prefill.default_steps()[0]
+
+    def check_cache(self, cache: CacheConfig, bilevel: BilevelConfig | None) -> None:
+        """Raises UserError for a cache that this model, or the way that questions read it, cannot have."""
+        cache.check(self.dtype)
+        if cache.offload and bilevel is None:
+            raise UserError("offloaded KV is read with bi-level decoding only (dense decoding needs all of it)")
+
+    def check_fits(
+        self, layout: VideoLayout, config: PrefillConfig, bilevel: BilevelConfig | None, cache: CacheConfig,
+        *, loaded: bool = False,
+    ) -> None:  # fmt: skip
+        """Raises UserError, with what would fit, where a video of this layout takes more memory than is free.
+
+        `loaded`: it comes from a file, so that what is offloaded never sees the device.
+        """
+
+        def need(
+            layout: VideoLayout, bilevel: BilevelConfig | None = bilevel, quantized: bool = cache.quantized,
+            offload: bool = cache.offload,
+        ) -> memory.MemoryNeed:  # fmt: skip
+            found = memory.memory_need(
+                self.config, self.plan(layout, config), layout, bilevel, self.dtype, self._frames_at_once,
+                quantized=quantized, offload=offload,
+            )  # fmt: skip
+            return dataclasses.replace(found, cache=found.kept) if loaded else found
+
+        options = memory.smaller_options(
+            bilevel, layout.visual_tokens, quantized=cache.quantized, offload=cache.offload
+        )
+        others = {flags: need(layout, *option) for flags, option in options.items()}
+        memory.check_fits(layout, need, others, held=sum(v.device_bytes for v in list(self._videos)))
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        """float32 means float32: GPUs would multiply in TF32."""
+        return jax.default_matmul_precision("highest" if self.dtype == "float32" else None)
+
+    def layout(self, time_ids: list[list[int]]) -> VideoLayout:
+        """Lengths of the tokens of a video, from the token ids of every group's time."""
+        return VideoLayout(len(self._prefix), tuple(map(len, time_ids)), self.config.visual_tokens)
+
+    def _start(self, plan: prefill.PrefillPlan, *, quantized: bool) -> KVCache:
+        """A cache that holds the prefix."""
+        cache = compiled.new_cache(self.config.llm, plan.slots, self.dtype, plan.visual_start, quantized=quantized)
+        ids = np.zeros(plan.prefix_cap, np.int32)
+        ids[: len(self._prefix)] = self._prefix
+        length = np.int32(len(self._prefix))
+        return compiled.prefill_prefix(self.config, self.params, cache, ids, length, implementation=self.implementation)
+
+    @staticmethod
+    def _cut(
+        layout: VideoLayout, plan: prefill.PrefillPlan, time_ids: list[list[int]], groups: int
+    ) -> tuple[VideoLayout, prefill.Step]:
+        """The layout of the first `groups` groups, and its last segment."""
+        layout = dataclasses.replace(layout, time_lengths=layout.time_lengths[:groups])
+        *_, last = prefill.segments(prefill.steps(layout, plan, time_ids[:groups]), plan)
+        return layout, last
+
+    # --- questions, many ---------------------------------------------------------------------
+
+    def ask(
+        self, video: WatchedVideo, question: str, *, max_new_tokens: int = 128, sampling: TokenSampling | None = None,
+        seed: int = 0, bilevel: BilevelConfig | None = BilevelConfig(),  # noqa: B008 (frozen)
+        relevance: RelevanceConfig | None = None,
+        history: Sequence[Turn] | None = None, on_text: Callable[[str], None] | None = None,
+    ) -> Answer:  # fmt: skip
+        """Answers a question about a video that this model watched.
+
+        Args:
+          max_new_tokens: most tokens of the answer.
+          sampling: greedy by default.
+          bilevel: which KV the answer reads; None for the whole dense cache.
+          relevance: how dense chunks are chosen under `bilevel`.
+          history: earlier turns: (question, answer) pairs, or messages {"role": "user" | "assistant", "content": text}.
+          on_text: called with each new piece of the answer.
+
+        Raises:
+          UserError: an empty or too long question, options out of range, a selection file without the question, a video
+            that another model watched or that was closed, logits that are not finite.
+        """
+        if video not in self._videos:
+            raise UserError(f"{video.path}: was watched by another model; watch it with the model that is asked")
+        if max_new_tokens < 1:
+            raise UserError(f"max new tokens must be 1 or more, not {max_new_tokens}")
+        sampling = sampling or TokenSampling()
+        sampling.check()
+        if not 0 <= seed < 2**32:
+            raise UserError(f"seed must be from 0 to {2**32 - 1}, not {seed}")
+        with video.reading(), self._precision():
+            return self._ask(
+                video, question, suffix(self.tokenizer, question, history), max_new_tokens, sampling, seed, bilevel,
+                relevance or RelevanceConfig(), on_text,
+            )  # fmt: skip
+
+    def _ask(
+        self, video: WatchedVideo, question: str, text: Suffix, max_new_tokens: int, sampling: TokenSampling, seed: int,
+        bilevel: BilevelConfig | None, relevance: RelevanceConfig, on_text: Callable[[str], None] | None,
+    ) -> Answer:  # fmt: skip
+        started = time.perf_counter()
+        context, chunks = choose_context(self, video, question, text, bilevel, relevance)
+        jax.block_until_ready(context)
+        selected = time.perf_counter()
+        traced = sampling.traced()
+        state = compiled.ask(
+            self.config, self.params, context, text_cache(self, text, max_new_tokens), padded(text.ids),
+            np.int32(len(text.ids)), jax.random.key(seed), self._stop, traced, implementation=self.implementation,
+        )  # fmt: skip
+        token, done, finite = jax.device_get((state.token, state.done, state.finite))
+        ids = [int(token)]
+        first = time.perf_counter()
+        emit = _Streamer(self.tokenizer, set(self.tokenizer.stop_ids), on_text)
+        while finite:
+            emit(ids)
+            if done or len(ids) >= max_new_tokens:
+                break
+            state, new, count = compiled.decode(
+                self.config, self.params, context, state, np.int32(max_new_tokens - len(ids)), self._stop, traced,
+                size=_STREAM_TOKENS, implementation=self.implementation,
+            )  # fmt: skip
+            new, count, done, finite = jax.device_get((new, count, state.done, state.finite))
+            ids += new[: int(count)].tolist()
+        else:
+            raise self.not_finite("the next token's logits")
+        decoded = time.perf_counter()
+        answer = emit.finish(ids)
+        return Answer(
+            question=question, text=answer, finish_reason="stop" if ids[-1] in self.tokenizer.stop_ids else "length",
+            new_tokens=len(ids), suffix_tokens=len(text.ids), context_tokens=int(context.length), chunks=chunks,
+            timings={
+                "select": selected - started, "question": first - selected, "decode": decoded - first,
+                "decode_tokens_per_s": (len(ids) - 1) / (decoded - first) if len(ids) > 1 else 0.0,
+            },
+        )  # fmt: skip
+
+    def chat(self, video: str | Path, question: str, frames: FrameSampling | None = None, **options: Any) -> str:
+        """One question about one video: `frames` as in `watch`, other options as for `ask`."""
+        with self.watch(video, frames) as watched:
+            return self.ask(watched, question, **options).text
+
+
+class _Stages:
+    """Seconds of vision and prefill, where they are measured: then each stage is waited for."""
+
+    def __init__(self, measured: bool):
+        self.measured = measured
+        self.seconds = {"vision": 0.0, "prefill": 0.0}
+        self._since = 0.0
+
+    def begin(self) -> None:
+        self._since = time.perf_counter()
+
+    def end(self, stage: str, result: Any) -> None:
+        if self.measured:
+            jax.block_until_ready(result)
+            self.seconds[stage] += time.perf_counter() - self._since
+            self.begin()
+
+
+def _timed[T](items: Iterator[T], timings: dict[str, float], name: str) -> Iterator[T]:
+    """Adds the time spent waiting for each item to `timings[name]`."""
+    while True:
+        started = time.perf_counter()
+        item = next(items, None)
+        timings[name] += time.perf_counter() - started
+        if item is None:
+            return
+        yield item
+
+
+class _Streamer:
+    """Turns growing id lists into pieces of text, holding back half of a multi-byte character."""
+
+    def __init__(self, tokenizer: PromptTokenizer, stop: set[int], on_text: Callable[[str], None] | None):
+        self._tokenizer, self._stop, self._on_text = tokenizer, stop, on_text
+        self._sent = ""
+
+    def _text(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids[:-1] if ids and ids[-1] in self._stop else ids)
+
+    def __call__(self, ids: list[int], final: bool = False) -> None:
+        text = self._text(ids)
+        if self._on_text is None or (text.endswith("\ufffd") and not final):
+            return
+        if text[len(self._sent) :]:
+            self._on_text(text[len(self._sent) :])
+            self._sent = text
+
+    def finish(self, ids: list[int]) -> str:
+        self(ids, final=True)
+        return self._text(ids)
+
+
+def load(
+    checkpoint: str | Path, *, dtype: Literal["float32", "bfloat16", "float16"] | None = None, implementation: str = "auto",
+    progress: bool = False, verify_checksums: bool = True,
+) -> Model:  # fmt: skip
+    """Loads an Orbax folder (`xl2jax.checkpoint.convert`), a PyTorch folder or a hub id (`org/name` or `org/name@revision`).
+
+    `dtype` None keeps the stored one. `verify_checksums` compares each tensor of an Orbax folder with the checksum
+    that was kept when it was made. Raises UserError where the checkpoint cannot be used.
+    """
+    folder = find_checkpoint(checkpoint)
+    config = VideoXL2Config.from_hf(folder)
+    tokenizer = PromptTokenizer.load(folder, config.llm.vocab)
+    config, params = load_params(folder, dtype, progress=progress, verify=verify_checksums)
+    return Model(config, params, tokenizer, implementation=implementation)

@@ -1,0 +1,160 @@
+"""The KV cache: one pytree, in arena order, carried through scans and updated in place."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xl2jax.config import LLMConfig
+from xl2jax.ops.attention import arena_attention, merge
+
+
+class QuantizedKV(NamedTuple):
+    """Keys or values in 8 bits: `values * scale`, a scale for each token and head."""
+
+    values: jax.Array
+    """int8 [..., K, S, H]"""
+    scale: jax.Array
+    """[..., K, S]; its dtype is the one that is unpacked to."""
+
+
+type KVArray = jax.Array | QuantizedKV
+
+
+def quantize(x: jax.Array) -> QuantizedKV:
+    """Symmetric: the largest magnitude along H becomes 127. No element is off by more than half a scale."""
+    scale = (jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1) / 127).astype(x.dtype)
+    # The rounded scale is what will be multiplied with: divide by that one.
+    steps = x.astype(jnp.float32) / jnp.where(scale == 0, 1, scale).astype(jnp.float32)[..., None]
+    return QuantizedKV(jnp.clip(jnp.round(steps), -127, 127).astype(jnp.int8), scale)
+
+
+def unpack(x: KVArray) -> jax.Array:
+    """Keys or values as they are multiplied with."""
+    if isinstance(x, QuantizedKV):
+        return (x.values.astype(jnp.float32) * x.scale.astype(jnp.float32)[..., None]).astype(x.scale.dtype)
+    return x
+
+
+class KVCache(NamedTuple):
+    """Rotated keys and values of all layers, and how much of them is filled.
+
+    Slots `[0, global_length)` hold globals, `[visual_start, visual_start + visual_length)` visual
+    tokens. Caches without visual tokens (text, bi-level) keep every slot equal to its position.
+    """
+
+    k: KVArray
+    """[L, K, S, H]"""
+    v: KVArray
+    """[L, K, S, H]"""
+    global_length: jax.Array
+    visual_start: jax.Array
+    visual_length: jax.Array
+
+    @property
+    def length(self) -> jax.Array:
+        """Tokens cached; the position of the next one."""
+        return self.global_length + self.visual_length
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """L, K, S, H."""
+        layers, kv_heads, slots, h = (self.k.values if isinstance(self.k, QuantizedKV) else self.k).shape
+        return layers, kv_heads, slots, h
+
+    @property
+    def dtype(self) -> np.dtype:
+        """What keys and values are multiplied in."""
+        return np.dtype(self.k.scale.dtype if isinstance(self.k, QuantizedKV) else self.k.dtype)
+
+    @property
+    def slots(self) -> int:
+        return self.shape[2]
+
+
+type KV = tuple[KVArray, KVArray]
+
+
+def empty_cache(
+    config: LLMConfig, slots: int, dtype: jax.typing.DTypeLike, visual_start: int | None = None, *,
+    quantized: bool = False,
+) -> KVCache:  # fmt: skip
+    """Zeros. The visual region starts at `visual_start`, by default behind the last slot.
+
+    `quantized`: kept in 8 bits, unpacked to `dtype`.
+    """
+    shape = (config.layers, config.kv_heads, slots, config.head_width)
+    zero = jnp.int32(0)
+    start = jnp.int32(slots if visual_start is None else visual_start)
+
+    def zeros() -> KVArray:
+        if quantized:
+            return QuantizedKV(jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:-1], dtype))
+        return jnp.zeros(shape, dtype)
+
+    return KVCache(zeros(), zeros(), zero, start, zero)
+
+
+def write(cache: KV, layer: jax.Array, k: jax.Array, v: jax.Array, slot: jax.Array) -> KV:
+    """Puts k, v [T, K, H] into slots `slot ...` of one layer. The slots must exist."""
+
+    zero = jnp.int32(0)  # all indices have one type, also where Python's numbers have 64 bits
+    place = (layer, zero, slot, zero)
+
+    def put(old: KVArray, new: jax.Array) -> KVArray:
+        new = new.transpose(1, 0, 2)[None]
+        if isinstance(old, QuantizedKV):
+            values, scale = quantize(new.astype(old.scale.dtype))
+            return QuantizedKV(
+                jax.lax.dynamic_update_slice(old.values, values, place),
+                jax.lax.dynamic_update_slice(old.scale, scale, place[:3]),
+            )
+        return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), place)
+
+    return put(cache[0], k), put(cache[1], v)
+
+
+def rows(cache: KV, layer: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(k, v, row): the arguments of `arena_attention` that read one layer. A quantised one is unpacked for it."""
+    k, v = cache
+    if not isinstance(k, QuantizedKV):
+        return k, unpack(v), layer[None]
+    k, v = (jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, layer, keepdims=True), x) for x in (k, v))
+    return unpack(k), unpack(v), jnp.zeros(1, jnp.int32)
+
+
+def attend_all(q: jax.Array, cache: KVCache, layer: jax.Array, implementation: str) -> tuple[jax.Array, jax.Array]:
+    """q [T, N, H] over everything in the cache: (out [T, N, H], lse [T, N])."""
+
+    def per_query(x: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(x, (1, q.shape[0]))
+
+    out, lse = arena_attention(
+        q[None], *rows((cache.k, cache.v), layer),
+        per_query(cache.global_length), per_query(cache.visual_start),
+        per_query(cache.visual_start + cache.visual_length),
+        implementation=implementation,
+    )  # fmt: skip
+    return out[0], lse[0]
+
+
+def attend_text(
+    q: jax.Array, k: jax.Array, v: jax.Array, context: KVCache, text: KV,
+    text_length: jax.Array, layer: jax.Array, implementation: str,
+) -> tuple[KV, jax.Array, jax.Array]:  # fmt: skip
+    """Tokens behind the video: they see all of `context`, the text before them, and each other causally.
+
+    q [T, N, H], k and v [T, K, H] rotated; `text` is the (k, v) of a cache holding `text_length` tokens.
+    Returns (text with the new tokens written, out [T, N, H], lse [T, N]).
+    """
+    text = write(text, layer, k, v, text_length)
+    ends = text_length + jnp.arange(1, q.shape[0] + 1, dtype=jnp.int32)
+    nothing = jnp.zeros_like(ends)
+    own, own_lse = arena_attention(
+        q[None], *rows(text, layer), ends[None], nothing[None], nothing[None], implementation=implementation
+    )
+    out, lse = merge([attend_all(q, context, layer, implementation), (own[0], own_lse[0])])
+    return text, out, lse

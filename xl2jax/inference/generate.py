@@ -1,0 +1,132 @@
+"""Questions and answers behind a video cache: suffix prefill, sampling, the decode loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xl2jax.errors import UserError
+from xl2jax.inference.cache import KV, KVCache, attend_text
+from xl2jax.models.qwen2 import Qwen2
+
+GREEDY_BELOW = 1e-4
+"""Temperatures below this one are greedy: quotients of logits would leave float32's range."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenSampling:
+    """Temperature 0 (or below `GREEDY_BELOW`) is greedy. `top_p` keeps the smallest set of tokens with that probability."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+    def check(self) -> None:
+        """Raises UserError for values out of range."""
+        if not (math.isfinite(self.temperature) and self.temperature >= 0 and 0 < self.top_p <= 1):
+            raise UserError("temperature must be 0 or more, and top-p above 0 and at most 1")
+
+    def traced(self) -> Sampling:
+        """As arguments of a compiled program: another temperature compiles nothing."""
+        return Sampling(np.float32(self.temperature), np.float32(self.top_p))
+
+
+class Sampling(NamedTuple):
+    """`TokenSampling` inside a program, float32 []."""
+
+    temperature: jax.Array | np.float32
+    top_p: jax.Array | np.float32
+
+
+class DecodeState(NamedTuple):
+    """Everything that changes from token to token."""
+
+    token: jax.Array
+    """int32 []: sampled, not yet cached."""
+    text: KVCache
+    """Suffix and answer so far."""
+    key: jax.Array
+    done: jax.Array
+    finite: jax.Array
+    """Whether all logits so far were numbers; where they are not, decoding is done."""
+
+
+def extend(
+    llm: Qwen2, context: KVCache, text: KVCache, ids: jax.Array, length: jax.Array, *, implementation: str = "auto"
+) -> tuple[KVCache, jax.Array]:
+    """Runs ids [T], of which `length` count, behind `context` and `text`.
+
+    Returns the text cache with them and the hidden states [T, D]. Neither cache is changed in place
+    unless donated.
+    """
+    start = text.global_length
+    positions = context.length + start + jnp.arange(ids.shape[0], dtype=jnp.int32)
+
+    def attend(kv: KV, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[KV, jax.Array]:
+        kv, out, _ = attend_text(q, k, v, context, kv, start, layer, implementation)
+        return kv, out
+
+    hidden, (k, v) = llm.forward(llm.embed_tokens(ids), positions, attend, (text.k, text.v))
+    return text._replace(k=k, v=v, global_length=start + length), hidden
+
+
+def sample(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
+    """float32 logits [vocab] -> token id."""
+
+    def greedy() -> jax.Array:
+        return jnp.argmax(logits).astype(jnp.int32)
+
+    def drawn() -> jax.Array:
+        scaled = logits / sampling.temperature
+        order = jnp.argsort(-scaled)
+        p = jax.nn.softmax(scaled[order])
+        # Rounded sums must not drop a token where top_p is 1, and the first one stays where top_p rounds to 0.
+        kept = (jnp.cumsum(p) - p < sampling.top_p) | (sampling.top_p >= 1)
+        kept = kept.at[0].set(True)
+        allowed = jnp.zeros_like(kept).at[order].set(kept)
+        return jax.random.categorical(key, jnp.where(allowed, scaled, -jnp.inf)).astype(jnp.int32)
+
+    return jax.lax.cond(sampling.temperature < GREEDY_BELOW, greedy, drawn)
+
+
+def _next(
+    llm: Qwen2, hidden: jax.Array, text: KVCache, key: jax.Array, stop: jax.Array, sampling: Sampling
+) -> DecodeState:
+    """The state behind one more token, sampled from a hidden state [D]."""
+    key, use = jax.random.split(key)
+    logits = llm.logits(hidden)
+    token, finite = sample(logits, use, sampling), jnp.all(jnp.isfinite(logits))
+    return DecodeState(token, text, key, jnp.any(token == stop) | ~finite, finite)
+
+
+def first_token(
+    llm: Qwen2, text: KVCache, hidden: jax.Array, length: jax.Array, key: jax.Array, stop: jax.Array, sampling: Sampling
+) -> DecodeState:  # fmt: skip
+    """Samples from the last valid row of a suffix's hidden states [T, D]."""
+    return _next(llm, hidden[length - 1], text, key, stop, sampling)
+
+
+def decode(
+    llm: Qwen2, context: KVCache, state: DecodeState, limit: jax.Array, stop: jax.Array, sampling: Sampling,
+    *, size: int, implementation: str = "auto",
+) -> tuple[DecodeState, jax.Array, jax.Array]:  # fmt: skip
+    """Up to min(limit, size) further tokens, until one of `stop` [n] is sampled.
+
+    Returns (state, ids [size], how many of them are new).
+    """
+
+    def unfinished(carry: tuple[DecodeState, jax.Array, jax.Array]) -> jax.Array:
+        state, _, n = carry
+        return ~state.done & (n < jnp.minimum(limit, size))
+
+    def one(carry: tuple[DecodeState, jax.Array, jax.Array]) -> tuple[DecodeState, jax.Array, jax.Array]:
+        state, ids, n = carry
+        text, hidden = extend(llm, context, state.text, state.token[None], jnp.int32(1), implementation=implementation)
+        state = _next(llm, hidden[0], text, state.key, stop, sampling)
+        return state, ids.at[n].set(state.token), n + 1
+
+    return jax.lax.while_loop(unfinished, one, (state, jnp.zeros(size, jnp.int32), jnp.int32(0)))

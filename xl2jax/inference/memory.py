@@ -1,0 +1,169 @@
+"""How much memory a video will take, and whether it is there."""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import dataclasses
+import os
+import resource
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from xl2jax.config import FRAMES_PER_GROUP, VideoXL2Config
+from xl2jax.errors import UserError
+from xl2jax.inference.bilevel import BilevelConfig, mixed_slots
+from xl2jax.inference.layout import VideoLayout, bucket
+from xl2jax.inference.prefill import PrefillPlan
+
+_WORKSPACE = 256 << 20  # XLA's temporaries and runtime, at least
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryNeed:
+    """Bytes beyond the parameters."""
+
+    cache: int
+    """While the video is watched."""
+    kept: int
+    """Of the cache, while questions are asked: all of it, unless it is offloaded."""
+    pooled: int
+    mixed: int
+    """With what is fetched for it, where the cache is offloaded."""
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        return max(self.cache, self.kept + self.pooled + self.mixed) + self.workspace
+
+
+def slot_bytes(config: VideoXL2Config, dtype: jax.typing.DTypeLike, *, quantized: bool = False) -> int:
+    """Keys and values of one token in all layers."""
+    c, itemsize = config.llm, jnp.dtype(dtype).itemsize
+    return 2 * c.layers * c.kv_heads * (c.head_width + itemsize if quantized else c.head_width * itemsize)
+
+
+def memory_need(
+    config: VideoXL2Config, plan: PrefillPlan, layout: VideoLayout, bilevel: BilevelConfig | None,
+    dtype: jax.typing.DTypeLike, frames_at_once: int, *, quantized: bool = False, offload: bool = False,
+    gpu: bool | None = None,
+) -> MemoryNeed:  # fmt: skip
+    """What the video cache and, where `bilevel` is given, its pooled and mixed copies take.
+
+    `quantized`, `offload`: see `CacheConfig`. A CPU is its own host: offloading moves the bytes, it frees none.
+    `gpu`: on which kind of device; the default one if not told.
+    """
+    gpu = jax.default_backend() == "gpu" if gpu is None else gpu
+    c, v, itemsize = config.llm, config.vision, jnp.dtype(dtype).itemsize
+    slot, kept_slot = slot_bytes(config, dtype), slot_bytes(config, dtype, quantized=quantized)
+    cache = kept = plan.slots * kept_slot
+    pooled = mixed = 0
+    if offload and gpu:
+        kept = plan.visual_start * kept_slot
+    if bilevel is not None:
+        groups = (plan.slots - plan.visual_start) // plan.visual_tokens
+        pooled = groups * (plan.visual_tokens // bilevel.pool) * slot
+        # Chunks are scored on the video's own cache, or on an all-pooled one that is gone before the answer's is made.
+        dense = min((bilevel.top(layout) + 2) * bilevel.select_chunk_groups, layout.groups)
+        mixed = mixed_slots(layout, dense, bilevel) * slot
+        if offload:
+            mixed += (plan.visual_start + bucket(dense) * plan.visual_tokens) * kept_slot
+    tokens = plan.step_groups * (plan.visual_tokens + plan.time_cap)
+    prefill = tokens * (4 * c.mlp_width + 8 * c.width) * itemsize
+    patches = frames_at_once * v.patch_grid**2
+    # XLA materialises the scores of all heads of a frame; cuDNN does not.
+    scores = 0 if gpu else 2 * v.heads * v.patch_grid**2 * 4
+    vision = patches * ((2 * v.mlp_width + 8 * v.width) * itemsize + scores)
+    # One layer of the cache in float32 while it is pooled or gathered.
+    layer = 2 * plan.slots * c.kv_heads * c.head_width * 4 if bilevel is not None or quantized else 0
+    prefill += layer if quantized else 0
+    return MemoryNeed(cache, kept, pooled, mixed, _WORKSPACE + max(prefill, vision, layer))
+
+
+def smaller_options(
+    bilevel: BilevelConfig | None, visual_tokens: int, *, quantized: bool, offload: bool
+) -> dict[str, tuple[BilevelConfig | None, bool, bool]]:
+    """What takes less memory, the least change first: infer.py's flags -> (bilevel, quantized, offload)."""
+    out: dict[str, tuple[BilevelConfig | None, bool, bool]] = {}
+    if bilevel is not None and bilevel.pool < visual_tokens:
+        pool = min(4 * bilevel.pool, visual_tokens)
+        out[f"--pool {pool}"] = (dataclasses.replace(bilevel, pool=pool), quantized, offload)
+    if not quantized:
+        out["--cache-dtype int8"] = (bilevel, True, offload)
+    if bilevel is not None and not offload:
+        out["--offload"] = (bilevel, quantized, True)
+        if not quantized:
+            out["--cache-dtype int8 --offload"] = (bilevel, True, True)
+    return out
+
+
+def available_bytes() -> int:
+    """Free memory of the default device: what XLA may still take there, or free host memory."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    free = []
+    with contextlib.suppress(OSError, KeyError, ValueError), open("/proc/meminfo") as f:
+        fields = dict(line.split(":", 1) for line in f)
+        free.append(int(fields["MemAvailable"].split()[0]) << 10)
+    with contextlib.suppress(OSError, ValueError):  # a container's own limit; "max" is none
+        limit, used = (int(Path("/sys/fs/cgroup", n).read_text()) for n in ("memory.max", "memory.current"))
+        free.append(limit - used)
+    return min(free) if free else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def check_fits(
+    layout: VideoLayout, need_of: Callable[[VideoLayout], MemoryNeed], others: Mapping[str, MemoryNeed] | None = None,
+    *, held: int = 0,
+) -> None:  # fmt: skip
+    """Raises UserError if a video needs more than is free; says how many frames would fit, and which of `others`
+    (flags, and what the same video needs with them). `held`: bytes of other watched videos, which could be closed."""
+    free, need = available_bytes(), need_of(layout)
+    if need.total <= free:
+        return
+
+    def fits(groups: int) -> bool:
+        return need_of(dataclasses.replace(layout, time_lengths=layout.time_lengths[:groups])).total <= free
+
+    # Lengths are bucketed, but a longer video never needs less.
+    groups = bisect.bisect_left(range(1, layout.groups), True, key=lambda g: not fits(g))
+    frames = groups * FRAMES_PER_GROUP
+    advice = [f"{frames} frames would fit (--max-frames {frames})" if frames else "not even 4 frames fit"]
+    advice += [f"all fit with {flags}" for flags, other in (others or {}).items() if other.total <= free]
+    if held:
+        enough = "all fit then" if need.total <= free + held else "which is not enough for all"
+        advice.append(f"other watched videos hold {held / 2**30:.2f} GiB: close() them ({enough})")
+    raise UserError(
+        f"{layout.groups * FRAMES_PER_GROUP} frames need {need.total / 2**30:.2f} GiB beside the model "
+        f"(KV cache {need.cache / 2**30:.2f}), {free / 2**30:.2f} GiB are free: {'; '.join(advice)}"
+    )
+
+
+def used_bytes() -> int:
+    """Memory in use now: on the device if it counts, else by this process."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "bytes_in_use" in stats:
+        return stats["bytes_in_use"]
+    try:
+        with open("/proc/self/statm") as f:
+            return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return peak_bytes()
+
+
+def peak_bytes() -> int:
+    """Most memory used so far: on the device if it counts, else by this process."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    return host_peak_bytes()
+
+
+def host_peak_bytes() -> int:
+    """Most memory that this process has used so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak << 10

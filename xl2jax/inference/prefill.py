@@ -1,0 +1,209 @@
+"""Prefill: the video goes through the LLM in steps of whole chunks, and only its KV cache stays.
+
+A step is a few groups: their visual tokens, then their time tokens padded to a fixed count. What a token
+sees comes from its ranges alone, so that steps need not be chunks: a step may hold several, or a part of
+one. A segment is `segment_steps` steps, run by one `lax.scan`; segments are fed one after the other, so
+that activations do not grow with the video or its chunks. Shapes depend on buckets of lengths only, so another video of about the same length compiles
+nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xl2jax.inference.cache import KV, KVCache, rows, write
+from xl2jax.inference.layout import PrefillConfig, VideoLayout, bucket, token_ranges
+from xl2jax.models.qwen2 import Qwen2
+from xl2jax.ops.attention import arena_attention
+
+_PREFIX_UNIT, _TIME_UNIT, _SLOT_UNIT = 32, 4, 128
+
+
+class Step(NamedTuple):
+    """Tokens of one step: first `step_groups * V` visual, then `step_groups * time_cap` time tokens.
+
+    Padding sees nothing and is overwritten by the next step or lies behind the lengths.
+    """
+
+    time_ids: jax.Array
+    position: jax.Array
+    g_end: jax.Array
+    v_lo: jax.Array
+    v_hi: jax.Array
+    global_slot: jax.Array
+    visual_slot: jax.Array
+    times: jax.Array
+    visuals: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillPlan:
+    """Static sizes: everything that compilation depends on, bucketed."""
+
+    config: PrefillConfig
+    visual_tokens: int
+    prefix_cap: int
+    time_cap: int
+    """Time tokens a group may have."""
+    step_groups: int
+    segment_steps: int
+    visual_start: int
+    slots: int
+
+    @property
+    def segment_groups(self) -> int:
+        return self.step_groups * self.segment_steps
+
+
+def default_steps(gpu: bool | None = None) -> tuple[int, int]:
+    """(groups that go through the networks together, steps of a segment), for the default device or as told."""
+    gpu = jax.default_backend() != "cpu" if gpu is None else gpu
+    return (32, 2) if gpu else (4, 4)
+
+
+def make_plan(
+    layout: VideoLayout, config: PrefillConfig, *, step_groups: int | None = None, segment_steps: int | None = None
+) -> PrefillPlan:
+    """Buckets of a video's lengths. Steps are `default_steps` unless named; short videos have smaller ones."""
+    step_groups = min(step_groups or default_steps()[0], bucket(layout.groups))
+    segment_steps = segment_steps or default_steps()[1]
+    segment_steps = min(segment_steps, -(-layout.groups // step_groups))
+    segment = step_groups * segment_steps
+    time_cap = -(-max(layout.time_lengths) // _TIME_UNIT) * _TIME_UNIT
+    prefix_cap = bucket(layout.prefix, _PREFIX_UNIT)
+    groups = bucket(layout.groups, segment)
+
+    def align(n: int) -> int:
+        return -(-n // _SLOT_UNIT) * _SLOT_UNIT
+
+    # Room for a padded step behind the last time token.
+    visual_start = align(prefix_cap + (groups + step_groups) * time_cap)
+    return PrefillPlan(
+        config=config,
+        visual_tokens=layout.visual_tokens,
+        prefix_cap=prefix_cap,
+        time_cap=time_cap,
+        step_groups=step_groups,
+        segment_steps=segment_steps,
+        visual_start=visual_start,
+        slots=align(visual_start + groups * layout.visual_tokens),
+    )
+
+
+def steps(layout: VideoLayout, plan: PrefillPlan, time_ids: list[list[int]]) -> Step:
+    """All steps of a video, stacked on a leading axis; whole segments, the last ones padded (numpy)."""
+    g_step, v, cap = plan.step_groups, plan.visual_tokens, plan.time_cap
+    count = -(-layout.groups // plan.segment_groups) * plan.segment_steps
+    lengths = np.zeros(count * g_step, np.int64)
+    lengths[: layout.groups] = layout.time_lengths
+    valid = np.arange(count * g_step) < layout.groups
+    groups = np.arange(count * g_step).reshape(count, g_step)
+
+    # Visual tokens: [count, g_step * V]. Time tokens: [count, g_step * cap], real ones first.
+    visual_group = np.repeat(groups, v, axis=1)
+    visual_offset = np.tile(np.arange(v), (count, g_step))
+    time_group = np.zeros((count, g_step * cap), np.int64)
+    time_offset, time_valid, ids = (np.zeros_like(time_group) for _ in range(3))
+    for i in range(count):
+        tokens = [(g, o) for g in groups[i] for o in range(lengths[g])]
+        for n, (g, o) in enumerate(tokens):
+            time_group[i, n], time_offset[i, n], time_valid[i, n], ids[i, n] = g, o, 1, time_ids[g][o]
+    group = np.concatenate([visual_group, time_group], axis=1)
+    offset = np.concatenate([visual_offset, time_offset], axis=1)
+    is_time = np.arange(group.shape[1]) >= g_step * v
+    is_time = np.broadcast_to(is_time, group.shape)
+    seen = np.concatenate([valid[visual_group], time_valid.astype(bool)], axis=1)
+    ranges = token_ranges(layout.prefix, lengths, v, plan.visual_start, plan.config, group, offset, is_time)
+    ranges = {k: np.where(seen, x, 0).astype(np.int32) for k, x in ranges.items()}
+    before = layout.prefix + np.cumsum(lengths) - lengths
+    columns: dict[str, Any] = {
+        "time_ids": ids.astype(np.int32),
+        "position": ranges["position"],
+        "g_end": ranges["g_end"],
+        "v_lo": ranges["v_lo"],
+        "v_hi": ranges["v_hi"],
+        "global_slot": before[groups[:, 0]].astype(np.int32),
+        "visual_slot": (plan.visual_start + groups[:, 0] * v).astype(np.int32),
+        "times": lengths.reshape(count, g_step).sum(1).astype(np.int32),
+        "visuals": (valid.reshape(count, g_step).sum(1) * v).astype(np.int32),
+    }
+    return Step(**columns)
+
+
+def segments(all_steps: Step, plan: PrefillPlan) -> Iterator[Step]:
+    """The steps of each segment in turn."""
+    for first in range(0, len(all_steps.times), plan.segment_steps):
+        yield Step(*(x[first : first + plan.segment_steps] for x in all_steps))
+
+
+def prefill_prefix(
+    llm: Qwen2, cache: KVCache, ids: jax.Array, length: jax.Array, *, implementation: str = "auto"
+) -> tuple[KVCache, jax.Array]:
+    """The prefix, ids [prefix_cap] of which `length` count: (cache, hidden states [prefix_cap, D])."""
+    at = jnp.arange(ids.shape[0], dtype=jnp.int32)
+    nothing = jnp.zeros_like(at)
+    ends = jnp.where(at < length, at + 1, 0)
+
+    def attend(kv: KV, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[KV, jax.Array]:
+        kv = write(kv, layer, k, v, jnp.int32(0))
+        out, _ = arena_attention(
+            q[None], *rows(kv, layer), ends[None], nothing[None], nothing[None], implementation=implementation
+        )
+        return kv, out[0]
+
+    hidden, kv = llm.forward(llm.embed_tokens(ids), at, attend, (cache.k, cache.v))
+    return cache._replace(k=kv[0], v=kv[1], global_length=jnp.int32(length)), hidden
+
+
+def prefill_segment(
+    llm: Qwen2,
+    cache: KVCache,
+    visual: jax.Array,
+    segment: Step,
+    *,
+    implementation: str = "auto",
+    keep_hidden: bool = False,
+) -> tuple[KVCache, jax.Array | None]:
+    """Scans over the steps of a segment. `visual` [segment_groups, V, D]; returns the cache and, if
+    asked, all hidden states [steps, tokens of a step, D].
+    """  # fmt: skip
+    count = segment.time_ids.shape[0]
+    visual = visual.reshape(count, -1, visual.shape[-1])
+    visuals = visual.shape[1]
+
+    def step(cache: KVCache, xs: tuple[jax.Array, Step]) -> tuple[KVCache, jax.Array | None]:
+        if keep_hidden:
+            return run(cache, xs)
+        # Steps that pad the last segment are skipped.
+        return jax.lax.cond(xs[1].visuals > 0, lambda c: run(c, xs)[0], lambda c: c, cache), None
+
+    def run(cache: KVCache, xs: tuple[jax.Array, Step]) -> tuple[KVCache, jax.Array | None]:
+        embeddings, s = xs
+
+        def attend(kv: KV, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[KV, jax.Array]:
+            kv = write(kv, layer, k[:visuals], v[:visuals], s.visual_slot)
+            kv = write(kv, layer, k[visuals:], v[visuals:], s.global_slot)
+            source = rows(kv, layer)
+
+            def part(a: int | None, b: int | None) -> jax.Array:
+                # Visual and time tokens see very different sets: separate calls keep tiles tight.
+                out, _ = arena_attention(
+                    q[None, a:b], *source, s.g_end[None, a:b], s.v_lo[None, a:b], s.v_hi[None, a:b],
+                    implementation=implementation,
+                )  # fmt: skip
+                return out[0]
+
+            return kv, jnp.concatenate([part(None, visuals), part(visuals, None)])
+
+        x = jnp.concatenate([embeddings.astype(llm.embed.embedding.dtype), llm.embed_tokens(s.time_ids)])
+        hidden, (k, v) = llm.forward(x, s.position, attend, (cache.k, cache.v))
+        cache = KVCache(k, v, cache.global_length + s.times, cache.visual_start, cache.visual_length + s.visuals)
+        return cache, hidden if keep_hidden else None
+
+    return jax.lax.scan(step, cache, (visual, segment))

@@ -1,0 +1,143 @@
+"""Which chunks matter to a question: scored by the model itself, or read from upstream's files."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from xl2jax.errors import UserError
+from xl2jax.inference.cache import KVCache, attend_text, unpack
+from xl2jax.models.qwen2 import Qwen2
+from xl2jax.ops.precision import product
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionScorer:
+    """Which attention counts, of `first_layer <= l < last_layer` as shares of the depth.
+
+    The defaults are what `xl2jax.evaluation.needle` found best with the bundled checkpoint: all layers, and each head's
+    attention to a group squared, so that a head that looks at one place counts and one that looks everywhere does not.
+    """
+
+    first_layer: float = 0.0
+    last_layer: float = 1.0
+    heads: Literal["squared", "mean", "max"] = "squared"
+    """squared: the mean square over heads and tokens. mean, max: of the heads' mean over tokens. A mean over tokens is
+    half that over the question's, half that over those between it and the answer."""
+    keys: Literal["auto", "dense", "pooled"] = "auto"
+    """What the question is run against. auto: the dense KV, but the pooled KV where the dense one was offloaded."""
+
+    def check(self, scorer: str) -> None:
+        """Raises UserError for layers that are none, and for settings of its own where another scorer is asked for."""
+        if not 0 <= self.first_layer < self.last_layer <= 1:
+            raise UserError(
+                "relevance layers are two rising shares of the depth from 0 to 1, "
+                f"not {self.first_layer} {self.last_layer}"
+            )
+        if scorer != "attention" and self != AttentionScorer():
+            raise UserError(f"relevance layers, heads and keys have no effect with relevance {scorer}: leave them out")
+
+    def layers(self, depth: int) -> tuple[int, int]:
+        first = min(int(self.first_layer * depth), depth - 1)
+        return first, max(round(self.last_layer * depth), first + 1)
+
+
+_SLOTS, _TOKENS = 4096, 64
+
+
+def attention_scores(
+    llm: Qwen2, context: KVCache, group: jax.Array, text: KVCache, ids: jax.Array, first: jax.Array, last: jax.Array,
+    end: jax.Array, scorer: AttentionScorer, groups: int, *, implementation: str = "auto",
+) -> jax.Array:  # fmt: skip
+    """What the question looks at: attention to each group, float32 [groups].
+
+    Runs the suffix `ids` [T] behind `context`, whose slots belong to groups `group` [S] (-1: to none), and gathers
+    the attention that tokens pay to the time and visual tokens of each group, a block of tokens and slots at a time:
+    nothing of size T x S is kept. The question's tokens, `first <= t < last`, and those between it and the answer,
+    `last <= t < end`, count half each: what is asked for is in the many, where it was found in the few.
+    """
+    at = jnp.arange(ids.shape[0], dtype=jnp.int32)
+    depth, kv_heads, slots, h = context.shape
+    block, rows = min(_SLOTS, slots), min(_TOKENS, ids.shape[0])
+    first_layer, last_layer = scorer.layers(depth)
+    group = jnp.where(group >= 0, group, groups)
+    share = jnp.where(at < last, 0.5 / jnp.maximum(last - first, 1), 0.5 / jnp.maximum(end - last, 1))
+
+    def mass(q: jax.Array, lse: jax.Array, layer: jax.Array) -> jax.Array:
+        """[groups]: attention of the counted tokens to each group, reduced over tokens and heads."""
+        heads = q.shape[1]
+        queries = q.reshape(q.shape[0], kv_heads, -1, h)
+        norm = lse.reshape(queries.shape[:3])
+
+        def of_rows(number: jax.Array, total: jax.Array) -> jax.Array:
+            top = jnp.minimum(number * rows, at.shape[0] - rows)
+            row = top + jnp.arange(rows)
+            counted = (row >= number * rows) & (row >= first) & (row < end)
+            own = jax.lax.dynamic_slice_in_dim(queries, top, rows)
+            own_norm = jax.lax.dynamic_slice_in_dim(norm, top, rows)
+
+            def to_block(i: jax.Array, found: jax.Array) -> jax.Array:
+                start = jnp.minimum(i * block, slots - block)
+                k = unpack(
+                    jax.tree.map(
+                        lambda a: jax.lax.dynamic_slice(
+                            a, (layer, 0, start, *(0,) * (a.ndim - 3)), (1, kv_heads, block, *a.shape[3:])
+                        )[0],
+                        context.k,
+                    )
+                )
+                scores = product("tkgh,ksh->tkgs", own, k)
+                to = jax.lax.dynamic_slice_in_dim(group, start, block)
+                use = counted[:, None, None, None] & (start + jnp.arange(block) >= i * block) & (to < groups)
+                p = jnp.where(use, jnp.exp(jnp.where(use, scores * h**-0.5 - own_norm[..., None], 0.0)), 0.0)
+                return found + jax.ops.segment_sum(p.reshape(-1, block).T, to, num_segments=groups + 1)
+
+            found = jax.lax.fori_loop(0, -(-slots // block), to_block, jnp.zeros((groups + 1, rows * heads)))
+            found = found.reshape(groups + 1, rows, heads)
+            found = found**2 if scorer.heads == "squared" else found
+            return total + jnp.sum(found * share[row][:, None], axis=1)
+
+        total = jax.lax.fori_loop(first // rows, -(-end // rows), of_rows, jnp.zeros((groups + 1, heads)))[:groups]
+        return total.max(-1) if scorer.heads == "max" else total.mean(-1)
+
+    def attend(state: Any, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[Any, jax.Array]:
+        kv, sums = state
+        kv, out, lse = attend_text(q, k, v, context, kv, text.global_length, layer, implementation)
+        counts = (layer >= first_layer) & (layer < last_layer)
+        add = jax.lax.cond(counts, lambda: mass(q, lse, layer), lambda: jnp.zeros_like(sums))
+        return (kv, sums + add), out
+
+    positions = context.length + text.global_length + at
+    init = ((text.k, text.v), jnp.zeros(groups, jnp.float32))
+    _, (_, sums) = llm.forward(llm.embed_tokens(ids), positions, attend, init)
+    return sums / (last_layer - first_layer)
+
+
+def unit_features(visual: jax.Array) -> jax.Array:
+    """Visual tokens [G, V, D] -> one float32 vector a group, the mean of its unit vectors [G, D]."""
+    x = visual.astype(jnp.float32)
+    return jnp.mean(x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-6), axis=1)
+
+
+def similarity_scores(llm: Qwen2, features: jax.Array, ids: jax.Array, first: jax.Array, last: jax.Array) -> jax.Array:
+    """Cosine between the question's mean token embedding and each group's `unit_features`: [G]."""
+    at = jnp.arange(ids.shape[0])
+    x = llm.embed_tokens(ids).astype(jnp.float32)
+    x = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-6)
+    question = jnp.sum(jnp.where(((at >= first) & (at < last))[:, None], x, 0.0), axis=0)
+    question = question / jnp.maximum(jnp.linalg.norm(question), 1e-6)
+    return features @ question
+
+
+def block_scores(group_scores: jax.Array, groups: jax.Array, select_chunk_groups: int) -> jax.Array:
+    """Scores of groups [Gcap] -> mean score of each selection block [Bcap]."""
+    capacity = group_scores.shape[0]
+    blocks = -(-capacity // select_chunk_groups)
+    index = jnp.arange(capacity)
+    real = index < groups
+    block = index // select_chunk_groups
+    total = jax.ops.segment_sum(jnp.where(real, group_scores, 0.0), block, num_segments=blocks)
+    return total / jnp.maximum(jax.ops.segment_sum(real.astype(jnp.float32), block, num_segments=blocks), 1)

@@ -1,0 +1,299 @@
+"""Video caches on disk: one safetensors file that knows what it was made from."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from pydantic import Field, field_validator
+from safetensors import SafetensorError, safe_open
+
+from xl2jax.checkpoint.array_checks import checksum
+from xl2jax.checkpoint.safetensors_io import DTYPES, ShardWriter, Stored, shorten
+from xl2jax.config import FRAMES_PER_GROUP
+from xl2jax.errors import UserError
+from xl2jax.inference import compiled
+from xl2jax.inference.api import Model
+from xl2jax.inference.bilevel import BilevelConfig
+from xl2jax.inference.cache import KVArray, KVCache, QuantizedKV
+from xl2jax.inference.layout import PrefillConfig, VideoLayout
+from xl2jax.inference.offload import HostKV
+from xl2jax.inference.video_cache import CacheConfig, WatchedVideo
+from xl2jax.system.atomic import replacing_file
+from xl2jax.system.schema import SMALL_FILE, Schema, parse_json, require_regular, unreadable
+from xl2jax.video.clip import FrameSampling
+
+_FORMAT = "xl2jax video cache 2"
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+def content_hash(path: Path) -> str:
+    """Hash of a file's bytes, or of the names and bytes of a folder's files."""
+    digest = hashlib.blake2b(digest_size=16)
+    if not path.is_dir():
+        require_regular(path)
+    for file in sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]:
+        digest.update(file.name.encode() if path.is_dir() else b"")
+        with open(file, "rb") as f:
+            while block := f.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def cache_key(
+    model: Model, video: Path, sampling: FrameSampling, folder_fps: float, config: PrefillConfig, cache: CacheConfig
+) -> dict[str, Any]:
+    """Everything a video cache depends on."""
+    return video_key(video, sampling, folder_fps, config) | {
+        "dtype": "int8" if cache.quantized else model.dtype,
+        "checkpoint": model.fingerprint,
+    }
+
+
+def video_key(video: Path, sampling: FrameSampling, folder_fps: float, config: PrefillConfig) -> dict[str, Any]:
+    """The part of a cache's key that is known before a model is loaded."""
+    try:
+        content = content_hash(video)
+    except OSError as e:
+        raise UserError(f"{video}: cannot be read ({e.strerror})") from None
+    return {
+        "video": content,
+        "sampling": {**dataclasses.asdict(sampling), "folder_fps": folder_fps if video.is_dir() else None},
+        "prefill": dataclasses.asdict(config),
+    }
+
+
+def save_cache(path: Path, video: WatchedVideo, key: dict[str, Any]) -> None:
+    """Writes the filled part of a cache, a layer at a time, with a checksum of everything.
+
+    Raises UserError where it cannot be written; a file that was there before stays then.
+    """
+    cache = video.cache
+    kept = _arrays(cache.k, cache.v)
+    regions = {
+        "globals": {name: (x, 0) for name, x in kept.items()},
+        "visual": {name: (x, int(cache.visual_start)) for name, x in kept.items()}
+        if video.host is None
+        else {name: (x, 0) for name, x in _arrays(video.host.k, video.host.v).items()},
+    }
+    features = np.asarray(video.features[: video.layout.groups], np.float32)
+    places, tensors = _contents(kept, video.layout, features.shape[1])
+    metadata = {
+        "format": _FORMAT,
+        "key": json.dumps(key, sort_keys=True),
+        "video": json.dumps({"duration": video.duration, "times": video.times}),
+    }
+    size = sum(math.prod(shape) * DTYPES[code].itemsize for _, shape, code in tensors)
+    with replacing_file(path, need_bytes=size) as beside, ShardWriter(beside, tensors, metadata) as out:
+        checksums = [checksum(np.frombuffer(out.header, np.uint8))]
+
+        def write(name: str, array: np.ndarray) -> None:
+            out.write(name, array)
+            checksums.append(checksum(array))
+
+        for name, part, layer, count in places:
+            x, start = regions[part][name]
+            write(f"{name}.{part}.{layer}", np.asarray(x[layer, :, start : start + count]))
+        write("features", features)
+        out.write("checksums", np.array([list(bytes.fromhex(c)) for c in checksums], np.uint8).view(np.int8))
+
+
+def _contents(
+    arrays: dict[str, Any], layout: VideoLayout, width: int
+) -> tuple[list[tuple[str, str, int, int]], list[Stored]]:
+    """What a file holds: (array, region, layer, slots) of the KV, and all tensors, in their order."""
+    counts = {"globals": layout.global_tokens, "visual": layout.groups * layout.visual_tokens}
+    layers = len(next(iter(arrays.values())))
+    places = [
+        (name, part, layer, count) for layer in range(layers) for name in arrays for part, count in counts.items()
+    ]
+    tensors: list[Stored] = [
+        (f"{name}.{part}.{layer}", (arrays[name].shape[1], count, *arrays[name].shape[3:]), _CODES[arrays[name].dtype])
+        for name, part, layer, count in places
+    ]
+    tensors.append(("features", (layout.groups, width), "F32"))
+    tensors.append(("checksums", (len(tensors) + 1, 16), "I8"))  # of the header, then of each tensor
+    return places, tensors
+
+
+def _arrays(k: KVArray, v: KVArray) -> dict[str, Any]:
+    """The arrays [L, K, S, ...] that a cache is made of, by name."""
+    if isinstance(k, QuantizedKV) and isinstance(v, QuantizedKV):
+        return {"k": k.values, "v": v.values, "k_scale": k.scale, "v_scale": v.scale}
+    return {"k": k, "v": v}
+
+
+def _cache_of(arrays: dict[str, Any]) -> tuple[KVArray, KVArray]:
+    """`_arrays`' inverse."""
+    if "k_scale" in arrays:
+        return QuantizedKV(arrays["k"], arrays["k_scale"]), QuantizedKV(arrays["v"], arrays["v_scale"])
+    return arrays["k"], arrays["v"]
+
+
+def load_cache(
+    path: Path, model: Model, key: dict[str, Any], video_path: Path, bilevel: BilevelConfig | None,
+    cache: CacheConfig = CacheConfig(),  # noqa: B008 (frozen)
+) -> WatchedVideo:  # fmt: skip
+    """Reads a cache made with the same `key`. With `cache.offload` its visual KV never sees the device.
+
+    Raises UserError where it is not a cache, is damaged, or was made from something else: the difference is named.
+    """
+    with _CacheFile(path) as file:
+        file.check_key(key)
+        layout = model.layout(model.tokenizer.time_ids(file.about.times))
+        config = PrefillConfig(**key["prefill"])
+        model.check_cache(cache, bilevel)
+        model.check_fits(layout, config, bilevel, cache, loaded=True)
+        plan = model.plan(layout, config)
+        slots = plan.visual_start if cache.offload else plan.slots
+        empty = compiled.new_cache(model.config.llm, slots, model.dtype, plan.visual_start, quantized=cache.quantized)
+        arrays, visual = _arrays(empty.k, empty.v), {}
+        places, tensors = _contents(arrays, layout, model.config.llm.width)
+        file.check_tensors(tensors)
+        if cache.offload:
+            visual = {
+                n: np.zeros((*a.shape[:2], plan.slots - plan.visual_start, *a.shape[3:]), a.dtype)
+                for n, a in arrays.items()
+            }
+        for name, part, layer, count in places:
+            array = file.read(f"{name}.{part}.{layer}")
+            if part == "globals":
+                arrays[name] = _put(arrays[name], array, layer, 0)
+            elif cache.offload:
+                visual[name][layer, :, :count] = array
+            else:
+                arrays[name] = _put(arrays[name], array, layer, plan.visual_start)
+        features = file.read("features")
+    kv = KVCache(
+        *_cache_of(arrays), jnp.int32(layout.global_tokens), jnp.int32(plan.visual_start),
+        jnp.int32(layout.groups * layout.visual_tokens),
+    )  # fmt: skip
+    capacity = (plan.slots - plan.visual_start) // plan.visual_tokens
+    watched = WatchedVideo(
+        path=str(video_path), duration=file.about.duration, times=file.about.times, layout=layout, plan=plan,
+        cache=kv, host=HostKV(*_cache_of(visual)) if cache.offload else None,
+        features=jnp.pad(jnp.asarray(features), ((0, capacity - len(features)), (0, 0))),
+        thumbnails=[], timings={"read": 0.0, "compute": 0.0},
+    )  # fmt: skip
+    return model.adopt(watched)
+
+
+def check_cache_file(path: Path, key: dict[str, Any] | None = None) -> None:
+    """Raises UserError, before a model is loaded, for a file that is not a cache of this version, or whose key differs
+    from what is known of it already (`video_key`)."""
+    with _CacheFile(path) as file:
+        file.check_key(key or {})
+
+
+class _About(Schema):
+    """What a file says about its video."""
+
+    duration: Annotated[float, Field(ge=0)]
+    times: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=FRAMES_PER_GROUP, max_length=2**20)]
+
+    @field_validator("times")
+    @classmethod
+    def _whole_groups(cls, times: list[float]) -> list[float]:
+        if len(times) % FRAMES_PER_GROUP:
+            raise ValueError(f"should be of whole groups of {FRAMES_PER_GROUP} frames")
+        return times
+
+
+class _CacheFile:
+    """Reads a cache file in the order in which it was written; whatever is damaged ends in a UserError."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        try:
+            header = _header(path)
+            self._file = safe_open(path, framework="np").__enter__()
+        except OSError as e:
+            raise unreadable(path, e) from None
+        except SafetensorError as e:
+            raise self._damaged(f"not a whole video cache: {e}") from None
+        metadata = self._file.metadata() or {}
+        if metadata.get("format") == "xl2jax video cache 1":
+            raise self._damaged("an earlier version made it, without checksums")
+        if metadata.get("format") != _FORMAT:
+            raise UserError(f"{path}: not a video cache of this version")
+        self._names = [n for n in self._file.offset_keys() if n != "checksums"]
+        checksums = self._tensor("checksums")
+        if checksums.dtype != np.int8 or checksums.shape != (len(self._names) + 1, 16):
+            raise self._damaged("its checksums are not whole")
+        wanted = [row.tobytes().hex() for row in checksums]
+        if checksum(np.frombuffer(header, np.uint8)) != wanted[0]:
+            raise self._damaged("the checksum of its header is another")
+        self._wanted = dict(zip(self._names, wanted[1:], strict=True))
+        self._key = parse_json(metadata.get("key", ""), dict[str, Any], f"{path}: key")
+        self.about = parse_json(metadata.get("video", ""), _About, f"{path}: video")
+
+    def check_key(self, key: dict[str, Any]) -> None:
+        """Raises UserError where it was made from something else."""
+        _check_key(self._path, self._key, key)
+
+    def check_tensors(self, tensors: list[Stored]) -> None:
+        """Raises UserError where the file holds others."""
+        parts = {name: self._file.get_slice(name) for name in [*self._names, "checksums"]}
+        if [(n, tuple(p.get_shape()), str(p.get_dtype())) for n, p in parts.items()] != tensors:
+            raise self._damaged("its tensors are not those of such a video")
+
+    def read(self, name: str) -> np.ndarray:
+        array = self._tensor(name)
+        if checksum(array) != self._wanted[name]:
+            raise self._damaged(f"the checksum of {name} is another")
+        return array
+
+    def _tensor(self, name: str) -> np.ndarray:
+        try:
+            return self._file.get_tensor(name)
+        except (SafetensorError, OSError) as e:
+            raise self._damaged(str(e)) from None
+
+    def _damaged(self, reason: str) -> UserError:
+        return UserError(f"{self._path}: cannot be used ({shorten(reason)}): watch the video again and save it anew")
+
+    def __enter__(self) -> _CacheFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.__exit__(None, None, None)
+
+
+def _header(path: Path) -> bytes:
+    """The header as it stands in the file; safetensors checks that it is one."""
+    require_regular(path)
+    with open(path, "rb") as f:
+        size = int.from_bytes(f.read(8), "little")
+        return f.read(min(size, SMALL_FILE))
+
+
+def _put(x: jax.Array, part: np.ndarray, layer: int, start: int) -> jax.Array:
+    return _update(x, part[None], np.int32(layer), np.int32(start))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _update(x: jax.Array, part: jax.Array, layer: jax.Array, start: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice(x, part, (layer, 0, start, 0)[: x.ndim])
+
+
+def _check_key(path: Path, made: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for name, value in wanted.items():
+        if made.get(name) != value:
+            old = made.get(name)
+            if isinstance(value, dict) and isinstance(old, dict):
+                change = ", ".join(
+                    f"{k} {shorten(str(old.get(k)))} there, {v} here" for k, v in value.items() if old.get(k) != v
+                )
+                raise UserError(f"{path}: made with other {name} settings ({change})")
+            what = {"video": "another video", "checkpoint": "another checkpoint"}.get(
+                name, f"{name} {shorten(str(old))}, not {value}"
+            )
+            raise UserError(f"{path}: made from {what}")

@@ -1,0 +1,138 @@
+"""A video in the KV cache, and the choices of how it is kept."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import threading
+from collections.abc import Iterator
+from typing import Literal
+
+import jax
+import numpy as np
+
+from xl2jax.errors import UserError
+from xl2jax.inference import prefill
+from xl2jax.inference.bilevel import GroupTable, PooledKV, group_table
+from xl2jax.inference.cache import KVCache
+from xl2jax.inference.layout import VideoLayout
+from xl2jax.inference.offload import HostKV
+from xl2jax.video.clip import Clip
+from xl2jax.video.read_ahead import resize
+
+_THUMBNAILS, THUMBNAIL_SIZE = 12, 64
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheConfig:
+    """How a video's KV is kept.
+
+    dtype: int8, with a scale for each token and head, or the model's own (None).
+    offload: the visual KV goes to host memory once the video is watched; only bi-level decoding can read it there.
+    """
+
+    dtype: Literal["bfloat16", "float32", "float16", "int8"] | None = None
+    offload: bool = False
+
+    def check(self, model_dtype: str) -> None:
+        """Raises UserError for a dtype that is neither int8 nor the model's."""
+        if self.dtype not in (None, "int8", model_dtype):
+            raise UserError(
+                f"cache dtype {self.dtype}: choose int8 or the model's own, {model_dtype} (--dtype changes both)"
+            )
+
+    @property
+    def quantized(self) -> bool:
+        return self.dtype == "int8"
+
+
+@dataclasses.dataclass(eq=False)
+class WatchedVideo:
+    """A video in the KV cache of the model that watched it.
+
+    Questions never change it, and several threads may ask about it; `pooled` and `told_keys` are set on first use.
+    `close()`, or the end of a `with` block, gives its memory back.
+    """
+
+    path: str
+    duration: float
+    times: list[float]
+    layout: VideoLayout
+    plan: prefill.PrefillPlan
+    cache: KVCache
+    features: jax.Array
+    """One vector a group, [Gcap, D], for the similarity scorer."""
+    timings: dict[str, float]
+    thumbnails: list[tuple[float, np.ndarray]]
+    """Up to 12 (seconds, uint8 [64, 64, 3]), evenly spread; none where the cache came from a file."""
+    host: HostKV | None = None
+    """The visual KV where it was offloaded; `cache` holds the globals alone then."""
+    pooled: dict[int, PooledKV] = dataclasses.field(default_factory=dict)
+    """The pooled KV of the pool size that was asked for last."""
+    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+    """Held while `pooled` is made: threads that ask at once make it once."""
+    closed: bool = False
+    _readers: int = 0
+    _free: threading.Condition = dataclasses.field(default_factory=threading.Condition)
+    """Held while `closed` or `_readers` change."""
+    told_keys: bool = False
+    """Whether the user was already told which KV scores the chunks."""
+
+    @property
+    def group_capacity(self) -> int:
+        return (self.plan.slots - self.plan.visual_start) // self.plan.visual_tokens
+
+    @property
+    def device_bytes(self) -> int:
+        """What the video holds on the device."""
+        with self._free:
+            if self.closed:
+                return 0
+            return sum(x.nbytes for x in jax.tree.leaves((self.cache, self.features, dict(self.pooled))))
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Keeps the video open. Raises UserError where it was closed."""
+        with self._free:
+            if self.closed:
+                raise UserError(f"{self.path}: the watched video was closed")
+            self._readers += 1
+        try:
+            yield
+        finally:
+            with self._free:
+                self._readers -= 1
+                self._free.notify_all()
+
+    def close(self) -> None:
+        """Gives the video's memory back. Answers that are being given in other threads are finished first."""
+        with self._free:
+            self._free.wait_for(lambda: self._readers == 0)
+            if not self.closed:
+                self.closed = True
+                self.pooled.clear()
+                self.host = None
+                del self.cache, self.features
+
+    def __enter__(self) -> WatchedVideo:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @functools.cached_property
+    def table(self) -> GroupTable:
+        return group_table(self.layout, self.group_capacity)
+
+
+def thumbnail_places(clip: Clip) -> list[int]:
+    """Which of a clip's frames become thumbnails."""
+    return np.linspace(0, len(clip.indices) - 1, min(_THUMBNAILS, len(clip.indices))).astype(int).tolist()
+
+
+def read_thumbnails(clip: Clip) -> list[tuple[float, np.ndarray]]:
+    """(seconds, image), read from the file: for a video whose cache was not made in this process."""
+    places = thumbnail_places(clip)
+    frames = clip.reader.frames(clip.indices[places])
+    return [(clip.times[i], resize(frame, THUMBNAIL_SIZE)) for i, frame in zip(places, frames, strict=False)]

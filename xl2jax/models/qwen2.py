@@ -1,0 +1,105 @@
+"""Qwen2.5 decoder. Where keys and values live is the caller's business: see `Qwen2.forward`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import einops
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from xl2jax.config import LLMConfig
+from xl2jax.models.layers import LoRAConfig, LoRALinear, rope_tables, rotate, scan_layers, stack_layers
+from xl2jax.ops.precision import accumulator, product
+
+type Attend[S] = Callable[[S, jax.Array, jax.Array, jax.Array, jax.Array], tuple[S, jax.Array]]
+"""`(state, layer, q, k, v) -> (state, out)`: q and out [..., T, N, H], k and v [..., T, K, H], rotated."""
+
+
+class DecoderLayer(nnx.Module):
+    """RMSNorm, GQA with RoPE, RMSNorm, SwiGLU; the attention itself is passed in."""
+
+    def __init__(
+        self, config: LLMConfig, *, param_dtype: jax.typing.DTypeLike, rngs: nnx.Rngs, lora: LoRAConfig | None = None
+    ):
+        c = config
+        self.head_width = c.head_width
+
+        def linear(n: int, m: int, bias: bool = False) -> nnx.Linear:
+            if lora is not None:
+                return LoRALinear(n, m, lora, use_bias=bias, param_dtype=param_dtype, rngs=rngs)
+            return nnx.Linear(n, m, use_bias=bias, param_dtype=param_dtype, rngs=rngs)
+
+        def norm() -> nnx.RMSNorm:
+            return nnx.RMSNorm(c.width, epsilon=c.eps, param_dtype=param_dtype, rngs=rngs)
+
+        self.input_norm, self.post_attention_norm = norm(), norm()
+        self.q = linear(c.width, c.heads * c.head_width, bias=True)
+        self.k = linear(c.width, c.kv_heads * c.head_width, bias=True)
+        self.v = linear(c.width, c.kv_heads * c.head_width, bias=True)
+        self.o = linear(c.heads * c.head_width, c.width)
+        self.gate, self.up = linear(c.width, c.mlp_width), linear(c.width, c.mlp_width)
+        self.down = linear(c.mlp_width, c.width)
+
+    def __call__[S](
+        self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend[S], state: S, index: jax.Array
+    ) -> tuple[jax.Array, S]:
+        y = self.input_norm(x)
+        q, k, v = (
+            einops.rearrange(f(y), "... t (n h) -> ... t n h", h=self.head_width) for f in (self.q, self.k, self.v)
+        )
+        state, out = attend(state, index, rotate(q, cos, sin), rotate(k, cos, sin), v)
+        x = x + self.o(einops.rearrange(out, "... t n h -> ... t (n h)"))
+        y = self.post_attention_norm(x)
+        return x + self.down(nnx.silu(self.gate(y)) * self.up(y)), state
+
+
+class Qwen2(nnx.Module):
+    """Embedding, stacked decoder layers, final norm, lm_head."""
+
+    def __init__(
+        self, config: LLMConfig, *, param_dtype: jax.typing.DTypeLike, rngs: nnx.Rngs, lora: LoRAConfig | None = None
+    ):
+        self.head_width, self.rope_theta = config.head_width, config.rope_theta
+        self.embed = nnx.Embed(config.vocab, config.width, param_dtype=param_dtype, rngs=rngs)
+        self.layers = stack_layers(
+            lambda rngs: DecoderLayer(config, param_dtype=param_dtype, rngs=rngs, lora=lora), config.layers, rngs
+        )
+        self.norm = nnx.RMSNorm(config.width, epsilon=config.eps, param_dtype=param_dtype, rngs=rngs)
+        if not config.tied_embeddings:
+            self.lm_head = nnx.Linear(config.width, config.vocab, use_bias=False, param_dtype=param_dtype, rngs=rngs)
+        self.tied = config.tied_embeddings
+
+    def embed_tokens(self, ids: jax.Array) -> jax.Array:
+        """Token ids [...] -> embeddings [..., D] in the parameters' dtype."""
+        # nnx.Embed's own call casts to the dtype it was built with, whatever its parameters are.
+        return self.embed.embedding[...][ids]
+
+    def forward[S](
+        self, x: jax.Array, positions: jax.Array, attend: Attend[S], state: S, *, remat: bool = False
+    ) -> tuple[jax.Array, S]:
+        """Embeddings [..., T, D] at integer positions [..., T] -> normed hidden states [..., T, D].
+
+        Every layer calls `attend(state, layer, q, k, v)` with rotated q and k. A cache is part of
+        `state`, which is carried from layer to layer and returned.
+        """
+        cos, sin = (
+            t[..., None, :] for t in rope_tables(positions, self.head_width, self.rope_theta, accumulator(x.dtype))
+        )
+
+        def body(layer: DecoderLayer, carry: tuple[jax.Array, S], index: jax.Array) -> tuple[jax.Array, S]:
+            x, state = carry
+            return layer(x, cos, sin, attend, state, index)
+
+        x, state = scan_layers(self.layers, body, (x, state), remat=remat)
+        return self.norm(x), state
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Hidden states [..., D] -> logits [..., vocab], float32 (float64 for float64)."""
+        kernel = self.embed.embedding[...].T if self.tied else self.lm_head.kernel[...]
+        if hidden.ndim > 1:
+            return product("...d,dv->...v", hidden, kernel)
+        # For one 16-bit row XLA would first write all of lm_head as float32: give it a few rows.
+        rows = jax.lax.optimization_barrier(jnp.pad(hidden[None], ((0, 7), (0, 0))))
+        return product("td,dv->tv", rows, kernel)[0]

@@ -1,0 +1,1 @@
+"""How the bundled checkpoint is made. Nothing in the library needs it."""

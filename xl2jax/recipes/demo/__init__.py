@@ -1,0 +1,1 @@
+"""The bundled checkpoint: its data sets, its stages of training, and what composes its training rows."""

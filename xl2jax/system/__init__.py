@@ -1,0 +1,1 @@
+"""The process and what surrounds it: files, streams, signals, worker processes, devices."""

@@ -1,0 +1,177 @@
+"""From a video file or a folder of images to the chosen RGB frames and their times."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import logging
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from xl2jax.config import FRAMES_PER_GROUP
+from xl2jax.errors import UserError
+from xl2jax.video.containers import require_video_path
+from xl2jax.video.frame_sampling import (
+    TIMES_MAY_DIFFER,
+    FrameSampling,
+    FrameTimes,
+    chosen_frames,
+    frame_times,
+    sample_indices,
+)
+from xl2jax.video.image_files import ImageReader, images_in
+from xl2jax.video.read_ahead import read_resized
+from xl2jax.video.readers import DecordReader, PyAVReader, Reader
+
+__all__ = [
+    "Backend",
+    "Clip",
+    "DecordReader",
+    "FrameSampling",
+    "FrameTimes",
+    "ImageReader",
+    "PyAVReader",
+    "Reader",
+    "frame_times",
+    "images_in",
+    "open_reader",
+    "open_video",
+    "sample_indices",
+]  # fmt: skip
+
+logger = logging.getLogger(__name__)
+
+type Backend = Literal["auto", "decord", "pyav"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """The chosen frames of an open video. `times[i]` is the time of frame i in seconds, as it is told to the model.
+
+    `len(indices)` is a multiple of 4: shorter clips repeat their last frame.
+    """
+
+    path: Path
+    reader: Reader
+    indices: np.ndarray
+    times: list[float]
+
+    @property
+    def duration(self) -> float:
+        """Seconds."""
+        return self.reader.duration
+
+    def check(self) -> None:
+        """Decodes the first chosen frame, so that a video without a readable frame is refused before a model is loaded.
+
+        Raises:
+          UserError: no frame can be read.
+        """
+        if next(iter(self.reader.frames(self.indices[:1])), None) is None:
+            raise UserError(f"{self.path}: no frame could be decoded")
+
+    def batches(self, frames: int, size: int, *, workers: int = 0) -> Iterator[np.ndarray]:
+        """uint8 [frames, size, size, 3] at a time (a multiple of 4 frames), the last maybe shorter.
+
+        `workers` threads read and resize ahead of the caller; 0: as it asks.
+        A file that ends early gives the whole groups that could be read. What is damaged or missing is one warning.
+        Raises UserError if not one frame could be read.
+        """
+        out: list[np.ndarray] = []
+        count = 0
+        for frame in read_resized(self.reader, self.indices, size, workers, str(self.path)):
+            out.append(frame)
+            count += 1
+            if len(out) == frames:
+                yield np.stack(out)
+                out = []
+        if count == 0:
+            raise UserError(f"{self.path}: no frame could be decoded")
+        self._warn_of_damage(count)
+        if count < len(self.indices) and count >= FRAMES_PER_GROUP:
+            out = out[: len(out) // FRAMES_PER_GROUP * FRAMES_PER_GROUP]
+        if out:
+            out += [out[-1]] * (-len(out) % FRAMES_PER_GROUP)
+            yield np.stack(out)
+
+    def _warn_of_damage(self, count: int) -> None:
+        """One line for a file of which `count` chosen frames were read."""
+        what = []
+        damaged = np.isin(self.indices[:count], list(self.reader.damaged))
+        if damaged.any():
+            first = self.times[int(np.argmax(damaged))]
+            what.append(
+                f"{damaged.sum()} of {len(self.indices)} frames are damaged (the first at {first:.1f} s), the next good "
+                "one stands in for each"
+            )
+        if count < len(self.indices):
+            what.append(
+                f"the file is damaged or cut off, last good frame at {self.times[count - 1]:.1f} s of "
+                f"{self.times[-1]:.1f} s"
+            )
+        if what:
+            logger.warning("warning: %s: %s", self.path, "; ".join(what))
+
+
+def open_reader(path: Path, backend: Backend = "auto", folder_fps: float = 1.0, threads: int = 0) -> Reader:
+    """Opens a file with PyAV (`auto` is the same), or decord where it is named; a folder as images."""
+    require_video_path(path)
+    if path.is_dir():
+        return ImageReader(images_in(path), folder_fps)
+    if backend != "decord":
+        return PyAVReader(path, threads)
+    if importlib.util.find_spec("decord") is None:
+        raise UserError("video backend decord is not installed; use --video-backend pyav")
+    return DecordReader(path)
+
+
+def open_video(
+    path: str | Path, config: FrameSampling | None = None, *, backend: Backend = "auto", folder_fps: float = 1.0,
+    threads: int = 0,
+) -> Clip:  # fmt: skip
+    """Opens a video and chooses its frames. Nothing is decoded: `Clip.check` does that for one frame.
+
+    Args:
+      path: mp4, mkv, webm, mov, avi, gif, whatever FFmpeg reads, or a folder of images.
+      config: which frames; see `FrameSampling`.
+      backend: `pyav`, `decord` or `auto`, which is pyav.
+      folder_fps: frames a second of a folder of images.
+      threads: of the pyav decoder; 0 leaves it to FFmpeg. Where many files are read at once, 1 is fastest.
+
+    Raises:
+      UserError: missing, not a regular file, unreadable, without video, of an unknown codec, or without frames.
+    """
+    if not str(path):
+        raise UserError("no video is named")
+    require_video_path(path)
+    path, config = Path(path), config or FrameSampling()
+    if not 0 < folder_fps < math.inf:
+        raise UserError(f"folder fps must be above 0, not {folder_fps}")
+    reader = open_reader(path, backend, folder_fps, threads)
+    if reader.total == 0:
+        raise UserError(f"{path}: holds no frames")
+    if reader.fps <= 0:
+        raise UserError(f"{path}: reports no frame rate")
+    indices = chosen_frames(reader.total, reader.fps, config)
+    return Clip(path, reader, indices, _told_times(path, reader, indices, config.times))
+
+
+def _told_times(path: Path, reader: Reader, indices: np.ndarray, times: FrameTimes) -> list[float]:
+    """Index / rate, or the frames' own times where one of the chosen frames lies further from it than half a second."""
+    by_rate = frame_times(indices, reader.fps)
+    if times == "upstream" or reader.seconds is None:
+        return by_rate
+    seconds = reader.seconds[indices]
+    difference = float(np.abs(seconds - indices / reader.fps).max())
+    if difference <= TIMES_MAY_DIFFER:
+        return by_rate
+    logger.warning(
+        "warning: %s: the frame rate varies, so the frames' own times are told (up to %.1f s from frame number / rate, "
+        "which --frame-times upstream tells)",
+        path, difference,
+    )  # fmt: skip
+    return [round(float(s), 1) for s in seconds]

@@ -1,0 +1,216 @@
+"""Readers of open videos: chosen frames as RGB arrays. PyAV (FFmpeg) reads everything, decord what it reads rightly.
+
+Frame i is the i-th frame in presentation order. Frames are turned by the rotation metadata.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Set
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from xl2jax.errors import UserError
+from xl2jax.video.containers import MAX_PIXELS, opened, reason
+from xl2jax.video.index import VideoIndex, read_index
+
+logger = logging.getLogger(__name__)
+
+SPAN_FRAMES = 16
+"""Fewest frames that a thread reads in one go."""
+
+_WORTH_A_SEEK = 16  # frames that a jump must save
+
+
+class Reader(Protocol):
+    """An open video.
+
+    total: frames.
+    fps: average frames a second.
+    seconds: float64 [total], the frames' own times relative to the first; None where they are index / fps.
+    damaged: numbers of the chosen frames that could not be decoded, for which the next good one stood in.
+    """
+
+    total: int
+    fps: float
+    seconds: np.ndarray | None = None
+    damaged: Set[int] = frozenset()
+
+    @property
+    def duration(self) -> float:
+        """Seconds from the first frame to the end of the last."""
+        return self.total / self.fps
+
+    def frames(self, indices: np.ndarray) -> Iterator[np.ndarray]:
+        """RGB uint8 [H, W, 3] for ascending indices, which may repeat. Ends early where the file is damaged."""
+        ...
+
+    def spans(self, indices: np.ndarray) -> list[np.ndarray]:
+        """Cuts indices into runs that several threads may read side by side."""
+        ...
+
+
+class _IndexedReader(Reader):
+    """A file whose packets were read: the index decides about counts and times, whoever decodes."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._index: VideoIndex = read_index(path)
+        self.total, self.fps, self.seconds = self._index.total, self._index.rate, self._index.seconds
+
+    @property
+    def duration(self) -> float:
+        return self._index.duration
+
+
+class PyAVReader(_IndexedReader):
+    """Reads through the file with PyAV (FFmpeg). Damaged packets are passed over."""
+
+    def __init__(self, path: Path, threads: int = 0):
+        """`threads` decode; 0: as many as FFmpeg likes."""
+        super().__init__(path)
+        self._threads = threads
+        self._stand_ins: set[int] = set()  # reading threads add to it
+        self.damaged = self._stand_ins
+        self._key_numbers = np.asarray([n for n, _ in self._index.keys], np.int64)
+
+    def _key_before(self, number: int) -> int:
+        """Which key frame decoding up to `number` can begin at, -1 for none."""
+        return int(np.searchsorted(self._key_numbers, number, side="right")) - 1
+
+    def spans(self, indices: np.ndarray) -> list[np.ndarray]:
+        """Runs of frames, each begun by the first one wanted behind a key frame: no frame is decoded twice."""
+        keys = np.searchsorted(self._key_numbers, indices, side="right")
+        cuts, first = [], 0
+        for i in np.flatnonzero(np.diff(keys)) + 1:
+            if i - first >= SPAN_FRAMES:
+                cuts.append(int(i))
+                first = int(i)
+        return np.split(indices, cuts)
+
+    def frames(self, indices: np.ndarray) -> Iterator[np.ndarray]:
+        """Reads through, or jumps to a key frame where that leaves enough frames undecoded."""
+        keys, numbers = self._index.keys, self._index.numbers
+        wanted = indices.tolist()
+        done = 0
+        with opened(self._path) as container:
+            stream = container.streams[self._index.stream]
+            stream.thread_type = "AUTO"
+            stream.codec_context.thread_count = self._threads
+            stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+            seek = bool(keys)
+            at = sent = -1  # the last frame decoded, the last key frame that was jumped to
+            while done < len(wanted):
+                key = self._key_before(wanted[done]) if seek else -1
+                jumped = key > sent and keys[key][0] > max(at, 0) + _WORTH_A_SEEK
+                if jumped:
+                    sent = key
+                    container.seek(keys[key][1], stream=stream)
+                elif at >= 0:
+                    return  # the file ended
+                for count, frame in enumerate(_decoded(container, stream)):
+                    number = count if not numbers or frame.pts is None else numbers.get(frame.pts, -1)
+                    if jumped and number > keys[key][0]:
+                        break  # the container did not go where it was sent
+                    jumped, at = False, max(at, number)
+                    image = _upright(frame) if wanted[done] <= number else None
+                    while image is not None and done < len(wanted) and wanted[done] <= number:
+                        if wanted[done] < number:
+                            self._stand_ins.add(wanted[done])
+                        yield image
+                        done += 1
+                    if done == len(wanted):
+                        return
+                    if seek and wanted[done] > at + _WORTH_A_SEEK:
+                        ahead = self._key_before(wanted[done])
+                        if ahead > sent and keys[ahead][0] > at + _WORTH_A_SEEK:
+                            break  # (a container may land before the key frame it was sent to: then read on)
+                else:
+                    if not jumped:
+                        return  # the file ended
+                if jumped:  # from here on the file is read through from its beginning
+                    seek, at = False, -1
+                    container.seek(0)
+
+
+def _decoded(container: Any, stream: Any) -> Iterator[Any]:
+    """Frames of all packets that decode, the buffered ones last."""
+    import av
+
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets)
+        except StopIteration:
+            return
+        except av.FFmpegError:
+            packet = None  # the file ends here: flush
+        with contextlib.suppress(av.FFmpegError):
+            yield from stream.codec_context.decode(packet)
+        if packet is None:
+            return
+
+
+def _upright(frame: Any) -> np.ndarray:
+    """RGB uint8 [H, W, 3], turned by the display rotation, which FFmpeg counts counter-clockwise."""
+    image = frame.to_ndarray(format="rgb24")
+    return np.ascontiguousarray(np.rot90(image, (frame.rotation // 90) % 4)) if frame.rotation else image
+
+
+class DecordReader(_IndexedReader):
+    """Reads with decord: upstream's own reader. Its memory grows on long files. One thread reads at a time.
+
+    In these formats, and these alone, decord gives the frames that FFmpeg gives. It fails on some sizes (odd sides,
+    turned clips whose sides it cannot align), and says so.
+    """
+
+    _FORMATS = ("mov,mp4", "matroska", "flv", "ogg", "avi")
+    _BATCH = 8
+
+    def __init__(self, path: Path):
+        import decord
+
+        super().__init__(path)
+        name = self._index.container
+        if not name.startswith(self._FORMATS) or (name == "avi" and not self._index.numbers):
+            kind = "avi files with B-frames" if name == "avi" else f"{name} files"
+            raise UserError(f"{path}: decord gives wrong frames of {kind}, or none; use --video-backend pyav")
+        # decord raises its own error, or RuntimeError for a file it cannot open.
+        try:
+            self._reader = decord.VideoReader(str(path.absolute()), num_threads=1)
+            count = len(self._reader)
+        except Exception as e:
+            raise UserError(f"{path}: not a video that decord can read ({reason(e)}); pyav reads more") from None
+        if count != self.total:
+            raise UserError(
+                f"{path}: decord counts {count} frames where {self.total} are shown; use --video-backend pyav"
+            )
+
+    def spans(self, indices: np.ndarray) -> list[np.ndarray]:
+        return [indices]
+
+    def frames(self, indices: np.ndarray) -> Iterator[np.ndarray]:
+        for first in range(0, len(indices), self._BATCH):
+            try:
+                batch = self._reader.get_batch(indices[first : first + self._BATCH].tolist()).asnumpy()
+            except Exception as e:
+                if "size must exactly match" in str(e):
+                    raise UserError(
+                        f"{self._path}: decord cannot read frames of this size or rotation; use the pyav backend"
+                    ) from None
+                yield from self._one_by_one(indices[first : first + self._BATCH])
+                return
+            yield from batch
+
+    def _one_by_one(self, indices: np.ndarray) -> Iterator[np.ndarray]:
+        """The good frames of a batch that failed, up to the first bad one."""
+        for i in indices:
+            try:
+                frame = self._reader[int(i)].asnumpy()
+            except Exception as e:
+                logger.info("decord stopped: %s", reason(e))
+                return
+            yield frame
