@@ -11,17 +11,20 @@ from hypothesis import strategies as st
 
 from xl2jax.errors import UserError
 from xl2jax.inference.layout import PrefillConfig, VideoLayout, natural_ranges
-from xl2jax.ops import attention
-from xl2jax.ops.attention import NEGATIVE, arena_attention, arena_mask, merge
+from xl2jax.ops import attention, blockwise
+from xl2jax.ops.attention import arena_attention
+from xl2jax.ops.blockwise import attend_blockwise
+from xl2jax.ops.ranges import NEGATIVE, Ranges, merge
+from xl2jax.ops.reference import attend_reference
 
 XLA = ("reference", "blockwise")  # tests/test_mosaic.py has the same checks for the GPU kernel
 
 
-def float64_attention(q, k, v, rows, g_end, v_lo, v_hi):
+def float64_attention(q, k, v, rows, ranges):
     """A loop over queries in float64 numpy."""
     b, t, n, h = q.shape
     out, lse = np.zeros(q.shape), np.full((b, t, n), NEGATIVE)
-    seen = arena_mask(g_end, v_lo, v_hi, np.arange(k.shape[2]))
+    seen = ranges.mask(np.arange(k.shape[2]))
     for i, j, head in np.ndindex(b, t, n):
         kv = head // (n // k.shape[1])
         at = np.nonzero(seen[i, j])[0]
@@ -46,7 +49,7 @@ def problem(
     dead = rng.random((batch, t)) < 0.1
     g_end, v_hi = np.where(dead, 0, g_end), np.where(dead, 0, v_hi)
     row = rng.integers(0, rows, batch)
-    return q, k, v, row.astype(np.int32), *(x.astype(np.int32) for x in (g_end, v_lo, v_hi))
+    return q, k, v, row.astype(np.int32), Ranges(*(x.astype(np.int32) for x in (g_end, v_lo, v_hi)))
 
 
 def close(actual, expected, tolerance: float) -> None:
@@ -62,7 +65,7 @@ def close(actual, expected, tolerance: float) -> None:
 )
 def test_against_float64(name: str, shape: dict) -> None:
     args = problem(0, **shape)
-    out, lse = arena_attention(*map(jnp.asarray, args), implementation=name)
+    out, lse = arena_attention(*jax.tree.map(jnp.asarray, args), implementation=name)
     expected, expected_lse = float64_attention(*args)
     close(out, expected, 1e-5)
     assert np.allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
@@ -75,8 +78,8 @@ def test_random_ranges(name: str, seed: int) -> None:
     # One shape: compiled once. Blocks of 16 slots make lists of many blocks, some overhanging.
     args = problem(seed, t=20, s=77)
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(attention, "_tile_sizes", lambda queries, slots: (8, 16))
-        out, lse = arena_attention(*map(jnp.asarray, args), implementation=name)
+        m.setattr(blockwise, "_tile_sizes", lambda queries, slots: (8, 16))
+        out, lse = arena_attention(*jax.tree.map(jnp.asarray, args), implementation=name)
     expected, expected_lse = float64_attention(*args)
     close(out, expected, 1e-5)
     assert np.allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
@@ -86,7 +89,7 @@ def test_random_ranges(name: str, seed: int) -> None:
 def test_bfloat16(name: str) -> None:
     args = problem(1, t=64, s=600)
     half = [jnp.asarray(x, jnp.bfloat16) for x in args[:3]]
-    out, _ = arena_attention(*half, *map(jnp.asarray, args[3:]), implementation=name)
+    out, _ = arena_attention(*half, *jax.tree.map(jnp.asarray, args[3:]), implementation=name)
     assert out.dtype == jnp.bfloat16
     expected, _ = float64_attention(*(np.asarray(x, np.float32) for x in half), *args[3:])
     close(out.astype(jnp.float32), expected, 1e-2)
@@ -94,34 +97,34 @@ def test_bfloat16(name: str) -> None:
 
 @pytest.mark.parametrize("name", XLA)
 def test_unseen_slots_may_be_poisoned(name: str) -> None:
-    q, k, v, rows, g_end, v_lo, v_hi = problem(2, t=40, s=300)
-    g_end, v_lo, v_hi = np.minimum(g_end, 20), np.maximum(v_lo, 100), np.minimum(v_hi, 200)
-    expected, _ = float64_attention(q, k, v, rows, g_end, v_lo, v_hi)
-    unseen = ~arena_mask(g_end, v_lo, v_hi, np.arange(300)).any((0, 1))
+    q, k, v, rows, (g_end, v_lo, v_hi) = problem(2, t=40, s=300)
+    ranges = Ranges(np.minimum(g_end, 20), np.maximum(v_lo, 100), np.minimum(v_hi, 200))
+    expected, _ = float64_attention(q, k, v, rows, ranges)
+    unseen = ~ranges.mask(np.arange(300)).any((0, 1))
     assert unseen.sum() > 100
     k[:, :, unseen], v[:, :, unseen] = np.nan, np.nan
-    out, _ = arena_attention(*map(jnp.asarray, (q, k, v, rows, g_end, v_lo, v_hi)), implementation=name)
+    out, _ = arena_attention(*jax.tree.map(jnp.asarray, (q, k, v, rows, ranges)), implementation=name)
     close(out, expected, 1e-5)
 
 
 @pytest.mark.parametrize("name", XLA)
 def test_nothing_seen_is_zero(name: str) -> None:
-    q, k, v, rows, g_end, v_lo, _v_hi = map(jnp.asarray, problem(3, t=5, s=40))
-    out, lse = arena_attention(q, k, v, rows, g_end * 0, v_lo, v_lo, implementation=name)
+    q, k, v, rows, (g_end, v_lo, _v_hi) = jax.tree.map(jnp.asarray, problem(3, t=5, s=40))
+    out, lse = arena_attention(q, k, v, rows, Ranges(g_end * 0, v_lo, v_lo), implementation=name)
     assert not np.asarray(out).any()
     assert (np.asarray(lse) == NEGATIVE).all()
 
 
 def test_merge_is_attention_over_the_union() -> None:
-    q, k, v, rows, g_end, v_lo, v_hi = problem(4, t=9, s=60)
+    q, k, v, rows, (g_end, v_lo, v_hi) = problem(4, t=9, s=60)
     g_end, v_lo, v_hi = g_end * 0 + 25, v_lo * 0 + 30, v_hi * 0 + 55
     nothing = np.zeros_like(g_end)
     args = [jnp.asarray(x) for x in (q, k, v, rows)]
     parts = [
-        arena_attention(*args, jnp.asarray(a), jnp.asarray(b), jnp.asarray(c))
-        for a, b, c in ((g_end, nothing, nothing), (nothing, v_lo, v_hi), (nothing, nothing, nothing))
+        arena_attention(*args, jax.tree.map(jnp.asarray, Ranges(*part)))
+        for part in ((g_end, nothing, nothing), (nothing, v_lo, v_hi), (nothing, nothing, nothing))
     ]
-    expected, expected_lse = float64_attention(q, k, v, rows, g_end, v_lo, v_hi)
+    expected, expected_lse = float64_attention(q, k, v, rows, Ranges(g_end, v_lo, v_hi))
     out, lse = merge(parts)
     close(out, expected, 1e-5)
     assert np.allclose(lse, expected_lse, rtol=1e-5)
@@ -129,23 +132,23 @@ def test_merge_is_attention_over_the_union() -> None:
 
 def test_unknown_implementation() -> None:
     with pytest.raises(UserError, match="choose auto, reference, blockwise, mosaic"):
-        arena_attention(*map(jnp.asarray, problem(0, t=2, s=4)), implementation="cudnn")
+        arena_attention(*jax.tree.map(jnp.asarray, problem(0, t=2, s=4)), implementation="cudnn")
 
 
 def test_auto_says_once_what_it_chose(caplog: pytest.LogCaptureFixture) -> None:
     attention._log_choice.cache_clear()
     with caplog.at_level("INFO", "xl2jax"):
         for _ in range(2):
-            arena_attention(*map(jnp.asarray, problem(0, t=2, s=4)))
+            arena_attention(*jax.tree.map(jnp.asarray, problem(0, t=2, s=4)))
     assert caplog.text.count("arena attention: blockwise (auto on cpu)") == 1
 
 
 def test_blocks_visited_are_the_live_ones() -> None:
     """A chunk of visual tokens late in a long video reads globals and its window, not what is between."""
     layout = VideoLayout(5, (3,) * 40, 16)
-    r = natural_ranges(layout, 0, 256, PrefillConfig(2, 1))
-    last = r["slot"] >= 256 + 38 * 16
-    a, b, c = (int(x) for x in attention.live_blocks(*(jnp.asarray(r[k][last]) for k in ("g_end", "v_lo", "v_hi")), 16))
+    tokens = natural_ranges(layout, 0, 256, PrefillConfig(2, 1))
+    last = tokens.ranges.select(tokens.slot >= 256 + 38 * 16)
+    a, b, c = (int(x) for x in blockwise.live_blocks(jax.tree.map(jnp.asarray, last), 16))
     assert a == -(-layout.global_tokens // 16)
     assert (b, c) == ((256 + 36 * 16) // 16, (256 + 40 * 16) // 16)
 
@@ -156,8 +159,8 @@ def test_no_array_of_queries_times_slots() -> None:
     def temporaries(slots: int) -> int:
         shape = jax.ShapeDtypeStruct
         q, kv = shape((1, 64, 4, 16), jnp.float32), shape((2, 2, slots, 16), jnp.float32)
-        ints = [shape((1,), jnp.int32)] + [shape((1, 64), jnp.int32)] * 3
-        compiled = jax.jit(attention.attend_blockwise).lower(q, kv, kv, *ints).compile()
+        rows, ranges = shape((1,), jnp.int32), Ranges(*[shape((1, 64), jnp.int32)] * 3)
+        compiled = jax.jit(attend_blockwise).lower(q, kv, kv, rows, ranges).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporaries(80_000) == temporaries(8_000)
@@ -166,8 +169,8 @@ def test_no_array_of_queries_times_slots() -> None:
 @pytest.mark.parametrize("shape", [{"t": 20, "s": 77}, {"t": 9, "s": 40, "batch": 3, "rows": 2}])
 def test_gradients_are_those_of_the_reference(shape: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against autodiff of the oracle, through out and lse; batch rows that share an arena row add up."""
-    monkeypatch.setattr(attention, "_tile_sizes", lambda queries, slots: (8, 16))
-    q, k, v, *rest = map(jnp.asarray, problem(5, **shape))
+    monkeypatch.setattr(blockwise, "_tile_sizes", lambda queries, slots: (8, 16))
+    q, k, v, *rest = jax.tree.map(jnp.asarray, problem(5, **shape))
     weights = jax.random.normal(jax.random.key(0), q.shape)
 
     def loss(attend, q, k, v):
@@ -175,7 +178,7 @@ def test_gradients_are_those_of_the_reference(shape: dict, monkeypatch: pytest.M
         seen = lse > NEGATIVE / 2
         return jnp.sum(out * weights) + jnp.sum(jnp.where(seen, jnp.sin(lse), 0.0))
 
-    expected = jax.grad(lambda *a: loss(attention.attend_reference, *a), (0, 1, 2))(q, k, v)
+    expected = jax.grad(lambda *a: loss(attend_reference, *a), (0, 1, 2))(q, k, v)
     actual = jax.jit(jax.grad(lambda *a: loss(arena_attention, *a), (0, 1, 2)))(q, k, v)
     for a, e in zip(actual, expected, strict=True):
         close(a, e, 1e-5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 from hypothesis import given, settings
@@ -9,7 +11,6 @@ from hypothesis import strategies as st
 
 from xl2jax.inference.layout import PrefillConfig, VideoLayout, bucket, dense_mask, natural_ranges, token_ranges
 from xl2jax.inference.prefill import make_plan, segments, steps
-from xl2jax.ops.attention import arena_mask
 
 layouts = st.builds(
     VideoLayout,
@@ -28,13 +29,13 @@ configs = st.builds(
 @given(layouts, configs, st.integers(0, 4), st.integers(0, 3))
 def test_ranges_are_upstreams_mask(layout: VideoLayout, config: PrefillConfig, suffix: int, gap: int) -> None:
     start = layout.global_tokens + suffix + gap
-    r = natural_ranges(layout, suffix, start, config)
+    tokens = natural_ranges(layout, suffix, start, config)
     n = layout.tokens + suffix
-    assert r["position"].tolist() == list(range(n))
-    assert len(set(r["slot"].tolist())) == n
-    seen = arena_mask(r["g_end"], r["v_lo"], r["v_hi"], np.arange(start + layout.groups * layout.visual_tokens))
+    assert tokens.position.tolist() == list(range(n))
+    assert len(set(tokens.slot.tolist())) == n
+    seen = tokens.ranges.mask(np.arange(start + layout.groups * layout.visual_tokens))
     mask = dense_mask(layout, suffix, config)
-    assert np.array_equal(seen[:, r["slot"]], mask)
+    assert np.array_equal(seen[:, tokens.slot], mask)
     assert seen.sum() == mask.sum()  # and no slot that holds no token
 
 
@@ -51,7 +52,7 @@ def test_jnp_gives_the_same(layout: VideoLayout, config: PrefillConfig) -> None:
             layout.prefix, jnp.asarray(times), layout.visual_tokens, 99,
             config, jnp.asarray(group), jnp.asarray(offset), jnp.asarray(args[3]), xp=jnp,
         )  # fmt: skip
-        assert all(np.array_equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+        chex.assert_trees_all_equal(a, jax.device_get(b), strict=True)
 
 
 @settings(deadline=None)
@@ -76,9 +77,9 @@ def test_steps_hold_every_token_once(
             global_length, visual_length = global_length + times, visual_length + real
             used = [*range(real), *range(visuals, visuals + times)]
             positions += segment.position[i, used].tolist()
-            for key in ("g_end", "v_lo", "v_hi"):
-                column = getattr(segment, key)[i]
-                assert np.array_equal(column[used], expected[key][segment.position[i, used]])
+            for column, wanted in zip(segment.ranges, expected.ranges, strict=True):
+                column = column[i]
+                assert np.array_equal(column[used], wanted[segment.position[i, used]])
                 assert not np.delete(column, used).any()  # padding sees nothing
     assert sorted(positions) == list(range(layout.prefix, layout.tokens))
     assert (global_length, visual_length) == (layout.global_tokens, layout.groups * layout.visual_tokens)

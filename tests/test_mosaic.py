@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -15,29 +16,30 @@ from hypothesis import strategies as st
 from xl2jax.config import PRESETS
 from xl2jax.errors import UserError
 from xl2jax.inference.layout import PrefillConfig, VideoLayout, natural_ranges
-from xl2jax.ops.attention import NEGATIVE, arena_attention, arena_mask, attend_reference
+from xl2jax.ops.attention import arena_attention
 from xl2jax.ops.mosaic import TILE, KernelConfig, attend_mosaic, choose_config, live_block_count, tile_blocks
+from xl2jax.ops.ranges import NEGATIVE, Ranges
+from xl2jax.ops.reference import attend_reference
 
 
-def interpreted(args: list[jax.Array], config: KernelConfig) -> tuple[np.ndarray, np.ndarray]:
+def interpreted(args: list[Any], config: KernelConfig) -> tuple[np.ndarray, np.ndarray]:
     params = plgpu.InterpretGPUParams(detect_races=True)
     out, lse = attend_mosaic(*args, config=config, interpret=params)
     return np.asarray(out, np.float32), np.asarray(lse)
 
 
-def problem(
-    ranges: list[np.ndarray], *, slots: int, heads: int, kv_heads: int, h: int = 64, rows: int = 2
-) -> list[jax.Array]:
+def problem(ranges: Ranges, *, slots: int, heads: int, kv_heads: int, h: int = 64, rows: int = 2) -> list[Any]:
     """bfloat16 arrays for ranges [B, T] each; every batch row reads another row of the arena."""
     rng = np.random.default_rng(0)
-    batch, tokens = ranges[0].shape
+    batch, tokens = ranges.g_end.shape
     q = rng.standard_normal((batch, tokens, heads, h))
     k, v = rng.standard_normal((2, rows, kv_heads, slots, h))
     row = (np.arange(batch) + 1) % rows
-    return [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)] + [jnp.asarray(x, jnp.int32) for x in (row, *ranges)]
+    arrays = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)]
+    return [*arrays, jnp.asarray(row, jnp.int32), Ranges(*(jnp.asarray(x, jnp.int32) for x in ranges))]
 
 
-def assert_reference(args: list[jax.Array], config: KernelConfig) -> None:
+def assert_reference(args: list[Any], config: KernelConfig) -> None:
     out, lse = interpreted(args, config)
     expected, expected_lse = (np.asarray(x, np.float32) for x in attend_reference(*args))
     assert np.isfinite(out).all()
@@ -47,14 +49,14 @@ def assert_reference(args: list[jax.Array], config: KernelConfig) -> None:
     assert not out[unseen].any()
 
 
-def some_ranges(tokens: int, slots: int, seed: int) -> list[np.ndarray]:
+def some_ranges(tokens: int, slots: int, seed: int) -> Ranges:
     """Runs of globals and visuals that end inside blocks, and a few queries that see nothing."""
     rng = np.random.default_rng(seed)
     g_end = rng.integers(slots // 8, slots // 3, (1, tokens))
     v_lo = rng.integers(slots // 3, slots // 2, (1, tokens))
     v_hi = v_lo + rng.integers(0, slots // 2, (1, tokens))
     dead = rng.random((1, tokens)) < 0.1
-    return [np.where(dead, 0, g_end), v_lo, np.where(dead, 0, v_hi)]
+    return Ranges(np.where(dead, 0, g_end), v_lo, np.where(dead, 0, v_hi))
 
 
 @pytest.mark.parametrize(
@@ -80,8 +82,10 @@ def test_padding_queries_poisoned_with_nan() -> None:
         rng.integers(200, 250, (1, 40)),
         rng.integers(400, 500, (1, 40)),
     )
-    ranges = [np.where(dead, 0, g_end), v_lo, np.where(dead, 0, v_hi)]
-    blocks = np.asarray(tile_blocks(*(jnp.asarray(np.resize(x, (1, TILE)), jnp.int32) for x in ranges), 64))[0, 0]
+    ranges = Ranges(np.where(dead, 0, g_end), v_lo, np.where(dead, 0, v_hi))
+    blocks = np.asarray(tile_blocks(Ranges(*(jnp.asarray(np.resize(x, (1, TILE)), jnp.int32) for x in ranges)), 64))[
+        0, 0
+    ]
     assert blocks[0] > 0
     assert blocks[4] > blocks[3]
     args = problem(ranges, slots=512, heads=4, kv_heads=2)
@@ -99,7 +103,7 @@ def test_short_lists_and_batches() -> None:
     """Tiles with no block, one block, fewer blocks than splits and stages; two batch rows."""
     g_end = np.array([[0] * 8, [1] * 8])
     v_lo, v_hi = np.array([[0] * 8, [64] * 8]), np.array([[0] * 8, [0] * 8])
-    args = problem([g_end, v_lo, v_hi], slots=256, heads=1, kv_heads=1)
+    args = problem(Ranges(g_end, v_lo, v_hi), slots=256, heads=1, kv_heads=1)
     for config in (KernelConfig(64, 2), KernelConfig(64, 2, splits=3)):
         assert_reference(args, config)
 
@@ -107,11 +111,10 @@ def test_short_lists_and_batches() -> None:
 def test_a_chunk_of_a_video() -> None:
     """Visual tokens of a video's last chunk, as prefill has them. What lies between is never loaded."""
     layout = VideoLayout(5, (3,) * 20, 16)
-    r = natural_ranges(layout, 0, 128, PrefillConfig(2, 1))
-    mine = r["slot"] >= 128 + 18 * 16
-    columns = [r[n][mine][None] for n in ("g_end", "v_lo", "v_hi")]
-    args = problem(columns, slots=448, heads=2, kv_heads=1)
-    seen = arena_mask(*(x[0] for x in columns), np.arange(448)).any(0).reshape(-1, 64).any(1)
+    tokens = natural_ranges(layout, 0, 128, PrefillConfig(2, 1))
+    mine = tokens.ranges.select(tokens.slot >= 128 + 18 * 16)
+    args = problem(mine.batched(), slots=448, heads=2, kv_heads=1)
+    seen = mine.mask(np.arange(448)).any(0).reshape(-1, 64).any(1)
     assert seen.tolist() == [True, True, False, False, False, False, True]
     poison = jnp.asarray(np.where(np.repeat(seen, 64), 0.0, np.nan), jnp.bfloat16)[:, None]
     args[1], args[2] = args[1] + poison, args[2] + poison
@@ -131,8 +134,8 @@ def test_tile_blocks(seed: int, block: int) -> None:
     g_end, v_hi = np.where(dead, 0, g_end), np.where(dead, 0, v_hi)
     if rng.random() < 0.5:  # narrow tiles, so that unmasked blocks exist
         g_end = np.where(dead, 0, slots // 2 - rng.integers(0, 20, 2 * TILE))
-    blocks = np.asarray(tile_blocks(*(jnp.asarray(x, jnp.int32) for x in (g_end, v_lo, v_hi)), block))
-    seen = arena_mask(g_end, v_lo, v_hi, np.arange(slots)).reshape(2, TILE, slots // block, block)
+    blocks = np.asarray(tile_blocks(Ranges(*(jnp.asarray(x, jnp.int32) for x in (g_end, v_lo, v_hi))), block))
+    seen = Ranges(g_end, v_lo, v_hi).mask(np.arange(slots)).reshape(2, TILE, slots // block, block)
     for tile, (a_full, a, b, b_full, c_full, c) in enumerate(blocks):
         assert 0 <= a_full <= a <= b <= b_full <= c_full <= c <= slots // block
         asked = {*range(a), *range(b, c)}
@@ -162,8 +165,8 @@ def test_lowers_for_cuda_at_the_released_shapes(tokens: int, slots: int, h: int,
     shape = jax.ShapeDtypeStruct
     q = shape((batch, tokens, LLM.heads, h), jnp.bfloat16)
     kv = shape((LLM.layers, LLM.kv_heads, slots, h), jnp.bfloat16)
-    ints = [shape((batch,), jnp.int32)] + [shape((batch, tokens), jnp.int32)] * 3
-    lowered = jax.jit(attend_mosaic).trace(q, kv, kv, *ints).lower(lowering_platforms=("cuda",))
+    rows, ranges = shape((batch,), jnp.int32), Ranges(*[shape((batch, tokens), jnp.int32)] * 3)
+    lowered = jax.jit(attend_mosaic).trace(q, kv, kv, rows, ranges).lower(lowering_platforms=("cuda",))
     assert "mosaic_gpu" in lowered.as_text()
 
 
@@ -179,4 +182,4 @@ def test_what_is_not_served_is_an_error_by_name(h: int, dtype: jax.typing.DTypeL
     q, kv = jnp.zeros((1, 2, 2, h), dtype), jnp.zeros((1, 1, slots, h), dtype)
     ints = jnp.zeros((1, 2), jnp.int32)
     with pytest.raises(UserError, match=message):
-        arena_attention(q, kv, kv, jnp.zeros(1, jnp.int32), ints, ints, ints, implementation="mosaic")
+        arena_attention(q, kv, kv, jnp.zeros(1, jnp.int32), Ranges(ints, ints, ints), implementation="mosaic")

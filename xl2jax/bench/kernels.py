@@ -16,10 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from xl2jax.config import PRESETS
-from xl2jax.inference.layout import PrefillConfig, VideoLayout, natural_ranges
+from xl2jax.inference.layout import PrefillConfig, Tokens, VideoLayout, natural_ranges
 from xl2jax.ops import mosaic
-from xl2jax.ops.attention import attend_blockwise, attend_reference
+from xl2jax.ops.blockwise import attend_blockwise
 from xl2jax.ops.dense import dense_attention
+from xl2jax.ops.ranges import Ranges
+from xl2jax.ops.reference import attend_reference
 
 _PREFIX, _TIMES, _SUFFIX, _CHUNK = 14, 9, 64, 4
 _LLM = PRESETS["video-xl-2"].llm
@@ -38,7 +40,7 @@ class KernelArgs:
     json: bool = False
 
 
-def video_queries(groups: int, window: int | None, multiple: int = 128) -> tuple[dict[str, np.ndarray], int]:
+def video_queries(groups: int, window: int | None, multiple: int = 128) -> tuple[Tokens, int]:
     """Ranges of every token of a video, visual tokens first; and the slots of its arena."""
     layout = VideoLayout(_PREFIX, (_TIMES,) * groups, PRESETS["video-xl-2"].visual_tokens)
 
@@ -46,9 +48,9 @@ def video_queries(groups: int, window: int | None, multiple: int = 128) -> tuple
         return -(-n // multiple) * multiple
 
     start = align(layout.global_tokens + _SUFFIX)
-    ranges = natural_ranges(layout, _SUFFIX, start, PrefillConfig(_CHUNK, window))
-    order = np.argsort(ranges["slot"] < start, kind="stable")
-    return {k: x[order] for k, x in ranges.items()}, align(start + groups * layout.visual_tokens)
+    tokens = natural_ranges(layout, _SUFFIX, start, PrefillConfig(_CHUNK, window))
+    order = np.argsort(tokens.slot < start, kind="stable")
+    return jax.tree.map(lambda x: x[order], tokens), align(start + groups * layout.visual_tokens)
 
 
 def seconds(run: Callable[..., jax.Array], first: jax.Array, *rest: jax.Array, repeats: int = 5) -> float:
@@ -96,16 +98,16 @@ def check() -> list[dict[str, Any]]:
         ("split", 8, 3, mosaic.KernelConfig(splits=5)),
         ("decode", 8, 3, mosaic.KernelConfig(splits=9)),
     ):
-        ranges, slots = video_queries(groups, window)
-        q, k, v = arrays(len(ranges["slot"]), slots, groups)
-        columns = [jnp.asarray(ranges[n], jnp.int32)[None] for n in ("g_end", "v_lo", "v_hi")]
+        tokens, slots = video_queries(groups, window)
+        q, k, v = arrays(len(tokens.slot), slots, groups)
+        ranges = jax.tree.map(jnp.asarray, tokens.ranges.batched())
         if name == "decode":
-            q, columns = q[:, -1:], [x[:, -1:] for x in columns]
+            q, ranges = q[:, -1:], ranges.select(slice(-1, None))
         row = jnp.zeros(1, jnp.int32)
         with jax.default_matmul_precision("highest"):
             wide = [x.astype(jnp.float32) for x in (q, k, v)]
-            expected, expected_lse = jax.jit(attend_reference)(*wide, row, *columns)
-        out, lse = jax.jit(lambda *a, c=config: mosaic.attend_mosaic(*a, config=c))(q, k, v, row, *columns)
+            expected, expected_lse = jax.jit(attend_reference)(*wide, row, ranges)
+        out, lse = jax.jit(lambda *a, c=config: mosaic.attend_mosaic(*a, config=c))(q, k, v, row, ranges)
         error = jnp.linalg.norm(out.astype(jnp.float32) - expected) / jnp.linalg.norm(expected)
         rows.append(
             {"check": name, "relative_l2": float(error), "lse_max_abs": float(jnp.abs(lse - expected_lse).max())}
@@ -115,29 +117,27 @@ def check() -> list[dict[str, Any]]:
 
 def prefill_row(groups: int, window: int, config: mosaic.KernelConfig | None, ceiling: float) -> dict[str, Any]:
     """All tokens of a video in one call."""
-    ranges, slots = video_queries(groups, window)
-    tokens = len(ranges["slot"])
-    q, k, v = arrays(tokens, slots, groups)
-    columns = [jnp.asarray(ranges[n], jnp.int32)[None] for n in ("g_end", "v_lo", "v_hi")]
+    tokens, slots = video_queries(groups, window)
+    count = len(tokens.slot)
+    q, k, v = arrays(count, slots, groups)
+    ranges = jax.tree.map(jnp.asarray, tokens.ranges.batched())
     row = jnp.zeros(1, jnp.int32)
     fold = _LLM.heads // _LLM.kv_heads
-    tiles = _LLM.kv_heads * -(-tokens * fold // mosaic.TILE)
+    tiles = _LLM.kv_heads * -(-count * fold // mosaic.TILE)
     config = config or mosaic.choose_config(tiles, slots)
-    g_end, v_lo, v_hi = [
-        jnp.pad(jnp.repeat(x, fold, axis=1), ((0, 0), (0, -tokens * fold % mosaic.TILE))) for x in columns
-    ]
-    live = int(mosaic.live_block_count(mosaic.tile_blocks(g_end, v_lo, v_hi, config.block)).sum())
-    taken = seconds(lambda q, *a: mosaic.attend_mosaic(q, *a, config=config)[0], q, k, v, row, *columns)
+    folded = Ranges(*(jnp.pad(jnp.repeat(x, fold, axis=1), ((0, 0), (0, -count * fold % mosaic.TILE))) for x in ranges))
+    live = int(mosaic.live_block_count(mosaic.tile_blocks(folded, config.block)).sum())
+    taken = seconds(lambda q, *a: mosaic.attend_mosaic(q, *a, config=config)[0], q, k, v, row, ranges)
     rate = 4.0 * live * mosaic.TILE * config.block * _LLM.head_width * _LLM.kv_heads / taken / 1e12
     return {
-        "op": "prefill", "groups": groups, "tokens": tokens, "window": window, "block": config.block,
+        "op": "prefill", "groups": groups, "tokens": count, "window": window, "block": config.block,
         "stages": config.stages, "splits": config.splits, "ms": 1e3 * taken, "tflops": rate, "of_ceiling": rate / ceiling,
     }  # fmt: skip
 
 
 def dense_row(groups: int, ceiling: float) -> dict[str, Any]:
     """cuDNN's dense causal attention over as many tokens."""
-    tokens = len(video_queries(groups, 3)[0]["slot"])
+    tokens = len(video_queries(groups, 3)[0].slot)
     padded = -(-tokens // 128) * 128
     q, k, v = arrays(padded, padded, 0)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
@@ -151,15 +151,15 @@ def dense_row(groups: int, ceiling: float) -> dict[str, Any]:
 
 def decode_row(groups: int, copy_gb_s: float, splits: int | None = None) -> dict[str, Any]:
     """One token over the whole dense cache of a video: the kernel, and the XLA path beside it."""
-    ranges, slots = video_queries(groups, 3)
+    tokens, slots = video_queries(groups, 3)
     q, k, v = arrays(1, slots, groups)
-    columns = [jnp.asarray(ranges[n][-1:], jnp.int32)[None] for n in ("g_end", "v_lo", "v_hi")]
+    ranges = jax.tree.map(jnp.asarray, tokens.ranges.select(slice(-1, None)).batched())
     row = jnp.zeros(1, jnp.int32)
     config = mosaic.choose_config(_LLM.kv_heads, slots)
     if splits is not None:
         config = dataclasses.replace(config, splits=splits)
-    taken = seconds(lambda q, *a: mosaic.attend_mosaic(q, *a, config=config)[0], q, k, v, row, *columns)
-    plain = seconds(lambda q, *a: attend_blockwise(q, *a)[0], q, k, v, row, *columns)
+    taken = seconds(lambda q, *a: mosaic.attend_mosaic(q, *a, config=config)[0], q, k, v, row, ranges)
+    plain = seconds(lambda q, *a: attend_blockwise(q, *a)[0], q, k, v, row, ranges)
     rate = (k.nbytes + v.nbytes) / taken / 1e9
     return {
         "op": "decode", "groups": groups, "tokens": slots, "block": config.block, "stages": config.stages,

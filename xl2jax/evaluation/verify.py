@@ -54,7 +54,6 @@ from xl2jax.models.dts import NORM_GROUPS, resample
 from xl2jax.models.layers import rope_tables, rotate
 from xl2jax.models.projector import average_pool
 from xl2jax.models.video_xl2 import VideoXL2, abstract_model, pad_to_groups
-from xl2jax.ops.attention import arena_mask
 from xl2jax.system.terminal import run_command
 from xl2jax.training.loss import IGNORE, TokenBatch, token_loss
 
@@ -276,9 +275,9 @@ def chunked_outputs(case: Case, wanted: set[str]) -> dict[str, np.ndarray]:
 def _visible(case: Case, config: PrefillConfig) -> np.ndarray:
     """The N x N mask that the ranges given to the attention op amount to."""
     start = case.layout.global_tokens + len(case.suffix)
-    r = natural_ranges(case.layout, len(case.suffix), start, config)
+    tokens = natural_ranges(case.layout, len(case.suffix), start, config)
     slots = np.arange(start + case.layout.groups * case.layout.visual_tokens)
-    return np.asarray(arena_mask(r["g_end"], r["v_lo"], r["v_hi"], slots))[:, r["slot"]].astype(np.uint8)
+    return np.asarray(tokens.ranges.mask(slots))[:, tokens.slot].astype(np.uint8)
 
 
 def bilevel_outputs(case: Case, wanted: set[str]) -> dict[str, np.ndarray]:

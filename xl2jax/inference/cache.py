@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from xl2jax.config import LLMConfig
-from xl2jax.ops.attention import arena_attention, merge
+from xl2jax.ops.attention import arena_attention
+from xl2jax.ops.ranges import Ranges, first_slots, merge
 
 
 class QuantizedKV(NamedTuple):
@@ -132,12 +133,9 @@ def attend_all(q: jax.Array, cache: KVCache, layer: jax.Array, implementation: s
     def per_query(x: jax.Array) -> jax.Array:
         return jnp.broadcast_to(x, (1, q.shape[0]))
 
-    out, lse = arena_attention(
-        q[None], *rows((cache.k, cache.v), layer),
-        per_query(cache.global_length), per_query(cache.visual_start),
-        per_query(cache.visual_start + cache.visual_length),
-        implementation=implementation,
-    )  # fmt: skip
+    visual_end = cache.visual_start + cache.visual_length
+    ranges = Ranges(per_query(cache.global_length), per_query(cache.visual_start), per_query(visual_end))
+    out, lse = arena_attention(q[None], *rows((cache.k, cache.v), layer), ranges, implementation=implementation)
     return out[0], lse[0]
 
 
@@ -152,9 +150,7 @@ def attend_text(
     """
     text = write(text, layer, k, v, text_length)
     ends = text_length + jnp.arange(1, q.shape[0] + 1, dtype=jnp.int32)
-    nothing = jnp.zeros_like(ends)
-    own, own_lse = arena_attention(
-        q[None], *rows(text, layer), ends[None], nothing[None], nothing[None], implementation=implementation
-    )
+    ranges = first_slots(ends).batched()
+    own, own_lse = arena_attention(q[None], *rows(text, layer), ranges, implementation=implementation)
     out, lse = merge([attend_all(q, context, layer, implementation), (own[0], own_lse[0])])
     return text, out, lse

@@ -43,10 +43,10 @@ def attention(config: LLMConfig, pairs: float) -> float:
 
 def visible_pairs(layout: VideoLayout, config: PrefillConfig, suffix: int = 0) -> float:
     """(query, key) pairs that the mask rule lets through."""
-    r = {
-        k: x.astype(np.int64) for k, x in natural_ranges(layout, suffix, layout.global_tokens + suffix, config).items()
-    }
-    return float((r["g_end"] + np.maximum(r["v_hi"] - r["v_lo"], 0)).sum())
+    g_end, v_lo, v_hi = (
+        x.astype(np.int64) for x in natural_ranges(layout, suffix, layout.global_tokens + suffix, config).ranges
+    )
+    return float((g_end + np.maximum(v_hi - v_lo, 0)).sum())
 
 
 def prefill(config: VideoXL2Config, layout: VideoLayout, prefill: PrefillConfig) -> float:

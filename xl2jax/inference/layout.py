@@ -25,9 +25,11 @@ With 2 groups of 1 time token (t) and 2 visual tokens (v), chunks of 1 group, wi
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from xl2jax.ops.ranges import Ranges
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +40,21 @@ class PrefillConfig:
     window_chunks: int | None = 3
 
 
+class Tokens(NamedTuple):
+    """Where tokens stand, int32 [T]."""
+
+    position: Any
+    """In natural order."""
+    slot: Any
+    """In the arena."""
+    ranges: Ranges
+
+
 def token_ranges(
     prefix: Any, time_lengths: Any, visual_tokens: int, visual_start: Any, config: PrefillConfig,
     group: Any, offset: Any, is_time: Any, xp: Any = np,
-) -> dict[str, Any]:  # fmt: skip
-    """Position, slot, g_end, v_lo, v_hi (int32) of tokens named by (group, offset in group, is_time).
+) -> Tokens:  # fmt: skip
+    """Positions, slots and ranges of tokens named by (group, offset in group, is_time).
 
     `time_lengths` [G] are the time tokens of each group; `offset` counts from the group's first time
     token or first visual token. numpy, or jax.numpy inside a jitted function (`xp=jnp`).
@@ -58,14 +70,14 @@ def token_ranges(
     else:
         chunk = group // config.chunk_groups
         first_group = xp.maximum(chunk - config.window_chunks, 0) * config.chunk_groups
-    out = {
-        "position": prefix + before + group * v + xp.where(is_time, offset, own_times + offset),
-        "slot": xp.where(is_time, global_slot, visual_slot),
-        "g_end": xp.where(is_time, global_slot + 1, prefix + before + own_times),
-        "v_lo": xp.where(is_time, visual_start, visual_start + first_group * v),
-        "v_hi": xp.where(is_time, visual_start + group * v, visual_slot + 1),
-    }
-    return {k: x.astype(xp.int32) for k, x in out.items()}
+    position = prefix + before + group * v + xp.where(is_time, offset, own_times + offset)
+    ranges = Ranges(
+        g_end=xp.where(is_time, global_slot + 1, prefix + before + own_times),
+        v_lo=xp.where(is_time, visual_start, visual_start + first_group * v),
+        v_hi=xp.where(is_time, visual_start + group * v, visual_slot + 1),
+    )
+    slot = xp.where(is_time, global_slot, visual_slot)
+    return Tokens(position.astype(xp.int32), slot.astype(xp.int32), Ranges(*(x.astype(xp.int32) for x in ranges)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +102,8 @@ class VideoLayout:
         return self.global_tokens + self.groups * self.visual_tokens
 
 
-def natural_ranges(layout: VideoLayout, suffix: int, visual_start: int, config: PrefillConfig) -> dict[str, np.ndarray]:
-    """The columns of `token_ranges` for all tokens in natural order, prefix and suffix included.
+def natural_ranges(layout: VideoLayout, suffix: int, visual_start: int, config: PrefillConfig) -> Tokens:
+    """What `token_ranges` gives for all tokens in natural order, prefix and suffix included.
 
     The suffix is placed behind the other globals, as if it were kept in the same arena. For tests and
     for reading: nothing here is N x N.
@@ -109,16 +121,20 @@ def natural_ranges(layout: VideoLayout, suffix: int, visual_start: int, config: 
     head, tail = np.arange(layout.prefix), np.arange(suffix)
     behind = layout.global_tokens + tail
     end = visual_start + layout.groups * v
-    columns = {
-        "position": (head, layout.tokens + tail),
-        "slot": (head, behind),
-        "g_end": (head + 1, behind + 1),
-        "v_lo": (head * 0, tail * 0 + visual_start),
-        "v_hi": (head * 0, tail * 0 + end),
-    }
-    return {
-        key: np.concatenate([before, video[key], after]).astype(np.int32) for key, (before, after) in columns.items()
-    }
+
+    def around(before: np.ndarray, middle: np.ndarray, after: np.ndarray) -> np.ndarray:
+        return np.concatenate([before, middle, after]).astype(np.int32)
+
+    g_end, v_lo, v_hi = video.ranges
+    return Tokens(
+        position=around(head, video.position, layout.tokens + tail),
+        slot=around(head, video.slot, behind),
+        ranges=Ranges(
+            g_end=around(head + 1, g_end, behind + 1),
+            v_lo=around(head * 0, v_lo, tail * 0 + visual_start),
+            v_hi=around(head * 0, v_hi, tail * 0 + end),
+        ),
+    )
 
 
 def dense_mask(layout: VideoLayout, suffix: int, config: PrefillConfig) -> np.ndarray:

@@ -10,6 +10,7 @@ nothing.
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from xl2jax.inference.cache import KV, KVCache, rows, write
 from xl2jax.inference.layout import PrefillConfig, VideoLayout, bucket, token_ranges
 from xl2jax.models.qwen2 import Qwen2
 from xl2jax.ops.attention import arena_attention
+from xl2jax.ops.ranges import Ranges, first_slots
 
 _PREFIX_UNIT, _TIME_UNIT, _SLOT_UNIT = 32, 4, 128
 
@@ -33,9 +35,7 @@ class Step(NamedTuple):
 
     time_ids: jax.Array
     position: jax.Array
-    g_end: jax.Array
-    v_lo: jax.Array
-    v_hi: jax.Array
+    ranges: Ranges
     global_slot: jax.Array
     visual_slot: jax.Array
     times: jax.Array
@@ -111,23 +111,21 @@ def steps(layout: VideoLayout, plan: PrefillPlan, time_ids: list[list[int]]) -> 
     time_group = np.zeros((count, g_step * cap), np.int64)
     time_offset, time_valid, ids = (np.zeros_like(time_group) for _ in range(3))
     for i in range(count):
-        tokens = [(g, o) for g in groups[i] for o in range(lengths[g])]
-        for n, (g, o) in enumerate(tokens):
+        real = [(g, o) for g in groups[i] for o in range(lengths[g])]
+        for n, (g, o) in enumerate(real):
             time_group[i, n], time_offset[i, n], time_valid[i, n], ids[i, n] = g, o, 1, time_ids[g][o]
     group = np.concatenate([visual_group, time_group], axis=1)
     offset = np.concatenate([visual_offset, time_offset], axis=1)
     is_time = np.arange(group.shape[1]) >= g_step * v
     is_time = np.broadcast_to(is_time, group.shape)
     seen = np.concatenate([valid[visual_group], time_valid.astype(bool)], axis=1)
-    ranges = token_ranges(layout.prefix, lengths, v, plan.visual_start, plan.config, group, offset, is_time)
-    ranges = {k: np.where(seen, x, 0).astype(np.int32) for k, x in ranges.items()}
+    tokens = token_ranges(layout.prefix, lengths, v, plan.visual_start, plan.config, group, offset, is_time)
+    tokens = jax.tree.map(lambda x: np.where(seen, x, 0).astype(np.int32), tokens)
     before = layout.prefix + np.cumsum(lengths) - lengths
     columns: dict[str, Any] = {
         "time_ids": ids.astype(np.int32),
-        "position": ranges["position"],
-        "g_end": ranges["g_end"],
-        "v_lo": ranges["v_lo"],
-        "v_hi": ranges["v_hi"],
+        "position": tokens.position,
+        "ranges": tokens.ranges,
         "global_slot": before[groups[:, 0]].astype(np.int32),
         "visual_slot": (plan.visual_start + groups[:, 0] * v).astype(np.int32),
         "times": lengths.reshape(count, g_step).sum(1).astype(np.int32),
@@ -139,7 +137,8 @@ def steps(layout: VideoLayout, plan: PrefillPlan, time_ids: list[list[int]]) -> 
 def segments(all_steps: Step, plan: PrefillPlan) -> Iterator[Step]:
     """The steps of each segment in turn."""
     for first in range(0, len(all_steps.times), plan.segment_steps):
-        yield Step(*(x[first : first + plan.segment_steps] for x in all_steps))
+        part = slice(first, first + plan.segment_steps)
+        yield jax.tree.map(operator.itemgetter(part), all_steps)
 
 
 def prefill_prefix(
@@ -147,14 +146,11 @@ def prefill_prefix(
 ) -> tuple[KVCache, jax.Array]:
     """The prefix, ids [prefix_cap] of which `length` count: (cache, hidden states [prefix_cap, D])."""
     at = jnp.arange(ids.shape[0], dtype=jnp.int32)
-    nothing = jnp.zeros_like(at)
-    ends = jnp.where(at < length, at + 1, 0)
+    ranges = first_slots(jnp.where(at < length, at + 1, 0)).batched()
 
     def attend(kv: KV, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[KV, jax.Array]:
         kv = write(kv, layer, k, v, jnp.int32(0))
-        out, _ = arena_attention(
-            q[None], *rows(kv, layer), ends[None], nothing[None], nothing[None], implementation=implementation
-        )
+        out, _ = arena_attention(q[None], *rows(kv, layer), ranges, implementation=implementation)
         return kv, out[0]
 
     hidden, kv = llm.forward(llm.embed_tokens(ids), at, attend, (cache.k, cache.v))
@@ -193,10 +189,8 @@ def prefill_segment(
 
             def part(a: int | None, b: int | None) -> jax.Array:
                 # Visual and time tokens see very different sets: separate calls keep tiles tight.
-                out, _ = arena_attention(
-                    q[None, a:b], *source, s.g_end[None, a:b], s.v_lo[None, a:b], s.v_hi[None, a:b],
-                    implementation=implementation,
-                )  # fmt: skip
+                ranges = s.ranges.select(slice(a, b)).batched()
+                out, _ = arena_attention(q[None, a:b], *source, ranges, implementation=implementation)
                 return out[0]
 
             return kv, jnp.concatenate([part(None, visuals), part(visuals, None)])

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from xl2jax.errors import UserError
-from xl2jax.ops.attention import NEGATIVE
+from xl2jax.ops.ranges import NEGATIVE, Ranges
 
 ROWS = 64
 """Rows of a compute warpgroup (the height of a wgmma)."""
@@ -53,12 +53,12 @@ def choose_config(tiles: int, slots: int, multiprocessors: int = 132) -> KernelC
     return KernelConfig(block=block, stages=2 if block == 128 else 4, splits=splits)
 
 
-def tile_blocks(g_end: jax.Array, v_lo: jax.Array, v_hi: jax.Array, block: int, tile: int = TILE) -> jax.Array:
+def tile_blocks(ranges: Ranges, block: int, tile: int = TILE) -> jax.Array:
     """Ranges of rows [..., R] -> int32 [..., R / tile, 6]: a_full, a, b, b_full, c_full, c (in blocks).
 
     Rows that see nothing ask for no block and forbid no unmasked one: their result is wiped.
     """
-    g_end, v_lo, v_hi = (x.reshape(*x.shape[:-1], -1, tile) for x in (g_end, v_lo, v_hi))
+    g_end, v_lo, v_hi = (x.reshape(*x.shape[:-1], -1, tile) for x in ranges)
     big = jnp.iinfo(jnp.int32).max // 2
     seen = v_hi > v_lo
     alive = seen | (g_end > 0)
@@ -88,7 +88,7 @@ def live_block_count(blocks: jax.Array) -> jax.Array:
 
 
 def attend_mosaic(
-    q: jax.Array, k: jax.Array, v: jax.Array, rows: jax.Array, g_end: jax.Array, v_lo: jax.Array, v_hi: jax.Array,
+    q: jax.Array, k: jax.Array, v: jax.Array, rows: jax.Array, ranges: Ranges,
     *, config: KernelConfig | None = None, interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """The arena op (xl2jax.ops.attention) for bfloat16 (or float16), head widths 64 and 128.
@@ -108,15 +108,13 @@ def attend_mosaic(
     def fold(x: jax.Array) -> jax.Array:  # [B, T] -> [B, padded]
         return jnp.pad(jnp.repeat(x, group, axis=1), ((0, 0), (0, padded - folded)))
 
-    row_g_end, row_v_lo, row_v_hi = (fold(x) for x in (g_end, v_lo, v_hi))
-    if tokens == 1:  # all rows are alike: no reduction over them
-        blocks = tile_blocks(g_end, v_lo, v_hi, config.block, tile=1)
-    else:
-        blocks = tile_blocks(row_g_end, row_v_lo, row_v_hi, config.block)
+    row_ranges = Ranges(*map(fold, ranges))
+    # The rows of a single token are alike: no reduction over them.
+    blocks = tile_blocks(ranges, config.block, 1) if tokens == 1 else tile_blocks(row_ranges, config.block)
     queries = q.reshape(batch, tokens, kv_heads, group, h).transpose(0, 2, 1, 3, 4)
     queries = queries.reshape(batch, kv_heads, folded, h)
     queries = jnp.pad(queries, ((0, 0), (0, 0), (0, padded - folded), (0, 0)))
-    out, lse = _call(queries, k, v, rows, row_g_end, row_v_lo, row_v_hi, blocks, config=config, interpret=interpret)
+    out, lse = _call(queries, k, v, rows, row_ranges, blocks, config=config, interpret=interpret)
     if config.splits > 1:
         total = jax.nn.logsumexp(lse, axis=0)
         share = jnp.where(lse > NEGATIVE / 2, jnp.exp(lse - total), 0.0)
@@ -141,8 +139,7 @@ def unsupported(q: jax.Array, k: jax.Array) -> str | None:
 
 
 def _call(
-    q: jax.Array, k: jax.Array, v: jax.Array, rows: jax.Array, g_end: jax.Array, v_lo: jax.Array, v_hi: jax.Array,
-    blocks: jax.Array,
+    q: jax.Array, k: jax.Array, v: jax.Array, rows: jax.Array, ranges: Ranges, blocks: jax.Array,
     *, config: KernelConfig, interpret: Any,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """q [B, K, R, H] folded, ranges [B, R], blocks [B, R / TILE, 6] -> out [splits, B, K, R, H], lse [splits, B, K, R]."""
@@ -323,4 +320,4 @@ def _call(
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         **options,
-    )(q, k, v, rows, g_end, v_lo, v_hi, blocks)
+    )(q, k, v, rows, *ranges, blocks)
