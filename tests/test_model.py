@@ -69,6 +69,16 @@ def test_padding_repeats_the_last_frame() -> None:
     assert pad_to_groups(frames[:4]).shape == (4, 1)
 
 
+def test_each_platform_gets_its_own_convolution() -> None:
+    """The platform that a program is lowered for decides, not the one that traces it."""
+    down = TemporalDownsample(8, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+    traced = jax.jit(down).trace(jnp.zeros((1, 4, 5, 6, 8)))
+    cpu, cuda = (traced.lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "cuda"))
+    assert "stablehlo.convolution" not in cpu
+    assert "stablehlo.convolution" in cuda
+    assert "stablehlo.case" not in cuda
+
+
 def test_the_product_is_the_convolution() -> None:
     """CPUs multiply, other devices convolve: the same numbers and gradients."""
     down = TemporalDownsample(8, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
