@@ -24,25 +24,20 @@ from xl2jax.evaluation.scenes import COLOURS, HELD_OUT, PAIRS, SHAPES, make_scen
 from xl2jax.models.video_xl2 import VideoXL2, abstract_model, normalise
 from xl2jax.ops.dense import dense_attention
 from xl2jax.prompt import PromptTokenizer
-from xl2jax.recipes.demo import composed, stages
-from xl2jax.recipes.demo.composed import (
-    NO_TARGET,
-    STANDS_FOR,
-    Phase,
-    Rows,
+from xl2jax.recipes.demo import composed_training, stages
+from xl2jax.recipes.demo.composed_rows import MAX_REPRESENTED_GROUPS, NO_TARGET, Phase, Rows, compose, digits
+from xl2jax.recipes.demo.composed_training import (
     auxiliary_loss,
-    compose,
-    digits,
     language_loss,
-    layer_outputs,
     train_composed,
+    weighted_layer_outputs,
 )
 from xl2jax.training.loss import IGNORE, TokenBatch, token_loss
 
 CHECKPOINT = Path(DEFAULT_CHECKPOINT)
 VISUAL = 16
 PHASE = Phase("test", groups=6, batch=2, steps=3, learning_rate=1e-3, seed=1)
-OF_EACH = 3
+PER_CLASS = 3
 TOKENIZER = PromptTokenizer.load(CHECKPOINT, 443)
 
 
@@ -55,7 +50,7 @@ def test_digits_are_the_time(tenths: int) -> None:
 
 def shown_in(group: int) -> tuple[str, str] | None:
     trained = [p for p in PAIRS if p not in HELD_OUT]
-    return trained[group // OF_EACH] if group < len(trained) * OF_EACH else None
+    return trained[group // PER_CLASS] if group < len(trained) * PER_CLASS else None
 
 
 def names_in(question: str) -> tuple[list[str], list[str]]:
@@ -68,9 +63,11 @@ def names_in(question: str) -> tuple[list[str], list[str]]:
 def test_rows_say_what_the_heads_should(seed: int, groups: int) -> None:
     """Everything is read off again from the row's own text: answers, and all that the heads are asked for."""
     phase = dataclasses.replace(PHASE, groups=groups)
-    row_groups, ids, visual, labels, positions, weights, early, late = compose(seed, phase, TOKENIZER, VISUAL, OF_EACH)
+    row_groups, ids, visual, labels, positions, weights, early, late = compose(
+        seed, phase, TOKENIZER, VISUAL, PER_CLASS
+    )
     assert row_groups.min() >= 0
-    assert row_groups.max() < 46 * OF_EACH
+    assert row_groups.max() < 46 * PER_CLASS
     groups = (int(visual.max()) + 1) // VISUAL
     assert groups <= phase.groups
     shown = [shown_in(int(g)) for g in row_groups[:groups]]
@@ -139,7 +136,7 @@ def test_rows_say_what_the_heads_should(seed: int, groups: int) -> None:
     assert all(visual[i] % VISUAL == VISUAL - 1 and visual[i] >= 0 for i in np.flatnonzero(steps > 1))
     gaps = int((steps - 1).sum())
     longer = 1 + gaps / (groups * (10 + VISUAL))
-    assert longer * groups <= STANDS_FOR * 1.001
+    assert longer * groups <= MAX_REPRESENTED_GROUPS * 1.001
     wanted = np.zeros(len(ids))
     for i, pair in enumerate(shown):
         if i and pair is None:
@@ -148,7 +145,7 @@ def test_rows_say_what_the_heads_should(seed: int, groups: int) -> None:
 
 
 def test_how_often_rows_have_what() -> None:
-    rows = [compose(seed, PHASE, TOKENIZER, VISUAL, OF_EACH) for seed in range(400)]
+    rows = [compose(seed, PHASE, TOKENIZER, VISUAL, PER_CLASS) for seed in range(400)]
     texts = [TOKENIZER.decode(r.ids[r.labels != IGNORE].tolist()) for r in rows]
     longer = np.mean([r.positions[-1] >= len(r.positions) for r in rows])
     shorter = np.mean([r.visual.max() + 1 < PHASE.groups * VISUAL for r in rows])
@@ -169,7 +166,7 @@ def test_how_often_rows_have_what() -> None:
         )
 
     long = dataclasses.replace(PHASE, groups=40)
-    rows = [compose(seed, long, TOKENIZER, VISUAL, OF_EACH) for seed in range(400)]
+    rows = [compose(seed, long, TOKENIZER, VISUAL, PER_CLASS) for seed in range(400)]
     many = [r for r in rows if len({shown_in(int(g)) for g in r.groups}) > 7]
     assert 0.35 < np.mean([has_needle(r) for r in many]) < 0.6  # 0.1 of them by chance
 
@@ -190,7 +187,7 @@ def test_loss_is_that_of_the_same_videos_in_frames(model: VideoXL2) -> None:
     scenes = [make_scene(2 * i, 1, events=1) for i in range(5)]
     frames = np.stack([[s.frame(f, size, size) for f in range(4)] for s in scenes])
     encoded = model.encode_frames(normalise(jnp.asarray(frames.reshape(-1, size, size, 3))))
-    found = [compose(seed, PHASE, TOKENIZER, VISUAL, OF_EACH) for seed in range(20)]
+    found = [compose(seed, PHASE, TOKENIZER, VISUAL, PER_CLASS) for seed in range(20)]
     rows = stack([r for r in found if r.positions[-1] < len(r.positions)][:3])  # train.py knows no gaps
     rows = rows._replace(groups=rows.groups % len(scenes))
     loss, _ = jax.jit(lambda: language_loss(model, encoded, rows))()
@@ -206,7 +203,7 @@ def test_layers_give_what_the_llm_gives_where_keys_count_more_than_once(model: V
     x = jnp.asarray(rng.standard_normal((2, 24, 256)), jnp.float32)
     positions = jnp.asarray(np.cumsum(rng.integers(1, 400, (2, 24)), axis=1), jnp.int32)
     times = rng.integers(1, 4, (2, 24))
-    layers = layer_outputs(model, x, positions, jnp.asarray(np.log(times), jnp.float32))
+    layers = weighted_layer_outputs(model.llm, x, positions, jnp.asarray(np.log(times), jnp.float32))
     assert len(layers) == model.config.llm.layers
 
     for row in range(2):
@@ -242,12 +239,12 @@ def test_auxiliary_loss_counts_what_has_a_target() -> None:
 
 @pytest.mark.slow
 def test_the_command_trains_the_llm_alone_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "encode_groups", functools.partial(composed.encode_groups, of_each=1))
+    monkeypatch.setattr(stages, "encode_groups", functools.partial(composed_training.encode_groups, groups_per_class=1))
     still = dataclasses.replace(PHASE, name="still", learning_rate=0.0, steps=1)
     monkeypatch.setattr(stages, "PHASES", (PHASE, still))
     for done in ("random", "vision", *(stage.name for stage in stages.STAGES)):
         (tmp_path / done).symlink_to(CHECKPOINT.absolute())
-    stages.train_bundled(stages.TrainArgs(tmp_path))
+    stages.run_recipe(stages.RecipeArgs(tmp_path))
     before, after = load_file(CHECKPOINT / "model.safetensors"), load_file(tmp_path / "test" / "model.safetensors")
     assert before.keys() == after.keys()
     same = {name for name in before if np.array_equal(before[name], after[name])}
@@ -269,12 +266,14 @@ def test_the_command_trains_the_llm_alone_and_goes_on(tmp_path: Path, monkeypatc
             assert np.abs(a[name]).max() > 0
             np.testing.assert_array_equal(a[name], b[name])
     # What is there is not made again; what is missing is named.
-    monkeypatch.setattr(composed, "write_params", None)
-    stages.train_bundled(stages.TrainArgs(tmp_path))
+    monkeypatch.setattr(composed_training, "write_params", None)
+    stages.run_recipe(stages.RecipeArgs(tmp_path))
     (tmp_path / "run-test" / "heads.npz").unlink()
     (tmp_path / "still").rename(tmp_path / "away")
     with pytest.raises(UserError, match=r"heads.npz: cannot be read"):
-        stages.train_bundled(stages.TrainArgs(tmp_path))
+        stages.run_recipe(stages.RecipeArgs(tmp_path))
     encoded = np.zeros((1, VISUAL, 256), np.float32)
     with pytest.raises(UserError, match="already exists"):
-        train_composed(CHECKPOINT, tmp_path / "away", still, tmp_path / "x", encoded=encoded, heads=None, processes=1)
+        train_composed(
+            CHECKPOINT, tmp_path / "away", still, tmp_path / "x", encoded=encoded, previous_run=None, processes=1
+        )

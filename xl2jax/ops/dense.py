@@ -37,8 +37,9 @@ def dense_attention(
 
     def xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
         # XLA on CPUs has no product of float16 arrays that is summed in float32.
-        wide = (x.astype(jnp.float32) if x.dtype == jnp.float16 else x for x in (q, k, v))
-        out = jax.nn.dot_product_attention(*wide, mask=mask, is_causal=causal, implementation="xla")
+        dtype = jnp.float32 if q.dtype == jnp.float16 else q.dtype
+        q_, k_, v_ = (x.astype(dtype) for x in (q, k, v))
+        out = jax.nn.dot_product_attention(q_, k_, v_, mask=mask, is_causal=causal, implementation="xla")
         return out.astype(q.dtype)
 
     served = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
