@@ -16,7 +16,7 @@ from xl2jax.models.video_xl2 import pad_to_groups
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_activations_follow_the_parameters(dtype: str, checkpoint: object) -> None:
-    """Nothing is promoted on the way: a bfloat16 model computes in bfloat16, logits are float32."""
+    """A bfloat16 model computes in bfloat16 throughout; only its logits are float32."""
     model = xl2jax.load(checkpoint, dtype=dtype)  # type: ignore[arg-type]
     net = compiled.merge_model(model.config, model.params)
     seen = []

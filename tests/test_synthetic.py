@@ -47,7 +47,7 @@ seeds, lengths = st.integers(0, 10**6), st.integers(1, 60)
 @settings(deadline=None, max_examples=60)
 @given(seeds, lengths)
 def test_scenes(seed: int, groups: int) -> None:
-    """Shapes never overlap in time or share colour and form; training scenes never show what is held out."""
+    """Shapes never overlap in time or share colour and form; training scenes never show held-out combinations."""
     scene = make_scene(seed, groups)
     assert scene == make_scene(seed, groups)
     assert 1 <= len(scene.events) <= 9
@@ -71,37 +71,37 @@ def test_needle_is_alone_in_its_group(seed: int, groups: int, data: st.DataObjec
 
 @settings(deadline=None, max_examples=100)
 @given(seeds, st.integers(1, 40), st.sampled_from(list(TEMPLATES)), st.sampled_from([0.25, 1.0, 4.0]))
-def test_answers_are_what_the_scene_shows(seed: int, groups: int, kind: Kind, seconds: float) -> None:
+def test_answers_are_true_of_the_scene(seed: int, groups: int, kind: Kind, seconds: float) -> None:
     scene = make_scene(seed, groups)
     question = ask(scene, kind, seconds, np.random.default_rng(seed))
     if question is None:
         assert kind in ("first", "colour_of", "shape_of")
         assert kind != "first" or len(scene.events) == 1
         return
-    at = {g: e for e in scene.events for g in range(e.start, e.start + e.groups)}
-    said = question.answer.rstrip(".").lower()
+    event_at = {g: e for e in scene.events for g in range(e.start, e.start + e.groups)}
+    answer = question.answer.rstrip(".").lower()
     if kind in ("colour_of", "shape_of"):
-        event = at[question.group or 0]
-        assert said == (event.colour if kind == "colour_of" else event.shape)
+        event = event_at[question.group or 0]
+        assert answer == (event.colour if kind == "colour_of" else event.shape)
         asked = event.shape if kind == "colour_of" else event.colour
         assert asked in question.text
         assert [e for e in scene.events if asked in e.name] == [event]
     elif kind in ("colour", "shape"):
-        event = at[question.group or 0]
-        assert said == (event.colour if kind == "colour" else event.shape)
+        event = event_at[question.group or 0]
+        assert answer == (event.colour if kind == "colour" else event.shape)
         assert str(round(float((question.group or 0) * seconds), 1)) in question.text
     elif kind == "time":
-        event = at[question.group or 0]
+        event = event_at[question.group or 0]
         assert event.name in question.text
-        assert said == f"at {round(float(event.start * seconds), 1)} seconds"
+        assert answer == f"at {round(float(event.start * seconds), 1)} seconds"
     elif kind == "count":
-        assert int(said) == len(scene.events)
+        assert int(answer) == len(scene.events)
     elif kind == "exists":
         named = [e for e in scene.events if e.name in question.text]
-        assert said == ("yes" if named else "no")
+        assert answer == ("yes" if named else "no")
     else:
         named = sorted((e for e in scene.events if e.name in question.text), key=lambda e: e.start)
-        assert said == f"the {named[0].name}"
+        assert answer == f"the {named[0].name}"
 
 
 def test_shapes_are_drawn_in_their_colours_and_forms() -> None:
@@ -109,12 +109,12 @@ def test_shapes_are_drawn_in_their_colours_and_forms() -> None:
     for colour, shape in PAIRS:
         event = Event(0, 1, colour, shape, 0.5, 0.5, 0.3, 0.0, 0.0)
         image = Scene(1, 2, (event,)).frame(0, 200, 200)
-        hit = (image == np.array(COLOURS[colour], np.uint8)).all(-1)
-        assert hit[100, 100]
+        covered = (image == np.array(COLOURS[colour], np.uint8)).all(-1)
+        assert covered[100, 100]
         assert not (Scene(1, 2, (event,)).frame(4, 200, 200) == np.array(COLOURS[colour], np.uint8)).all(-1).any()
-        ys, xs = np.nonzero(hit)
-        areas.setdefault(shape, hit.sum() / ((np.ptp(xs) + 1) * (np.ptp(ys) + 1)))
-    # Share of the bounding box: pi / 4, 1, about half, star and cross below.
+        ys, xs = np.nonzero(covered)
+        areas.setdefault(shape, covered.sum() / ((np.ptp(xs) + 1) * (np.ptp(ys) + 1)))
+    # Shares of the bounding box. Star and cross cover less than half of it.
     assert areas["square"] == pytest.approx(1.0, abs=0.03)
     assert areas["circle"] == pytest.approx(np.pi / 4, abs=0.03)
     assert areas["triangle"] == pytest.approx(0.5, abs=0.05)
@@ -122,7 +122,7 @@ def test_shapes_are_drawn_in_their_colours_and_forms() -> None:
 
 
 def test_every_template_asks_in_known_words() -> None:
-    """What is held out is how the words stand together, and no word is split into bytes."""
+    """A template that training does not use arranges trained words in another way. No word is split into bytes."""
     tokenizer = make_tokenizer()
 
     def words(text: str) -> set[str]:
@@ -350,23 +350,23 @@ def test_vision_is_trained_alone(tmp_path: Path, command: Callable[..., tuple[in
     assert {n.split(".")[1] for n in moved} == {"sae", "mm_projector", "vision_tower"}
 
 
-def test_groups_are_labelled_with_what_they_show() -> None:
-    """One token of a group names a colour and a form, and it is the one where most of that colour is."""
+def test_groups_are_labelled_with_their_shape() -> None:
+    """One token of a group has the labels of the shape, and it lies at the centre of the pixels in its colour."""
     frames, colours, forms = labelled_groups(16, 56, 4, 1234)
     assert frames.shape == (64, 56, 56, 3)
     assert colours.shape == forms.shape == (16, 16)
     for i in range(16):
         event = next(iter(make_scene(2 * (1234 + i), 1, events=int(i % 8 > 0)).events), None)
-        said = np.flatnonzero(colours[i] != len(COLOURS))
-        assert np.array_equal(said, np.flatnonzero(forms[i] != len(SHAPES)))
-        assert len(said) == (event is not None)
+        labelled = np.flatnonzero(colours[i] != len(COLOURS))
+        assert np.array_equal(labelled, np.flatnonzero(forms[i] != len(SHAPES)))
+        assert len(labelled) == (event is not None)
         if event is not None:
-            assert colours[i, said[0]] == list(COLOURS).index(event.colour)
-            assert forms[i, said[0]] == SHAPES.index(event.shape)
-            off = np.abs(frames[4 * i : 4 * i + 4].astype(int) - COLOURS[event.colour]).sum(-1) < 12
-            rows, columns = np.nonzero(off.any(0))
+            assert colours[i, labelled[0]] == list(COLOURS).index(event.colour)
+            assert forms[i, labelled[0]] == SHAPES.index(event.shape)
+            coloured = np.abs(frames[4 * i : 4 * i + 4].astype(int) - COLOURS[event.colour]).sum(-1) < 12
+            rows, columns = np.nonzero(coloured.any(0))
             centre = (rows.min() + rows.max() + 1) / 28, (columns.min() + columns.max() + 1) / 28  # in tokens
-            assert np.abs(np.subtract(centre, np.add(divmod(said[0], 4), 0.5))).max() <= 0.8
+            assert np.abs(np.subtract(centre, np.add(divmod(labelled[0], 4), 0.5))).max() <= 0.8
 
 
 def test_needle_refusals(checkpoint: Path, refused: Callable[..., str]) -> None:

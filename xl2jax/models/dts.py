@@ -29,7 +29,7 @@ def resample(features: jax.Array, grid: int) -> jax.Array:
 
 
 def group_frames(x: jax.Array) -> jax.Array:
-    """[F, C, H, W] -> [G, T, H, W, C], T = 4, in upstream's own order.
+    """[F, C, H, W] -> [G, T, H, W, C], T = 4, in upstream's order.
 
     Upstream reads the contiguous [F, C, H, W] memory as [G, C, T, H, W]: plane 4c + t of a group is
     frame (4c + t) // C, channel (4c + t) % C. The weights were trained that way.

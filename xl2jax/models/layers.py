@@ -52,7 +52,7 @@ def scan_layers[C, Y](
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
-    """Low-rank adapters (arXiv 2106.09685): `alpha / rank` scales what they add."""
+    """Low-rank adapters (arXiv 2106.09685), whose outputs are scaled by `alpha / rank`."""
 
     rank: int = 64
     alpha: float = 16.0
