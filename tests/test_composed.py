@@ -24,38 +24,33 @@ from xl2jax.evaluation.scenes import COLOURS, HELD_OUT, PAIRS, SHAPES, make_scen
 from xl2jax.models.video_xl2 import VideoXL2, abstract_model, normalise
 from xl2jax.ops.dense import dense_attention
 from xl2jax.prompt import PromptTokenizer
-from xl2jax.recipes.demo import composed, stages
-from xl2jax.recipes.demo.composed import (
-    NO_TARGET,
-    STANDS_FOR,
-    Phase,
-    Rows,
+from xl2jax.recipes.demo import composed_training, stages
+from xl2jax.recipes.demo.composed_rows import MAX_REPRESENTED_GROUPS, NO_TARGET, Phase, Rows, compose, digits
+from xl2jax.recipes.demo.composed_training import (
     auxiliary_loss,
-    compose,
-    digits,
     language_loss,
-    layer_outputs,
     train_composed,
+    weighted_layer_outputs,
 )
 from xl2jax.training.loss import IGNORE, TokenBatch, token_loss
 
 CHECKPOINT = Path(DEFAULT_CHECKPOINT)
 VISUAL = 16
 PHASE = Phase("test", groups=6, batch=2, steps=3, learning_rate=1e-3, seed=1)
-OF_EACH = 3
+PER_CLASS = 3
 TOKENIZER = PromptTokenizer.load(CHECKPOINT, 443)
 
 
 @given(st.integers(0, 99_999))
 def test_digits_are_the_time(tenths: int) -> None:
-    found = digits(tenths / 10)
-    said = "".join(str(d) for d in reversed(found) if d < 10)
-    assert f"{said[:-1]}.{said[-1]}" == str(tenths / 10)
+    lowest_first = digits(tenths / 10)
+    text = "".join(str(d) for d in reversed(lowest_first) if d < 10)
+    assert f"{text[:-1]}.{text[-1]}" == str(tenths / 10)
 
 
 def shown_in(group: int) -> tuple[str, str] | None:
     trained = [p for p in PAIRS if p not in HELD_OUT]
-    return trained[group // OF_EACH] if group < len(trained) * OF_EACH else None
+    return trained[group // PER_CLASS] if group < len(trained) * PER_CLASS else None
 
 
 def names_in(question: str) -> tuple[list[str], list[str]]:
@@ -65,90 +60,96 @@ def names_in(question: str) -> tuple[list[str], list[str]]:
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 10**6), st.sampled_from([1, 2, 4, 9, 40]))
-def test_rows_say_what_the_heads_should(seed: int, groups: int) -> None:
-    """Everything is read off again from the row's own text: answers, and all that the heads are asked for."""
+def test_targets_and_answers_follow_from_the_row(seed: int, groups: int) -> None:
+    """The test derives the answers and all targets of the heads from the row's text and groups alone."""
     phase = dataclasses.replace(PHASE, groups=groups)
-    row_groups, ids, visual, labels, positions, weights, early, late = compose(seed, phase, TOKENIZER, VISUAL, OF_EACH)
+    row_groups, ids, visual, labels, positions, weights, early, late = compose(
+        seed, phase, TOKENIZER, VISUAL, PER_CLASS
+    )
     assert row_groups.min() >= 0
-    assert row_groups.max() < 46 * OF_EACH
+    assert row_groups.max() < 46 * PER_CLASS
     groups = (int(visual.max()) + 1) // VISUAL
     assert groups <= phase.groups
     shown = [shown_in(int(g)) for g in row_groups[:groups]]
     text = [TOKENIZER.decode([int(i)]) for i in ids]
-    wanted_early, wanted_late = np.full_like(early, NO_TARGET), np.full_like(late, NO_TARGET)
+    expected_early, expected_late = np.full_like(early, NO_TARGET), np.full_like(late, NO_TARGET)
     times = []
     spans = [0]
     for group in range(groups):
         (first,) = np.flatnonzero(visual == group * VISUAL)
         assert (visual[first : first + VISUAL] == np.arange(VISUAL) + group * VISUAL).all()
         times.append("".join(text[first - 10 : first]).rpartition("Time ")[2].removesuffix("s:"))
-        wanted_early[first : first + VISUAL, :5] = digits(float(times[-1]))
+        expected_early[first : first + VISUAL, :5] = digits(float(times[-1]))
         spans.append(int(first) + VISUAL)
     used = int(np.flatnonzero(labels != IGNORE)[-1]) + 1
     subjects = []
     after_video = int(np.flatnonzero(visual >= 0)[-1]) + 1
-    places = [i for i in range(after_video, len(ids)) if "".join(text[i - 1 : i + 1]) == "assistant\n"]
-    used = max(used, *(place + 1 for place in places))  # a row may be cut before an answer's first word
-    for place in places:
-        question = "".join(text[after_video:place]).rsplit("user\n", 1)[-1].strip()
-        answer = "".join(text[place + 1 : used]).split("\n")[0]
+    answer_starts = [i for i in range(after_video, len(ids)) if "".join(text[i - 1 : i + 1]) == "assistant\n"]
+    used = max(
+        used, *(answer_start + 1 for answer_start in answer_starts)
+    )  # a row may be cut before the first word of an answer
+    for answer_start in answer_starts:
+        question = "".join(text[after_video:answer_start]).rsplit("user\n", 1)[-1].strip()
+        answer = "".join(text[answer_start + 1 : used]).split("\n")[0]
         colours, forms = names_in(question)
-        asked = [[*COLOURS].index(colours[0]) if colours else 8, SHAPES.index(forms[0]) if forms else 5]
+        targets = [[*COLOURS].index(colours[0]) if colours else 8, SHAPES.index(forms[0]) if forms else 5]
         about_time = "seconds" in question
         if about_time:
             (time,) = re.findall(r"[\d.]+(?= seconds)", question)
-            wanted_early[place, :5] = digits(float(time))
+            expected_early[answer_start, :5] = digits(float(time))
             subject = shown[times.index(time)]
             assert subject is not None
             if answer.endswith("."):
                 assert answer.rstrip(".").lower() in subject
                 subjects.append(subject)
         elif question.startswith(("When", "At what time")):
-            where = [i for i, s in enumerate(shown) if s == (colours[0], forms[0])]
+            matching = [i for i, s in enumerate(shown) if s == (colours[0], forms[0])]
             if answer.endswith("seconds."):
-                assert answer == f"At {times[where[0]]} seconds."
+                assert answer == f"At {times[matching[0]]} seconds."
                 subjects.append((colours[0], forms[0]))
-            # From the newline before the answer to the time's last digit.
-            end = next((i for i in range(place, used) if text[i].strip() == "seconds"), used)
-            wanted_early[place:end, 5:] = asked
-            wanted_late[place:end, :5] = digits(float(times[where[0]]))
-        elif " or " in question:  # the order of two: last
-            assert place == places[-1]
-        elif len(colours) + len(forms) == 1:  # what colour, which shape
+            # These targets reach from the newline before the answer to the last digit of the time.
+            end = next((i for i in range(answer_start, used) if text[i].strip() == "seconds"), used)
+            expected_early[answer_start:end, 5:] = targets
+            expected_late[answer_start:end, :5] = digits(float(times[matching[0]]))
+        elif " or " in question:  # the order of two shapes comes last
+            assert answer_start == answer_starts[-1]
+        elif len(colours) + len(forms) == 1:  # kinds colour_of and shape_of
             (subject,) = {s for s in shown if s is not None and {*colours, *forms} & {*s}}
             if answer.endswith("."):
                 assert answer.rstrip(".").lower() in subject
                 subjects.append(subject)
-            wanted_early[place, 5:] = asked
-        elif len(colours) == 1:  # was there
+            expected_early[answer_start, 5:] = targets
+        elif len(colours) == 1:  # kind exists
             if answer.endswith("."):
                 assert answer == ("Yes." if (colours[0], forms[0]) in shown else "No.")
                 subjects += [(colours[0], forms[0])] * (answer == "Yes.")
-            wanted_early[place, 5:] = asked
+            expected_early[answer_start, 5:] = targets
         else:
             assert question.startswith("How many")
             assert answer.rstrip(".") in (str(len({*shown} - {None})), "")
-    assert (early == wanted_early).all()
-    assert (late == wanted_late).all()
+    assert (early == expected_early).all()
+    assert (late == expected_late).all()
     assert len(set(subjects)) == len(subjects)
     assert (labels[used:] == IGNORE).all()
-    # The row stands for a video `longer` times as long: in the distances, and in the softmax.
+    # The row represents a longer video, by its distances and in the softmax.
     steps = np.diff(positions)
     assert (steps >= 1).all()
     assert positions[-1] < 32768
     assert all(visual[i] % VISUAL == VISUAL - 1 and visual[i] >= 0 for i in np.flatnonzero(steps > 1))
     gaps = int((steps - 1).sum())
-    longer = 1 + gaps / (groups * (10 + VISUAL))
-    assert longer * groups <= STANDS_FOR * 1.001
-    wanted = np.zeros(len(ids))
+    factor = 1 + gaps / (groups * (10 + VISUAL))
+    assert factor * groups <= MAX_REPRESENTED_GROUPS * 1.001
+    expected = np.zeros(len(ids))
     for i, pair in enumerate(shown):
         if i and pair is None:
-            wanted[spans[i] : spans[i + 1]] = np.log(longer)
-    np.testing.assert_allclose(weights, wanted, atol=4 / (groups * (10 + VISUAL)))  # up to 3 gaps are rounded down
+            expected[spans[i] : spans[i + 1]] = np.log(factor)
+    np.testing.assert_allclose(
+        weights, expected, atol=4 / (groups * (10 + VISUAL))
+    )  # each of up to 3 gaps is rounded down
 
 
-def test_how_often_rows_have_what() -> None:
-    rows = [compose(seed, PHASE, TOKENIZER, VISUAL, OF_EACH) for seed in range(400)]
+def test_shares_of_rows() -> None:
+    rows = [compose(seed, PHASE, TOKENIZER, VISUAL, PER_CLASS) for seed in range(400)]
     texts = [TOKENIZER.decode(r.ids[r.labels != IGNORE].tolist()) for r in rows]
     longer = np.mean([r.positions[-1] >= len(r.positions) for r in rows])
     shorter = np.mean([r.visual.max() + 1 < PHASE.groups * VISUAL for r in rows])
@@ -157,11 +158,11 @@ def test_how_often_rows_have_what() -> None:
     assert 0.2 < shorter < 0.4
     assert 0.4 < counted < 0.6
     ordered = np.mean([" or " in TOKENIZER.decode(r.ids.tolist()) for r in rows])
-    assert 0.3 < ordered < 0.5  # of half the rows, those with two shapes
+    assert 0.3 < ordered < 0.5  # half of the rows that have two shapes or more
     assert max(r.positions[-1] for r in rows) > 20_000
 
     def has_needle(row: Rows[np.ndarray]) -> bool:
-        """Of one group, and of a colour and a form that no other shape has: certain with a needle, else by chance."""
+        """Whether a shape lasts one group and no other shape has its colour or form. Rows without a needle rarely do."""
         shown = [pair for pair in map(shown_in, row.groups.tolist()) if pair is not None]
         return any(
             shown.count(p) == 1 and not any((p[0] == q[0]) != (p[1] == q[1]) for q in shown)
@@ -169,61 +170,61 @@ def test_how_often_rows_have_what() -> None:
         )
 
     long = dataclasses.replace(PHASE, groups=40)
-    rows = [compose(seed, long, TOKENIZER, VISUAL, OF_EACH) for seed in range(400)]
+    rows = [compose(seed, long, TOKENIZER, VISUAL, PER_CLASS) for seed in range(400)]
     many = [r for r in rows if len({shown_in(int(g)) for g in r.groups}) > 7]
-    assert 0.35 < np.mean([has_needle(r) for r in many]) < 0.6  # 0.1 of them by chance
+    assert 0.35 < np.mean([has_needle(r) for r in many]) < 0.6  # a tenth of them by chance
 
 
 @pytest.fixture(scope="module")
 def model() -> VideoXL2:
     config, params = load_params(CHECKPOINT, "float32")
-    found: VideoXL2 = nnx.merge(nnx.graphdef(abstract_model(config, "float32")), params)
-    return found
+    network: VideoXL2 = nnx.merge(nnx.graphdef(abstract_model(config, "float32")), params)
+    return network
 
 
 def stack(rows: list[Rows[np.ndarray]]) -> Rows[jax.Array]:
     return Rows(*(jnp.asarray(np.stack(x)) for x in zip(*rows, strict=True)))
 
 
-def test_loss_is_that_of_the_same_videos_in_frames(model: VideoXL2) -> None:
+def test_loss_equals_that_of_the_same_videos_in_frames(model: VideoXL2) -> None:
     size = model.config.vision.image_size
     scenes = [make_scene(2 * i, 1, events=1) for i in range(5)]
     frames = np.stack([[s.frame(f, size, size) for f in range(4)] for s in scenes])
     encoded = model.encode_frames(normalise(jnp.asarray(frames.reshape(-1, size, size, 3))))
-    found = [compose(seed, PHASE, TOKENIZER, VISUAL, OF_EACH) for seed in range(20)]
-    rows = stack([r for r in found if r.positions[-1] < len(r.positions)][:3])  # train.py knows no gaps
+    candidates = [compose(seed, PHASE, TOKENIZER, VISUAL, PER_CLASS) for seed in range(20)]
+    rows = stack([r for r in candidates if r.positions[-1] < len(r.positions)][:3])  # train.py has no position gaps
     rows = rows._replace(groups=rows.groups % len(scenes))
     loss, _ = jax.jit(lambda: language_loss(model, encoded, rows))()
     pixels = normalise(jnp.asarray(frames)[rows.groups].reshape(3, -1, size, size, 3))
     tokens = TokenBatch(rows.ids, rows.visual, rows.labels)
-    wanted, count = jax.jit(lambda: token_loss(model, pixels, tokens))()
-    assert float(loss) == pytest.approx(float(wanted / count), rel=1e-4)
+    total, count = jax.jit(lambda: token_loss(model, pixels, tokens))()
+    assert float(loss) == pytest.approx(float(total / count), rel=1e-4)
 
 
-def test_layers_give_what_the_llm_gives_where_keys_count_more_than_once(model: VideoXL2) -> None:
-    """At positions with gaps; weights are log 1, 2 or 3, and the reference really sees a key so many times."""
+def test_weighted_layers_agree_with_repeated_keys(model: VideoXL2) -> None:
+    """Positions have gaps. Weights are log 1, 2 or 3; the reference repeats each key as many times."""
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((2, 24, 256)), jnp.float32)
     positions = jnp.asarray(np.cumsum(rng.integers(1, 400, (2, 24)), axis=1), jnp.int32)
     times = rng.integers(1, 4, (2, 24))
-    layers = layer_outputs(model, x, positions, jnp.asarray(np.log(times), jnp.float32))
+    layers = weighted_layer_outputs(model.llm, x, positions, jnp.asarray(np.log(times), jnp.float32))
     assert len(layers) == model.config.llm.layers
 
     for row in range(2):
-        again = jnp.asarray(np.repeat(np.arange(24), times[row]))
+        repeated = jnp.asarray(np.repeat(np.arange(24), times[row]))
 
         def attend(
-            state: None, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, again: jax.Array = again
+            state: None, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, repeated: jax.Array = repeated
         ) -> tuple[None, jax.Array]:
-            mask = (again[None, :] <= jnp.arange(24)[:, None])[None, None]
-            return None, dense_attention(q, k[:, again], v[:, again], mask=mask)
+            mask = (repeated[None, :] <= jnp.arange(24)[:, None])[None, None]
+            return None, dense_attention(q, k[:, repeated], v[:, repeated], mask=mask)
 
-        wanted, _ = model.llm.forward(x[row : row + 1], positions[row : row + 1], attend, None)
-        np.testing.assert_allclose(model.llm.norm(layers[-1][row : row + 1]), wanted, rtol=1e-3, atol=1e-4)
+        expected, _ = model.llm.forward(x[row : row + 1], positions[row : row + 1], attend, None)
+        np.testing.assert_allclose(model.llm.norm(layers[-1][row : row + 1]), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_auxiliary_loss_counts_what_has_a_target() -> None:
-    """Two of four tokens count; one tells everything, the other a wrong colour. The head copies what it is given."""
+def test_auxiliary_loss_counts_tokens_with_targets() -> None:
+    """Two of four tokens count: one predicts all of its targets, the other a wrong colour. The head is the identity."""
     logits = np.zeros((1, 4, 70))
     targets = np.full((1, 4, 7), NO_TARGET)
     targets[0, 0, :5] = targets[0, 3, :5] = 7
@@ -232,22 +233,20 @@ def test_auxiliary_loss_counts_what_has_a_target() -> None:
         logits[0, 0, first + 7] = logits[0, 3, first + 1] = 100.0
     logits[0, 1, [55 + 4, 64 + 3]] = 100.0
     tokens = np.array([[True, True, True, False]])
-    scale = np.sqrt((logits**2).mean(-1, keepdims=True) + 1e-6)  # the states are normed before the head
-    loss, told = auxiliary_loss(
-        jnp.eye(70) * 100, jnp.asarray(logits), jnp.asarray(targets), jnp.asarray(tokens)
-    )  # float32
-    assert told.tolist() == [1, 2]
+    scale = np.sqrt((logits**2).mean(-1, keepdims=True) + 1e-6)  # the loss norms the states
+    loss, counts = auxiliary_loss(jnp.eye(70) * 100, jnp.asarray(logits), jnp.asarray(targets), jnp.asarray(tokens))
+    assert counts.tolist() == [1, 2]
     assert float(loss) == pytest.approx(100 * float(logits[0, 1].max() / scale[0, 1, 0]), rel=1e-3)
 
 
 @pytest.mark.slow
-def test_the_command_trains_the_llm_alone_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "encode_groups", functools.partial(composed.encode_groups, of_each=1))
+def test_the_recipe_trains_the_llm_alone_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "encode_groups", functools.partial(composed_training.encode_groups, groups_per_class=1))
     still = dataclasses.replace(PHASE, name="still", learning_rate=0.0, steps=1)
     monkeypatch.setattr(stages, "PHASES", (PHASE, still))
     for done in ("random", "vision", *(stage.name for stage in stages.STAGES)):
         (tmp_path / done).symlink_to(CHECKPOINT.absolute())
-    stages.train_bundled(stages.TrainArgs(tmp_path))
+    stages.run_recipe(stages.RecipeArgs(tmp_path))
     before, after = load_file(CHECKPOINT / "model.safetensors"), load_file(tmp_path / "test" / "model.safetensors")
     assert before.keys() == after.keys()
     same = {name for name in before if np.array_equal(before[name], after[name])}
@@ -256,25 +255,27 @@ def test_the_command_trains_the_llm_alone_and_goes_on(tmp_path: Path, monkeypatc
     assert line["step"] == 3
     assert 0 < line["loss"] < 1
     assert 0 <= line["seen"] <= 1
-    (tmp_path / "run-short").mkdir()  # that of a stage has a line a step
+    (tmp_path / "run-short").mkdir()  # the log of a stage has a line for each step
     steps = [{"step": i, "loss": float(i)} for i in range(1, 31)]
     (tmp_path / "run-short" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
     curves = stages.loss_curves(tmp_path)
     assert curves["test"] == [(3, line["loss"])]
     assert curves["short"] == [(25, 13.0), (30, 28.0)]
     assert (tmp_path / "loss.png").stat().st_size > 1000
-    # The second phase goes on with the heads: at a rate of 0 they stay as they are.
+    # The second phase starts from the heads of the first one. Its learning rate of 0 leaves them unchanged.
     with np.load(tmp_path / "run-test" / "heads.npz") as a, np.load(tmp_path / "run-still" / "heads.npz") as b:
         for name in ("early", "late"):
             assert np.abs(a[name]).max() > 0
             np.testing.assert_array_equal(a[name], b[name])
-    # What is there is not made again; what is missing is named.
-    monkeypatch.setattr(composed, "write_params", None)
-    stages.train_bundled(stages.TrainArgs(tmp_path))
+    # Existing results stay. The error names a missing file.
+    monkeypatch.setattr(composed_training, "write_params", None)
+    stages.run_recipe(stages.RecipeArgs(tmp_path))
     (tmp_path / "run-test" / "heads.npz").unlink()
     (tmp_path / "still").rename(tmp_path / "away")
     with pytest.raises(UserError, match=r"heads.npz: cannot be read"):
-        stages.train_bundled(stages.TrainArgs(tmp_path))
+        stages.run_recipe(stages.RecipeArgs(tmp_path))
     encoded = np.zeros((1, VISUAL, 256), np.float32)
     with pytest.raises(UserError, match="already exists"):
-        train_composed(CHECKPOINT, tmp_path / "away", still, tmp_path / "x", encoded=encoded, heads=None, processes=1)
+        train_composed(
+            CHECKPOINT, tmp_path / "away", still, tmp_path / "x", encoded=encoded, previous_run=None, processes=1
+        )

@@ -15,7 +15,7 @@ from xl2jax.models.video_xl2 import pad_to_groups
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_activations_follow_the_parameters(dtype: str, checkpoint: object) -> None:
-    """Nothing is promoted on the way: a bfloat16 model computes in bfloat16, logits are float32."""
+    """A bfloat16 model computes in bfloat16 throughout; only its logits are float32."""
     model = xl2jax.load(checkpoint, dtype=dtype)  # type: ignore[arg-type]
     net = model.network.model
     seen = []
@@ -66,6 +66,15 @@ def test_padding_repeats_the_last_frame() -> None:
     frames = jnp.arange(6.0)[:, None]
     assert pad_to_groups(frames)[:, 0].tolist() == [0, 1, 2, 3, 4, 5, 5, 5]
     assert pad_to_groups(frames[:4]).shape == (4, 1)
+
+
+def test_each_platform_gets_its_own_convolution() -> None:
+    """The platform that a program is lowered for decides, not the one that traces it."""
+    down = TemporalDownsample(8, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+    traced = jax.jit(down).trace(jnp.zeros((1, 4, 5, 6, 8)))
+    cpu, cuda = (traced.lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "cuda"))
+    assert "stablehlo.convolution" not in cpu
+    assert "stablehlo.convolution" in cuda
 
 
 def test_the_product_is_the_convolution() -> None:

@@ -15,19 +15,29 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 import xl2jax
-from xl2jax.commands import infer, needle
+from xl2jax.commands import demo_clip, infer, needle
 from xl2jax.commands.flags import DEFAULT_CHECKPOINT
 from xl2jax.config import PRESETS
-from xl2jax.evaluation import scenes
 from xl2jax.evaluation.needle import Mode, NeedleConfig, Result, make_cases, parse_modes, summary
-from xl2jax.evaluation.scenes import COLOURS, HELD_OUT, PAIRS, SHAPES, TEMPLATES, Scene, ask, make_scene, scene_clip
+from xl2jax.evaluation.questions import NEEDLE_KINDS, TEMPLATES, Kind, ask
+from xl2jax.evaluation.scenes import (
+    COLOURS,
+    HELD_OUT,
+    PAIRS,
+    SHAPES,
+    Event,
+    Scene,
+    make_scene,
+    scene_clip,
+    write_scene,
+)
 from xl2jax.inference.api import Answer
 from xl2jax.recipes.demo import datasets
-from xl2jax.recipes.demo.datasets import write_video
-from xl2jax.recipes.demo.stages import labelled_groups, pretrain_vision
+from xl2jax.recipes.demo.vision_training import labelled_groups, train_vision
 from xl2jax.testing import make_checkpoint, make_tokenizer
 from xl2jax.training.records import read_records
 from xl2jax.video.clip import FrameSampling, open_video
+from xl2jax.video.writer import write_frames
 
 seeds, lengths = st.integers(0, 10**6), st.integers(1, 60)
 
@@ -35,7 +45,7 @@ seeds, lengths = st.integers(0, 10**6), st.integers(1, 60)
 @settings(deadline=None, max_examples=60)
 @given(seeds, lengths)
 def test_scenes(seed: int, groups: int) -> None:
-    """Shapes never overlap in time or share colour and form; training scenes never show what is held out."""
+    """Shapes never overlap in time or share colour and form; training scenes never show held-out combinations."""
     scene = make_scene(seed, groups)
     assert scene == make_scene(seed, groups)
     assert 1 <= len(scene.events) <= 9
@@ -59,50 +69,50 @@ def test_needle_is_alone_in_its_group(seed: int, groups: int, data: st.DataObjec
 
 @settings(deadline=None, max_examples=100)
 @given(seeds, st.integers(1, 40), st.sampled_from(list(TEMPLATES)), st.sampled_from([0.25, 1.0, 4.0]))
-def test_answers_are_what_the_scene_shows(seed: int, groups: int, kind: scenes.Kind, seconds: float) -> None:
+def test_answers_are_true_of_the_scene(seed: int, groups: int, kind: Kind, seconds: float) -> None:
     scene = make_scene(seed, groups)
     question = ask(scene, kind, seconds, np.random.default_rng(seed))
     if question is None:
         assert kind in ("first", "colour_of", "shape_of")
         assert kind != "first" or len(scene.events) == 1
         return
-    at = {g: e for e in scene.events for g in range(e.start, e.start + e.groups)}
-    said = question.answer.rstrip(".").lower()
+    event_at = {g: e for e in scene.events for g in range(e.start, e.start + e.groups)}
+    answer = question.answer.rstrip(".").lower()
     if kind in ("colour_of", "shape_of"):
-        event = at[question.group or 0]
-        assert said == (event.colour if kind == "colour_of" else event.shape)
+        event = event_at[question.group or 0]
+        assert answer == (event.colour if kind == "colour_of" else event.shape)
         asked = event.shape if kind == "colour_of" else event.colour
         assert asked in question.text
         assert [e for e in scene.events if asked in e.name] == [event]
     elif kind in ("colour", "shape"):
-        event = at[question.group or 0]
-        assert said == (event.colour if kind == "colour" else event.shape)
+        event = event_at[question.group or 0]
+        assert answer == (event.colour if kind == "colour" else event.shape)
         assert str(round(float((question.group or 0) * seconds), 1)) in question.text
     elif kind == "time":
-        event = at[question.group or 0]
+        event = event_at[question.group or 0]
         assert event.name in question.text
-        assert said == f"at {round(float(event.start * seconds), 1)} seconds"
+        assert answer == f"at {round(float(event.start * seconds), 1)} seconds"
     elif kind == "count":
-        assert int(said) == len(scene.events)
+        assert int(answer) == len(scene.events)
     elif kind == "exists":
         named = [e for e in scene.events if e.name in question.text]
-        assert said == ("yes" if named else "no")
+        assert answer == ("yes" if named else "no")
     else:
         named = sorted((e for e in scene.events if e.name in question.text), key=lambda e: e.start)
-        assert said == f"the {named[0].name}"
+        assert answer == f"the {named[0].name}"
 
 
 def test_shapes_are_drawn_in_their_colours_and_forms() -> None:
     areas: dict[str, float] = {}
     for colour, shape in PAIRS:
-        event = scenes.Event(0, 1, colour, shape, 0.5, 0.5, 0.3, 0.0, 0.0)
+        event = Event(0, 1, colour, shape, 0.5, 0.5, 0.3, 0.0, 0.0)
         image = Scene(1, 2, (event,)).frame(0, 200, 200)
-        hit = (image == np.array(COLOURS[colour], np.uint8)).all(-1)
-        assert hit[100, 100]
+        covered = (image == np.array(COLOURS[colour], np.uint8)).all(-1)
+        assert covered[100, 100]
         assert not (Scene(1, 2, (event,)).frame(4, 200, 200) == np.array(COLOURS[colour], np.uint8)).all(-1).any()
-        ys, xs = np.nonzero(hit)
-        areas.setdefault(shape, hit.sum() / ((np.ptp(xs) + 1) * (np.ptp(ys) + 1)))
-    # Share of the bounding box: pi / 4, 1, about half, star and cross below.
+        ys, xs = np.nonzero(covered)
+        areas.setdefault(shape, covered.sum() / ((np.ptp(xs) + 1) * (np.ptp(ys) + 1)))
+    # Shares of the bounding box. Star and cross cover less than half of it.
     assert areas["square"] == pytest.approx(1.0, abs=0.03)
     assert areas["circle"] == pytest.approx(np.pi / 4, abs=0.03)
     assert areas["triangle"] == pytest.approx(0.5, abs=0.05)
@@ -110,7 +120,7 @@ def test_shapes_are_drawn_in_their_colours_and_forms() -> None:
 
 
 def test_every_template_asks_in_known_words() -> None:
-    """What is held out is how the words stand together, and no word is split into bytes."""
+    """A template that training does not use arranges trained words in another way. No word is split into bytes."""
     tokenizer = make_tokenizer()
 
     def words(text: str) -> set[str]:
@@ -126,8 +136,8 @@ def test_every_template_asks_in_known_words() -> None:
 
 def test_files_show_the_scene(tmp_path: Path) -> None:
     scene = make_scene(5, 6)
-    write_video(tmp_path / "a.mp4", scene, width=160, height=120)
-    write_video(tmp_path / "b.mp4", scene, width=160, height=120)
+    write_scene(tmp_path / "a.mp4", scene, width=160, height=120)
+    write_scene(tmp_path / "b.mp4", scene, width=160, height=120)
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
     clip = open_video(tmp_path / "a.mp4", FrameSampling(1.0, None, 24))
     assert clip.times == scene_clip(scene).times
@@ -138,7 +148,7 @@ def test_files_show_the_scene(tmp_path: Path) -> None:
 
 def test_dataset(tmp_path: Path, command: Callable[..., tuple[int, str, str]], refused: Callable[..., str]) -> None:
     folder = tmp_path / "d"
-    flags = ("dataset", folder, "--videos", 3, "--groups", 2, 3, "--records", 2, "--turns", 3, "--processes", 1)
+    flags = (folder, "--videos", 3, "--groups", 2, 3, "--records", 2, "--turns", 3, "--processes", 1)
     status, _, err = command(datasets.main, *flags)
     assert status == 0, err
     records = read_records(folder / "train.json", 0).records
@@ -153,40 +163,68 @@ def test_dataset(tmp_path: Path, command: Callable[..., tuple[int, str, str]], r
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("main", "flags", "message"),
     [
-        (("clip", "c.mp4", "--seed", -1), "--seed must be from 0"), (("clip", "c.mp4", "--groups", 0), "--groups must be"),
-        (("clip", "c.mp4", "--width", -2), "--width must be"), (("clip", "c.mp4", "--height", 17), "--height must be even"),
-        (("dataset", "d", "--seed", -1), "--seed must be from 0"), (("dataset", "d", "--processes", 0), "--processes must"),
-        (("dataset", "d", "--videos", -3), "--videos must be"), (("dataset", "d", "--groups", 4, -1), "--groups must be"),
-        (("dataset", "d", "--records", 0), "--records must be"), (("dataset", "d", "--turns", 0), "--turns must be"),
-        (("clip", "file/c.mp4"), "file: cannot be made"), (("clip", "file/deep/c.mp4"), "deep: cannot be made"),
-        (("dataset", "file"), "file: cannot be made"), (("clip", "."), "is a folder, not a file"),
+        (demo_clip.main, ("c.mp4", "--seed", -1), "--seed must be 0 or more"),
+        (demo_clip.main, ("file/c.mp4",), "file/c.mp4: cannot be written"),
+        (demo_clip.main, ("none/c.mp4",), "cannot be written (no such folder)"),
+        (demo_clip.main, (".",), "is a folder, not a file"),
+        (datasets.main, ("d", "--seed", -1), "--seed must be 0 or more"),
+        (datasets.main, ("d", "--processes", 0), "--processes must be 1 or more"),
+        (datasets.main, ("d", "--videos", -3), "--videos must be"),
+        (datasets.main, ("d", "--groups", 4, -1), "--groups must be"),
+        (datasets.main, ("d", "--records", 0), "--records must be"),
+        (datasets.main, ("d", "--turns", 0), "--turns must be"),
+        (datasets.main, ("file",), "file: cannot be made"),
+        (datasets.main, ("file/deep",), "deep: cannot be made"),
     ],
-)  # fmt: skip
+)
 def test_impossible_videos_are_refused(
-    refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[object, ...], message: str
-) -> None:  # fmt: skip
+    refused: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    main: Callable[[], None],
+    flags: tuple[object, ...],
+    message: str,
+) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.chdir(tmp_path)
-    assert message in refused(datasets.main, *flags)
+    assert message in refused(main, *flags)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.parametrize("limit", [1000, 8000, 60_000])
-def test_a_disk_that_runs_full_leaves_nothing_behind(
+@pytest.mark.parametrize("limit", [1000, 8000, 30_000])
+def test_a_full_disk_leaves_no_part_of_a_clip(
     command: Callable[..., tuple[int, str, str]], tmp_path: Path, limit: int
 ) -> None:
-    """Wherever the file ends."""
+    """The clip has 32 kB; the limit ends it at its start, in its middle and near its end."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
-        status, out, err = command(datasets.main, "clip", tmp_path / "deep" / "a.mp4", "--groups", 20)
+        status, out, err = command(demo_clip.main, tmp_path / "a.mp4")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert (status, out) == (2, "")
     assert "a.mp4: cannot be written (File too large)" in err
     assert len(err.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_no_part_of_a_dataset(command: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))
+    try:
+        status, _, err = command(datasets.main, tmp_path / "new", "--videos", 1, "--processes", 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert status == 2
+    assert "cannot be written (File too large)" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_writer_without_frames_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least one frame"):
+        write_frames(tmp_path / "a.mp4", [], 1)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -205,7 +243,7 @@ def test_cases_cover_lengths_depths_and_kinds() -> None:
     for case in cases:
         assert case.scene.seed % 2 == 1
         assert {q.group for q in case.questions} == {round(case.depth * (case.frames // 4 - 1))}
-        assert [q.kind for q in case.questions] == list(scenes.NEEDLE_KINDS)
+        assert [q.kind for q in case.questions] == list(NEEDLE_KINDS)
         needle_itself, *others = case.scene.events
         assert len(others) == 5
         assert all(e.colour != needle_itself.colour and e.shape != needle_itself.shape for e in others)
@@ -286,7 +324,7 @@ def test_the_bundled_model_finds_needles_in_short_videos(command: Callable[..., 
 
 def test_the_bundled_model_answers_the_demo(tmp_path: Path, command: Callable[..., tuple[int, str, str]]) -> None:
     """Through H.264, infer.py and bi-level decoding."""
-    status, out, err = command(datasets.main, "clip", tmp_path / "a.mp4", "--seed", 1)
+    status, out, err = command(demo_clip.main, tmp_path / "a.mp4", "--seed", 1)
     assert status == 0, err
     asked = [line.split("\t") for line in out.splitlines()]
     assert len(asked) == 3
@@ -300,8 +338,8 @@ def test_the_bundled_model_answers_the_demo(tmp_path: Path, command: Callable[..
 
 @pytest.mark.slow
 def test_vision_is_trained_alone(tmp_path: Path, command: Callable[..., tuple[int, str, str]]) -> None:
-    make_checkpoint(tmp_path / "a", PRESETS["tiny"], embedding=0.3, branch=0.4)
-    pretrain_vision(tmp_path / "a", tmp_path / "b", steps=2, batch=8)
+    make_checkpoint(tmp_path / "a", PRESETS["tiny"], embedding_std=0.3, branch_scale=0.4)
+    train_vision(tmp_path / "a", tmp_path / "b", steps=2, batch=8)
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
     assert set(before) == set(after)
     moved = {name for name in before if not np.array_equal(before[name], after[name])}
@@ -310,23 +348,23 @@ def test_vision_is_trained_alone(tmp_path: Path, command: Callable[..., tuple[in
     assert {n.split(".")[1] for n in moved} == {"sae", "mm_projector", "vision_tower"}
 
 
-def test_groups_are_labelled_with_what_they_show() -> None:
-    """One token of a group names a colour and a form, and it is the one where most of that colour is."""
+def test_groups_are_labelled_with_their_shape() -> None:
+    """One token of a group has the labels of the shape, and it lies at the centre of the pixels in its colour."""
     frames, colours, forms = labelled_groups(16, 56, 4, 1234)
     assert frames.shape == (64, 56, 56, 3)
     assert colours.shape == forms.shape == (16, 16)
     for i in range(16):
         event = next(iter(make_scene(2 * (1234 + i), 1, events=int(i % 8 > 0)).events), None)
-        said = np.flatnonzero(colours[i] != len(COLOURS))
-        assert np.array_equal(said, np.flatnonzero(forms[i] != len(SHAPES)))
-        assert len(said) == (event is not None)
+        labelled = np.flatnonzero(colours[i] != len(COLOURS))
+        assert np.array_equal(labelled, np.flatnonzero(forms[i] != len(SHAPES)))
+        assert len(labelled) == (event is not None)
         if event is not None:
-            assert colours[i, said[0]] == list(COLOURS).index(event.colour)
-            assert forms[i, said[0]] == SHAPES.index(event.shape)
-            off = np.abs(frames[4 * i : 4 * i + 4].astype(int) - COLOURS[event.colour]).sum(-1) < 12
-            rows, columns = np.nonzero(off.any(0))
+            assert colours[i, labelled[0]] == list(COLOURS).index(event.colour)
+            assert forms[i, labelled[0]] == SHAPES.index(event.shape)
+            coloured = np.abs(frames[4 * i : 4 * i + 4].astype(int) - COLOURS[event.colour]).sum(-1) < 12
+            rows, columns = np.nonzero(coloured.any(0))
             centre = (rows.min() + rows.max() + 1) / 28, (columns.min() + columns.max() + 1) / 28  # in tokens
-            assert np.abs(np.subtract(centre, np.add(divmod(said[0], 4), 0.5))).max() <= 0.8
+            assert np.abs(np.subtract(centre, np.add(divmod(labelled[0], 4), 0.5))).max() <= 0.8
 
 
 def test_needle_refusals(checkpoint: Path, refused: Callable[..., str]) -> None:

@@ -10,6 +10,7 @@ from xl2jax.system.terminal import run_command
 
 COMMANDS = {
     "infer": ("xl2jax.commands.infer", "main", "answers questions about a video"),
+    "demo-clip": ("xl2jax.commands.demo_clip", "main", "writes a video for a first try, with questions about it"),
     "train": ("xl2jax.training.run", "main", "fine-tunes the model"),
     "convert": ("xl2jax.checkpoint.convert", "main", "converts checkpoints between PyTorch and Orbax"),
     "verify": ("xl2jax.commands.verify", "main", "compares every stage with upstream's tensors"),

@@ -1,35 +1,33 @@
-"""Things to try the model on without any download: a real H.264 clip, a small random checkpoint.
+"""For tests of code that uses xl2jax: small checkpoints with random weights, and video clips.
 
-python -m xl2jax demo build/random      # the checkpoint
+make_checkpoint(folder, xl2jax.PRESETS["tiny"])
+write_clip(folder / "clip.mp4", seconds=4, width=96, height=64)
+xl2jax.load(folder).watch(folder / "clip.mp4")
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import sys
-from fractions import Fraction
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
-import tyro
 from PIL import Image, ImageDraw
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from xl2jax.checkpoint.param_names import Entry
 from xl2jax.checkpoint.safetensors_io import DTYPE_NAMES, DTYPES
 from xl2jax.checkpoint.torch_folder import write_torch
-from xl2jax.config import PRESETS, VideoXL2Config
-from xl2jax.evaluation.scenes import corpus
+from xl2jax.config import VideoXL2Config
+from xl2jax.evaluation.questions import corpus
 from xl2jax.prompt import END_OF_TEXT, IM_END, IM_START
-from xl2jax.system.terminal import run_command
+from xl2jax.video.writer import write_frames
 
 _COLOURS = ((220, 40, 40), (40, 90, 220), (40, 170, 70), (235, 200, 40))
 
 
 def shape_frame(t: float, width: int, height: int) -> np.ndarray:
-    """RGB uint8 [height, width, 3] of second t: coloured shapes that move over a gradient."""
+    """RGB uint8 [height, width, 3] at `t` seconds: coloured shapes that move over a gradient."""
     y, x = np.ogrid[:height, :width]
     shade = 150 + 50 * np.sin(x / 40 + t) * np.cos(y / 30 - t / 2)
     image = Image.fromarray(np.repeat(shade[..., None], 3, axis=2).astype(np.uint8))
@@ -49,27 +47,17 @@ def shape_frame(t: float, width: int, height: int) -> np.ndarray:
 def write_clip(
     path: Path, seconds: float = 20.0, *, fps: int = 24, width: int = 640, height: int = 360, codec: str = "libx264"
 ) -> None:
-    """Writes `shape_frame` as a video file; the container follows from the file's suffix.
+    """Writes `shape_frame` as a video file, the same bytes each time.
 
-    H.264 is written with a constant quantiser: libx264's rate control does not give the same bytes each time.
+    The suffix of `path` determines the container. Width and height are even.
     """
-    import av  # not needed to make checkpoints
-
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=Fraction(fps))
-        assert isinstance(stream, av.VideoStream)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.options = {"qp": "20"} if codec == "libx264" else {}
-        for i in range(round(seconds * fps)):
-            frame = av.VideoFrame.from_ndarray(shape_frame(i / fps, width, height), format="rgb24")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+    write_frames(path, (shape_frame(i / fps, width, height) for i in range(round(seconds * fps))), fps, codec=codec)
 
 
 def make_tokenizer(merges: int = 256) -> Tokenizer:
     """A byte-level BPE tokenizer with Qwen's pre-tokenisation (single digits) and special tokens.
 
-    The merges are learnt from the questions and times that it is meant for.
+    Its merges are trained on the questions and times of `xl2jax.evaluation.questions`.
     """
     tokenizer = Tokenizer(models.BPE())
     pattern = Regex(
@@ -90,20 +78,30 @@ _BRANCH_ENDS = (".out.kernel", ".fc2.kernel", ".proj_out.kernel", ".o.kernel", "
 
 
 def make_checkpoint(
-    folder: Path, config: VideoXL2Config, *, seed: int = 0, dtype: str = "float32", embedding: float = 0.02,
-    branch: float = 1.0,
-) -> None:  # fmt: skip
-    """Writes random weights in the PyTorch layout, with `make_tokenizer`'s tokenizer.
+    folder: Path,
+    config: VideoXL2Config,
+    *,
+    seed: int = 0,
+    dtype: str = "float32",
+    embedding_std: float = 0.02,
+    branch_scale: float = 1.0,
+) -> None:
+    """Writes random weights in the PyTorch layout, with the tokenizer of `make_tokenizer`.
 
-    Every value follows from `seed`: normal, scaled by fan-in; norms start at one.
+    Weights are normal with variance 1 / fan-in, biases are zero, norms are one. `seed` determines every value.
 
     Args:
-      embedding: standard deviation of embeddings (tokens, positions).
-      branch: factor on the last layer of every residual branch.
+      folder: it must not exist.
+      config: the vocabulary size is replaced by the tokenizer's.
+      dtype: of the stored weights: float32, bfloat16 or float16.
+      embedding_std: standard deviation of the embeddings of tokens and positions.
+      branch_scale: factor on the weights of the last layer of every residual branch.
+
+    Raises UserError if the folder exists or cannot be written.
     """
     tokenizer = make_tokenizer()
-    tokens = tokenizer.get_vocab_size(with_added_tokens=True)
-    config = dataclasses.replace(config, llm=dataclasses.replace(config.llm, vocab=tokens))
+    vocab = tokenizer.get_vocab_size(with_added_tokens=True)
+    config = dataclasses.replace(config, llm=dataclasses.replace(config.llm, vocab=vocab))
 
     def read(entry: Entry) -> np.ndarray:
         rng = np.random.default_rng([seed, *entry.name.encode()])
@@ -113,30 +111,10 @@ def make_checkpoint(
             value = np.zeros(entry.shape)
         else:
             fan_in = 1 if "embed" in entry.name.rsplit(".", 1)[1] else math.prod(entry.shape[:-1])
-            value = rng.standard_normal(entry.shape) * (embedding if fan_in == 1 else fan_in**-0.5)
+            value = rng.standard_normal(entry.shape) * (embedding_std if fan_in == 1 else fan_in**-0.5)
             if entry.name.endswith(_BRANCH_ENDS) and not entry.name.startswith("projector"):
-                value *= branch
+                value *= branch_scale
         return value.astype(DTYPES[DTYPE_NAMES[dtype]])
 
     write_torch(folder, config, read, dtype)
     tokenizer.save(str(folder / "tokenizer.json"))
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointArgs:
-    """Writes a checkpoint with random weights."""
-
-    folder: Annotated[Path, tyro.conf.Positional]
-    """Folder to make."""
-    preset: str = "small"
-    seed: int = 0
-
-
-def main() -> None:
-    args = tyro.cli(CheckpointArgs, prog="python -m xl2jax demo")
-    make_checkpoint(args.folder, PRESETS[args.preset], seed=args.seed)
-    print(f"wrote {args.folder}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -6,7 +6,6 @@ import dataclasses
 import re
 import tempfile
 import time
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from xl2jax.inference import memory
 from xl2jax.system.atomic import replacing_file
 from xl2jax.video.clip import FrameSampling, open_video
 from xl2jax.video.read_ahead import default_workers, resize
+from xl2jax.video.writer import write_frames
 
 _MODES = ("stream", "sequential", "decord", "overlap")
 _HEIGHTS = {"360p": (640, 360), "480p": (854, 480), "720p": (1280, 720), "1080p": (1920, 1080)}
@@ -58,18 +58,8 @@ def write_long(path: Path, seconds: int, width: int, height: int) -> None:
 
 
 def _encode(path: Path, length: int, width: int, height: int) -> None:
-    import av
-
-    scene = make_scene(1, 5 * length)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=Fraction(_FPS))
-        assert isinstance(stream, av.VideoStream)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.options = {"qp": "24", "preset": "veryfast"}
-        for i in range(length * _FPS):
-            frame = scene.frame(i * scene.frames // (length * _FPS), width, height)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
+    scene, count = make_scene(1, 5 * length), length * _FPS
+    write_frames(path, (scene.frame(i * scene.frames // count, width, height) for i in range(count)), _FPS)
 
 
 def _repeat(piece: Path, path: Path, length: int, times: int) -> None:

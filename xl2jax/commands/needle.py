@@ -17,7 +17,7 @@ import xl2jax
 from xl2jax.commands.flags import DEFAULT_CHECKPOINT, PrefillFlags, choices, require_checkpoint, shares, whole_numbers
 from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.evaluation.needle import KINDS, NeedleConfig, needle, parse_modes, summary
-from xl2jax.evaluation.scenes import NEEDLE_KINDS, Kind
+from xl2jax.evaluation.questions import NEEDLE_KINDS, Kind
 from xl2jax.inference.bilevel import BilevelConfig
 from xl2jax.inference.relevance import AttentionScorer
 from xl2jax.inference.video_cache import CacheConfig

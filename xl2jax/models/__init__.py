@@ -1,1 +1,1 @@
-"""What is computed: the networks, in the order in which a frame goes through them. Nothing here reads or writes files."""
+"""The networks of Video-XL-2, one a file. They read and write no files."""

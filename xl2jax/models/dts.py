@@ -29,7 +29,7 @@ def resample(features: jax.Array, grid: int) -> jax.Array:
 
 
 def group_frames(x: jax.Array) -> jax.Array:
-    """[F, C, H, W] -> [G, T, H, W, C], T = 4, in upstream's own order.
+    """[F, C, H, W] -> [G, T, H, W, C], T = 4, in upstream's order.
 
     Upstream reads the contiguous [F, C, H, W] memory as [G, C, T, H, W]: plane 4c + t of a group is
     frame (4c + t) // C, channel (4c + t) % C. The weights were trained that way.
@@ -83,7 +83,7 @@ class TemporalAttention(nnx.Module):
         q, k = q * c**-0.25, k * c**-0.25
         distance = np.arange(t)[None, :] - np.arange(t)[:, None]  # j - i
         rows = np.clip(distance, -MAX_RELATIVE_POSITION, MAX_RELATIVE_POSITION) + MAX_RELATIVE_POSITION
-        # Not nnx.Embed's call: it casts to the dtype it was built with. [i, j, C]
+        # [i, j, C]. A call of nnx.Embed would cast to the dtype that it was built with.
         rk, rv = (e.embedding[...][rows] for e in (self.relative_position_k, self.relative_position_v))
         weights = jnp.einsum("pic,pjc->pij", q, k) + jnp.einsum("pjc,jic->pij", q, rk)
         weights = jax.nn.softmax(weights.astype(accumulator(weights.dtype)), axis=-1).astype(v.dtype)
@@ -103,13 +103,18 @@ class TemporalDownsample(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[G, T, H, W, C] -> [G, T/2, H, W, C]."""
         x = jnp.pad(x, ((0, 0), (1, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
-        return convolve_as_product(x, self.conv) if jax.default_backend() == "cpu" else self.conv(x)
+        return jax.lax.platform_dependent(x, cpu=lambda x: convolve_as_product(x, self.conv), default=self.conv)
 
 
 def convolve_as_product(x: jax.Array, conv: nnx.Conv) -> jax.Array:
-    """The same convolution as one matrix product over its 27 taps, whose gradient is faster on CPUs than XLA's own.
+    """The convolution as one matrix product over its 27 taps, for CPUs.
 
-    Padded [G, T + 1, H + 2, W + 2, C] -> [G, T/2, H, W, C].
+    There XLA takes ten times as long for the gradient of its own convolution as for this one's.
+
+    Args:
+      x: padded, [G, T + 1, H + 2, W + 2, C].
+
+    Returns [G, T/2, H, W, C].
     """
     kernel = conv.kernel[...]
     t, h, w = (x.shape[1] - 1) // 2, x.shape[2] - 2, x.shape[3] - 2

@@ -1,4 +1,4 @@
-"""What several networks share: stacked layers, low-rank adapters, rotary positions."""
+"""Shared by several networks: stacked layers, low-rank adapters, rotary positions."""
 
 from __future__ import annotations
 
@@ -25,28 +25,34 @@ def stack_layers[M: nnx.Module](make: Callable[[nnx.Rngs], M], layers: int, rngs
     return build(rngs)
 
 
-def scan_layers[C](stacked: nnx.Module, body: Callable[[Any, C, jax.Array], C], carry: C, *, remat: bool = False) -> C:
-    """Runs `carry = body(layer, carry, index)` over the leading axis of `stacked`'s parameters.
+def scan_layers[C, Y](
+    stacked: nnx.Module, body: Callable[[Any, C, jax.Array], tuple[C, Y]], carry: C, *, remat: bool = False
+) -> tuple[C, Y]:
+    """Runs `carry, y = body(layer, carry, index)` for each layer of `stacked`, whose parameters have a leading axis L.
 
-    Compiles the body once whatever the depth. `remat` keeps only `carry` between layers for the
-    backward pass.
+    The body is compiled once, whatever the depth.
+
+    Args:
+      remat: the backward pass recomputes each layer and keeps only `carry` between them.
+
+    Returns the last carry, and every layer's `y` stacked along a leading axis L.
     """
     graphdef, params = nnx.split(stacked)
     layers = jax.tree.leaves(params)[0].shape[0]
 
-    def step(carry: C, xs: tuple[Any, jax.Array]) -> tuple[C, None]:
+    def step(carry: C, xs: tuple[Any, jax.Array]) -> tuple[C, Y]:
         layer_params, index = xs
-        return body(nnx.merge(graphdef, layer_params), carry, index), None
+        return body(nnx.merge(graphdef, layer_params), carry, index)
 
     if remat:
         step = jax.checkpoint(step, prevent_cse=False)
-    carry, _ = jax.lax.scan(step, carry, (params, jnp.arange(layers, dtype=jnp.int32)))
-    return carry
+    carry, outputs = jax.lax.scan(step, carry, (params, jnp.arange(layers, dtype=jnp.int32)))
+    return carry, outputs
 
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
-    """Low-rank adapters (arXiv 2106.09685): `alpha / rank` scales what they add."""
+    """Low-rank adapters (arXiv 2106.09685), whose outputs are scaled by `alpha / rank`."""
 
     rank: int = 64
     alpha: float = 16.0
@@ -57,7 +63,7 @@ class LoRALinear(nnx.Linear):
 
     def __init__(self, n: int, m: int, lora: LoRAConfig, *, use_bias: bool, param_dtype: Any, rngs: nnx.Rngs):
         super().__init__(n, m, use_bias=use_bias, param_dtype=param_dtype, rngs=rngs)
-        # Uniform within 1 / sqrt(n), as peft has it.
+        # Uniform within 1 / sqrt(n), the initialisation of peft.
         init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
         self.lora_a = nnx.Param(init(rngs.params(), (n, lora.rank), param_dtype))
         self.lora_b = nnx.Param(jnp.zeros((lora.rank, m), param_dtype))

@@ -1,4 +1,4 @@
-"""Qwen2.5 decoder. Where keys and values live is the caller's business: see `Qwen2.forward`."""
+"""Qwen2.5 decoder. The caller decides where keys and values are stored: see `Qwen2.forward`."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Qwen2(nnx.Module):
 
     def embed_tokens(self, ids: jax.Array) -> jax.Array:
         """Token ids [...] -> embeddings [..., D] in the parameters' dtype."""
-        # nnx.Embed's own call casts to the dtype it was built with, whatever its parameters are.
+        # A call of nnx.Embed would cast to the dtype that it was built with, whatever dtype its parameters have.
         return self.embed.embedding[...][ids]
 
     def forward[S](
@@ -81,25 +81,51 @@ class Qwen2(nnx.Module):
     ) -> tuple[jax.Array, S]:
         """Embeddings [..., T, D] at integer positions [..., T] -> normed hidden states [..., T, D].
 
-        Every layer calls `attend(state, layer, q, k, v)` with rotated q and k. A cache is part of
-        `state`, which is carried from layer to layer and returned.
+        Every layer calls `attend(state, layer, q, k, v)` with rotated q and k. A cache is part of `state`, which is
+        carried from layer to layer and returned.
+
+        Args:
+          remat: the backward pass recomputes each layer.
         """
+        (x, state), _ = self._run_layers(x, positions, attend, state, remat=remat)
+        return self.norm(x), state
+
+    def layer_outputs[S](self, x: jax.Array, positions: jax.Array, attend: Attend[S], state: S) -> jax.Array:
+        """The output of every layer, [L, ..., T, D], for the arguments of `forward`.
+
+        `forward` returns the last one, normed.
+        """
+        _, outputs = self._run_layers(x, positions, attend, state, keep_outputs=True)
+        assert outputs is not None
+        return outputs
+
+    def _run_layers[S](
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        attend: Attend[S],
+        state: S,
+        *,
+        remat: bool = False,
+        keep_outputs: bool = False,
+    ) -> tuple[tuple[jax.Array, S], jax.Array | None]:
         cos, sin = (
             t[..., None, :] for t in rope_tables(positions, self.head_width, self.rope_theta, accumulator(x.dtype))
         )
 
-        def body(layer: DecoderLayer, carry: tuple[jax.Array, S], index: jax.Array) -> tuple[jax.Array, S]:
-            x, state = carry
-            return layer(x, cos, sin, attend, state, index)
+        def body(
+            layer: DecoderLayer, carry: tuple[jax.Array, S], index: jax.Array
+        ) -> tuple[tuple[jax.Array, S], jax.Array | None]:
+            x, state = layer(carry[0], cos, sin, attend, carry[1], index)
+            return (x, state), x if keep_outputs else None
 
-        x, state = scan_layers(self.layers, body, (x, state), remat=remat)
-        return self.norm(x), state
+        return scan_layers(self.layers, body, (x, state), remat=remat)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [..., D] -> logits [..., vocab], float32 (float64 for float64)."""
         kernel = self.embed.embedding[...].T if self.tied else self.lm_head.kernel[...]
         if hidden.ndim > 1:
             return product("...d,dv->...v", hidden, kernel)
-        # For one 16-bit row XLA would first write all of lm_head as float32: give it a few rows.
+        # For one 16-bit row XLA would first write all of lm_head as float32. For eight rows it does not.
         rows = jax.lax.optimization_barrier(jnp.pad(hidden[None], ((0, 7), (0, 0))))
         return product("td,dv->tv", rows, kernel)[0]

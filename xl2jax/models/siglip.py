@@ -61,4 +61,4 @@ class VisionTower(nnx.Module):
         )
         x = self.patch_embedding(patches.astype(self.patch_embedding.kernel.dtype))
         x = x + self.position_embedding.embedding[...]
-        return scan_layers(self.layers, lambda layer, x, _: layer(x), x, remat=remat)
+        return scan_layers(self.layers, lambda layer, x, _: (layer(x), None), x, remat=remat)[0]

@@ -1,4 +1,4 @@
-"""Video-XL-2: the networks put together."""
+"""Video-XL-2, composed of its networks."""
 
 from __future__ import annotations
 
@@ -18,15 +18,18 @@ from xl2jax.models.siglip import VisionTower
 class VideoXL2(nnx.Module):
     """SigLIP, DTS, projector, Qwen2.5.
 
-    Used purely: `graphdef, params = nnx.split(model)` once, then functions of `params` under jax
-    transformations. Activations follow the dtype of the parameters. `lora` adds adapters to the LLM's
-    linear layers, for training.
+    Split it once (`graphdef, params = nnx.split(model)`) and write functions of `params`, for JAX's transformations.
+    Activations have the dtype of the parameters. `lora` adds adapters to the LLM's linear layers, for training.
     """
 
     def __init__(
-        self, config: VideoXL2Config, *, param_dtype: jax.typing.DTypeLike = jnp.float32, rngs: nnx.Rngs,
+        self,
+        config: VideoXL2Config,
+        *,
+        param_dtype: jax.typing.DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
         lora: LoRAConfig | None = None,
-    ):  # fmt: skip
+    ):
         self.config = config
         width = config.vision.width
         self.vision = VisionTower(config.vision, param_dtype=param_dtype, rngs=rngs)
@@ -37,7 +40,7 @@ class VideoXL2(nnx.Module):
     def encode_frames(self, pixels: jax.Array, *, remat: bool = False) -> jax.Array:
         """Pixels [F, H, W, 3] in [-1, 1], F a multiple of 4 -> visual tokens [G, V, D].
 
-        `remat` keeps little for the backward pass: layer inputs of the tower, and its features.
+        With `remat` the backward pass keeps the inputs of the tower's layers and the features; it recomputes the rest.
         """
         features = self.vision(pixels, remat=remat)
 
@@ -57,7 +60,7 @@ def normalise(frames: jax.Array) -> jax.Array:
 def abstract_model(
     config: VideoXL2Config, param_dtype: jax.typing.DTypeLike, lora: LoRAConfig | None = None
 ) -> VideoXL2:
-    """The model with `jax.ShapeDtypeStruct` parameters: costs no memory."""
+    """The model with `jax.ShapeDtypeStruct` for parameters, which takes no memory."""
     return nnx.eval_shape(lambda: VideoXL2(config, param_dtype=param_dtype, rngs=nnx.Rngs(0), lora=lora))
 
 

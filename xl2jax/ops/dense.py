@@ -1,7 +1,12 @@
-"""Dense attention within a batch row: the vision tower, DTS, training."""
+"""Dense attention within a batch row: the vision tower, DTS, training.
+
+cuDNN or XLA computes it. Which of the two is decided when a program is lowered for a platform, not when it is traced:
+the same function serves `jax.default_device(cpu)` on a machine with a GPU.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Literal
 
@@ -15,25 +20,45 @@ def dense_attention(
 ) -> jax.Array:
     """Scaled dot-product attention. q [B, T, N, H], k and v [B, S, K, H] -> [B, T, N, H].
 
-    `mask` [B, 1, T, S]: True where a key is seen, besides what `causal` says.
-    N is a multiple of K (GQA). Softmax in float32 (float64 for float64). On NVIDIA GPUs 16-bit arrays whose head width cuDNN
-    serves (a multiple of 8 up to 128) go to cuDNN, everything else to XLA.
+    N is a multiple of K (GQA). The softmax is float32 (float64 for float64). On NVIDIA GPUs cuDNN computes 16-bit
+    arrays whose head width is a multiple of 8 up to 128; XLA computes everything else.
+
+    Args:
+      causal: a query at t sees the keys up to t.
+      mask: bool [B, 1, T, S], True where a key is seen; with `causal`, a key has to pass both.
     """
-    served = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
-    cudnn = jax.default_backend() == "gpu" and served
-    if cudnn and mask is None and not causal and (q.shape[1] % 2 or k.shape[1] % 2):
-        return _odd(q, k, v)
     if q.dtype == jnp.float64:
         return _float64(q, k, v, causal=causal, mask=mask)
-    if q.dtype == jnp.float16 and not cudnn:  # XLA multiplies no float16 into float32 on CPUs
-        wide_q, wide_k, wide_v = (x.astype(jnp.float32) for x in (q, k, v))
-        return jax.nn.dot_product_attention(wide_q, wide_k, wide_v, mask=mask, is_causal=causal).astype(q.dtype)
-    implementation: Literal["cudnn", "xla"] = "cudnn" if cudnn else "xla"
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation=implementation)
+
+    def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+        if mask is None and not causal and (q.shape[1] % 2 or k.shape[1] % 2):
+            return _odd_lengths(q, k, v)
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="cudnn")
+
+    def xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+        # XLA on CPUs has no product of float16 arrays that is summed in float32.
+        dtype = jnp.float32 if q.dtype == jnp.float16 else q.dtype
+        q_, k_, v_ = (x.astype(dtype) for x in (q, k, v))
+        out = jax.nn.dot_product_attention(q_, k_, v_, mask=mask, is_causal=causal, implementation="xla")
+        return out.astype(q.dtype)
+
+    served = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+    if served and _has_cuda():
+        return jax.lax.platform_dependent(q, k, v, mask, cuda=cudnn, default=xla)
+    return xla(q, k, v, mask)
+
+
+@functools.cache
+def _has_cuda() -> bool:
+    """Whether this process has an NVIDIA GPU: JAX traces cuDNN's attention only there, even for another device."""
+    try:
+        return len(jax.devices("cuda")) > 0
+    except RuntimeError:  # JAX knows no such platform
+        return False
 
 
 def _float64(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool, mask: jax.Array | None) -> jax.Array:
-    """jax.nn.dot_product_attention takes its softmax in float32 whatever it is given."""
+    """jax.nn.dot_product_attention would compute the softmax in float32, whatever the dtype of its arguments."""
     kv_heads = k.shape[2]
     queries = einops.rearrange(q, "b t (k g) h -> b t k g h", k=kv_heads)
     scores = jnp.einsum("btkgh,bskh->bkgts", queries, k) * q.shape[-1] ** -0.5
@@ -45,8 +70,8 @@ def _float64(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool, mask: ja
 
 
 @jax.custom_vjp
-def _odd(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """cuDNN takes odd lengths (729 patches) as long as no gradient is asked for."""
+def _odd_lengths(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """cuDNN serves odd lengths (a frame has 729 patches), but has no gradient for them."""
     return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
 
 
@@ -56,23 +81,27 @@ def padded_attention(q: jax.Array, k: jax.Array, v: jax.Array, implementation: L
     def even(x: jax.Array) -> jax.Array:
         return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
 
-    lengths = [jnp.full(q.shape[0], x.shape[1], jnp.int32) for x in (q, k)]
+    query_lengths, key_lengths = (jnp.full(q.shape[0], x.shape[1], jnp.int32) for x in (q, k))
     out = jax.nn.dot_product_attention(
-        even(q), even(k), even(v), query_seq_lengths=lengths[0], key_value_seq_lengths=lengths[1],
+        even(q),
+        even(k),
+        even(v),
+        query_seq_lengths=query_lengths,
+        key_value_seq_lengths=key_lengths,
         implementation=implementation,
-    )  # fmt: skip
+    )
     return out[:, : q.shape[1]]
 
 
 type _Pullback = Callable[[jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
 
 
-def _odd_forward(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, _Pullback]:
+def _odd_lengths_forward(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, _Pullback]:
     return jax.vjp(lambda q, k, v: padded_attention(q, k, v, "cudnn"), q, k, v)
 
 
-def _odd_backward(pullback: _Pullback, gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _odd_lengths_backward(pullback: _Pullback, gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return pullback(gradient)
 
 
-_odd.defvjp(_odd_forward, _odd_backward)
+_odd_lengths.defvjp(_odd_lengths_forward, _odd_lengths_backward)

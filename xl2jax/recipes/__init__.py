@@ -1,1 +1,1 @@
-"""How the bundled checkpoint is made. Nothing in the library needs it."""
+"""How the bundled checkpoint is made. The library does not depend on it."""

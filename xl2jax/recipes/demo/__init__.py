@@ -1,1 +1,1 @@
-"""The bundled checkpoint: its data sets, its stages of training, and what composes its training rows."""
+"""The recipe of the bundled checkpoint (checkpoints/demo): python -m xl2jax.recipes.demo build/demo"""
