@@ -50,7 +50,7 @@ docs: install
 	  $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'; \
 	fi
 	$(BIN)/python tools/cli_reference.py
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf .venv build .pytest_cache .ruff_cache .mypy_cache
