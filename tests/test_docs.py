@@ -84,7 +84,7 @@ def test_the_command_line_reference_is_fresh() -> None:
 
 def test_the_api_page_has_every_public_name() -> None:
     text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
-    marked = re.findall(r"<!-- api: ([\w.]+) -->", text)
+    marked = re.findall(r"<!-- api: ([\w.]+)(?: \w+)* -->", text)
     headings = set(re.findall(r"^## (\w+)$", text, re.MULTILINE))
     assert headings == set(xl2jax.__all__) - {"PRESETS"}
     assert "xl2jax.PRESETS" in text
@@ -119,6 +119,18 @@ def test_the_worked_example_of_the_architecture() -> None:
         position, *others = map(numbers, row.split("|"))
         for column, values in zip((tokens.slot, *tokens.ranges), others, strict=True):
             np.testing.assert_array_equal(column[position], values if len(values) > 1 else values * len(position))
+
+
+OTHERS = {"--gpus", "--help", "--local-dir", "--rm"}
+"""Flags of Docker, of the hub's client, and of every command."""
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name != "cli.md"], ids=name_of)
+def test_flags_exist(page: Path, dump_case: ModuleType) -> None:
+    """Every flag that a page names is one of the commands, of the case dumper, or of another program."""
+    known = set(re.findall(r"`(--[\w-]+)`", (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")))
+    known |= set(re.findall(r"--[\w-]+", dump_case.parser().format_help())) | OTHERS
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text(encoding="utf-8"))) <= known
 
 
 @pytest.fixture(scope="module")

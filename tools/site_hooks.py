@@ -27,7 +27,8 @@ ADDED = {
 """Files outside docs/ by their place in the repository, and their names in the site."""
 
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
-API = re.compile(r"<!-- api: ([\w.]+) -->")
+API = re.compile(r"<!-- api: ([\w.]+)((?: \w+)*) -->")
+"""A marker of api.md: the object whose docstrings stand there and, where not all are of interest, which members."""
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -56,7 +57,14 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
             return text
         return f"{picture}[{text}]({name}{'#' + anchor if anchor else ''})"
 
-    return API.sub(r"::: \1", LINK.sub(rewrite, markdown))
+    return API.sub(docstrings, LINK.sub(rewrite, markdown))
+
+
+def docstrings(marker: re.Match[str]) -> str:
+    """The block that mkdocstrings replaces by docstrings."""
+    name, members = marker.groups()
+    chosen = f"\n    options:\n      members: [{', '.join(members.split())}]" if members else ""
+    return f"::: {name}{chosen}"
 
 
 def site_name(path: str) -> str | None:
