@@ -267,8 +267,17 @@ def dump_hub(args: argparse.Namespace) -> None:
         count, seen = len(inputs[0]), seen + len(inputs[0])
         return (pixels[seen - count : seen].to(inputs[0]), *inputs[1:])
 
+    calls: list[tuple[int, int, int]] = []
+
+    def count(_: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
+        hidden = inputs[0] if inputs else options["hidden_states"]
+        places = options.get("position_ids")
+        ends = (-1, -1) if places is None else (int(places.min()), int(places.max()))
+        calls.append((hidden.shape[1], *ends))
+
     recorder = watch_stages(model)
     handles = [
+        model.model.layers[0].register_forward_pre_hook(count, with_kwargs=True),
         model.model.vision_tower.register_forward_pre_hook(replace),
         model.lm_head.register_forward_hook(lambda _m, _i, out: heads.append(to_numpy(out[0, -1]))),
         model.model.embed_tokens.register_forward_hook(lambda _m, i, _o: embedded.append(to_numpy(i[0].flatten()))),
@@ -291,6 +300,7 @@ def dump_hub(args: argparse.Namespace) -> None:
     # The rest has no agreed counterpart yet: see docs/cases.md on what to compare it with.
     writer.raw(
         {"embedded_ids": np.concatenate(embedded).astype(np.int64), "last_logits": np.stack(heads)}
+        | {"calls": np.array(calls, np.int64)}
         | {f"part{i}_{n}": x for n, parts in recorder.parts.items() for i, x in enumerate(parts)}
     )
 
