@@ -28,7 +28,7 @@ demo: install
 	@mkdir -p build
 	@$(BIN)/python -m xl2jax.recipes.demo.datasets clip build/demo.mp4 --seed "$$SEED" > build/demo.txt
 	@echo "What is asked, and what is right (any SEED=N makes another video):" >&2 && cat build/demo.txt >&2
-	@cut -f1 build/demo.txt | sed 's/.*/--question "&"/' | xargs $(BIN)/python infer.py --video build/demo.mp4 --select-chunk-groups 1 --plot build/demo.png
+	@cut -f1 build/demo.txt | sed 's/.*/--question "&"/' | xargs $(BIN)/python infer.py --video build/demo.mp4 --plot build/demo.png
 	@echo "wrote build/demo.png: the timeline, and which parts each answer looked at" >&2
 
 test: install

@@ -4,9 +4,9 @@ from xl2jax.system.terminal import run_command
 
 
 def main() -> int:
-    from xl2jax.commands.infer import infer
+    from xl2jax.commands import infer
 
-    return infer()
+    return infer.main()
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def video_cache(layout: VideoLayout, capacity: int) -> tuple[KVCache, np.ndarray
     start = _START
     raw, v = rng.standard_normal((2, L, K, layout.tokens, H)).astype(np.float32)
     k = turned(raw, 1)
-    slot = natural_ranges(layout, 0, start, PrefillConfig())["slot"]
+    slot = natural_ranges(layout, 0, start, PrefillConfig()).slot
     arena = np.full((2, L, K, start + capacity * layout.visual_tokens, H), 7.0, np.float32)
     arena[0][:, :, slot], arena[1][:, :, slot] = k, v
     cache = KVCache(

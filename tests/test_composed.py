@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from xl2jax.checkpoint.params import load_params
-from xl2jax.commands.infer import DEFAULT_CHECKPOINT
+from xl2jax.commands.flags import DEFAULT_CHECKPOINT
 from xl2jax.errors import UserError
 from xl2jax.evaluation.scenes import COLOURS, HELD_OUT, PAIRS, SHAPES, make_scene
 from xl2jax.models.video_xl2 import VideoXL2, abstract_model, normalise

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,8 +16,8 @@ import xl2jax
 from xl2jax import FrameSampling, PrefillConfig, TokenSampling
 from xl2jax.checkpoint.param_names import flatten, unflatten
 from xl2jax.errors import UserError
-from xl2jax.inference import compiled, memory
-from xl2jax.inference.generate import sample
+from xl2jax.inference import compiled, memory, session
+from xl2jax.inference.generate import extend, sample
 from xl2jax.prompt import PromptTokenizer
 
 
@@ -55,62 +56,30 @@ def test_decoding_equals_one_run_over_all_tokens(model: xl2jax.Model, watched: x
     """Token by token behind the cache against the answer fed back as part of the suffix."""
     text = xl2jax.prompt.suffix(model.tokenizer, "Which shape is red?")  # type: ignore[attr-defined]
     limit = 12
-    never = np.array([-1], np.int32)
-    greedy, auto = TokenSampling().traced(), "auto"
-    cache = compiled.new_cache(model.config.llm, 128, "float32")
-    n = np.int32(len(text.ids))
-    state = compiled.ask(
-        model.config, model.params, watched.cache, cache, np.array(text.ids), n, jax.random.key(0), never, greedy,
-        implementation=auto,
-    )  # fmt: skip
-    first = int(state.token)
-    _, rest, count = compiled.decode(
-        model.config,
-        model.params,
-        watched.cache,
-        state,
-        np.int32(limit),
-        never,
-        greedy,
-        size=limit,
-        implementation=auto,
-    )
-    assert int(count) == limit
-    answer = [first, *np.asarray(rest).tolist()]
-    llm = compiled.merge_model(model.config, model.params).llm
+    stop, greedy = np.array([-1], np.int32), TokenSampling()
+    suffix = session.suffix_ids(text.ids, text.first, text.last)
+    network, context = model.network, watched.kv.cache
+    state, _ = session.start_answer(network, context, suffix, new_tokens=limit, stop=stop, sampling=greedy)
+    *_, answer = session.answer_tokens(network, context, state, new_tokens=limit, stop=stop, sampling=greedy)
+    assert len(answer) == limit
+    llm = network.model.llm
     ids = np.array(text.ids + answer[:-1])
     cache = compiled.new_cache(model.config.llm, 128, "float32")
-    _, hidden = xl2jax.inference.generate.extend(llm, watched.cache, cache, ids, jnp.int32(len(ids)))  # type: ignore[attr-defined]
+    _, hidden = extend(llm, context, cache, ids, jnp.int32(len(ids)), implementation="blockwise")
     assert np.argmax(llm.logits(hidden[len(text.ids) - 1 :]), -1).tolist() == answer
 
 
 def test_stops_at_the_end_token(model: xl2jax.Model, watched: xl2jax.WatchedVideo) -> None:
-    greedy, auto = TokenSampling().traced(), "auto"
-    ids = np.array(model.tokenizer.encode("\nWhy?"), np.int32)
-    cache = compiled.new_cache(model.config.llm, 64, "float32")
-    key, never = jax.random.key(0), np.array([-1], np.int32)
+    ids = model.tokenizer.encode("\nWhy?")
+    suffix, greedy = session.suffix_ids(ids, 0, len(ids)), TokenSampling()
+    network, context = model.network, watched.kv.cache
 
     def answer(stop: np.ndarray) -> list[int]:
-        text = jax.tree.map(jnp.copy, cache)
-        state = compiled.ask(
-            model.config,
-            model.params,
-            watched.cache,
-            text,
-            ids,
-            np.int32(len(ids)),
-            key,
-            stop,
-            greedy,
-            implementation=auto,
-        )
-        first = int(state.token)
-        _, new, n = compiled.decode(
-            model.config, model.params, watched.cache, state, np.int32(9), stop, greedy, size=12, implementation=auto
-        )
-        return [first, *np.asarray(new)[: int(n)].tolist()]
+        state, _ = session.start_answer(network, context, suffix, new_tokens=10, stop=stop, sampling=greedy)
+        *_, answered = session.answer_tokens(network, context, state, new_tokens=10, stop=stop, sampling=greedy)
+        return answered
 
-    free = answer(never)
+    free = answer(np.array([-1], np.int32))
     assert len(free) == 10
     stop = free[4]
     stopped = answer(np.array([stop], np.int32))
@@ -118,10 +87,10 @@ def test_stops_at_the_end_token(model: xl2jax.Model, watched: xl2jax.WatchedVide
 
 
 def test_questions_leave_the_video_alone(model: xl2jax.Model, watched: xl2jax.WatchedVideo) -> None:
-    before = np.asarray(watched.cache.k).copy()
+    before = np.asarray(watched.kv.cache.k).copy()
     a = model.ask(watched, "What happens?", max_new_tokens=6).text
     model.ask(watched, "Something else entirely?", max_new_tokens=6, bilevel=None)
-    assert np.array_equal(before, watched.cache.k)
+    assert np.array_equal(before, watched.kv.cache.k)
     assert model.ask(watched, "What happens?", max_new_tokens=6).text == a
 
 
@@ -178,7 +147,7 @@ def test_numbers_that_are_not_finite_are_an_error(where: str, model: xl2jax.Mode
 def test_float16_answers_and_says_when_it_overflows(checkpoint: Path, clip: Path) -> None:
     half = xl2jax.load(checkpoint, dtype="float16")
     video = half.watch(clip, FrameSampling(max_frames=16))
-    assert {str(x.dtype) for x in (video.cache.k, video.cache.v)} == {"float16"}
+    assert {str(x.dtype) for x in (video.kv.cache.k, video.kv.cache.v)} == {"float16"}
     assert half.ask(video, "What happens?", max_new_tokens=4).new_tokens >= 1
     params = flatten(half.params)
     params["llm.layers.down.kernel"] = params["llm.layers.down.kernel"] * 30_000
@@ -196,7 +165,7 @@ def test_a_video_belongs_to_its_model(model: xl2jax.Model, watched: xl2jax.Watch
 def test_closing_gives_memory_back(model: xl2jax.Model, clip: Path) -> None:
     with model.watch(clip, FrameSampling(max_frames=16)) as video:
         model.ask(video, "What?", max_new_tokens=1)
-        held = [weakref.ref(x) for x in jax.tree.leaves((video.cache, video.pooled, video.features))]
+        held = [weakref.ref(x) for x in jax.tree.leaves((video.kv.cache, video.kv.pooled))]
         assert video.device_bytes > 0
     gc.collect()
     assert all(x() is None for x in held)
@@ -225,7 +194,7 @@ def test_closing_waits_for_answers_that_are_being_given(model: xl2jax.Model, cli
 def test_one_pool_size_is_kept(model: xl2jax.Model, watched: xl2jax.WatchedVideo) -> None:
     for pool in (1, 2, 4):
         model.ask(watched, "What?", max_new_tokens=1, bilevel=xl2jax.BilevelConfig(pool=pool))
-        assert list(watched.pooled) == [pool]
+        assert list(watched.kv.pooled) == [pool]
 
 
 def test_a_refused_video_names_those_that_could_be_closed(
@@ -242,26 +211,26 @@ def test_threads_ask_one_video(model: xl2jax.Model, clip: Path) -> None:
     questions = ["What happens?", "Who is it?", "Which colour?", "And then?"]
     with model.watch(clip, FrameSampling(max_frames=40)) as video:
         alone = [model.ask(video, q, max_new_tokens=8).text for q in questions]
-        video.pooled.clear()
+        video.kv.pooled.clear()
         with ThreadPoolExecutor(4) as pool:
             together = list(pool.map(lambda q: model.ask(video, q, max_new_tokens=8).text, questions))
     assert together == alone
 
 
 def test_bilevel_with_everything_dense_is_dense(model: xl2jax.Model, watched: xl2jax.WatchedVideo) -> None:
-    blocks = -(-watched.layout.groups // 4)
+    blocks = -(-watched.kv.layout.groups // 4)
     everything = xl2jax.BilevelConfig(top_chunks=blocks)
     a = model.ask(watched, "What happens?", max_new_tokens=16, bilevel=everything)
     b = model.ask(watched, "What happens?", max_new_tokens=16, bilevel=None)
     assert a.text == b.text
-    assert a.context_tokens == b.context_tokens == watched.layout.tokens
+    assert a.context_tokens == b.context_tokens == watched.kv.layout.tokens
     assert all(c.dense for c in a.chunks)
     assert b.chunks == []
 
 
 def test_chunks_are_reported(model: xl2jax.Model, watched: xl2jax.WatchedVideo) -> None:
     answer = model.ask(watched, "What happens?", max_new_tokens=1)
-    blocks = -(-watched.layout.groups // 4)
+    blocks = -(-watched.kv.layout.groups // 4)
     assert [c.number for c in answer.chunks] == list(range(1, blocks + 1))
     assert answer.chunks[0].dense
     assert answer.chunks[-1].dense
@@ -271,9 +240,9 @@ def test_chunks_are_reported(model: xl2jax.Model, watched: xl2jax.WatchedVideo) 
     assert chosen == {c.number for c in sorted(middle, key=lambda c: -(c.score or 0))[:2]}
     assert answer.chunks[1].start == watched.times[16]
     assert answer.chunks[1].end == watched.times[31]
-    assert watched.layout.groups == 37
+    assert watched.kv.layout.groups == 37
     pooled = 37 - 3 * 4 - 1  # three whole blocks are dense, and the last one of one group
-    assert answer.context_tokens == watched.layout.tokens - pooled * 3  # 1 of 4 visual tokens stays
+    assert answer.context_tokens == watched.kv.layout.tokens - pooled * 3  # 1 of 4 visual tokens stays
 
 
 def test_scorer_none_keeps_the_ends(model: xl2jax.Model, watched: xl2jax.WatchedVideo) -> None:
@@ -288,7 +257,7 @@ def test_chunked_and_dense_prefill_differ_and_window_covers(model: xl2jax.Model,
 
     def keys(config: PrefillConfig) -> np.ndarray:
         video = model.watch(clip, sampling, config)  # type: ignore[arg-type]
-        return np.asarray(video.cache.k[-1])
+        return np.asarray(video.kv.cache.k[-1])
 
     dense, covering, narrow = (keys(PrefillConfig(4, w)) for w in (None, 10, 0))
     assert np.allclose(dense, covering, atol=1e-5)
@@ -299,14 +268,28 @@ def test_chunked_and_dense_prefill_differ_and_window_covers(model: xl2jax.Model,
     ("options", "message"),
     [
         ({"max_new_tokens": 0}, "max new tokens"),
-        ({"sampling": TokenSampling(-1.0)}, "temperature"),
-        ({"sampling": TokenSampling(1.0, 0.0)}, "top-p"),
         ({"bilevel": xl2jax.BilevelConfig(top_chunks=99)}, "top chunks must be from 0 to 10"),
         ({"bilevel": xl2jax.BilevelConfig(pool=99)}, "pool must be from 1 to 4"),
-        ({"bilevel": xl2jax.BilevelConfig(select_chunk_groups=0)}, "select chunk groups"),
-        ({"relevance": xl2jax.RelevanceConfig("file")}, "needs a selection file"),
     ],
 )
 def test_options_out_of_range(options: dict, message: str, model: xl2jax.Model, watched: xl2jax.WatchedVideo) -> None:
     with pytest.raises(UserError, match=message):
         model.ask(watched, "What?", **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TokenSampling(-1.0), "temperature"),
+        (lambda: TokenSampling(1.0, 0.0), "top-p"),
+        (lambda: xl2jax.BilevelConfig(select_chunk_groups=0), "select chunk groups"),
+        (lambda: xl2jax.BilevelConfig(pool=0), "pool must be 1 or more"),
+        (lambda: xl2jax.BilevelConfig(top_chunks=-1), "top chunks must be 0 or more"),
+        (lambda: PrefillConfig(window_chunks=-1), "window chunks 0 or more"),
+        (lambda: xl2jax.AttentionScorer(0.5, 0.2), "relevance layers"),
+        (lambda: xl2jax.RelevanceConfig("file"), "go together"),
+    ],
+)
+def test_settings_are_checked_where_they_are_made(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make()

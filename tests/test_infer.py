@@ -16,8 +16,9 @@ from test_video import write_audio
 
 import xl2jax
 from xl2jax.checkpoint.convert import torch_to_orbax
-from xl2jax.commands.infer import infer
+from xl2jax.commands import infer
 from xl2jax.config import VideoXL2Config
+from xl2jax.errors import UserError
 from xl2jax.inference import memory
 from xl2jax.inference.layout import PrefillConfig, VideoLayout
 from xl2jax.inference.prefill import make_plan
@@ -33,7 +34,7 @@ def ask(
     command: Callable[..., tuple[int, str, str]], clip: Path, checkpoint: Path
 ) -> Callable[..., tuple[int, str, str]]:
     def run(*flags: object) -> tuple[int, str, str]:
-        return command(infer, "--video", clip, "--checkpoint", checkpoint, *FAST, *flags)
+        return command(infer.main, "--video", clip, "--checkpoint", checkpoint, *FAST, *flags)
 
     return run
 
@@ -81,21 +82,27 @@ def test_interactive_keeps_earlier_turns(ask: Callable[..., Any], monkeypatch: p
     assert second["suffix_tokens"] > first["suffix_tokens"] + first["new_tokens"]
 
 
-def test_dense_bfloat16_similarity(ask: Callable[..., Any]) -> None:
-    for flags in (
-        ("--prefill", "dense", "--decode", "dense"),
-        ("--dtype", "bfloat16", "--relevance", "similarity", "--top-chunks", 1, "--temperature", 0.7, "--seed", 3),
-    ):
-        status, out, err = ask("--question", QUESTION, "--json", *flags)
-        assert status == 0, err
-        assert json.loads(out)["answers"][0]["new_tokens"] >= 1
+def test_dense_reading_and_sampling(ask: Callable[..., Any], model: xl2jax.Model, clip: Path) -> None:
+    status, out, err = ask("--question", QUESTION, "--json", "--window-chunks", "all", "--top-chunks", "all")
+    assert status == 0, err
+    video = model.watch(
+        clip, xl2jax.FrameSampling(fps=2, max_frames=40), PrefillConfig(window_chunks=None), bilevel=None
+    )
+    expected = model.ask(video, QUESTION, max_new_tokens=6, bilevel=None)
+    answer = json.loads(out)["answers"][0]
+    assert (answer["answer"], answer["chunks"]) == (expected.text, [])
+    status, out, err = ask("--question", QUESTION, "--json", "--temperature", 0.7, "--seed", 3, "--top-chunks", 1)
+    assert status == 0, err
+    answer = json.loads(out)["answers"][0]
+    assert sum(c["dense"] for c in answer["chunks"]) == 3
 
 
 def test_cache_on_disk(ask: Callable[..., Any], tmp_path: Path) -> None:
     file = tmp_path / "video.cache"
-    _, made, _ = ask("--question", QUESTION, "--json", "--save-cache", file)
-    status, loaded, err = ask("--question", QUESTION, "--json", "--load-cache", file)
+    _, made, _ = ask("--question", QUESTION, "--json", "--cache", file)
+    status, loaded, err = ask("--question", QUESTION, "--json", "--cache", file)
     assert status == 0, err
+    assert "the video's KV is read from it" in err
     a, b = json.loads(made), json.loads(loaded)
     assert a["answers"][0]["answer"] == b["answers"][0]["answer"]
     assert [c["score"] for c in a["answers"][0]["chunks"]] == pytest.approx(
@@ -109,11 +116,10 @@ def test_cache_of_something_else(
     refused: Callable[..., str], ask: Callable[..., Any], clip: Path, checkpoint: Path, copied: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "video.cache"
-    assert ask("--question", QUESTION, "--save-cache", file)[0] == 0
+    assert ask("--question", QUESTION, "--cache", file)[0] == 0
 
     def load(video: Path, folder: Path, *flags: object) -> str:
-        return refused(
-            infer, "--video", video, "--checkpoint", folder, *FAST, *flags, "--question", QUESTION, "--load-cache", file
+        return refused(infer.main, "--video", video, "--checkpoint", folder, *FAST, *flags, "--question", QUESTION, "--cache", file
         )  # fmt: skip
 
     other = tmp_path / "other.mp4"
@@ -140,20 +146,23 @@ def selection_file(tmp_path: Path, units: list[int]) -> Path:
 
 
 def test_selection_from_a_file(
-    ask: Callable[..., Any], refused: Callable[..., str], clip: Path, checkpoint: Path, tmp_path: Path
+    model: xl2jax.Model, clip: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    flags = ("--relevance", "file", "--relevance-file", selection_file(tmp_path, [2, 3]))
-    _, out, _ = ask("--question", QUESTION, "--json", *flags)
-    chunks = json.loads(out)["answers"][0]["chunks"]
-    assert [c["number"] for c in chunks if c["dense"]] == [1, 3, 4, 5]
-    base = ("--video", clip, "--checkpoint", checkpoint, *FAST, *flags)
-    assert "no entry for clip.mp4 and 'Other?'" in refused(infer, *base, "--question", "Other?")
-    status, out, err = ask("--question", "Other?", *flags, "--relevance-missing", "dense", "--json")
-    assert status == 0
-    assert json.loads(out)["answers"][0]["chunks"] == []
-    assert "reading the whole dense cache" in err
+    """Upstream's selection files, through the Python interface."""
+    file = selection_file(tmp_path, [2, 3])
+    relevance = xl2jax.RelevanceConfig("file", file=file)
+    video = model.watch(clip, xl2jax.FrameSampling(fps=2, max_frames=40))
+    answer = model.ask(video, QUESTION, max_new_tokens=6, relevance=relevance)
+    assert [c.number for c in answer.chunks if c.dense] == [1, 3, 4, 5]
+    with pytest.raises(UserError, match=r"no entry for clip.mp4 and 'Other\?'"):
+        model.ask(video, "Other?", relevance=relevance)
+    with caplog.at_level("INFO", "xl2jax"):
+        relaxed = xl2jax.RelevanceConfig("file", file=file, missing="dense")
+        assert model.ask(video, "Other?", max_new_tokens=6, relevance=relaxed).chunks == []
+    assert "reading the whole dense cache" in caplog.text
     selection_file(tmp_path, [2, 77])
-    assert "selects unit 77, the video has 5" in refused(infer, *base, "--question", QUESTION)
+    with pytest.raises(UserError, match="selects unit 77, the video has 5"):
+        model.ask(video, QUESTION, relevance=relevance)
 
 
 BAD = [
@@ -167,34 +176,24 @@ BAD = [
     (("--question", QUESTION, "--window-chunks", -1), "window chunks"),
     (("--question", QUESTION, "--pool", 0), "pool must be"),
     (("--question", QUESTION, "--top-chunks", 9), "top chunks must be from 0 to 3 (the video has 3 chunks), not 9"),
-    (("--question", QUESTION, "--relevance", "file"), "--relevance-file go together"),
-    (("--question", QUESTION, "--relevance-layers", 0.5, 0.2), "relevance layers"),
-    (("--question", QUESTION, "--offload", "--relevance-keys", "dense"), "only the pooled KV is there"),
-    (("--question", QUESTION, "--relevance", "none", "--relevance-heads", "max"), "no effect with relevance none"),
     (("--question", QUESTION, "--checkpoint", "/nowhere"), "no such checkpoint folder"),
-    (("--question", QUESTION, "--attention", "magic"), "choose auto"),
-    (("--question", QUESTION, "--load-cache", "/nowhere/x"), "no such file"),
-    (("--question", QUESTION, "--save-cache", "/nowhere/x"), "cannot be written (no such folder)"),
-    (("--question", QUESTION, "--save-cache", "/etc/passwd/x"), "cannot be written"),
-    (("--question", QUESTION, "--save-cache", "a", "--load-cache", "b"), "not both"),
+    (("--question", QUESTION, "--cache", "/nowhere/x"), "cannot be written (no such folder)"),
+    (("--question", QUESTION, "--cache", "/etc/passwd/x"), "cannot be written"),
     (("--question", QUESTION, "--temperature", "nan"), "temperature"),
-    (("--question", QUESTION, "--folder-fps", "nan"), "folder fps"),
     (("--question", QUESTION, "--seed", -1), "seed must be"),
-    (("--question", QUESTION, "--top-chunks", 1, "--relevance", "none"), "no effect with --relevance none"),
-    (("--question", QUESTION, "--top-chunks", 1, "--decode", "dense"), "no effect with --decode dense"),
-    (("--question", QUESTION, "--relevance-missing", "dense"), "need --relevance file"),
+    (("--question", QUESTION, "--offload", "--top-chunks", "all"), "--offload has no use"),
     (("--question", QUESTION, "--max-new-tokens", 10**9), "ask for fewer"),
 ]
 
 
 @pytest.mark.parametrize(("flags", "message"), BAD)
 def test_bad_options(flags: tuple, message: str, refused: Callable[..., str], clip: Path, checkpoint: Path) -> None:
-    assert message in refused(infer, "--video", clip, "--checkpoint", checkpoint, *FAST, *flags)
+    assert message in refused(infer.main, "--video", clip, "--checkpoint", checkpoint, *FAST, *flags)
 
 
 def test_bad_videos(refused: Callable[..., str], checkpoint: Path, tmp_path: Path) -> None:
     def line(video: Path) -> str:
-        return refused(infer, "--video", video, "--checkpoint", checkpoint, *FAST, "--question", QUESTION)
+        return refused(infer.main, "--video", video, "--checkpoint", checkpoint, *FAST, "--question", QUESTION)
 
     (tmp_path / "text.mp4").write_text("no video\n" * 100)
     assert "text.mp4: not a video" in line(tmp_path / "text.mp4")
@@ -215,7 +214,7 @@ def test_cut_off_video_is_answered_with_a_warning(
     write_clip(whole, 20, fps=10, width=96, height=64)
     (tmp_path / "cut.mkv").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     flags = ("--checkpoint", checkpoint, *FAST, "--question", QUESTION, "--json")
-    status, out, err = command(infer, "--video", tmp_path / "cut.mkv", *flags)
+    status, out, err = command(infer.main, "--video", tmp_path / "cut.mkv", *flags)
     assert status == 0, err
     assert "the file is cut off, last good time" in err
     assert 4 <= json.loads(out)["frames"] < 40
@@ -225,15 +224,15 @@ def test_a_bad_video_is_refused_before_a_checkpoint_is_read(refused: Callable[..
     """The real weights take minutes to read."""
     (tmp_path / "text.mp4").write_text("no video\n" * 100)
     flags = ("--checkpoint", tmp_path / "missing", *FAST, "--question", QUESTION)
-    assert "text.mp4: not a video" in refused(infer, "--video", tmp_path / "text.mp4", *flags)
+    assert "text.mp4: not a video" in refused(infer.main, "--video", tmp_path / "text.mp4", *flags)
 
 
 def test_files_that_would_overwrite_one_another(refused: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "v.mp4").write_text("a video")
     flags = ("--video", tmp_path / "v.mp4", "--question", QUESTION)
-    assert "name the same file" in refused(infer, *flags, "--save-cache", tmp_path / "v.mp4")
+    assert "name the same file" in refused(infer.main, *flags, "--cache", tmp_path / "v.mp4")
     assert "name the same file" in refused(
-        infer, *flags, "--save-cache", tmp_path / "a", "--plot", tmp_path / "." / "a"
+        infer.main, *flags, "--cache", tmp_path / "a", "--plot", tmp_path / "." / "a"
     )
     assert (tmp_path / "v.mp4").read_text() == "a video"
 
@@ -242,7 +241,7 @@ def test_questions_that_are_not_utf_8(
     ask: Callable[..., Any], refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Latin-1 bytes reach Python as lone surrogates; in a conversation they do not end it."""
-    assert "not UTF-8 at character 3" in refused(infer, "--video", "/none", "--question", "caf\udce9?")
+    assert "not UTF-8 at character 3" in refused(infer.main, "--video", "/none", "--question", "caf\udce9?")
     monkeypatch.setattr("sys.stdin", io.StringIO("caf\udce9?\nWhat is it?\n"))
     status, out, err = ask("--interactive", "--json")
     assert status == 0, err
@@ -255,7 +254,7 @@ def test_questions_that_are_not_utf_8(
 
 def test_bad_checkpoints(refused: Callable[..., str], clip: Path, copied: Path) -> None:
     def line() -> str:
-        return refused(infer, "--video", clip, "--checkpoint", copied, *FAST, "--question", QUESTION)
+        return refused(infer.main, "--video", clip, "--checkpoint", copied, *FAST, "--question", QUESTION)
 
     weights, tokenizer = copied / "model.safetensors", copied / "tokenizer.json"
     whole = weights.read_bytes()
@@ -286,12 +285,12 @@ def test_a_video_too_long_for_memory(
     layout = VideoLayout(
         len(tokenizer.encode(*PREFIX)), (len(tokenizer.encode("Time 12.0s:")),) * 20, config.visual_tokens
     )
-    plan = make_plan(layout, PrefillConfig())
-    free = memory.memory_need(config, plan, layout, xl2jax.BilevelConfig(), "float32", 16).total
+    plan = make_plan(layout, PrefillConfig(), "cpu")
+    free = memory.memory_need(config, plan, layout, xl2jax.BilevelConfig(), "float32", "cpu").total
     monkeypatch.setattr(memory, "available_bytes", lambda: free)
-    line = refused(infer, *flags, "--max-frames", 120)
+    line = refused(infer.main, *flags, "--max-frames", 120)
     assert "120 frames need" in line
     frames = int(line.split("--max-frames ")[1].split(")")[0])
     assert 4 <= frames < 120
-    assert command(infer, *flags, "--max-frames", frames)[0] == 0
-    assert "frames need" in refused(infer, *flags, "--max-frames", frames + 20)
+    assert command(infer.main, *flags, "--max-frames", frames)[0] == 0
+    assert "frames need" in refused(infer.main, *flags, "--max-frames", frames + 20)

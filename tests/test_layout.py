@@ -60,7 +60,7 @@ def test_jnp_gives_the_same(layout: VideoLayout, config: PrefillConfig) -> None:
 def test_steps_hold_every_token_once(
     layout: VideoLayout, config: PrefillConfig, step_groups: int, segment_steps: int
 ) -> None:
-    plan = make_plan(layout, config, step_groups=step_groups, segment_steps=segment_steps)
+    plan = make_plan(layout, config, "cpu", step_groups=step_groups, segment_steps=segment_steps)
     ids = [[100 * g + i for i in range(n)] for g, n in enumerate(layout.time_lengths)]
     expected = natural_ranges(layout, 0, plan.visual_start, config)
     visuals = plan.step_groups * plan.visual_tokens

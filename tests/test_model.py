@@ -9,7 +9,6 @@ import pytest
 from flax import nnx
 
 import xl2jax
-from xl2jax.inference import compiled
 from xl2jax.models.dts import TemporalDownsample, convolve_as_product, group_frames, resample
 from xl2jax.models.video_xl2 import pad_to_groups
 
@@ -18,7 +17,7 @@ from xl2jax.models.video_xl2 import pad_to_groups
 def test_activations_follow_the_parameters(dtype: str, checkpoint: object) -> None:
     """Nothing is promoted on the way: a bfloat16 model computes in bfloat16, logits are float32."""
     model = xl2jax.load(checkpoint, dtype=dtype)  # type: ignore[arg-type]
-    net = compiled.merge_model(model.config, model.params)
+    net = model.network.model
     seen = []
 
     def attend(state: None, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[None, jax.Array]:
@@ -42,13 +41,13 @@ def test_bfloat16_errs_as_much_as_rounding_the_weights(checkpoint: Path, clip: P
 
     def keys(model: xl2jax.Model) -> np.ndarray:
         video = model.watch(clip, xl2jax.FrameSampling(max_frames=32))
-        assert video.cache.k.dtype == jnp.dtype(model.dtype)
-        return np.asarray(video.cache.k.astype(jnp.float32))
+        assert video.kv.cache.k.dtype == jnp.dtype(model.dtype)
+        return np.asarray(video.kv.cache.k.astype(jnp.float32))
 
     model, half = (xl2jax.load(checkpoint, dtype=d) for d in ("float32", "bfloat16"))
     exact, actual = keys(model), keys(half)
-    model.params = jax.tree.map(lambda x: x.astype(jnp.float32), half.params)
-    rounded = keys(model)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), half.params)
+    rounded = keys(xl2jax.Model(model.config, wide, model.tokenizer))
     for layer in range(len(exact)):
         yardstick = np.linalg.norm(rounded[layer] - exact[layer])
         assert np.linalg.norm(actual[layer] - rounded[layer]) <= 2 * yardstick

@@ -17,16 +17,15 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import xl2jax
-from xl2jax.commands.infer import infer
+from xl2jax.commands import infer, verify
 from xl2jax.config import PRESETS
 from xl2jax.errors import UserError
-from xl2jax.evaluation import verify
-from xl2jax.inference import memory
+from xl2jax.inference import memory, selection, session
 from xl2jax.inference.bilevel import BilevelConfig
 from xl2jax.inference.cache import QuantizedKV, empty_cache, quantize, rows, unpack, write
 from xl2jax.inference.layout import PrefillConfig, VideoLayout
 from xl2jax.inference.offload import fetch, to_host
-from xl2jax.inference.prefill import default_steps, make_plan
+from xl2jax.inference.prefill import make_plan
 from xl2jax.inference.relevance import AttentionScorer
 from xl2jax.inference.selection import RelevanceConfig, choose_context
 from xl2jax.inference.store import cache_key, load_cache, save_cache
@@ -91,14 +90,14 @@ def test_int8_takes_its_bytes_and_is_near(
 ) -> None:
     """Keys of the first layer come from the inputs alone: they are exactly what packing makes of them."""
     video = small(INT8)
-    assert isinstance(video.cache.k, QuantizedKV)
-    size = sum(x.nbytes for x in jax.tree.leaves((video.cache.k, video.cache.v)))
-    assert size == video.plan.slots * memory.slot_bytes(model.config, model.dtype, quantized=True)
-    full = unpack(watched.cache.k)
-    np.testing.assert_allclose(unpack(video.cache.k)[0], unpack(quantize(full))[0], atol=1e-5)
+    assert isinstance(video.kv.cache.k, QuantizedKV)
+    size = sum(x.nbytes for x in jax.tree.leaves((video.kv.cache.k, video.kv.cache.v)))
+    assert size == video.kv.plan.slots * memory.slot_bytes(model.config, model.dtype, quantized=True)
+    full = unpack(watched.kv.cache.k)
+    np.testing.assert_allclose(unpack(video.kv.cache.k)[0], unpack(quantize(full))[0], atol=1e-5)
     for layer in range(model.config.llm.layers):
         for name in ("k", "v"):
-            a, b = (np.asarray(unpack(getattr(x.cache, name))[layer]) for x in (video, watched))
+            a, b = (np.asarray(unpack(getattr(x.kv.cache, name))[layer]) for x in (video, watched))
             assert np.linalg.norm(a - b) <= 1.5e-2 * np.linalg.norm(b)
 
 
@@ -108,7 +107,9 @@ POOLED = RelevanceConfig(attention=AttentionScorer(keys="pooled"))
 
 def context(model: xl2jax.Model, video: xl2jax.WatchedVideo, relevance: RelevanceConfig, top: int) -> Any:
     bilevel = BilevelConfig(2, 4, top)
-    return choose_context(model, video, QUESTION, suffix(model.tokenizer, QUESTION), bilevel, relevance)
+    text = suffix(model.tokenizer, QUESTION)
+    ids = session.suffix_ids(text.ids, text.first, text.last)
+    return choose_context(model.network, video, QUESTION, ids, bilevel, relevance)
 
 
 def assert_same_context(a: Any, b: Any) -> None:
@@ -125,10 +126,10 @@ def test_offloaded_kv_is_mixed_to_the_same_cache(
     model: xl2jax.Model, small: Callable[..., xl2jax.WatchedVideo], dtype: Any
 ) -> None:
     here, there = (small(CacheConfig(dtype, offload)) for offload in (False, True))
-    assert there.host is not None
-    assert isinstance(jax.tree.leaves(there.host)[0], np.ndarray)
-    assert there.cache.slots == there.plan.visual_start  # nothing visual is left on the device
-    for relevance in (POOLED, RelevanceConfig("similarity"), RelevanceConfig("none")):
+    assert there.kv.host is not None
+    assert isinstance(jax.tree.leaves(there.kv.host)[0], np.ndarray)
+    assert there.kv.cache.slots == there.kv.plan.visual_start  # nothing visual is left on the device
+    for relevance in (POOLED, RelevanceConfig("random"), RelevanceConfig("none")):
         for top in (0, 3):
             assert_same_context(*(context(model, video, relevance, top) for video in (here, there)))
 
@@ -138,6 +139,7 @@ def test_offloaded_kv_is_scored_by_what_is_left(
 ) -> None:
     """Automatically the pooled KV, which is said once; the dense KV cannot be asked for."""
     there = small(CacheConfig(None, True))
+    selection._announce.cache_clear()
     with caplog.at_level("INFO"):
         automatic = [context(model, there, RelevanceConfig(), 3) for _ in range(2)]
     assert [r.message for r in caplog.records].count(
@@ -155,13 +157,13 @@ def test_offloaded_kv_is_scored_by_what_is_left(
 
 
 def test_fetching_takes_the_chosen_groups_alone(model: xl2jax.Model, watched: xl2jax.WatchedVideo) -> None:
-    cache, host = to_host(watched.cache, watched.plan.visual_start)
-    dense = np.zeros(watched.group_capacity, bool)
+    cache, host = to_host(watched.kv.cache, watched.kv.plan.visual_start)
+    dense = np.zeros(watched.kv.plan.group_capacity, bool)
     dense[[1, 5, 6]] = True
-    v = watched.layout.visual_tokens
+    v = watched.kv.layout.visual_tokens
     got = unpack(fetch(cache, host, dense, visual_tokens=v).k)
-    start = watched.plan.visual_start
-    whole = np.asarray(unpack(watched.cache.k))
+    start = watched.kv.plan.visual_start
+    whole = np.asarray(unpack(watched.kv.cache.k))
     assert np.array_equal(got[:, :, :start], whole[:, :, :start])
     for place, group in enumerate((1, 5, 6)):
         expected = whole[:, :, start + group * v : start + (group + 1) * v]
@@ -177,8 +179,9 @@ def test_dense_reading_of_offloaded_kv_is_refused(
     with pytest.raises(UserError, match="bi-level"):
         model.watch(clip, bilevel=None, cache=CacheConfig(None, True))
     flags = ("--video", clip, "--checkpoint", checkpoint, "--question", QUESTION)
-    assert "--offload" in refused(infer, *flags, "--decode", "dense", "--offload")
-    assert "choose int8" in refused(infer, *flags, "--cache-dtype", "bfloat16")
+    assert "--offload" in refused(infer.main, *flags, "--top-chunks", "all", "--offload")
+    with pytest.raises(UserError, match="choose int8"):
+        model.watch(clip, cache=CacheConfig("bfloat16"))
 
 
 @pytest.mark.parametrize("dtype", [None, "int8"])
@@ -198,7 +201,7 @@ def test_a_cache_file_keeps_its_bits_and_is_read_to_either_memory(
         for target in (False, True):
             cache = CacheConfig(dtype, target)
             again = load_cache(path, model, key(cache), clip, BilevelConfig(), cache)
-            assert (again.host is not None) == target
+            assert (again.kv.host is not None) == target
             assert_same_context(expected, context(model, again, POOLED, 3))
     assert (tmp_path / "savedFalse").read_bytes() == (tmp_path / "savedTrue").read_bytes()
     other = CacheConfig("int8" if dtype is None else None)
@@ -208,7 +211,7 @@ def test_a_cache_file_keeps_its_bits_and_is_read_to_either_memory(
 
 def test_infer_offloads(command: Callable[..., tuple[int, str, str]], clip: Path, checkpoint: Path) -> None:
     flags = ("--video", clip, "--checkpoint", checkpoint, "--question", QUESTION, "--max-new-tokens", 2, "--json")
-    status, out, err = command(infer, *flags, "--cache-dtype", "int8", "--offload")
+    status, out, err = command(infer.main, *flags, "--cache-dtype", "int8", "--offload")
     assert status == 0, err
     assert json.loads(out)["cache"]["host_bytes"] > 0
 
@@ -219,13 +222,12 @@ def test_options_never_need_more_on_a_gpu(groups: int, pool: int, quantized: boo
     """Of short videos so much stays dense that fetching it costs more than it saves."""
     config = PRESETS["video-xl-2"]
     layout = VideoLayout(14, (8,) * groups, config.visual_tokens)
-    step_groups, segment_steps = default_steps(True)
-    plan = make_plan(layout, PrefillConfig(), step_groups=step_groups, segment_steps=segment_steps)
+    plan = make_plan(layout, PrefillConfig(), "gpu")
 
     def need(quantized: bool, offload: bool) -> memory.MemoryNeed:
         bilevel = BilevelConfig(4, pool, min(2, -(-groups // 4)))
         return memory.memory_need(
-            config, plan, layout, bilevel, "bfloat16", 128, quantized=quantized, offload=offload, gpu=True
+            config, plan, layout, bilevel, "bfloat16", "gpu", quantized=quantized, offload=offload
         )
 
     with_it, without = need(quantized, offload), need(False, False)
@@ -242,13 +244,13 @@ def test_advice_names_what_would_fit(
     watched: xl2jax.WatchedVideo, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     need = memory.memory_need(
-        model.config, watched.plan, watched.layout, BilevelConfig(), "float32", 16, quantized=True
+        model.config, watched.kv.plan, watched.kv.layout, BilevelConfig(), "float32", "cpu", quantized=True
     )
     monkeypatch.setattr(memory, "available_bytes", lambda: need.total)
     flags = ("--video", clip, "--checkpoint", checkpoint, "--max-new-tokens", 2, "--question", QUESTION)
-    line = refused(infer, *flags)
+    line = refused(infer.main, *flags)
     assert "all fit with --cache-dtype int8" in line
-    assert command(infer, *flags, "--cache-dtype", "int8")[0] == 0
+    assert command(infer.main, *flags, "--cache-dtype", "int8")[0] == 0
 
 
 def test_goldens_in_int8(goldens: Path, command: Callable[..., tuple[int, str, str]]) -> None:

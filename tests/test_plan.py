@@ -19,8 +19,10 @@ from hypothesis import strategies as st
 from xl2jax.commands import plan
 from xl2jax.commands.plan import DEVICES, PlanArgs, largest, layout_of, predict
 from xl2jax.config import PRESETS
-from xl2jax.inference import compiled, memory, prefill
+from xl2jax.inference import compiled, memory, prefill, session
+from xl2jax.inference.generate import SuffixIds
 from xl2jax.inference.layout import PrefillConfig
+from xl2jax.inference.network import Network
 from xl2jax.inference.relevance import AttentionScorer
 from xl2jax.models.video_xl2 import abstract_model
 
@@ -52,28 +54,27 @@ def test_the_compiler_needs_no_more_than_predicted(name: str, quantized: bool) -
     """Cache bytes exactly; temporaries of encoder and prefill within the workspace and not far below it."""
     config = PRESETS[name]
     layout = layout_of(config, None, 256, 1.0)
-    step = prefill.make_plan(layout, PrefillConfig())
-    frames_at_once = 4 * prefill.default_steps()[0]
-    need = memory.memory_need(config, step, layout, None, "float32", frames_at_once, quantized=quantized)
+    step = prefill.make_plan(layout, PrefillConfig(), "cpu")
+    frames_at_once = session.frames_at_once("cpu")
+    need = memory.memory_need(config, step, layout, None, "float32", "cpu", quantized=quantized)
     params = nnx.state(abstract_model(config, jnp.float32))
+    network = Network(config, params, "blockwise", "cpu")
     cache = jax.eval_shape(
         lambda: compiled.new_cache(config.llm, step.slots, "float32", step.visual_start, quantized=quantized)
     )
     assert need.cache == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((cache.k, cache.v)))
     size = config.vision.image_size
     frames = jax.ShapeDtypeStruct((step.segment_groups * 4, size, size, 3), np.uint8)
-    encode = compiled.encode.lower(config, params, frames, frames_at_once=frames_at_once).compile()
+    encode = compiled.encode.lower(network, frames, frames_at_once=frames_at_once).compile()
     visual = jax.ShapeDtypeStruct((step.segment_groups, config.visual_tokens, config.llm.width), jnp.float32)
     segment = next(prefill.segments(prefill.steps(layout, step, [[0] * t for t in layout.time_lengths]), step))
-    extend = compiled.prefill_segment.lower(
-        config, params, cache, visual, segment, implementation="blockwise"
-    ).compile()  # fmt: skip
+    extend = compiled.prefill_segment.lower(network, cache, visual, segment).compile()
     slots, ids = jax.ShapeDtypeStruct((step.slots,), jnp.int32), jax.ShapeDtypeStruct((32,), jnp.int32)
     text = jax.eval_shape(lambda: compiled.new_cache(config.llm, 128, "float32"))
+    suffix = SuffixIds(ids, np.int32(1), np.int32(25), np.int32(30))
     score = compiled.attention_scores.lower(
-        config, params, cache, slots, text, ids, np.int32(1), np.int32(25), np.int32(30), scorer=AttentionScorer(),
-        groups=layout.groups, implementation="blockwise",
-    ).compile()  # fmt: skip
+        network, cache, slots, text, suffix, scorer=AttentionScorer(), groups=layout.groups
+    ).compile()
     most = max(c.memory_analysis().temp_size_in_bytes for c in (encode, extend, score))
     assert most <= need.workspace
 

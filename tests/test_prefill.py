@@ -10,10 +10,11 @@ from flax import nnx
 
 import xl2jax
 from xl2jax.config import PRESETS
-from xl2jax.inference import compiled, prefill
+from xl2jax.inference import compiled, prefill, session
 from xl2jax.inference.cache import KVCache
 from xl2jax.inference.generate import extend
 from xl2jax.inference.layout import PrefillConfig, VideoLayout, dense_mask
+from xl2jax.inference.network import Network
 from xl2jax.models.qwen2 import Qwen2
 from xl2jax.models.video_xl2 import abstract_model
 from xl2jax.ops.dense import dense_attention
@@ -24,20 +25,14 @@ CONFIG = PRESETS["tiny"]
 def run(
     model: xl2jax.Model, layout: VideoLayout, config: PrefillConfig, visual: np.ndarray, **plan_options: int
 ) -> KVCache:
-    plan = prefill.make_plan(layout, config, **plan_options)
+    plan = prefill.make_plan(layout, config, "cpu", **plan_options)
     ids = [[(7 * g + i) % 90 for i in range(n)] for g, n in enumerate(layout.time_lengths)]
-    cache = compiled.new_cache(model.config.llm, plan.slots, "float32", plan.visual_start)
-    prefix = np.zeros(plan.prefix_cap, np.int32)
-    prefix[: layout.prefix] = np.arange(layout.prefix)
-    cache = compiled.prefill_prefix(
-        model.config, model.params, cache, prefix, np.int32(layout.prefix), implementation="auto"
-    )
+    video = session.VideoPrefill(model.network, layout, plan, range(layout.prefix), ids)
     step = plan.segment_groups
-    for i, segment in enumerate(prefill.segments(prefill.steps(layout, plan, ids), plan)):
-        part = visual[i * step : (i + 1) * step]
-        part = np.pad(part, ((0, step - len(part)), (0, 0), (0, 0)))
-        cache = compiled.prefill_segment(model.config, model.params, cache, part, segment, implementation="auto")
-    return cache
+    for first in range(0, layout.groups, step):
+        part = visual[first : first + step]
+        video.add(jnp.asarray(np.pad(part, ((0, step - len(part)), (0, 0), (0, 0)))))
+    return video.finish().cache
 
 
 def masked_forward(
@@ -76,10 +71,10 @@ def test_against_the_mask(
     visual = rng.standard_normal((len(times), CONFIG.visual_tokens, CONFIG.llm.width)).astype(np.float32) * 0.1
     cache = run(model, layout, config, visual, **options)
     assert (int(cache.length), int(cache.global_length)) == (layout.tokens, layout.global_tokens)
-    llm = compiled.merge_model(model.config, model.params).llm
+    llm = model.network.model.llm
     suffix = [5, 6, 7, 8]
     text = compiled.new_cache(model.config.llm, 16, "float32")
-    _, hidden = extend(llm, cache, text, jnp.array(suffix), jnp.int32(4))
+    _, hidden = extend(llm, cache, text, jnp.array(suffix), jnp.int32(4), implementation="blockwise")
     expected = masked_forward(llm, layout, config, visual, suffix)
     assert np.linalg.norm(hidden - expected) <= 1e-4 * np.linalg.norm(expected)
 
@@ -99,16 +94,19 @@ def test_a_second_length_in_the_bucket_compiles_nothing(model: xl2jax.Model) -> 
 
 
 def temporaries(groups: int, config: PrefillConfig) -> tuple[int, int]:
-    """(temporaries, output not aliased to the donated cache) of a compiled prefill segment, bytes."""
+    """(temporaries, output that is neither the donated cache nor hidden states) of a prefill segment, bytes."""
     layout = VideoLayout(5, (3,) * groups, CONFIG.visual_tokens)
-    plan = prefill.make_plan(layout, config)
+    plan = prefill.make_plan(layout, config, "cpu")
     params = nnx.state(abstract_model(CONFIG, jnp.float32))
+    network = Network(CONFIG, params, "blockwise", "cpu")
     cache = jax.eval_shape(lambda: compiled.new_cache(CONFIG.llm, plan.slots, "float32", plan.visual_start))
     segment = next(prefill.segments(prefill.steps(layout, plan, [[1, 2, 3]] * groups), plan))
     visual = jax.ShapeDtypeStruct((plan.segment_groups, CONFIG.visual_tokens, CONFIG.llm.width), jnp.float32)
-    lowered = compiled.prefill_segment.lower(CONFIG, params, cache, visual, segment, implementation="auto")
+    lowered = compiled.prefill_segment.lower(network, cache, visual, segment)
     memory = lowered.compile().memory_analysis()
-    return memory.temp_size_in_bytes, memory.output_size_in_bytes - memory.alias_size_in_bytes
+    tokens = plan.segment_groups * (CONFIG.visual_tokens + plan.time_cap)
+    hidden = tokens * CONFIG.llm.width * 4
+    return memory.temp_size_in_bytes, memory.output_size_in_bytes - memory.alias_size_in_bytes - hidden
 
 
 @pytest.mark.parametrize("window", [3, None])
@@ -126,12 +124,15 @@ def test_no_n_by_n_array_and_no_second_cache(window: int | None) -> None:
 def test_truncated_video_equals_the_shorter_one(model: xl2jax.Model) -> None:
     """Cutting a layout where a file ended early gives the ranges of the shorter video."""
     layout = VideoLayout(4, (2, 3, 1, 2, 2, 3), CONFIG.visual_tokens)
-    plan = prefill.make_plan(layout, PrefillConfig(), segment_steps=1)
+    plan = prefill.make_plan(layout, PrefillConfig(), "cpu", step_groups=4, segment_steps=1)
     ids = [[1] * n for n in layout.time_lengths]
-    cut, last = xl2jax.Model._cut(layout, plan, ids, 5)
-    assert cut == dataclasses.replace(layout, time_lengths=(2, 3, 1, 2, 2))
-    assert int(last.visuals[0]) == CONFIG.visual_tokens
-    assert int(last.times[0]) == 2
+    video = session.VideoPrefill(model.network, layout, plan, range(4), ids)
+    visual = jnp.zeros((plan.segment_groups, CONFIG.visual_tokens, CONFIG.llm.width))
+    video.add(visual)
+    steps, _ = video.add(visual, 1)
+    assert video.finish().layout == video.layout == dataclasses.replace(layout, time_lengths=(2, 3, 1, 2, 2))
+    assert int(steps.visuals[0]) == CONFIG.visual_tokens
+    assert int(steps.times[0]) == 2
 
 
 def test_dense_attention_is_causal() -> None:

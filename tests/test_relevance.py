@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 import xl2jax
-from xl2jax.inference import compiled
+from xl2jax.inference import compiled, session
 from xl2jax.inference.bilevel import mixed_slots
 from xl2jax.inference.cache import KVCache, quantize, unpack
-from xl2jax.inference.relevance import AttentionScorer, block_scores, unit_features
-from xl2jax.inference.selection import _scores, padded, text_cache
+from xl2jax.inference.generate import SuffixIds
+from xl2jax.inference.relevance import AttentionScorer, block_scores
 from xl2jax.prompt import suffix
 
 
@@ -36,12 +36,11 @@ def test_attention_scores_are_attention_mass(
     first, last, end = 2, tokens - 4, tokens - 1
     text = compiled.new_cache(c, 128, "float32")
     scorer = AttentionScorer(0.4, 0.7, heads)
-    scores = compiled.attention_scores(
-        model.config, model.params, context, jnp.asarray(group), text, ids, np.int32(first), np.int32(last),
-        np.int32(end), scorer=scorer, groups=groups, implementation="auto",
-    )  # fmt: skip
+    suffix = SuffixIds(ids, np.int32(first), np.int32(last), np.int32(end))
+    where = jnp.asarray(group)
+    scores = compiled.attention_scores(model.network, context, where, text, suffix, scorer=scorer, groups=groups)
 
-    llm = compiled.merge_model(model.config, model.params).llm
+    llm = model.network.model.llm
     causal = np.tri(len(ids), dtype=bool)
     per_layer = []
 
@@ -78,27 +77,32 @@ def test_a_dense_cache_is_scored_as_a_mixed_one_with_every_group_whole(
     model: xl2jax.Model, watched: xl2jax.WatchedVideo
 ) -> None:
     """Which slot belongs to which group, time tokens and visual tokens, is known for both in its own way."""
-    c, layout, n = model.config.llm, watched.layout, watched.group_capacity
-    pooled = compiled.pool_cache(c, watched.cache, watched.table, visual_tokens=layout.visual_tokens, pool=4)
+    c, layout, n = model.config.llm, watched.kv.layout, watched.kv.plan.group_capacity
+    pooled = compiled.pool_cache(c, watched.kv.cache, watched.kv.table, visual_tokens=layout.visual_tokens, pool=4)
     mixed, source = compiled.mix(
-        c, watched.cache, pooled, watched.table, jnp.ones(n, bool), visual_tokens=layout.visual_tokens, pool=4,
+        c, watched.kv.cache, pooled, watched.kv.table, jnp.ones(n, bool), visual_tokens=layout.visual_tokens, pool=4,
         slots=mixed_slots(layout, layout.groups, xl2jax.BilevelConfig()),
     )  # fmt: skip
     text = suffix(model.tokenizer, "Which one?")
-    group = compiled.slot_groups(watched.table, watched.cache, visual_tokens=layout.visual_tokens)
+    ids = session.suffix_ids(text.ids, text.first, text.last)
+    group = compiled.slot_groups(watched.kv.table, watched.kv.cache, visual_tokens=layout.visual_tokens)
     assert np.bincount(np.asarray(group) + 1)[1:].tolist() == [t + layout.visual_tokens for t in layout.time_lengths]
     scores = []
-    for context, where in ((watched.cache, group), (mixed, jnp.where(source.valid, source.group, -1))):
-        found = compiled.attention_scores(
-            model.config, model.params, context, where, text_cache(model, text, 0), padded(text.ids),
-            np.int32(text.first), np.int32(text.last), np.int32(len(text.ids)), scorer=AttentionScorer(), groups=n,
-            implementation="auto",
-        )  # fmt: skip
-        scores.append(np.asarray(found))
+    for context, where in ((watched.kv.cache, group), (mixed, jnp.where(source.valid, source.group, -1))):
+        result = compiled.attention_scores(
+            model.network,
+            context,
+            where,
+            session.new_text(model.network, ids, 0),
+            ids,
+            scorer=AttentionScorer(),
+            groups=n,
+        )
+        scores.append(np.asarray(result))
     assert np.allclose(*scores, rtol=1e-4, atol=1e-9)
     bilevel = xl2jax.BilevelConfig()
-    asked = _scores(model, watched, text, pooled, bilevel, xl2jax.RelevanceConfig())
-    assert len(padded(text.ids)) > len(text.ids)  # what fills it up has no say
+    asked = session.score_groups(model.network, watched.kv, ids, bilevel, AttentionScorer(), pooled)
+    assert len(ids.ids) > len(text.ids)  # padding does not count
     assert np.array_equal(asked, scores[0])
     assert scores[0][: layout.groups].min() > 0
     assert not scores[0][layout.groups :].any()
@@ -113,16 +117,3 @@ def test_layers_of_a_scorer() -> None:
 def test_block_scores_average_over_real_groups() -> None:
     scores = jnp.array([1.0, 3.0, 5.0, 7.0, 9.0, 100.0])
     assert np.allclose(block_scores(scores, jnp.int32(5), 2), [2.0, 6.0, 9.0])
-
-
-def test_similarity_finds_the_group_of_the_question(model: xl2jax.Model) -> None:
-    """A group whose visual tokens are the question's embeddings scores highest, near one."""
-    llm = compiled.merge_model(model.config, model.params).llm
-    ids = np.array([0, 40, 41, 42, 0], np.int32)
-    visual = jax.random.normal(jax.random.key(0), (6, 3, model.config.llm.width))
-    visual = visual.at[4].set(llm.embed_tokens(jnp.array([40, 41, 42])) * 5)
-    scores = compiled.similarity_scores(
-        model.config, model.params, unit_features(visual), ids, np.int32(1), np.int32(4)
-    )
-    assert int(scores.argmax()) == 4
-    assert float(scores[4]) > 3 * float(jnp.sort(scores)[-2])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import resource
 from collections.abc import Callable
@@ -16,10 +15,11 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 import xl2jax
-from xl2jax.commands.infer import DEFAULT_CHECKPOINT, infer
+from xl2jax.commands import infer, needle
+from xl2jax.commands.flags import DEFAULT_CHECKPOINT
 from xl2jax.config import PRESETS
-from xl2jax.evaluation import needle, scenes
-from xl2jax.evaluation.needle import NeedleArgs, make_cases, parse_modes, summary
+from xl2jax.evaluation import scenes
+from xl2jax.evaluation.needle import Mode, NeedleConfig, Result, make_cases, parse_modes, summary
 from xl2jax.evaluation.scenes import COLOURS, HELD_OUT, PAIRS, SHAPES, TEMPLATES, Scene, ask, make_scene, scene_clip
 from xl2jax.inference.api import Answer
 from xl2jax.recipes.demo import datasets
@@ -199,7 +199,7 @@ def picture(path: Path) -> np.ndarray:
 
 
 def test_cases_cover_lengths_depths_and_kinds() -> None:
-    cases = list(make_cases([64, 256], [0, 0.5, 1], 3, 5, 0))
+    cases = list(make_cases(NeedleConfig((64, 256), (0, 0.5, 1), 3)))
     assert len(cases) == 2 * 3 * 3
     assert len({c.scene.seed for c in cases}) == len(cases)
     for case in cases:
@@ -212,13 +212,13 @@ def test_cases_cover_lengths_depths_and_kinds() -> None:
 
 
 def test_cases_about_the_whole_video() -> None:
-    for case in make_cases([32], [0.5], 6, 3, 0, kinds=["exists", "count", "first"]):
+    for case in make_cases(NeedleConfig((32,), (0.5,), 6, others=3, kinds=("exists", "count", "first"))):
         exists, count, first = case.questions
         assert exists.answer in ("Yes.", "No.")
         assert (exists.group is None) == (exists.answer == "No.")
         assert (count.answer, count.group) == (f"{len(case.scene.events)}.", None)
         assert first.answer == f"The {next(e.name for e in case.scene.events if e.start == first.group)}."
-    (alone,) = make_cases([32], [0.5], 1, 0, 0, kinds=["time", "first"])
+    (alone,) = make_cases(NeedleConfig((32,), (0.5,), 1, others=0, kinds=("time", "first")))
     assert [q.kind for q in alone.questions] == ["time"]
 
 
@@ -241,15 +241,15 @@ def test_needle_command(checkpoint: Path, tmp_path: Path, command: Callable[...,
 
 
 def test_summary_counts() -> None:
-    def result(mode: str, correct: bool, selected: bool | None) -> needle.Result:
-        return needle.Result(64, 0.5, mode, "time", correct, selected)
+    def result(mode: str, correct: bool, selected: bool | None) -> Result:
+        return Result(64, 0.5, mode, "time", correct, selected)
 
     rows = summary([result("dense", True, None), result("dense", False, None), result("top1", True, True),
                     result("top1", True, False)])  # fmt: skip
     assert [(r["mode"], r["accuracy"], r["recall"], r["time"]) for r in rows] == [
         ("dense", 0.5, None, 0.5), ("top1", 1.0, 0.5, 1.0),
     ]  # fmt: skip
-    other = needle.Result(64, 0.5, "top1", "shape_of", False, True)
+    other = Result(64, 0.5, "top1", "shape_of", False, True)
     (row,) = summary([result("top1", True, False), other])
     assert (row["by_content"], row["by_content_recall"], row["by_time"], row["by_time_recall"]) == (0, 1, 1, 0)
     assert (row["accuracy"], row["recall"]) == (0.5, 0.5)
@@ -292,7 +292,7 @@ def test_the_bundled_model_answers_the_demo(tmp_path: Path, command: Callable[..
     assert len(asked) == 3
     questions = [x for question, _ in asked for x in ("--question", question)]
     status, out, err = command(
-        infer, "--video", tmp_path / "a.mp4", "--select-chunk-groups", 1, "--json", *questions
+        infer.main, "--video", tmp_path / "a.mp4", "--json", *questions
     )  # fmt: skip
     assert status == 0, err
     assert [a["answer"] for a in json.loads(out)["answers"]] == [answer for _, answer in asked]
@@ -338,12 +338,10 @@ def test_needle_refusals(checkpoint: Path, refused: Callable[..., str]) -> None:
     assert "--kinds" in refuse("--kinds", "colour,size")
     assert "no such question about 8 frames" in refuse("--frames", "8", "--kinds", "first", "--others", "0")
     assert "--depths: numbers from 0 to 1" in refuse("--depths", "0,2")
-    assert "no effect with relevance similarity" in refuse("--relevance", "similarity", "--relevance-keys", "dense")
     assert "relevance layers" in refuse("--relevance-layers", 0.5, 0.5)
     assert "--modes" in refuse("--modes", "sparse")
     assert "--modes" in refuse("--modes", "top")
-    assert parse_modes("dense,top12") == {"dense": ("dense", 0), "top12": ("top", 12)}
-    assert dataclasses.fields(NeedleArgs)
+    assert parse_modes("dense,top12") == (Mode("dense", "dense", 0), Mode("top12", "top", 12))
 
 
 def test_random_chunks_differ_by_question(model: xl2jax.Model, watched: xl2jax.WatchedVideo) -> None:
@@ -367,13 +365,13 @@ def test_plot_of_answers(
     refused: Callable[..., str],
 ) -> None:
     flags = ("--checkpoint", checkpoint, "--video", clip, "--question", "What?", "--max-new-tokens", 2)
-    status, _, err = command(infer, *flags, "--plot", tmp_path / "a.png", "--save-cache", tmp_path / "c")
+    status, _, err = command(infer.main, *flags, "--plot", tmp_path / "a.png", "--cache", tmp_path / "c")
     assert status == 0, err
-    status, _, err = command(infer, *flags, "--plot", tmp_path / "b.png", "--load-cache", tmp_path / "c")
+    status, _, err = command(infer.main, *flags, "--plot", tmp_path / "b.png", "--cache", tmp_path / "c")
     assert status == 0, err
     first, second = picture(tmp_path / "a.png"), picture(tmp_path / "b.png")
     assert np.abs(first.astype(float) - second).mean() < 2  # thumbnails come from frames of other sizes
     # Dense chunks, pooled chunks and the thumbnails are all there.
     for colour in ((0x2B, 0x6C, 0xB0), (0xCB, 0xD5, 0xE0), (220, 40, 40)):
         assert (np.abs(first.astype(int) - colour).max(-1) < 40).sum() > 20, colour
-    assert "cannot be written (no such folder)" in refused(infer, *flags, "--plot", tmp_path / "none" / "a.png")
+    assert "cannot be written (no such folder)" in refused(infer.main, *flags, "--plot", tmp_path / "none" / "a.png")

@@ -25,7 +25,7 @@ from training_runs import ANSWERS, QUESTION, board, last_line, metrics, whole_ch
 
 import train
 from xl2jax.checkpoint.convert import main as convert
-from xl2jax.commands.infer import infer
+from xl2jax.commands import infer
 from xl2jax.config import PRESETS
 from xl2jax.testing import make_checkpoint
 from xl2jax.training import run as run_module
@@ -220,8 +220,8 @@ def test_learns_stops_resumes_exports_and_answers(
     assert status == 0, err
     for i in (0, 3):
         status, out, err = command(
-            infer, "--checkpoint", tmp_path / "orbax", "--video", data / f"{i}.mp4", "--question", "What is it?",
-            "--max-frames", 4, "--decode", "dense",
+            infer.main, "--checkpoint", tmp_path / "orbax", "--video", data / f"{i}.mp4", "--question", "What is it?",
+            "--max-frames", 4, "--top-chunks", "all",
         )  # fmt: skip
         assert status == 0, err
         assert out.strip() == ANSWERS[i]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -16,8 +17,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from xl2jax.checkpoint.param_names import flatten
-from xl2jax.evaluation import verify
-from xl2jax.evaluation.verify import LIMITS, Case, compare, dense_outputs
+from xl2jax.commands import verify
+from xl2jax.evaluation.case import Case
+from xl2jax.evaluation.verify import LIMITS, compare, dense_outputs
 
 
 def check_all_there(report: dict[str, Any], folder: Path, *, trained: bool) -> None:
@@ -99,10 +101,11 @@ def test_bfloat16_errs_as_much_as_rounding_the_weights(goldens: Path, tmp_path: 
         return {n: float(np.linalg.norm(outputs[n].astype(np.float64) - expected[n])) for n in names}
 
     case = Case(goldens / "wide", tmp_path / "checkpoint")
-    case.params = jax.tree.map(lambda x: x.astype("bfloat16").astype("float32"), case.params)
+    rounded = jax.tree.map(lambda x: x.astype("bfloat16").astype("float32"), case.network.params)
+    case.network = dataclasses.replace(case.network, params=rounded)
     yardstick = error(case)
     half = Case(goldens / "wide", tmp_path / "again", dtype="bfloat16")
-    assert {str(x.dtype) for x in flatten(half.params).values()} == {"bfloat16"}
+    assert {str(x.dtype) for x in flatten(half.network.params).values()} == {"bfloat16"}
     computed = error(half)
     for name in names:
         assert 0 < yardstick[name] < 0.2 * np.linalg.norm(expected[name])

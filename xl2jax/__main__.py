@@ -9,12 +9,12 @@ from xl2jax.errors import UserError
 from xl2jax.system.terminal import run_command
 
 COMMANDS = {
-    "infer": ("xl2jax.commands.infer", "infer", "answers questions about a video"),
+    "infer": ("xl2jax.commands.infer", "main", "answers questions about a video"),
     "train": ("xl2jax.training.run", "main", "fine-tunes the model"),
     "convert": ("xl2jax.checkpoint.convert", "main", "converts checkpoints between PyTorch and Orbax"),
-    "verify": ("xl2jax.evaluation.verify", "main", "compares every stage with upstream's tensors"),
+    "verify": ("xl2jax.commands.verify", "main", "compares every stage with upstream's tensors"),
     "plan": ("xl2jax.commands.plan", "main", "predicts memory and time of a video"),
-    "needle": ("xl2jax.evaluation.needle", "main", "measures whether answers survive sparse reading"),
+    "needle": ("xl2jax.commands.needle", "main", "measures whether answers survive sparse reading"),
     "bench": ("xl2jax.bench.command", "main", "times prefill, decoding, kernels and the whole model"),
 }
 

@@ -6,13 +6,12 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from xl2jax.bench.setup import SUFFIX, Setup, random_params
 from xl2jax.config import FRAMES_PER_GROUP, VideoXL2Config
-from xl2jax.inference import compiled
+from xl2jax.inference import session
 from xl2jax.inference.bilevel import BilevelConfig
 from xl2jax.inference.cache import KVCache, unpack
 from xl2jax.inference.layout import PrefillConfig
@@ -50,21 +49,21 @@ def check_rows(config: VideoXL2Config, dtype: str, frames: np.ndarray, attention
     pixels = np.resize(frames, (_GROUPS * FRAMES_PER_GROUP, *frames.shape[1:]))
     chunked = PrefillConfig(4, 3)
 
-    def run(params: nnx.State, implementation: str) -> tuple[Setup, jax.Array, KVCache]:
+    def run(params: nnx.State, implementation: str) -> tuple[Setup, jax.Array, session.VideoKV]:
         setup = Setup(config, params, _GROUPS, chunked, _GROUPS, implementation)
-        visual = compiled.encode(config, params, pixels, frames_at_once=len(pixels))[0]
-        short = setup.plan.segment_groups - _GROUPS
-        padded = jnp.pad(visual, ((0, short), (0, 0), (0, 0)))
-        return setup, visual, setup.extend(setup.start(), padded, setup.segments[0])
+        visual = session.encode(setup.network, setup.plan, pixels)
+        video = setup.start()
+        video.add(visual)
+        return setup, visual, video.finish()
 
     with jax.default_matmul_precision("highest"):
-        _, visual, cache = run(exact, "blockwise")
-        expected, expected_visual = _filled(cache), np.asarray(visual)
+        _, visual, kv = run(exact, "blockwise")
+        expected, expected_visual = _filled(kv.cache), np.asarray(visual)
     params = jax.tree.map(lambda x: x.astype(dtype), exact)
     rows, caches = [], {}
     for implementation in dict.fromkeys((attention, "blockwise")):
-        setup, visual, cache = run(params, implementation)
-        caches[implementation] = _filled(cache)
+        setup, visual, kv = run(params, implementation)
+        caches[implementation] = _filled(kv.cache)
         error = _relative_l2(caches[implementation], expected)
         rows.append({"check": f"KV cache, {dtype} ({implementation}) against float32", "relative_l2": error})
     error = _relative_l2(visual, expected_visual)
@@ -72,9 +71,10 @@ def check_rows(config: VideoXL2Config, dtype: str, frames: np.ndarray, attention
     error = _relative_l2(caches[attention], caches["blockwise"])
     rows.append({"check": f"KV cache, {attention} against blockwise, {dtype}", "relative_l2": error})
     whole = BilevelConfig(4, 4, _GROUPS // 4)
-    table, pooled = setup.pool(cache, whole)
-    mixed = setup.bilevel(cache, table, pooled, whole)
-    dense, bilevel = (np.asarray(setup.first_token(c).text.v[:, :, :SUFFIX], np.float32) for c in (cache, mixed))
+    mixed = setup.read(kv, whole)
+    dense, bilevel = (
+        np.asarray(unpack(setup.first_token(c).text.v)[:, :, :SUFFIX], np.float32) for c in (kv.cache, mixed)
+    )
     rows.append(
         {
             "check": "suffix values, bi-level with every chunk dense against dense",

@@ -25,10 +25,10 @@ from xl2jax.bench.check import check_rows
 from xl2jax.bench.kernels import ceilings
 from xl2jax.bench.setup import DECODE_TOKENS, Setup, random_params, timed
 from xl2jax.config import FRAMES_PER_GROUP, PRESETS, VideoXL2Config
-from xl2jax.inference import compiled, flops, memory
+from xl2jax.inference import compiled, flops, memory, session
 from xl2jax.inference.bilevel import BilevelConfig
-from xl2jax.inference.cache import KVCache
 from xl2jax.inference.layout import PrefillConfig
+from xl2jax.inference.network import Network
 from xl2jax.inference.prefill import default_steps
 from xl2jax.inference.selection import check_bilevel
 from xl2jax.models.video_xl2 import normalise
@@ -109,9 +109,9 @@ def _median(run: Callable[[], Any], repeats: int = 5) -> float:
     return float(np.median([timed(run)[0] for _ in range(repeats)]))
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _vision(config: VideoXL2Config, params: nnx.State, frames: jax.Array) -> jax.Array:
-    return compiled.merge_model(config, params).vision(normalise(frames))
+@jax.jit
+def _vision(network: Network, frames: jax.Array) -> jax.Array:
+    return network.model.vision(normalise(frames))
 
 
 def random_frames(config: VideoXL2Config, count: int) -> np.ndarray:
@@ -122,10 +122,11 @@ def random_frames(config: VideoXL2Config, count: int) -> np.ndarray:
 def vision_row(args: E2EArgs, params: nnx.State, ceiling: float, profile: _Profiler) -> dict[str, Any]:
     """Frames per second of the tower alone, and of tower, DTS and projector."""
     config = PRESETS[args.preset]
-    count = (args.step_groups or default_steps()[0]) * FRAMES_PER_GROUP
+    network = Network.create(config, params, args.attention)
+    count = (args.step_groups or default_steps(network.platform)[0]) * FRAMES_PER_GROUP
     frames = jnp.asarray(random_frames(config, count))
-    tower = functools.partial(_vision, config, params, frames)
-    whole = functools.partial(compiled.encode, config, params, frames, frames_at_once=count)
+    tower = functools.partial(_vision, network, frames)
+    whole = functools.partial(compiled.encode, network, frames, frames_at_once=count)
     alone, both = _median(tower), _median(whole)
     profile("encode", whole)
     work = count * flops.vision(config)
@@ -137,16 +138,15 @@ def vision_row(args: E2EArgs, params: nnx.State, ceiling: float, profile: _Profi
 
 
 def encode(setup: Setup, frames: np.ndarray) -> jax.Array:
-    at_once = setup.plan.step_groups * FRAMES_PER_GROUP
-    return compiled.encode(setup.config, setup.params, frames, frames_at_once=at_once)[0]
+    return session.encode(setup.network, setup.plan, frames)
 
 
-def watch(setup: Setup, frames: np.ndarray) -> KVCache:
+def watch(setup: Setup, frames: np.ndarray) -> session.VideoKV:
     """Pixels on the host to a full cache, segment by segment, as Model.watch does without a file to read."""
-    cache = setup.start()
-    for segment in setup.segments:
-        cache = setup.extend(cache, encode(setup, frames), segment)
-    return cache
+    video = setup.start()
+    for _ in range(setup.segments):
+        video.add(encode(setup, frames))
+    return video.finish()
 
 
 def cached_row(
@@ -154,18 +154,18 @@ def cached_row(
 ) -> dict[str, Any]:
     """Prefill of the video, then a further question about it and the steps of its answer."""
     compiling = timed(lambda: setup.prefill(segments=1))[0]  # its cache is free again
-    seconds, cache = timed(setup.prefill)
-    work = flops.prefill(setup.config, setup.layout, config)
+    seconds, kv = timed(setup.prefill)
+    work = flops.prefill(setup.network.config, setup.layout, config)
     row = {"compile_s": compiling, "prefill_s": seconds, "prefill_mfu": work / seconds / ceiling}
-    table, pooled = setup.pool(cache, bilevel)
+    session.pooled_kv(setup.network, kv, bilevel.pool)  # once a video, before the first question is timed
 
     def question() -> Any:
-        context = setup.bilevel(cache, table, pooled, bilevel)
+        context = setup.read(kv, bilevel)
         return context, setup.first_token(context)
 
     row["question_s"] = _median(question, 3)
     profile("question", question)
-    for name, read in (("dense", cache), ("bilevel", question()[0])):
+    for name, read in (("dense", kv.cache), ("bilevel", question()[0])):
         state, *_ = setup.decode(read, setup.first_token(read))
         taken = []
         for _ in range(3):
@@ -175,19 +175,22 @@ def cached_row(
         row[f"{name}_tokens"] = int(read.length)
         profile(f"decode {name}", functools.partial(setup.decode, read, setup.first_token(read)))
     # Last, since it gives the cache up.
-    profile("prefill, last segment", lambda: setup.extend(cache, setup.visual, setup.segments[-1]))
+    profile("prefill, last segment", lambda: _last_segment(setup, kv))
     return row
+
+
+def _last_segment(setup: Setup, kv: session.VideoKV) -> Any:
+    last = setup.last_steps()
+    return compiled.prefill_segment(setup.network, kv.cache, setup.visual, last)
 
 
 def whole_row(setup: Setup, bilevel: BilevelConfig) -> dict[str, Any]:
     """Pixels on the host to the first token of the first answer; everything else is compiled by now."""
-    frames = random_frames(setup.config, setup.plan.segment_groups * FRAMES_PER_GROUP)
+    frames = random_frames(setup.network.config, setup.plan.segment_groups * FRAMES_PER_GROUP)
     jax.block_until_ready(encode(setup, frames))
 
     def first_token() -> Any:
-        cache = watch(setup, frames)
-        table, pooled = setup.pool(cache, bilevel)
-        return setup.first_token(setup.bilevel(cache, table, pooled, bilevel))
+        return setup.first_token(setup.read(watch(setup, frames), bilevel))
 
     return {"pixels_to_first_token_s": timed(first_token)[0]}
 

@@ -11,7 +11,7 @@ import jax
 import xl2jax
 from xl2jax.bench.e2e import E2EArgs
 from xl2jax.bench.read import the_file
-from xl2jax.commands.infer import DEFAULT_CHECKPOINT
+from xl2jax.commands.flags import DEFAULT_CHECKPOINT
 from xl2jax.inference import memory
 from xl2jax.inference.bilevel import BilevelConfig
 from xl2jax.inference.layout import PrefillConfig
@@ -65,18 +65,18 @@ def file_row(args: E2EArgs, _: str, frames: int) -> dict[str, Any]:
     timings = answer.timings
     computing = video.timings["vision"] + video.timings["prefill"] - compile_s
     return {
-        "mode": "watch", "frames": len(video.times), "tokens": video.layout.tokens, "read_alone_s": alone,
+        "mode": "watch", "frames": len(video.times), "tokens": video.kv.layout.tokens, "read_alone_s": alone,
         "seconds": watching, "read_wait_s": video.timings["read"], "vision_s": video.timings["vision"],
         "prefill_s": video.timings["prefill"], "compile_s": compile_s,
         "overlap": (watching - compile_s) / max(alone, computing),
         "first_token_s": timings["select"] + timings["question"], "tokens_per_s": timings["decode_tokens_per_s"],
-        "reader_bytes": reader, "cache_bytes": sum(x.nbytes for x in jax.tree.leaves((video.cache.k, video.cache.v))),
+        "reader_bytes": reader, "cache_bytes": sum(x.nbytes for x in jax.tree.leaves((video.kv.cache.k, video.kv.cache.v))),
         "peak_memory_bytes": memory.peak_bytes(),
     }  # fmt: skip
 
 
 def plot_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """Seconds by stage and peak memory over the number of frames."""
-    from xl2jax.inference.timeline import plot_stages
+    from xl2jax.bench.figures import plot_stages
 
     plot_stages(path, rows, STAGES)

@@ -54,10 +54,10 @@ def prefill_row(args: PrefillArgs, mode: str, groups: int) -> dict[str, Any]:
     config = PrefillConfig(args.chunk_groups, window)
     model = PRESETS[args.preset]
     setup = Setup(model, random_params(model, args.dtype), groups, config, args.step_groups, args.attention)
-    jax.block_until_ready((setup.params, setup.visual))
+    jax.block_until_ready((setup.network.params, setup.visual))
     before = memory.used_bytes()  # imports, runtime and parameters
     compiling = timed(lambda: setup.prefill(segments=1))[0]
-    seconds, cache = timed(setup.prefill)
+    seconds, kv = timed(setup.prefill)
     return {
         "mode": mode,
         "groups": groups,
@@ -66,23 +66,22 @@ def prefill_row(args: PrefillArgs, mode: str, groups: int) -> dict[str, Any]:
         "compile_seconds": compiling,
         "tokens_per_s": setup.layout.tokens / seconds,
         "peak_memory_bytes": memory.peak_bytes() - before,
-        "cache_bytes": cache.k.nbytes + cache.v.nbytes,
+        "cache_bytes": kv.cache.k.nbytes + kv.cache.v.nbytes,
     }
 
 
 def decode_row(args: DecodeArgs, mode: str, groups: int) -> dict[str, Any]:
     model = PRESETS[args.preset]
     setup = Setup(model, random_params(model, args.dtype), groups, PrefillConfig(), None, args.attention)
-    jax.block_until_ready((setup.params, setup.visual))
+    jax.block_until_ready((setup.network.params, setup.visual))
     before = memory.used_bytes()
     setup.prefill(segments=1)
-    prefilling, cache = timed(setup.prefill)
-    table, pooled = setup.pool(cache, BilevelConfig(pool=args.pool)) if mode == "bilevel" else (None, None)
+    prefilling, kv = timed(setup.prefill)
     config = BilevelConfig(args.select_chunk_groups, args.pool, args.top_chunks)
     check_bilevel(config, setup.layout)
 
     def question() -> tuple[KVCache, Any]:
-        context = cache if table is None or pooled is None else setup.bilevel(cache, table, pooled, config)
+        context = kv.cache if mode == "dense" else setup.read(kv, config)
         return context, setup.first_token(context)
 
     question()  # compiles

@@ -14,12 +14,13 @@ import numpy as np
 from flax import nnx
 
 from xl2jax.config import VideoXL2Config
-from xl2jax.inference import compiled, prefill
-from xl2jax.inference.bilevel import BilevelConfig, GroupTable, PooledKV, group_table, mixed_slots
+from xl2jax.inference import compiled, session
+from xl2jax.inference.bilevel import BilevelConfig
 from xl2jax.inference.cache import KVCache
-from xl2jax.inference.generate import TokenSampling
+from xl2jax.inference.generate import DecodeState, TokenSampling
 from xl2jax.inference.layout import PrefillConfig, VideoLayout
-from xl2jax.inference.prefill import Step
+from xl2jax.inference.network import Network
+from xl2jax.inference.prefill import Step, make_plan, segments, steps
 from xl2jax.inference.relevance import AttentionScorer
 from xl2jax.models.video_xl2 import VideoXL2
 
@@ -47,76 +48,64 @@ def machine() -> str:
 
 
 class Setup:
-    """Random parameters and a video of random embeddings."""
+    """Random parameters and a video of random embeddings, run by `xl2jax.inference.session` as infer.py's are."""
 
     def __init__(
-        self, config: VideoXL2Config, params: nnx.State, groups: int, prefill_config: PrefillConfig,
-        step_groups: int | None, attention: str,
-    ):  # fmt: skip
-        self.config, self.params, self.attention, self.groups = config, params, attention, groups
-        self.dtype = dtype = str(jax.tree.leaves(params)[0].dtype)
-        self.layout = VideoLayout(PREFIX, (TIMES,) * groups, self.config.visual_tokens)
-        self.plan = prefill.make_plan(self.layout, prefill_config, step_groups=step_groups)
+        self,
+        config: VideoXL2Config,
+        params: nnx.State,
+        groups: int,
+        prefill_config: PrefillConfig,
+        step_groups: int | None,
+        attention: str,
+    ):
+        self.network = Network.create(config, params, attention)
+        self.layout = VideoLayout(PREFIX, (TIMES,) * groups, config.visual_tokens)
+        self.plan = make_plan(self.layout, prefill_config, self.network.platform, step_groups=step_groups)
         rng = np.random.default_rng(0)
-        vocab = self.config.llm.vocab
-        self.time_ids = rng.integers(0, vocab, (groups, TIMES)).tolist()
-        self.ids = np.zeros(32, np.int32)
-        self.ids[:SUFFIX] = rng.integers(0, vocab, SUFFIX)
-        self.segments = list(prefill.segments(prefill.steps(self.layout, self.plan, self.time_ids), self.plan))
-        shape = (self.plan.segment_groups, self.config.visual_tokens, self.config.llm.width)
-        self.visual = jax.random.normal(jax.random.key(1), shape, jnp.dtype(dtype)) * 0.02
+        vocab = config.llm.vocab
+        self._time_ids = rng.integers(0, vocab, (groups, TIMES)).tolist()
+        self.suffix = session.suffix_ids(rng.integers(0, vocab, SUFFIX).tolist(), 0, SUFFIX // 2)
+        shape = (self.plan.segment_groups, config.visual_tokens, config.llm.width)
+        self.visual = jax.random.normal(jax.random.key(1), shape, jnp.dtype(self.network.dtype)) * 0.02
 
-    def prefill(self, segments: int | None = None) -> KVCache:
+    @property
+    def segments(self) -> int:
+        """Segments of the video."""
+        return -(-self.layout.groups // self.plan.segment_groups)
+
+    def start(self) -> session.VideoPrefill:
+        """A prefill that has the prefix."""
+        return session.VideoPrefill(self.network, self.layout, self.plan, [0] * PREFIX, self._time_ids)
+
+    def prefill(self, segments: int | None = None) -> session.VideoKV:
         """The whole video, or its first `segments` segments."""
-        cache = self.start()
-        for segment in self.segments[:segments]:
-            cache = self.extend(cache, self.visual, segment)
-        return cache
+        video = self.start()
+        for _ in range(self.segments if segments is None else segments):
+            video.add(self.visual)
+        return video.finish()
 
-    def start(self) -> KVCache:
-        """A cache that holds the prefix."""
-        cache = compiled.new_cache(self.config.llm, self.plan.slots, self.dtype, self.plan.visual_start)
-        ids, length = np.zeros(self.plan.prefix_cap, np.int32), np.int32(PREFIX)
-        return compiled.prefill_prefix(self.config, self.params, cache, ids, length, implementation=self.attention)
+    def last_steps(self) -> Step:
+        """The steps of the last segment."""
+        *_, last = segments(steps(self.layout, self.plan, self._time_ids), self.plan)
+        return last
 
-    def extend(self, cache: KVCache, visual: jax.Array, segment: Step) -> KVCache:
-        """`cache`, which is given up, with one more segment."""
-        return compiled.prefill_segment(self.config, self.params, cache, visual, segment, implementation=self.attention)
+    def read(self, kv: session.VideoKV, config: BilevelConfig) -> KVCache:
+        """What a question reads: every chunk scored, the best dense, all others pooled."""
+        return session.choose_context(self.network, kv, self.suffix, config, AttentionScorer()).context
 
-    def pool(self, cache: KVCache, config: BilevelConfig) -> tuple[GroupTable, PooledKV]:
-        capacity = (self.plan.slots - self.plan.visual_start) // self.plan.visual_tokens
-        table = group_table(self.layout, capacity)
-        llm, v = self.config.llm, self.plan.visual_tokens
-        return table, compiled.pool_cache(llm, cache, table, visual_tokens=v, pool=config.pool)
-
-    def bilevel(self, cache: KVCache, table: GroupTable, pooled: PooledKV, config: BilevelConfig) -> KVCache:
-        """Scores every chunk for the question as infer.py does by default, picks the best and mixes."""
-        llm, v, size = self.config.llm, self.plan.visual_tokens, config.select_chunk_groups
-        groups, top = len(table.time_lengths), config.top(self.layout)
-
-        group = compiled.slot_groups(table, cache, visual_tokens=v)
-        scores = compiled.attention_scores(
-            self.config, self.params, cache, group, compiled.new_cache(llm, 128, self.dtype), self.ids, np.int32(0),
-            np.int32(SUFFIX // 2), np.int32(SUFFIX), scorer=AttentionScorer(), groups=groups,
-            implementation=self.attention,
-        )  # fmt: skip
-        _, _, dense = compiled.choose(scores, table.groups, select_chunk_groups=size, top=top)
-        slots = mixed_slots(self.layout, (top + 2) * size, config)
-        return compiled.mix(llm, cache, pooled, table, dense, visual_tokens=v, pool=config.pool, slots=slots)[0]
-
-    def first_token(self, context: KVCache) -> Any:
+    def first_token(self, context: KVCache) -> DecodeState:
         """Suffix and first token: the state that decoding goes on from."""
-        text = compiled.new_cache(self.config.llm, 256, self.dtype)
-        return compiled.ask(
-            self.config, self.params, context, text, self.ids, np.int32(SUFFIX), jax.random.key(0), NEVER,
-            TokenSampling().traced(), implementation=self.attention,
-        )  # fmt: skip
+        state, _ = session.start_answer(
+            self.network, context, self.suffix, new_tokens=DECODE_TOKENS, stop=NEVER, sampling=TokenSampling()
+        )
+        return state
 
-    def decode(self, context: KVCache, state: Any) -> Any:
-        return compiled.decode(
-            self.config, self.params, context, state, np.int32(DECODE_TOKENS), NEVER,
-            TokenSampling().traced(), size=DECODE_TOKENS, implementation=self.attention,
-        )  # fmt: skip
+    def decode(self, context: KVCache, state: DecodeState) -> tuple[DecodeState, jax.Array, jax.Array]:
+        """`DECODE_TOKENS` further tokens in one program, so that no look at the answer is timed."""
+        limit = np.int32(DECODE_TOKENS)
+        greedy = TokenSampling().traced()
+        return compiled.decode(self.network, context, state, limit, NEVER, greedy, size=DECODE_TOKENS)
 
 
 NEVER = np.array([-1], np.int32)

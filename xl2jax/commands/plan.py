@@ -111,13 +111,12 @@ def _parameters(config: VideoXL2Config) -> int:
 
 def predict_memory(config: VideoXL2Config, layout: VideoLayout, args: PlanArgs) -> tuple[dict[str, float], float]:
     """Bytes by purpose, and at the peak, as `infer.py` counts them on that device."""
-    gpu = args.device != "here" or jax.default_backend() == "gpu"
-    step_groups, segment_steps = prefill.default_steps(gpu)
-    plan = prefill.make_plan(layout, _prefill(args), step_groups=step_groups, segment_steps=segment_steps)
+    platform = "gpu" if args.device != "here" else jax.default_backend()
+    plan = prefill.make_plan(layout, _prefill(args), platform)
     bilevel = _bilevel(args, layout)
     need = memory.memory_need(
-        config, plan, layout, bilevel, args.dtype, FRAMES_PER_GROUP * step_groups,
-        quantized=args.cache_dtype == "int8", offload=args.offload, gpu=gpu,
+        config, plan, layout, bilevel, args.dtype, platform,
+        quantized=args.cache_dtype == "int8", offload=args.offload,
     )  # fmt: skip
     weights = _parameters(config) * jnp.dtype(args.dtype).itemsize
     parts: dict[str, float] = {"weights": weights, "KV cache": need.cache}

@@ -10,7 +10,6 @@ for question in questions:
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -21,7 +20,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from tqdm import tqdm
@@ -31,15 +29,15 @@ from xl2jax.checkpoint.params import load_params
 from xl2jax.checkpoint.sources import find_checkpoint
 from xl2jax.config import FRAMES_PER_GROUP, VideoXL2Config
 from xl2jax.errors import UserError
-from xl2jax.inference import compiled, memory, prefill
+from xl2jax.inference import compiled, memory, session
 from xl2jax.inference.bilevel import BilevelConfig
-from xl2jax.inference.cache import KVCache
 from xl2jax.inference.generate import TokenSampling
 from xl2jax.inference.layout import PrefillConfig, VideoLayout
+from xl2jax.inference.network import Network
 from xl2jax.inference.offload import to_host
-from xl2jax.inference.selection import Chunk, RelevanceConfig, check_bilevel, choose_context, padded, text_cache
+from xl2jax.inference.prefill import PrefillPlan, make_plan
+from xl2jax.inference.selection import Chunk, RelevanceConfig, check_bilevel, choose_context
 from xl2jax.inference.video_cache import THUMBNAIL_SIZE, CacheConfig, WatchedVideo, thumbnail_places
-from xl2jax.ops.attention import IMPLEMENTATIONS
 from xl2jax.prompt import PREFIX, PromptTokenizer, Suffix, Turn, suffix
 from xl2jax.video.clip import Backend, Clip, FrameSampling, open_video
 from xl2jax.video.read_ahead import default_workers, resize
@@ -64,19 +62,31 @@ class Answer:
 
 
 class Model:
-    """A loaded checkpoint. See the module's docstring for its use."""
+    """A loaded checkpoint. See the module's docstring for its use.
+
+    `implementation` is that of arena attention; "auto" chooses by the device and says so.
+    """
 
     def __init__(
         self, config: VideoXL2Config, params: nnx.State, tokenizer: PromptTokenizer, *, implementation: str = "auto"
     ):
-        if implementation not in ("auto", *IMPLEMENTATIONS):
-            raise UserError(f"attention {implementation!r}: choose auto, {', '.join(IMPLEMENTATIONS)}")
-        self.config, self.params, self.tokenizer = config, params, tokenizer
-        self.implementation = implementation
-        self.dtype = str(jax.tree.leaves(params)[0].dtype)
-        self._stop = jnp.asarray(tokenizer.stop_ids, jnp.int32)
+        self.network = Network.create(config, params, implementation)
+        self.tokenizer = tokenizer
+        self._stop = np.asarray(tokenizer.stop_ids, np.int32)
         self._videos: weakref.WeakSet[WatchedVideo] = weakref.WeakSet()
         self._prefix = tokenizer.encode(*PREFIX)
+
+    @property
+    def config(self) -> VideoXL2Config:
+        return self.network.config
+
+    @property
+    def params(self) -> nnx.State:
+        return self.network.params
+
+    @property
+    def dtype(self) -> str:
+        return self.network.dtype
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -126,63 +136,46 @@ class Model:
         plan = self.plan(layout, config)
         timings = {"read": time.perf_counter() - started}
         stages = _Stages(measure_stages)
-        frames_at_once = min(self._frames_at_once, plan.segment_groups * FRAMES_PER_GROUP)
-        per_segment = -(-plan.segment_groups * FRAMES_PER_GROUP // frames_at_once) * frames_at_once
-        features, groups = [], 0
+        segment_frames = plan.segment_groups * FRAMES_PER_GROUP
         wanted = thumbnail_places(clip)
         thumbnails: list[tuple[float, np.ndarray]] = []
+        count = 0
         with (
-            self._precision(),
+            self.network.precision(),
             tqdm(total=len(clip.indices), desc="watch", unit="frame", disable=not progress) as bar,
         ):
-            kv = self._start(plan, quantized=cache.quantized)
-            parts = prefill.segments(prefill.steps(layout, plan, time_ids), plan)
-            batches = clip.batches(
-                plan.segment_groups * FRAMES_PER_GROUP, self.config.vision.image_size, workers=default_workers()
+            video_prefill = session.VideoPrefill(
+                self.network, layout, plan, self._prefix, time_ids, quantized=cache.quantized
             )
+            batches = clip.batches(segment_frames, self.config.vision.image_size, workers=default_workers())
             previous: jax.Array | None = None
             for frames in _timed(batches, timings, "read"):
-                first = groups * FRAMES_PER_GROUP
-                here = [i for i in wanted if first <= i < first + len(frames)]
-                thumbnails += [(clip.times[i], resize(frames[i - first], THUMBNAIL_SIZE)) for i in here]
-                groups += len(frames) // FRAMES_PER_GROUP
+                shown = [i for i in wanted if count <= i < count + len(frames)]
+                thumbnails += [(clip.times[i], resize(frames[i - count], THUMBNAIL_SIZE)) for i in shown]
+                count += len(frames)
                 bar.update(len(frames))
                 stages.begin()
-                pixels = frames
-                if len(frames) < per_segment:
-                    pixels = np.pad(frames, ((0, per_segment - len(frames)), (0, 0), (0, 0), (0, 0)))
-                visual, feature = compiled.encode(self.config, self.params, pixels, frames_at_once=frames_at_once)
-                visual, feature = visual[: plan.segment_groups], feature[: plan.segment_groups]
-                features.append(feature)
+                visual = session.encode(self.network, plan, frames)
                 stages.end("vision", visual)
-                segment = next(parts)
-                if groups < layout.groups and len(frames) < plan.segment_groups * FRAMES_PER_GROUP:
-                    # The file ended early: count what is there.
-                    layout, segment = self._cut(layout, plan, time_ids, groups)
-                kv = compiled.prefill_segment(
-                    self.config, self.params, kv, visual, segment, implementation=self.implementation
-                )
-                stages.end("prefill", kv)
+                video_prefill.add(visual, len(frames) // FRAMES_PER_GROUP)
+                stages.end("prefill", video_prefill.cache)
                 if previous is not None:
                     # One segment is computed while the next is read and copied; more would only hold memory.
                     jax.block_until_ready(previous)
                 previous = visual
-            if not bool(compiled.all_finite(kv)):
-                raise self.not_finite("the video's KV")
+            kv = video_prefill.finish()
         compute = time.perf_counter() - started - timings["read"]
         timings |= stages.seconds if measure_stages else {"compute": compute}
-        if groups < layout.groups:
-            layout = dataclasses.replace(layout, time_lengths=layout.time_lengths[:groups])
-        capacity = (plan.slots - plan.visual_start) // plan.visual_tokens
-        found = jnp.concatenate(features)[:capacity]
-        host = None
         if cache.offload:
-            kv, host = to_host(kv, plan.visual_start)
+            kv.cache, kv.host = to_host(kv.cache, plan.visual_start)
         watched = WatchedVideo(
-            path=str(clip.path), duration=clip.duration, times=clip.times[: groups * FRAMES_PER_GROUP],
-            layout=layout, plan=plan, cache=kv, host=host, timings=timings, thumbnails=thumbnails,
-            features=jnp.pad(found, ((0, capacity - len(found)), (0, 0))),
-        )  # fmt: skip
+            path=str(clip.path),
+            duration=clip.duration,
+            times=clip.times[:count],
+            kv=kv,
+            timings=timings,
+            thumbnails=thumbnails,
+        )
         return self.adopt(watched)
 
     def adopt(self, video: WatchedVideo) -> WatchedVideo:
@@ -190,19 +183,9 @@ class Model:
         self._videos.add(video)
         return video
 
-    def not_finite(self, what: str) -> UserError:
-        """The error for numbers that are NaN or infinite."""
-        advice = "use bfloat16 or float32 (--dtype)" if self.dtype == "float16" else "the weights may be damaged"
-        return UserError(f"{what} holds NaN or infinity, computed in {self.dtype}: {advice}")
-
-    def plan(self, layout: VideoLayout, config: PrefillConfig) -> prefill.PrefillPlan:
-        """Steps and buckets for the default device."""
-        return prefill.make_plan(layout, config)
-
-    @property
-    def _frames_at_once(self) -> int:
-        """Frames that the vision tower takes together."""
-        return FRAMES_PER_GROUP * prefill.default_steps()[0]
+    def plan(self, layout: VideoLayout, config: PrefillConfig) -> PrefillPlan:
+        """Steps and buckets of a video of this layout."""
+        return make_plan(layout, config, self.network.platform)
 
     def check_cache(self, cache: CacheConfig, bilevel: BilevelConfig | None) -> None:
         """Raises UserError for a cache that this model, or the way that questions read it, cannot have."""
@@ -224,7 +207,7 @@ class Model:
             offload: bool = cache.offload,
         ) -> memory.MemoryNeed:  # fmt: skip
             found = memory.memory_need(
-                self.config, self.plan(layout, config), layout, bilevel, self.dtype, self._frames_at_once,
+                self.config, self.plan(layout, config), layout, bilevel, self.dtype, self.network.platform,
                 quantized=quantized, offload=offload,
             )  # fmt: skip
             return dataclasses.replace(found, cache=found.kept) if loaded else found
@@ -235,30 +218,9 @@ class Model:
         others = {flags: need(layout, *option) for flags, option in options.items()}
         memory.check_fits(layout, need, others, held=sum(v.device_bytes for v in list(self._videos)))
 
-    def _precision(self) -> contextlib.AbstractContextManager[Any]:
-        """float32 means float32: GPUs would multiply in TF32."""
-        return jax.default_matmul_precision("highest" if self.dtype == "float32" else None)
-
     def layout(self, time_ids: list[list[int]]) -> VideoLayout:
         """Lengths of the tokens of a video, from the token ids of every group's time."""
         return VideoLayout(len(self._prefix), tuple(map(len, time_ids)), self.config.visual_tokens)
-
-    def _start(self, plan: prefill.PrefillPlan, *, quantized: bool) -> KVCache:
-        """A cache that holds the prefix."""
-        cache = compiled.new_cache(self.config.llm, plan.slots, self.dtype, plan.visual_start, quantized=quantized)
-        ids = np.zeros(plan.prefix_cap, np.int32)
-        ids[: len(self._prefix)] = self._prefix
-        length = np.int32(len(self._prefix))
-        return compiled.prefill_prefix(self.config, self.params, cache, ids, length, implementation=self.implementation)
-
-    @staticmethod
-    def _cut(
-        layout: VideoLayout, plan: prefill.PrefillPlan, time_ids: list[list[int]], groups: int
-    ) -> tuple[VideoLayout, prefill.Step]:
-        """The layout of the first `groups` groups, and its last segment."""
-        layout = dataclasses.replace(layout, time_lengths=layout.time_lengths[:groups])
-        *_, last = prefill.segments(prefill.steps(layout, plan, time_ids[:groups]), plan)
-        return layout, last
 
     # --- questions, many ---------------------------------------------------------------------
 
@@ -287,10 +249,9 @@ class Model:
         if max_new_tokens < 1:
             raise UserError(f"max new tokens must be 1 or more, not {max_new_tokens}")
         sampling = sampling or TokenSampling()
-        sampling.check()
         if not 0 <= seed < 2**32:
             raise UserError(f"seed must be from 0 to {2**32 - 1}, not {seed}")
-        with video.reading(), self._precision():
+        with video.reading(), self.network.precision():
             return self._ask(
                 video, question, suffix(self.tokenizer, question, history), max_new_tokens, sampling, seed, bilevel,
                 relevance or RelevanceConfig(), on_text,
@@ -301,38 +262,28 @@ class Model:
         bilevel: BilevelConfig | None, relevance: RelevanceConfig, on_text: Callable[[str], None] | None,
     ) -> Answer:  # fmt: skip
         started = time.perf_counter()
-        context, chunks = choose_context(self, video, question, text, bilevel, relevance)
+        ids = session.suffix_ids(text.ids, text.first, text.last)
+        context, chunks = choose_context(self.network, video, question, ids, bilevel, relevance)
         jax.block_until_ready(context)
         selected = time.perf_counter()
-        traced = sampling.traced()
-        state = compiled.ask(
-            self.config, self.params, context, text_cache(self, text, max_new_tokens), padded(text.ids),
-            np.int32(len(text.ids)), jax.random.key(seed), self._stop, traced, implementation=self.implementation,
-        )  # fmt: skip
-        token, done, finite = jax.device_get((state.token, state.done, state.finite))
-        ids = [int(token)]
-        first = time.perf_counter()
+        state, _ = session.start_answer(
+            self.network, context, ids, new_tokens=max_new_tokens, stop=self._stop, sampling=sampling, seed=seed
+        )
         emit = _Streamer(self.tokenizer, set(self.tokenizer.stop_ids), on_text)
-        while finite:
-            emit(ids)
-            if done or len(ids) >= max_new_tokens:
-                break
-            state, new, count = compiled.decode(
-                self.config, self.params, context, state, np.int32(max_new_tokens - len(ids)), self._stop, traced,
-                size=_STREAM_TOKENS, implementation=self.implementation,
-            )  # fmt: skip
-            new, count, done, finite = jax.device_get((new, count, state.done, state.finite))
-            ids += new[: int(count)].tolist()
-        else:
-            raise self.not_finite("the next token's logits")
+        first, answer_ids = 0.0, list[int]()
+        for answer_ids in session.answer_tokens(
+            self.network, context, state, new_tokens=max_new_tokens, stop=self._stop, sampling=sampling
+        ):
+            first = first or time.perf_counter()
+            emit(answer_ids)
         decoded = time.perf_counter()
-        answer = emit.finish(ids)
+        answer = emit.finish(answer_ids)
         return Answer(
-            question=question, text=answer, finish_reason="stop" if ids[-1] in self.tokenizer.stop_ids else "length",
-            new_tokens=len(ids), suffix_tokens=len(text.ids), context_tokens=int(context.length), chunks=chunks,
+            question=question, text=answer, finish_reason="stop" if answer_ids[-1] in self.tokenizer.stop_ids else "length",
+            new_tokens=len(answer_ids), suffix_tokens=len(text.ids), context_tokens=int(context.length), chunks=chunks,
             timings={
                 "select": selected - started, "question": first - selected, "decode": decoded - first,
-                "decode_tokens_per_s": (len(ids) - 1) / (decoded - first) if len(ids) > 1 else 0.0,
+                "decode_tokens_per_s": (len(answer_ids) - 1) / (decoded - first) if len(answer_ids) > 1 else 0.0,
             },
         )  # fmt: skip
 

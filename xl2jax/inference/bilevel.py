@@ -4,8 +4,8 @@ A selection block is `select_chunk_groups` consecutive groups; blocks are number
 prefix. Blocks 0, 1 and B and the selected ones are dense. Of every other block the time tokens stay
 whole, and the visual keys and values of each group are averaged over windows of `pool` tokens (a
 remainder is dropped). Keys are averaged un-rotated, and the mixed cache gets new positions 0..M-1, so
-its keys are rotated anew. Upstream keeps un-rotated keys; ours are stored rotated, which prefill and
-dense decoding read as they are, and are turned back here.
+its keys are rotated anew. Upstream stores keys before rotation. Here they are stored after rotation, because prefill
+and dense decoding read them so, and this module undoes the rotation first.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from xl2jax.errors import UserError
 from xl2jax.inference.cache import KVArray, KVCache, unpack
 from xl2jax.inference.layout import VideoLayout, bucket
 from xl2jax.models.layers import rope_tables, rotate
@@ -35,6 +36,13 @@ class BilevelConfig:
     pool: int = 4
     top_chunks: int | None = None
     """Blocks chosen by relevance; None for 2, or all of a video that has fewer."""
+
+    def __post_init__(self) -> None:
+        for name in ("select_chunk_groups", "pool"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name.replace('_', ' ')} must be 1 or more, not {getattr(self, name)}")
+        if self.top_chunks is not None and self.top_chunks < 0:
+            raise UserError(f"top chunks must be 0 or more, not {self.top_chunks}")
 
     def blocks(self, layout: VideoLayout) -> int:
         """B, selection blocks of a video."""

@@ -1,6 +1,7 @@
-"""The jitted entry points. Each takes the config as its only static model argument.
+"""The compiled programs. Each takes the `Network`, whose config and choices are static.
 
-One compilation a bucket of lengths: nothing here depends on a video's exact length.
+Shapes depend on buckets of lengths only, so another video or question of about the same length compiles nothing.
+Programs whose hidden states are of use to `verify` return them always: it checks the very programs that answer.
 """
 
 from __future__ import annotations
@@ -10,49 +11,38 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from xl2jax.config import LLMConfig, VideoXL2Config
+from xl2jax.config import LLMConfig
 from xl2jax.inference import bilevel, generate, prefill, relevance
 from xl2jax.inference.bilevel import GroupTable, MixedSource, PooledKV
 from xl2jax.inference.cache import KVCache, empty_cache
-from xl2jax.inference.generate import DecodeState, Sampling
+from xl2jax.inference.generate import DecodeState, Sampling, SuffixIds
+from xl2jax.inference.network import Network
 from xl2jax.inference.prefill import Step
 from xl2jax.inference.relevance import AttentionScorer
-from xl2jax.models.video_xl2 import VideoXL2, abstract_model, normalise
+from xl2jax.models.video_xl2 import normalise
 
 COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
-"""XLA's own Triton products want each scanned layer's weights copied first, and leave bias and GELU to
-kernels of their own. cuBLAS reads the weights in place and takes both along: on an H200 that halves a
-decode step and makes the vision tower an eighth faster. Without effect on other devices."""
+"""XLA's own Triton products copy each scanned layer's weights first, and leave bias and GELU to kernels of their own.
+cuBLAS reads the weights in place and fuses both: on an H200 that halves a decode step and makes the vision tower an
+eighth faster. The option has no effect on other devices."""
+
+_jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
 
 
-@functools.cache
-def _graphdef(config: VideoXL2Config) -> nnx.GraphDef:
-    return nnx.graphdef(abstract_model(config, jnp.float32))
-
-
-def merge_model(config: VideoXL2Config, params: nnx.State) -> VideoXL2:
-    """The model over `params`, inside or outside a transformation."""
-    return nnx.merge(_graphdef(config), params)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "frames_at_once"), compiler_options=COMPILER_OPTIONS)
-def encode(
-    config: VideoXL2Config, params: nnx.State, frames: jax.Array, *, frames_at_once: int
-) -> tuple[jax.Array, jax.Array]:
-    """uint8 frames [F, H, W, 3] -> visual tokens [G, V, D] and their `unit_features` [G, D].
+@functools.partial(_jit, static_argnames="frames_at_once")
+def encode(network: Network, frames: jax.Array, *, frames_at_once: int) -> jax.Array:
+    """Frames [F, H, W, 3] -> visual tokens [G, V, D]. Frames are uint8, or floating-point pixels in [-1, 1].
 
     F is a multiple of `frames_at_once`, which bounds the activations.
     """
-    model = merge_model(config, params)
+    model = network.model
 
     def part(frames: jax.Array) -> jax.Array:
-        return model.encode_frames(normalise(frames))
+        return model.encode_frames(normalise(frames) if frames.dtype == jnp.uint8 else frames)
 
     visual = jax.lax.map(part, frames.reshape(-1, frames_at_once, *frames.shape[1:]))
-    visual = visual.reshape(-1, *visual.shape[2:])
-    return visual, relevance.unit_features(visual)
+    return visual.reshape(-1, *visual.shape[2:])
 
 
 @jax.jit
@@ -68,7 +58,7 @@ def checksum(x: jax.Array) -> jax.Array:
 
 @jax.jit
 def all_finite(tree: Any) -> jax.Array:
-    """Whether every floating-point element of a pytree is a number."""
+    """Whether every floating-point element of a pytree is finite."""
     parts = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
     return jnp.all(jnp.stack(parts))
 
@@ -77,32 +67,28 @@ def all_finite(tree: Any) -> jax.Array:
 def new_cache(
     config: LLMConfig, slots: int, dtype: str, visual_start: int | jax.Array | None = None, *, quantized: bool = False
 ) -> KVCache:
+    """An empty cache; its visual region begins at `visual_start`, by default behind the last slot."""
     cache = empty_cache(config, slots, dtype, quantized=quantized)
     return cache if visual_start is None else cache._replace(visual_start=jnp.int32(visual_start))
 
 
-@functools.partial(
-    jax.jit, static_argnames=("config", "implementation"), donate_argnames="cache", compiler_options=COMPILER_OPTIONS
-)
-def prefill_prefix(
-    config: VideoXL2Config, params: nnx.State, cache: KVCache, ids: jax.Array, length: jax.Array, *, implementation: str
-) -> KVCache:  # fmt: skip
-    llm = merge_model(config, params).llm
-    return prefill.prefill_prefix(llm, cache, ids, length, implementation=implementation)[0]
+@functools.partial(_jit, donate_argnames="cache")
+def prefill_prefix(network: Network, cache: KVCache, ids: jax.Array, length: jax.Array) -> tuple[KVCache, jax.Array]:
+    """See `prefill.prefill_prefix`."""
+    llm = network.model.llm
+    return prefill.prefill_prefix(llm, cache, ids, length, implementation=network.implementation)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("config", "implementation"), donate_argnames="cache", compiler_options=COMPILER_OPTIONS
-)
-def prefill_segment(
-    config: VideoXL2Config, params: nnx.State, cache: KVCache, visual: jax.Array, segment: Step, *, implementation: str
-) -> KVCache:  # fmt: skip
-    llm = merge_model(config, params).llm
-    return prefill.prefill_segment(llm, cache, visual, segment, implementation=implementation)[0]
+@functools.partial(_jit, donate_argnames="cache")
+def prefill_segment(network: Network, cache: KVCache, visual: jax.Array, segment: Step) -> tuple[KVCache, jax.Array]:
+    """See `prefill.prefill_segment`."""
+    llm = network.model.llm
+    return prefill.prefill_segment(llm, cache, visual, segment, implementation=network.implementation)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "visual_tokens", "pool"))
 def pool_cache(config: LLMConfig, cache: KVCache, table: GroupTable, *, visual_tokens: int, pool: int) -> PooledKV:
+    """See `bilevel.pool_cache`."""
     return bilevel.pool_cache(cache, table, visual_tokens=visual_tokens, pool=pool, theta=config.rope_theta)
 
 
@@ -111,7 +97,7 @@ def mix(
     config: LLMConfig, cache: KVCache, pooled: PooledKV, table: GroupTable, dense: jax.Array,
     *, visual_tokens: int, pool: int, slots: int, compact: bool = False,
 ) -> tuple[KVCache, MixedSource]:  # fmt: skip
-    """The mixed cache with groups `dense` [Gcap] whole, in `slots` slots, and its index list."""
+    """The mixed cache whose groups `dense` [Gcap] are whole, in `slots` slots, and where each slot comes from."""
     source = bilevel.mixed_source(
         table, dense, cache.visual_start, visual_tokens=visual_tokens, pool=pool, slots=slots, compact=compact
     )
@@ -120,28 +106,26 @@ def mix(
 
 @functools.partial(jax.jit, static_argnames="visual_tokens")
 def slot_groups(table: GroupTable, cache: KVCache, *, visual_tokens: int) -> jax.Array:
+    """See `bilevel.slot_groups`."""
     return bilevel.slot_groups(table, cache, visual_tokens)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("config", "scorer", "groups", "implementation"), compiler_options=COMPILER_OPTIONS
-)
+@functools.partial(_jit, static_argnames=("scorer", "groups"))
 def attention_scores(
-    config: VideoXL2Config, params: nnx.State, context: KVCache, group: jax.Array, text: KVCache,
-    ids: jax.Array, first: jax.Array, last: jax.Array, end: jax.Array,
-    *, scorer: AttentionScorer, groups: int, implementation: str,
-) -> jax.Array:  # fmt: skip
-    llm = merge_model(config, params).llm
-    return relevance.attention_scores(
-        llm, context, group, text, ids, first, last, end, scorer, groups, implementation=implementation
-    )
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def similarity_scores(
-    config: VideoXL2Config, params: nnx.State, features: jax.Array, ids: jax.Array, first: jax.Array, last: jax.Array
+    network: Network,
+    context: KVCache,
+    group: jax.Array,
+    text: KVCache,
+    suffix: SuffixIds,
+    *,
+    scorer: AttentionScorer,
+    groups: int,
 ) -> jax.Array:
-    return relevance.similarity_scores(merge_model(config, params).llm, features, ids, first, last)
+    """See `relevance.attention_scores`."""
+    llm = network.model.llm
+    return relevance.attention_scores(
+        llm, context, group, text, suffix, scorer, groups, implementation=network.implementation
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("select_chunk_groups", "top"))
@@ -155,32 +139,36 @@ def choose(
     return by_block, dense, dense[jnp.arange(scores.shape[0]) // select_chunk_groups]
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("config", "implementation"),
-    donate_argnames="text",
-    compiler_options=COMPILER_OPTIONS,
-)
+@functools.partial(_jit, donate_argnames="text")
 def ask(
-    config: VideoXL2Config, params: nnx.State, context: KVCache, text: KVCache, ids: jax.Array, length: jax.Array,
-    key: jax.Array, stop: jax.Array, sampling: Sampling, *, implementation: str,
-) -> DecodeState:  # fmt: skip
-    """Runs the suffix behind `context` and samples the first token of the answer."""
-    llm = merge_model(config, params).llm
-    text, hidden = generate.extend(llm, context, text, ids, length, implementation=implementation)
-    return generate.first_token(llm, text, hidden, length, key, stop, sampling)
+    network: Network,
+    context: KVCache,
+    text: KVCache,
+    suffix: SuffixIds,
+    key: jax.Array,
+    stop: jax.Array,
+    sampling: Sampling,
+) -> tuple[DecodeState, jax.Array]:
+    """Runs the suffix behind `context` and samples the first token of the answer.
+
+    Returns the state that decoding goes on from, and the suffix's hidden states [T, D].
+    """
+    llm = network.model.llm
+    text, hidden = generate.extend(llm, context, text, suffix.ids, suffix.end, implementation=network.implementation)
+    return generate.first_token(llm, text, hidden, suffix.end, key, stop, sampling), hidden
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("config", "size", "implementation"),
-    donate_argnames="state",
-    compiler_options=COMPILER_OPTIONS,
-)
+@functools.partial(_jit, static_argnames="size", donate_argnames="state")
 def decode(
-    config: VideoXL2Config, params: nnx.State, context: KVCache, state: DecodeState, limit: jax.Array,
-    stop: jax.Array, sampling: Sampling, *, size: int, implementation: str,
-) -> tuple[DecodeState, jax.Array, jax.Array]:  # fmt: skip
-    """Up to min(limit, size) further tokens."""
-    llm = merge_model(config, params).llm
-    return generate.decode(llm, context, state, limit, stop, sampling, size=size, implementation=implementation)
+    network: Network,
+    context: KVCache,
+    state: DecodeState,
+    limit: jax.Array,
+    stop: jax.Array,
+    sampling: Sampling,
+    *,
+    size: int,
+) -> tuple[DecodeState, jax.Array, jax.Array]:
+    """Up to min(limit, size) further tokens: (state, ids [size], how many of them are new)."""
+    llm = network.model.llm
+    return generate.decode(llm, context, state, limit, stop, sampling, size=size, implementation=network.implementation)

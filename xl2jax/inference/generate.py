@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,7 @@ class TokenSampling:
     temperature: float = 0.0
     top_p: float = 1.0
 
-    def check(self) -> None:
-        """Raises UserError for values out of range."""
+    def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0 and 0 < self.top_p <= 1):
             raise UserError("temperature must be 0 or more, and top-p above 0 and at most 1")
 
@@ -40,6 +39,16 @@ class Sampling(NamedTuple):
 
     temperature: jax.Array | np.float32
     top_p: jax.Array | np.float32
+
+
+class SuffixIds(NamedTuple):
+    """The suffix as arguments of a compiled program. The question's own tokens are `ids[first:last]`."""
+
+    ids: Any
+    """int32 [T], padded behind `end`."""
+    first: Any
+    last: Any
+    end: Any
 
 
 class DecodeState(NamedTuple):
@@ -56,7 +65,7 @@ class DecodeState(NamedTuple):
 
 
 def extend(
-    llm: Qwen2, context: KVCache, text: KVCache, ids: jax.Array, length: jax.Array, *, implementation: str = "auto"
+    llm: Qwen2, context: KVCache, text: KVCache, ids: jax.Array, length: jax.Array, *, implementation: str
 ) -> tuple[KVCache, jax.Array]:
     """Runs ids [T], of which `length` count, behind `context` and `text`.
 
@@ -112,7 +121,7 @@ def first_token(
 
 def decode(
     llm: Qwen2, context: KVCache, state: DecodeState, limit: jax.Array, stop: jax.Array, sampling: Sampling,
-    *, size: int, implementation: str = "auto",
+    *, size: int, implementation: str,
 ) -> tuple[DecodeState, jax.Array, jax.Array]:  # fmt: skip
     """Up to min(limit, size) further tokens, until one of `stop` [n] is sampled.
 

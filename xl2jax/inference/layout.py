@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from xl2jax.errors import UserError
 from xl2jax.ops.ranges import Ranges
 
 
@@ -38,6 +39,10 @@ class PrefillConfig:
 
     chunk_groups: int = 4
     window_chunks: int | None = 3
+
+    def __post_init__(self) -> None:
+        if self.chunk_groups < 1 or (self.window_chunks is not None and self.window_chunks < 0):
+            raise UserError("chunk groups must be 1 or more, window chunks 0 or more")
 
 
 class Tokens(NamedTuple):

@@ -18,7 +18,7 @@ from xl2jax.config import FRAMES_PER_GROUP, VideoXL2Config
 from xl2jax.errors import UserError
 from xl2jax.inference.bilevel import BilevelConfig, mixed_slots
 from xl2jax.inference.layout import VideoLayout, bucket
-from xl2jax.inference.prefill import PrefillPlan
+from xl2jax.inference.prefill import PrefillPlan, default_steps
 
 _WORKSPACE = 256 << 20  # XLA's temporaries and runtime, at least
 
@@ -49,15 +49,14 @@ def slot_bytes(config: VideoXL2Config, dtype: jax.typing.DTypeLike, *, quantized
 
 def memory_need(
     config: VideoXL2Config, plan: PrefillPlan, layout: VideoLayout, bilevel: BilevelConfig | None,
-    dtype: jax.typing.DTypeLike, frames_at_once: int, *, quantized: bool = False, offload: bool = False,
-    gpu: bool | None = None,
+    dtype: jax.typing.DTypeLike, platform: str, *, quantized: bool = False, offload: bool = False,
 ) -> MemoryNeed:  # fmt: skip
     """What the video cache and, where `bilevel` is given, its pooled and mixed copies take.
 
     `quantized`, `offload`: see `CacheConfig`. A CPU is its own host: offloading moves the bytes, it frees none.
-    `gpu`: on which kind of device; the default one if not told.
+    `platform`: "cpu" or "gpu".
     """
-    gpu = jax.default_backend() == "gpu" if gpu is None else gpu
+    gpu = platform == "gpu"
     c, v, itemsize = config.llm, config.vision, jnp.dtype(dtype).itemsize
     slot, kept_slot = slot_bytes(config, dtype), slot_bytes(config, dtype, quantized=quantized)
     cache = kept = plan.slots * kept_slot
@@ -65,16 +64,16 @@ def memory_need(
     if offload and gpu:
         kept = plan.visual_start * kept_slot
     if bilevel is not None:
-        groups = (plan.slots - plan.visual_start) // plan.visual_tokens
-        pooled = groups * (plan.visual_tokens // bilevel.pool) * slot
+        pooled = plan.group_capacity * (plan.visual_tokens // bilevel.pool) * slot
         # Chunks are scored on the video's own cache, or on an all-pooled one that is gone before the answer's is made.
         dense = min((bilevel.top(layout) + 2) * bilevel.select_chunk_groups, layout.groups)
         mixed = mixed_slots(layout, dense, bilevel) * slot
         if offload:
             mixed += (plan.visual_start + bucket(dense) * plan.visual_tokens) * kept_slot
     tokens = plan.step_groups * (plan.visual_tokens + plan.time_cap)
-    prefill = tokens * (4 * c.mlp_width + 8 * c.width) * itemsize
-    patches = frames_at_once * v.patch_grid**2
+    # The hidden states of a whole segment are part of the result.
+    prefill = tokens * (4 * c.mlp_width + (8 + plan.segment_steps) * c.width) * itemsize
+    patches = FRAMES_PER_GROUP * default_steps(platform)[0] * v.patch_grid**2
     # XLA materialises the scores of all heads of a frame; cuDNN does not.
     scores = 0 if gpu else 2 * v.heads * v.patch_grid**2 * 4
     vision = patches * ((2 * v.mlp_width + 8 * v.width) * itemsize + scores)

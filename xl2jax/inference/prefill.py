@@ -60,20 +60,29 @@ class PrefillPlan:
     def segment_groups(self) -> int:
         return self.step_groups * self.segment_steps
 
+    @property
+    def group_capacity(self) -> int:
+        """Gcap: groups that the visual region has room for."""
+        return (self.slots - self.visual_start) // self.visual_tokens
 
-def default_steps(gpu: bool | None = None) -> tuple[int, int]:
-    """(groups that go through the networks together, steps of a segment), for the default device or as told."""
-    gpu = jax.default_backend() != "cpu" if gpu is None else gpu
-    return (32, 2) if gpu else (4, 4)
+
+def default_steps(platform: str) -> tuple[int, int]:
+    """(groups that go through the networks together, steps of a segment) on "cpu" or "gpu"."""
+    return (4, 4) if platform == "cpu" else (32, 2)
 
 
 def make_plan(
-    layout: VideoLayout, config: PrefillConfig, *, step_groups: int | None = None, segment_steps: int | None = None
+    layout: VideoLayout,
+    config: PrefillConfig,
+    platform: str,
+    *,
+    step_groups: int | None = None,
+    segment_steps: int | None = None,
 ) -> PrefillPlan:
-    """Buckets of a video's lengths. Steps are `default_steps` unless named; short videos have smaller ones."""
-    step_groups = min(step_groups or default_steps()[0], bucket(layout.groups))
-    segment_steps = segment_steps or default_steps()[1]
-    segment_steps = min(segment_steps, -(-layout.groups // step_groups))
+    """Buckets of a video's lengths. Steps are `default_steps` unless given; short videos have smaller ones."""
+    default_groups, default_count = default_steps(platform)
+    step_groups = min(step_groups or default_groups, bucket(layout.groups))
+    segment_steps = min(segment_steps or default_count, -(-layout.groups // step_groups))
     segment = step_groups * segment_steps
     time_cap = -(-max(layout.time_lengths) // _TIME_UNIT) * _TIME_UNIT
     prefix_cap = bucket(layout.prefix, _PREFIX_UNIT)
@@ -142,7 +151,7 @@ def segments(all_steps: Step, plan: PrefillPlan) -> Iterator[Step]:
 
 
 def prefill_prefix(
-    llm: Qwen2, cache: KVCache, ids: jax.Array, length: jax.Array, *, implementation: str = "auto"
+    llm: Qwen2, cache: KVCache, ids: jax.Array, length: jax.Array, *, implementation: str
 ) -> tuple[KVCache, jax.Array]:
     """The prefix, ids [prefix_cap] of which `length` count: (cache, hidden states [prefix_cap, D])."""
     at = jnp.arange(ids.shape[0], dtype=jnp.int32)
@@ -158,28 +167,27 @@ def prefill_prefix(
 
 
 def prefill_segment(
-    llm: Qwen2,
-    cache: KVCache,
-    visual: jax.Array,
-    segment: Step,
-    *,
-    implementation: str = "auto",
-    keep_hidden: bool = False,
-) -> tuple[KVCache, jax.Array | None]:
-    """Scans over the steps of a segment. `visual` [segment_groups, V, D]; returns the cache and, if
-    asked, all hidden states [steps, tokens of a step, D].
-    """  # fmt: skip
+    llm: Qwen2, cache: KVCache, visual: jax.Array, segment: Step, *, implementation: str
+) -> tuple[KVCache, jax.Array]:
+    """Scans over the steps of a segment.
+
+    `visual` [segment_groups, V, D] -> the cache, and hidden states [steps, tokens of a step, D].
+    """
     count = segment.time_ids.shape[0]
     visual = visual.reshape(count, -1, visual.shape[-1])
     visuals = visual.shape[1]
 
-    def step(cache: KVCache, xs: tuple[jax.Array, Step]) -> tuple[KVCache, jax.Array | None]:
-        if keep_hidden:
-            return run(cache, xs)
-        # Steps that pad the last segment are skipped.
-        return jax.lax.cond(xs[1].visuals > 0, lambda c: run(c, xs)[0], lambda c: c, cache), None
+    def step(cache: KVCache, xs: tuple[jax.Array, Step]) -> tuple[KVCache, jax.Array]:
+        embeddings, s = xs
 
-    def run(cache: KVCache, xs: tuple[jax.Array, Step]) -> tuple[KVCache, jax.Array | None]:
+        def skip(cache: KVCache) -> tuple[KVCache, jax.Array]:
+            shape = (visuals + s.time_ids.shape[0], embeddings.shape[-1])
+            return cache, jnp.zeros(shape, llm.embed.embedding.dtype)
+
+        # Steps that pad the last segment are skipped.
+        return jax.lax.cond(s.visuals > 0, lambda c: run(c, xs), skip, cache)
+
+    def run(cache: KVCache, xs: tuple[jax.Array, Step]) -> tuple[KVCache, jax.Array]:
         embeddings, s = xs
 
         def attend(kv: KV, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[KV, jax.Array]:
@@ -198,6 +206,6 @@ def prefill_segment(
         x = jnp.concatenate([embeddings.astype(llm.embed.embedding.dtype), llm.embed_tokens(s.time_ids)])
         hidden, (k, v) = llm.forward(x, s.position, attend, (cache.k, cache.v))
         cache = KVCache(k, v, cache.global_length + s.times, cache.visual_start, cache.visual_length + s.visuals)
-        return cache, hidden if keep_hidden else None
+        return cache, hidden
 
     return jax.lax.scan(step, cache, (visual, segment))

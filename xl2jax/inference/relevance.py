@@ -1,4 +1,4 @@
-"""Which chunks matter to a question: scored by the model itself, or read from upstream's files."""
+"""Which groups of frames matter to a question, scored by the model's own attention."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from xl2jax.errors import UserError
 from xl2jax.inference.cache import KVCache, attend_text, unpack
+from xl2jax.inference.generate import SuffixIds
 from xl2jax.models.qwen2 import Qwen2
 from xl2jax.ops.precision import product
 
@@ -30,15 +31,12 @@ class AttentionScorer:
     keys: Literal["auto", "dense", "pooled"] = "auto"
     """What the question is run against. auto: the dense KV, but the pooled KV where the dense one was offloaded."""
 
-    def check(self, scorer: str) -> None:
-        """Raises UserError for layers that are none, and for settings of its own where another scorer is asked for."""
+    def __post_init__(self) -> None:
         if not 0 <= self.first_layer < self.last_layer <= 1:
             raise UserError(
                 "relevance layers are two rising shares of the depth from 0 to 1, "
                 f"not {self.first_layer} {self.last_layer}"
             )
-        if scorer != "attention" and self != AttentionScorer():
-            raise UserError(f"relevance layers, heads and keys have no effect with relevance {scorer}: leave them out")
 
     def layers(self, depth: int) -> tuple[int, int]:
         first = min(int(self.first_layer * depth), depth - 1)
@@ -49,9 +47,16 @@ _SLOTS, _TOKENS = 4096, 64
 
 
 def attention_scores(
-    llm: Qwen2, context: KVCache, group: jax.Array, text: KVCache, ids: jax.Array, first: jax.Array, last: jax.Array,
-    end: jax.Array, scorer: AttentionScorer, groups: int, *, implementation: str = "auto",
-) -> jax.Array:  # fmt: skip
+    llm: Qwen2,
+    context: KVCache,
+    group: jax.Array,
+    text: KVCache,
+    suffix: SuffixIds,
+    scorer: AttentionScorer,
+    groups: int,
+    *,
+    implementation: str,
+) -> jax.Array:
     """What the question looks at: attention to each group, float32 [groups].
 
     Runs the suffix `ids` [T] behind `context`, whose slots belong to groups `group` [S] (-1: to none), and gathers
@@ -59,6 +64,7 @@ def attention_scores(
     nothing of size T x S is kept. The question's tokens, `first <= t < last`, and those between it and the answer,
     `last <= t < end`, count half each: what is asked for is in the many, where it was found in the few.
     """
+    ids, first, last, end = suffix
     at = jnp.arange(ids.shape[0], dtype=jnp.int32)
     depth, kv_heads, slots, h = context.shape
     block, rows = min(_SLOTS, slots), min(_TOKENS, ids.shape[0])
@@ -114,22 +120,6 @@ def attention_scores(
     init = ((text.k, text.v), jnp.zeros(groups, jnp.float32))
     _, (_, sums) = llm.forward(llm.embed_tokens(ids), positions, attend, init)
     return sums / (last_layer - first_layer)
-
-
-def unit_features(visual: jax.Array) -> jax.Array:
-    """Visual tokens [G, V, D] -> one float32 vector a group, the mean of its unit vectors [G, D]."""
-    x = visual.astype(jnp.float32)
-    return jnp.mean(x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-6), axis=1)
-
-
-def similarity_scores(llm: Qwen2, features: jax.Array, ids: jax.Array, first: jax.Array, last: jax.Array) -> jax.Array:
-    """Cosine between the question's mean token embedding and each group's `unit_features`: [G]."""
-    at = jnp.arange(ids.shape[0])
-    x = llm.embed_tokens(ids).astype(jnp.float32)
-    x = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-6)
-    question = jnp.sum(jnp.where(((at >= first) & (at < last))[:, None], x, 0.0), axis=0)
-    question = question / jnp.maximum(jnp.linalg.norm(question), 1e-6)
-    return features @ question
 
 
 def block_scores(group_scores: jax.Array, groups: jax.Array, select_chunk_groups: int) -> jax.Array:

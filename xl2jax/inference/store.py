@@ -26,12 +26,14 @@ from xl2jax.inference.bilevel import BilevelConfig
 from xl2jax.inference.cache import KVArray, KVCache, QuantizedKV
 from xl2jax.inference.layout import PrefillConfig, VideoLayout
 from xl2jax.inference.offload import HostKV
+from xl2jax.inference.session import VideoKV
 from xl2jax.inference.video_cache import CacheConfig, WatchedVideo
 from xl2jax.system.atomic import replacing_file
 from xl2jax.system.schema import SMALL_FILE, Schema, parse_json, require_regular, unreadable
 from xl2jax.video.clip import FrameSampling
 
-_FORMAT = "xl2jax video cache 2"
+_FORMAT = "xl2jax video cache 3"
+_EARLIER = ("xl2jax video cache 1", "xl2jax video cache 2")
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -76,16 +78,16 @@ def save_cache(path: Path, video: WatchedVideo, key: dict[str, Any]) -> None:
 
     Raises UserError where it cannot be written; a file that was there before stays then.
     """
-    cache = video.cache
+    kv = video.kv
+    cache = kv.cache
     kept = _arrays(cache.k, cache.v)
     regions = {
         "globals": {name: (x, 0) for name, x in kept.items()},
         "visual": {name: (x, int(cache.visual_start)) for name, x in kept.items()}
-        if video.host is None
-        else {name: (x, 0) for name, x in _arrays(video.host.k, video.host.v).items()},
+        if kv.host is None
+        else {name: (x, 0) for name, x in _arrays(kv.host.k, kv.host.v).items()},
     }
-    features = np.asarray(video.features[: video.layout.groups], np.float32)
-    places, tensors = _contents(kept, video.layout, features.shape[1])
+    places, tensors = _contents(kept, kv.layout)
     metadata = {
         "format": _FORMAT,
         "key": json.dumps(key, sort_keys=True),
@@ -102,13 +104,10 @@ def save_cache(path: Path, video: WatchedVideo, key: dict[str, Any]) -> None:
         for name, part, layer, count in places:
             x, start = regions[part][name]
             write(f"{name}.{part}.{layer}", np.asarray(x[layer, :, start : start + count]))
-        write("features", features)
         out.write("checksums", np.array([list(bytes.fromhex(c)) for c in checksums], np.uint8).view(np.int8))
 
 
-def _contents(
-    arrays: dict[str, Any], layout: VideoLayout, width: int
-) -> tuple[list[tuple[str, str, int, int]], list[Stored]]:
+def _contents(arrays: dict[str, Any], layout: VideoLayout) -> tuple[list[tuple[str, str, int, int]], list[Stored]]:
     """What a file holds: (array, region, layer, slots) of the KV, and all tensors, in their order."""
     counts = {"globals": layout.global_tokens, "visual": layout.groups * layout.visual_tokens}
     layers = len(next(iter(arrays.values())))
@@ -119,7 +118,6 @@ def _contents(
         (f"{name}.{part}.{layer}", (arrays[name].shape[1], count, *arrays[name].shape[3:]), _CODES[arrays[name].dtype])
         for name, part, layer, count in places
     ]
-    tensors.append(("features", (layout.groups, width), "F32"))
     tensors.append(("checksums", (len(tensors) + 1, 16), "I8"))  # of the header, then of each tensor
     return places, tensors
 
@@ -156,7 +154,7 @@ def load_cache(
         slots = plan.visual_start if cache.offload else plan.slots
         empty = compiled.new_cache(model.config.llm, slots, model.dtype, plan.visual_start, quantized=cache.quantized)
         arrays, visual = _arrays(empty.k, empty.v), {}
-        places, tensors = _contents(arrays, layout, model.config.llm.width)
+        places, tensors = _contents(arrays, layout)
         file.check_tensors(tensors)
         if cache.offload:
             visual = {
@@ -171,18 +169,19 @@ def load_cache(
                 visual[name][layer, :, :count] = array
             else:
                 arrays[name] = _put(arrays[name], array, layer, plan.visual_start)
-        features = file.read("features")
-    kv = KVCache(
+    filled = KVCache(
         *_cache_of(arrays), jnp.int32(layout.global_tokens), jnp.int32(plan.visual_start),
         jnp.int32(layout.groups * layout.visual_tokens),
     )  # fmt: skip
-    capacity = (plan.slots - plan.visual_start) // plan.visual_tokens
+    host = HostKV(*_cache_of(visual)) if cache.offload else None
     watched = WatchedVideo(
-        path=str(video_path), duration=file.about.duration, times=file.about.times, layout=layout, plan=plan,
-        cache=kv, host=HostKV(*_cache_of(visual)) if cache.offload else None,
-        features=jnp.pad(jnp.asarray(features), ((0, capacity - len(features)), (0, 0))),
-        thumbnails=[], timings={"read": 0.0, "compute": 0.0},
-    )  # fmt: skip
+        path=str(video_path),
+        duration=file.about.duration,
+        times=file.about.times,
+        kv=VideoKV(layout, plan, filled, host),
+        thumbnails=[],
+        timings={"read": 0.0, "compute": 0.0},
+    )
     return model.adopt(watched)
 
 
@@ -220,8 +219,8 @@ class _CacheFile:
         except SafetensorError as e:
             raise self._damaged(f"not a whole video cache: {e}") from None
         metadata = self._file.metadata() or {}
-        if metadata.get("format") == "xl2jax video cache 1":
-            raise self._damaged("an earlier version made it, without checksums")
+        if metadata.get("format") in _EARLIER:
+            raise self._damaged("an earlier version made it")
         if metadata.get("format") != _FORMAT:
             raise UserError(f"{path}: not a video cache of this version")
         self._names = [n for n in self._file.offset_keys() if n != "checksums"]

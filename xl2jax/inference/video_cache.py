@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import threading
 from collections.abc import Iterator
 from typing import Literal
@@ -13,11 +12,7 @@ import jax
 import numpy as np
 
 from xl2jax.errors import UserError
-from xl2jax.inference import prefill
-from xl2jax.inference.bilevel import GroupTable, PooledKV, group_table
-from xl2jax.inference.cache import KVCache
-from xl2jax.inference.layout import VideoLayout
-from xl2jax.inference.offload import HostKV
+from xl2jax.inference.session import VideoKV
 from xl2jax.video.clip import Clip
 from xl2jax.video.read_ahead import resize
 
@@ -51,37 +46,22 @@ class CacheConfig:
 class WatchedVideo:
     """A video in the KV cache of the model that watched it.
 
-    Questions never change it, and several threads may ask about it; `pooled` and `told_keys` are set on first use.
-    `close()`, or the end of a `with` block, gives its memory back.
+    Questions never change it, and several threads may ask about it. `close()`, or the end of a `with` block, gives its
+    memory back.
     """
 
     path: str
     duration: float
     times: list[float]
-    layout: VideoLayout
-    plan: prefill.PrefillPlan
-    cache: KVCache
-    features: jax.Array
-    """One vector a group, [Gcap, D], for the similarity scorer."""
+    """Of every frame, seconds."""
+    kv: VideoKV
     timings: dict[str, float]
     thumbnails: list[tuple[float, np.ndarray]]
     """Up to 12 (seconds, uint8 [64, 64, 3]), evenly spread; none where the cache came from a file."""
-    host: HostKV | None = None
-    """The visual KV where it was offloaded; `cache` holds the globals alone then."""
-    pooled: dict[int, PooledKV] = dataclasses.field(default_factory=dict)
-    """The pooled KV of the pool size that was asked for last."""
-    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
-    """Held while `pooled` is made: threads that ask at once make it once."""
     closed: bool = False
     _readers: int = 0
     _free: threading.Condition = dataclasses.field(default_factory=threading.Condition)
     """Held while `closed` or `_readers` change."""
-    told_keys: bool = False
-    """Whether the user was already told which KV scores the chunks."""
-
-    @property
-    def group_capacity(self) -> int:
-        return (self.plan.slots - self.plan.visual_start) // self.plan.visual_tokens
 
     @property
     def device_bytes(self) -> int:
@@ -89,7 +69,7 @@ class WatchedVideo:
         with self._free:
             if self.closed:
                 return 0
-            return sum(x.nbytes for x in jax.tree.leaves((self.cache, self.features, dict(self.pooled))))
+            return sum(x.nbytes for x in jax.tree.leaves((self.kv.cache, dict(self.kv.pooled))))
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
@@ -111,19 +91,13 @@ class WatchedVideo:
             self._free.wait_for(lambda: self._readers == 0)
             if not self.closed:
                 self.closed = True
-                self.pooled.clear()
-                self.host = None
-                del self.cache, self.features
+                del self.kv
 
     def __enter__(self) -> WatchedVideo:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    @functools.cached_property
-    def table(self) -> GroupTable:
-        return group_table(self.layout, self.group_capacity)
 
 
 def thumbnail_places(clip: Clip) -> list[int]:

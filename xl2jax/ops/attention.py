@@ -60,13 +60,18 @@ IMPLEMENTATIONS: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
 
 
 @functools.cache
-def _log_choice(name: str, why: str) -> None:
-    logger.info("arena attention: %s (auto on %s)", name, why)
+def _log_choice(name: str, reason: str) -> None:
+    logger.info("arena attention: %s (auto on %s)", name, reason)
 
 
-def _choose(q: jax.Array, k: jax.Array) -> str:
-    """The implementation that `auto` means here; logged once for each reason."""
-    device = jax.devices()[0]
+def choose_implementation(name: str, device: jax.Device, head_width: int, dtype: jax.typing.DTypeLike) -> str:
+    """The implementation that `name` stands for on a device: itself, or what "auto" chooses, which is logged once.
+
+    Raises UserError where there is no such implementation.
+    """
+    if name != "auto":
+        _require(name)
+        return name
     if device.platform != "gpu":
         _log_choice("blockwise", device.platform)
         return "blockwise"
@@ -74,26 +79,31 @@ def _choose(q: jax.Array, k: jax.Array) -> str:
 
     capability = str(getattr(device, "compute_capability", "0.0"))
     # The kernel's wgmma instructions are Hopper's own.
-    reason = mosaic.unsupported(q, k) if capability == "9.0" else "only compute capability 9.0 has the kernel"
+    reason = (
+        mosaic.unsupported(head_width, dtype, dtype)
+        if capability == "9.0"
+        else "only compute capability 9.0 has the kernel"
+    )
     name = "blockwise" if reason else "mosaic"
     _log_choice(name, f"{device.device_kind}" + (f": {reason}" if reason else ""))
     return name
 
 
-def arena_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, rows: jax.Array, ranges: Ranges, *, implementation: str = "auto"
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """The op of this module, by the implementation named; `auto` chooses, and logs its choice once.
+def _require(name: str) -> None:
+    if name not in IMPLEMENTATIONS:
+        raise UserError(f"attention {name!r}: choose auto, {', '.join(IMPLEMENTATIONS)}")
 
-    Differentiable in q, k and v (out and lse), with a blockwise backward pass in XLA whatever the
-    implementation.
+
+def arena_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, rows: jax.Array, ranges: Ranges, *, implementation: str = "blockwise"
+) -> tuple[jax.Array, jax.Array]:
+    """The op of this module, by the implementation that is named.
+
+    Differentiable in q, k and v (out and lse). The backward pass is blockwise XLA whatever the implementation.
 
     Raises:
-      UserError: no such implementation, or the one named does not serve these shapes or dtypes. A
-        named one never falls back to another.
+      UserError: there is no such implementation, or it does not serve these shapes or dtypes. It never falls back to
+        another one.
     """
-    if implementation == "auto":
-        implementation = _choose(q, k)
-    if implementation not in IMPLEMENTATIONS:
-        raise UserError(f"attention {implementation!r}: choose auto, {', '.join(IMPLEMENTATIONS)}")
+    _require(implementation)
     return _differentiable(implementation, q, k, v, rows, ranges)

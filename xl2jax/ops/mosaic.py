@@ -97,7 +97,7 @@ def attend_mosaic(
     """
     batch, tokens, heads, h = q.shape
     kv_heads, slots = k.shape[1], k.shape[2]
-    reason = unsupported(q, k)
+    reason = unsupported(h, q.dtype, k.dtype, slots)
     if reason:
         raise UserError(f"attention 'mosaic': {reason}")
     group = heads // kv_heads
@@ -127,14 +127,16 @@ def attend_mosaic(
     return out.reshape(q.shape).astype(q.dtype), lse.reshape(batch, tokens, heads)
 
 
-def unsupported(q: jax.Array, k: jax.Array) -> str | None:
-    """Why the kernel cannot serve these arrays, or None."""
-    if q.shape[-1] not in HEAD_WIDTHS:
-        return f"head width {q.shape[-1]} is not served (only {' and '.join(map(str, HEAD_WIDTHS))})"
-    if q.dtype not in (jnp.bfloat16, jnp.float16) or k.dtype != q.dtype:
-        return f"{q.dtype} queries and {k.dtype} keys are not served (only 16 bit)"
-    if k.shape[2] % 64:
-        return f"{k.shape[2]} cache slots are not a multiple of 64"
+def unsupported(
+    head_width: int, queries: jax.typing.DTypeLike, keys: jax.typing.DTypeLike, slots: int = 64
+) -> str | None:
+    """Why the kernel cannot serve such arrays, or None."""
+    if head_width not in HEAD_WIDTHS:
+        return f"head width {head_width} is not served (only {' and '.join(map(str, HEAD_WIDTHS))})"
+    if queries not in (jnp.bfloat16, jnp.float16) or keys != queries:
+        return f"{jnp.dtype(queries)} queries and {jnp.dtype(keys)} keys are not served (only 16 bit)"
+    if slots % 64:
+        return f"{slots} cache slots are not a multiple of 64"
     return None
 
 

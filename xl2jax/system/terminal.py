@@ -56,25 +56,37 @@ def run_command(main: Callable[[], int | None]) -> None:
     """
     with _standard_streams(), _Interrupts() as interrupts:
         try:
-            setup_logging()
-            status = main() or 0
-            sys.stdout.flush()
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
+            status = _run(main, interrupts)
+        except KeyboardInterrupt:  # it came while another end was being reported
+            interrupts.ignore()
             status = INTERRUPTED
-        except BrokenPipeError:
-            status = BROKEN_PIPE
-        except Exception as e:
-            line = explain(e)
-            if interrupts.asked:
-                print("interrupted", file=sys.stderr)
-                status = INTERRUPTED
-            elif line is None:
-                raise
-            else:
-                print(f"error: {' '.join(line.split())}", file=sys.stderr)
-                status = 2
     sys.exit(status)
+
+
+def _run(main: Callable[[], int | None], interrupts: _Interrupts) -> int:
+    """The exit status of a main function, whose error is reported. Once a report begins, Ctrl-C changes nothing."""
+    try:
+        setup_logging()
+        status = main() or 0
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        interrupts.ignore()
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        interrupts.ignore()
+        return BROKEN_PIPE
+    except Exception as e:
+        interrupts.ignore()
+        line = explain(e)
+        if interrupts.asked:
+            print("interrupted", file=sys.stderr)
+            return INTERRUPTED
+        if line is None:
+            raise
+        print(f"error: {' '.join(line.split())}", file=sys.stderr)
+        return 2
 
 
 def explain(error: Exception) -> str | None:
@@ -247,6 +259,7 @@ class _Interrupts:
 
     def __init__(self) -> None:
         self.asked = False
+        self._ignored = False
         self._timer: threading.Timer | None = None
 
     def __enter__(self) -> _Interrupts:
@@ -264,7 +277,13 @@ class _Interrupts:
         if self._handler is signal.default_int_handler:
             signal.signal(signal.SIGINT, self._handler)
 
+    def ignore(self) -> None:
+        """From here on Ctrl-C does nothing."""
+        self._ignored = True
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._ignored:
+            return
         self.asked = True
         while frame is not None:
             if frame.f_code.co_filename.startswith("<frozen importlib"):

@@ -28,10 +28,10 @@ from xl2jax.checkpoint.torch_folder import write_params
 from xl2jax.config import FRAMES_PER_GROUP, PRESETS, VideoXL2Config
 from xl2jax.errors import UserError
 from xl2jax.evaluation.scenes import COLOURS, NEEDLE_KINDS, SHAPES, Kind, group_frames, make_scene
-from xl2jax.inference.timeline import plot_losses
 from xl2jax.models.video_xl2 import abstract_model, normalise
 from xl2jax.recipes.demo.composed import Phase, encode_groups, train_composed
 from xl2jax.recipes.demo.datasets import DatasetArgs, write_dataset
+from xl2jax.recipes.demo.figures import plot_losses
 from xl2jax.system.process_pool import in_processes
 from xl2jax.system.terminal import run_command
 from xl2jax.testing import make_checkpoint

@@ -1,0 +1,117 @@
+"""`xl2jax needle`: accuracy of needle retrieval by length, depth and way of reading.
+
+xl2jax needle --checkpoint checkpoints/demo --frames 64,256,1024 --depths 0,0.25,0.5,0.75,1 --plot needle.png
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import tyro
+
+import xl2jax
+from xl2jax.commands.flags import DEFAULT_CHECKPOINT, PrefillFlags, choices, require_checkpoint, shares, whole_numbers
+from xl2jax.config import FRAMES_PER_GROUP
+from xl2jax.evaluation.needle import KINDS, NeedleConfig, needle, parse_modes, summary
+from xl2jax.evaluation.scenes import NEEDLE_KINDS, Kind
+from xl2jax.inference.bilevel import BilevelConfig
+from xl2jax.inference.relevance import AttentionScorer
+from xl2jax.inference.video_cache import CacheConfig
+from xl2jax.system.atomic import check_file_target
+from xl2jax.system.backend import start_backend
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Accuracy by length and depth for dense, chunked and bi-level reading."""
+
+    checkpoint: str = str(DEFAULT_CHECKPOINT)
+    """Any checkpoint folder or hub id."""
+    frames: str = "64,256,1024"
+    """Lengths of the videos in frames."""
+    depths: str = "0,0.25,0.5,0.75,1"
+    """Where the needle is, as shares of the video."""
+    cases: int = 6
+    """Videos of each length and depth; each is asked all kinds of question."""
+    modes: str = "dense,chunked,top1,top2,top4,random2"
+    """What to compare: dense, chunked, topN and randomN (N chunks stay dense besides the first and the last)."""
+    others: int = 5
+    """Other shapes in the video."""
+    kinds: str = ",".join(NEEDLE_KINDS)
+    """Questions by content (colour_of, shape_of), by time (colour, shape), for a time (time), and about the whole
+    video (exists, count, first)."""
+    seed: int = 0
+    prefill: tyro.conf.OmitArgPrefixes[PrefillFlags] = PrefillFlags()  # noqa: RUF009 (frozen)
+    select_chunk_groups: int = 4
+    """Groups (of 4 frames) in a selection chunk."""
+    pool: int = 4
+    """Visual tokens averaged into one where KV is pooled."""
+    relevance_layers: tuple[float, float] = (AttentionScorer.first_layer, AttentionScorer.last_layer)
+    """Layers whose attention counts, as shares of the depth."""
+    relevance_heads: Literal["squared", "mean", "max"] = AttentionScorer.heads
+    """How attention is summed over heads."""
+    relevance_keys: Literal["auto", "dense", "pooled"] = AttentionScorer.keys
+    """The KV that the question is scored against."""
+    cache_dtype: Literal["int8"] | None = None
+    """Of the video's KV; the model's by default."""
+    held_out_template: bool = False
+    """Asks in words that were never used in training."""
+    dtype: Literal["bfloat16", "float32"] | None = None
+    """Of parameters and activations; the checkpoint's own by default."""
+    json: bool = False
+    """Prints one JSON object instead of a table."""
+    plot: Path | None = None
+    """PNG of accuracy by length and depth."""
+
+    def config(self) -> NeedleConfig:
+        """Raises UserError for flags out of range."""
+        return NeedleConfig(
+            frames=tuple(whole_numbers("--frames", self.frames, FRAMES_PER_GROUP)),
+            depths=tuple(shares("--depths", self.depths)),
+            cases=self.cases,
+            modes=parse_modes(self.modes),
+            others=self.others,
+            kinds=cast(tuple[Kind, ...], tuple(choices("--kinds", self.kinds, KINDS))),
+            seed=self.seed,
+            held_out_template=self.held_out_template,
+            prefill=self.prefill.config(),
+            bilevel=BilevelConfig(self.select_chunk_groups, self.pool),
+            cache=CacheConfig(self.cache_dtype),
+            scorer=AttentionScorer(*self.relevance_layers, self.relevance_heads, self.relevance_keys),
+        )
+
+
+def main() -> None:
+    args = tyro.cli(Args, prog="xl2jax needle")
+    config = args.config()
+    require_checkpoint(args.checkpoint)
+    if args.plot is not None:
+        check_file_target(args.plot)
+    start_backend()
+    model = xl2jax.load(args.checkpoint, dtype=args.dtype)
+    results = needle(config, model)
+    rows = summary(results)
+    if args.plot is not None:
+        from xl2jax.evaluation.figures import plot_needle
+
+        plot_needle(args.plot, results)
+    if args.json:
+        print(json.dumps({"rows": rows, "cases": [dataclasses.asdict(r) for r in results]}))
+    else:
+        _print_table(rows)
+
+
+def _print_table(rows: Sequence[dict[str, Any]]) -> None:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    table = [names]
+    for row in rows:
+        cells = [row.get(n) for n in names]
+        text = ["-" if c is None else f"{c:.3f}" if isinstance(c, float) else str(c) for c in cells]
+        table.append(text)
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for text in table:
+        print("  ".join(t.rjust(w) for t, w in zip(text, widths, strict=True)))

@@ -1,0 +1,185 @@
+"""A case of `verify`: inputs and expected tensors of upstream, and the model that they are compared with.
+
+Everything behind the vision tower runs through `xl2jax.inference.session`, so through the compiled programs that
+answer questions.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from xl2jax.checkpoint.convert import torch_to_orbax
+from xl2jax.checkpoint.params import load_params
+from xl2jax.config import FRAMES_PER_GROUP
+from xl2jax.errors import UserError
+from xl2jax.inference import session
+from xl2jax.inference.cache import KVCache
+from xl2jax.inference.generate import TokenSampling
+from xl2jax.inference.layout import PrefillConfig, VideoLayout
+from xl2jax.inference.network import Network
+from xl2jax.inference.prefill import PrefillPlan, make_plan
+from xl2jax.models.dts import resample
+from xl2jax.models.projector import average_pool
+from xl2jax.models.video_xl2 import pad_to_groups
+
+VIDEO_ID = -200
+"""Stands for the video in `input_ids`."""
+_FRAMES_AT_ONCE = 16
+
+
+def case_pixels(frames: int, size: int) -> np.ndarray:
+    """The inputs of all cases, which are not stored: float32 [F, H, W, 3]."""
+    f, y, x, c = np.ogrid[:frames, :size, :size, :3]
+    value = np.sin(0.05 * (c + 1) * x + 0.03 * y + 0.4 * f) * np.cos(0.02 * (f + 1) * y - 0.3 * c)
+    return value.astype(np.float32)
+
+
+class Case:
+    """A case folder, and the model loaded from its checkpoint through the real converter."""
+
+    def __init__(self, folder: Path, converted: Path, *, dtype: str = "float32", quantized: bool = False):
+        self.folder, self.quantized, self.dtype = folder, quantized, dtype
+        if not (folder / "case.json").is_file():
+            raise UserError(f"{folder}: not a case folder (no case.json)")
+        torch_to_orbax(folder / "checkpoint", converted, "float32")
+        self.config, params = load_params(converted)
+        self.network = Network.create(self.config, jax.tree.map(lambda x: x.astype(dtype), params))
+        inputs = self._tensors(folder / "inputs.safetensors")
+        try:
+            self.case: dict[str, Any] = json.loads((folder / "case.json").read_text())
+            self.frames, self.new_tokens = int(self.case["frames"]), int(self.case["new_tokens"])
+            self.times = tuple(int(n) for n in self.case["time_token_lengths"])
+            ids, group_ids = inputs["input_ids"].tolist(), inputs["group_ids"].tolist()
+        except (KeyError, ValueError, TypeError) as e:
+            raise UserError(f"{folder}: case.json or inputs.safetensors lacks what a case needs ({e})") from None
+        if ids.count(VIDEO_ID) != 1:
+            raise UserError(f"{folder / 'inputs.safetensors'}: input_ids must hold {VIDEO_ID} once")
+        split = ids.index(VIDEO_ID)
+        self.prefix, self.suffix = ids[:split], ids[split + 1 :]
+        self.time_ids = _time_ids(group_ids, self.times, self.config.visual_tokens, folder)
+        self.layout = VideoLayout(len(self.prefix), self.times, self.config.visual_tokens)
+
+    @staticmethod
+    def _tensors(path: Path) -> dict[str, np.ndarray]:
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as e:
+            raise UserError(f"{path}: cannot be read ({e})") from None
+
+    def expected(self, section: str) -> dict[str, np.ndarray] | None:
+        path = self.folder / "expected" / f"{section}.safetensors"
+        return self._tensors(path) if path.is_file() else None
+
+    @functools.cached_property
+    def pixels(self) -> np.ndarray:
+        """The frames, padded to whole groups: float32 [F, H, W, 3] in [-1, 1]."""
+        return np.asarray(pad_to_groups(jnp.asarray(case_pixels(self.frames, self.config.vision.image_size))))
+
+    @functools.cached_property
+    def stages(self) -> dict[str, np.ndarray]:
+        """Every vision stage in upstream's layout, computed a few frames at a time.
+
+        What the language model is given does not come from here: `prefill` runs the compiled program.
+        """
+
+        @jax.jit
+        def encode(network: Network, pixels: jax.Array) -> dict[str, jax.Array]:
+            model = network.model
+            features = model.vision(pixels)
+            interpolated = resample(features, self.config.grid)
+            groups = model.dts(interpolated)
+            projected = model.projector(groups)
+            return {
+                "vision_features": features,
+                "interpolated": interpolated,
+                "dts": groups.transpose(0, 3, 1, 2),
+                "projected": projected.reshape(len(projected), -1, projected.shape[-1]),
+                "visual_tokens": average_pool(projected, self.config.pool_stride),
+            }
+
+        parts = [
+            jax.device_get(encode(self.network, self.pixels[i : i + _FRAMES_AT_ONCE]))
+            for i in range(0, len(self.pixels), _FRAMES_AT_ONCE)
+        ]
+        stages = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+        return {k: x[: self.frames] if k in ("vision_features", "interpolated") else x for k, x in stages.items()}
+
+    def visual_tokens(self) -> np.ndarray:
+        """Visual tokens [G, V, D] by the compiled program."""
+        plan = make_plan(self.layout, PrefillConfig(), self.network.platform)
+        parts = [np.asarray(session.encode(self.network, plan, frames)) for frames in self._segments(plan)]
+        return np.concatenate(parts)[: self.layout.groups]
+
+    def _segments(self, plan: PrefillPlan) -> Iterator[np.ndarray]:
+        frames = plan.segment_groups * FRAMES_PER_GROUP
+        for first in range(0, len(self.pixels), frames):
+            yield self.pixels[first : first + frames]
+
+    def prefill(self, config: PrefillConfig) -> tuple[session.VideoKV, np.ndarray]:
+        """The video's KV, and hidden states [N without suffix, D] in natural order."""
+        plan = make_plan(self.layout, config, self.network.platform)
+        hidden = np.zeros((self.layout.tokens, self.config.llm.width), self.dtype)
+        video = session.VideoPrefill(
+            self.network, self.layout, plan, self.prefix, self.time_ids, quantized=self.quantized
+        )
+        hidden[: len(self.prefix)] = video.prefix_hidden[: len(self.prefix)]
+        visuals = plan.step_groups * plan.visual_tokens
+        for frames in self._segments(plan):
+            steps, outputs = video.add(session.encode(self.network, plan, frames))
+            states = np.asarray(outputs)
+            for i in range(plan.segment_steps):
+                spans = ((0, int(steps.visuals[i])), (visuals, visuals + int(steps.times[i])))
+                for first, last in spans:
+                    hidden[steps.position[i, first:last]] = states[i, first:last]
+        return video.finish(), hidden
+
+    def answer(self, context: KVCache) -> Reply:
+        """What the suffix and the greedy answer behind `context` amount to."""
+        n, stop, greedy = len(self.suffix), np.array([-1], np.int32), TokenSampling()
+        suffix = session.suffix_ids(self.suffix, 0, n)
+        state, hidden = session.start_answer(
+            self.network, context, suffix, new_tokens=self.new_tokens, stop=stop, sampling=greedy
+        )
+        # Decoding gives the state's arrays up.
+        k, v = (np.asarray(x)[:, :, :n] for x in (state.text.k, state.text.v))
+        *_, ids = session.answer_tokens(
+            self.network, context, state, new_tokens=self.new_tokens, stop=stop, sampling=greedy
+        )
+        return Reply(k, v, np.asarray(hidden)[:n], np.asarray(ids))
+
+    def logits(self, hidden: np.ndarray) -> np.ndarray:
+        return np.asarray(_logits(self.network, hidden))
+
+
+class Reply(NamedTuple):
+    """The suffix's keys and values [L, K, n, H], its hidden states [n, D], and the ids of the answer."""
+
+    k: np.ndarray
+    v: np.ndarray
+    hidden: np.ndarray
+    ids: np.ndarray
+
+
+@jax.jit
+def _logits(network: Network, hidden: jax.Array) -> jax.Array:
+    return network.model.llm.logits(hidden)
+
+
+def _time_ids(group_ids: list[int], times: tuple[int, ...], visual: int, folder: Path) -> list[list[int]]:
+    if len(group_ids) != sum(times) + visual * len(times):
+        raise UserError(f"{folder}: group_ids do not match time_token_lengths and the model's {visual} tokens a group")
+    out, at = [], 0
+    for n in times:
+        out.append([int(i) for i in group_ids[at : at + n]])
+        at += n + visual
+    return out

@@ -1,0 +1,71 @@
+"""The loaded networks, as every compiled program takes them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+from flax import nnx
+
+from xl2jax.config import VideoXL2Config
+from xl2jax.errors import UserError
+from xl2jax.models.video_xl2 import VideoXL2, abstract_model
+from xl2jax.ops.attention import choose_implementation
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("params",),
+    meta_fields=("config", "implementation", "platform"),
+)
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """Config, parameters, and the two choices that depend on the device. Both are made once, by `create`.
+
+    A pytree: under `jax.jit` the parameters are traced and everything else is static.
+    """
+
+    config: VideoXL2Config
+    params: nnx.State
+    implementation: str
+    """Of arena attention (see `xl2jax.ops.attention`)."""
+    platform: str
+    """"cpu" or "gpu": where the parameters are."""
+
+    @classmethod
+    def create(cls, config: VideoXL2Config, params: nnx.State, implementation: str = "auto") -> Network:
+        """Decides the platform and, where `implementation` is "auto", the attention kernel, and says once which.
+
+        Raises UserError for an implementation that does not exist.
+        """
+        first = jax.tree.leaves(params)[0]
+        device = next(iter(first.devices()))
+        name = choose_implementation(implementation, device, config.llm.head_width, first.dtype)
+        return cls(config, params, name, "gpu" if device.platform in ("gpu", "cuda", "rocm") else device.platform)
+
+    @property
+    def dtype(self) -> str:
+        """Of the parameters, and so of activations and KV."""
+        return str(jax.tree.leaves(self.params)[0].dtype)
+
+    @property
+    def model(self) -> VideoXL2:
+        """The module over the parameters, inside or outside a transformation."""
+        return nnx.merge(_graphdef(self.config, self.dtype), self.params)
+
+    def precision(self) -> contextlib.AbstractContextManager[Any]:
+        """float32 means float32: without this GPUs multiply in TF32."""
+        return jax.default_matmul_precision("highest" if self.dtype == "float32" else None)
+
+    def not_finite(self, what: str) -> UserError:
+        """The error for numbers that are NaN or infinite."""
+        advice = "use bfloat16 or float32 (--dtype)" if self.dtype == "float16" else "the weights may be damaged"
+        return UserError(f"{what} holds NaN or infinity, computed in {self.dtype}: {advice}")
+
+
+@functools.cache
+def _graphdef(config: VideoXL2Config, dtype: str) -> nnx.GraphDef:
+    return nnx.graphdef(abstract_model(config, dtype))

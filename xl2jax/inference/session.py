@@ -1,0 +1,331 @@
+"""The one driver of the compiled programs: prefix, segments, pooling, scores, choice, mixture, question, answer.
+
+Functions of a `Network`, a `PrefillPlan` and a `VideoKV`, without files and without text. The Python interface,
+`verify`, the benchmarks, the needle test and the tests all call them, so that they run the same programs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xl2jax.config import FRAMES_PER_GROUP
+from xl2jax.errors import UserError
+from xl2jax.inference import compiled, memory, prefill
+from xl2jax.inference.bilevel import (
+    BilevelConfig,
+    GroupTable,
+    MixedSource,
+    PooledKV,
+    blocks_of_units,
+    group_table,
+    mixed_slots,
+)
+from xl2jax.inference.cache import KVCache
+from xl2jax.inference.generate import DecodeState, SuffixIds, TokenSampling
+from xl2jax.inference.layout import VideoLayout
+from xl2jax.inference.network import Network
+from xl2jax.inference.offload import HostKV, fetch, pool_host
+from xl2jax.inference.prefill import PrefillPlan, Step
+from xl2jax.inference.relevance import AttentionScorer
+
+STREAM_TOKENS = 8
+"""Tokens that are decoded on the device between two looks at the answer."""
+
+_TEXT_SIZES = (128, 512, 2048)  # beyond them powers of two
+_LEAST_TEXT_SLOTS = 512
+
+
+# --- the video, once ---------------------------------------------------------------------------
+
+
+def encode(network: Network, plan: PrefillPlan, frames: np.ndarray) -> jax.Array:
+    """Frames [F, H, W, 3] of one segment, or fewer -> visual tokens [segment_groups, V, D] on the device.
+
+    Frames are uint8, or floating-point pixels in [-1, 1]. Missing frames are padded with zeros.
+    """
+    segment_frames = plan.segment_groups * FRAMES_PER_GROUP
+    at_once = min(frames_at_once(network.platform), segment_frames)
+    missing = -(-segment_frames // at_once) * at_once - len(frames)
+    if missing:
+        frames = np.pad(frames, ((0, missing), (0, 0), (0, 0), (0, 0)))
+    return compiled.encode(network, frames, frames_at_once=at_once)[: plan.segment_groups]
+
+
+def frames_at_once(platform: str) -> int:
+    """Frames that the vision tower takes together."""
+    return FRAMES_PER_GROUP * prefill.default_steps(platform)[0]
+
+
+class VideoPrefill:
+    """Puts a video into a KV cache: the prefix at once, then a segment with every `add`.
+
+    Attributes:
+      layout: of the video; shortened where it ended early.
+      cache: the KV so far. `add` gives the array that was here before up.
+      prefix_hidden: hidden states of the prefix, [prefix_cap, D].
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        layout: VideoLayout,
+        plan: PrefillPlan,
+        prefix: Sequence[int],
+        time_ids: list[list[int]],
+        *,
+        quantized: bool = False,
+    ):
+        self._network, self._plan, self._time_ids = network, plan, time_ids
+        self.layout = layout
+        self._groups = 0
+        self._segments = prefill.segments(prefill.steps(layout, plan, time_ids), plan)
+        ids = np.zeros(plan.prefix_cap, np.int32)
+        ids[: len(prefix)] = prefix
+        empty = compiled.new_cache(
+            network.config.llm, plan.slots, network.dtype, plan.visual_start, quantized=quantized
+        )
+        self.cache, self.prefix_hidden = compiled.prefill_prefix(network, empty, ids, np.int32(len(prefix)))
+
+    def add(self, visual: jax.Array, groups: int | None = None) -> tuple[Step, jax.Array]:
+        """Prefills the next segment from visual tokens [segment_groups, V, D].
+
+        `groups` is given where fewer groups than the segment has were read: the video ends there.
+        Returns the segment's steps and their hidden states [steps, tokens of a step, D].
+        """
+        segment = next(self._segments)
+        expected = min(self._plan.segment_groups, self.layout.groups - self._groups)
+        groups = expected if groups is None else groups
+        self._groups += groups
+        if groups < expected:
+            self.layout = dataclasses.replace(self.layout, time_lengths=self.layout.time_lengths[: self._groups])
+            *_, segment = prefill.segments(
+                prefill.steps(self.layout, self._plan, self._time_ids[: self._groups]), self._plan
+            )
+        self.cache, hidden = compiled.prefill_segment(self._network, self.cache, visual, segment)
+        return segment, hidden
+
+    def finish(self) -> VideoKV:
+        """The video as questions read it. Raises UserError where its KV is not finite."""
+        if not bool(compiled.all_finite(self.cache)):
+            raise self._network.not_finite("the video's KV")
+        lengths = self.layout.time_lengths[: self._groups]
+        return VideoKV(dataclasses.replace(self.layout, time_lengths=lengths), self._plan, self.cache)
+
+
+@dataclasses.dataclass(eq=False)
+class VideoKV:
+    """A video's KV and its layout. Questions never change it, and several threads may read it."""
+
+    layout: VideoLayout
+    plan: PrefillPlan
+    cache: KVCache
+    host: HostKV | None = None
+    """The visual KV where it was offloaded. `cache` holds the globals alone then."""
+    pooled: dict[int, PooledKV] = dataclasses.field(default_factory=dict)
+    """The pooled KV, by pool size, of the size that was asked for last."""
+    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+    """Held while `pooled` is made, so that threads that ask at once make it once."""
+
+    @functools.cached_property
+    def table(self) -> GroupTable:
+        return group_table(self.layout, self.plan.group_capacity)
+
+
+# --- what a question reads ---------------------------------------------------------------------
+
+
+class Chosen(NamedTuple):
+    """What an answer reads."""
+
+    context: KVCache
+    dense_blocks: np.ndarray
+    """Boolean [Bcap]: selection blocks that stay dense."""
+    scores: np.ndarray | None
+    """float32 [Bcap]: relevance of each selection block, where there is one."""
+
+
+type Scorer = AttentionScorer | Literal["random", "none"]
+"""Who scores the chunks. random: the same for the same question, for controls. none: no chunk is chosen."""
+
+
+def whole_cache(kv: VideoKV) -> KVCache:
+    """The whole dense cache. Raises UserError where it is not on the device."""
+    if kv.host is not None:
+        raise UserError("the video's KV was offloaded: it is read with bi-level decoding and chosen chunks only")
+    return kv.cache
+
+
+def choose_context(network: Network, kv: VideoKV, suffix: SuffixIds, bilevel: BilevelConfig, scorer: Scorer) -> Chosen:
+    """Scores the selection blocks for a question, keeps the best of them dense, and pools all others.
+
+    Raises UserError where a score is not finite.
+    """
+    size = bilevel.select_chunk_groups
+    top = 0 if scorer == "none" else bilevel.top(kv.layout)
+    pooled = pooled_kv(network, kv, bilevel.pool)
+    group_scores = score_groups(network, kv, suffix, bilevel, scorer, pooled)
+    scores, blocks, dense = compiled.choose(group_scores, kv.table.groups, select_chunk_groups=size, top=top)
+    context, _ = mix(network, kv, pooled, dense, (top + 2) * size, bilevel)
+    if scorer == "none":
+        return Chosen(context, np.asarray(blocks), None)
+    if not np.isfinite(scores).all():
+        raise network.not_finite("the chunks' relevance")
+    return Chosen(context, np.asarray(blocks), np.asarray(scores))
+
+
+def context_of_units(network: Network, kv: VideoKV, units: Sequence[int], bilevel: BilevelConfig) -> Chosen:
+    """The context whose dense blocks are those of upstream's selected `units` (see `bilevel.blocks_of_units`)."""
+    groups, size = kv.layout.groups, bilevel.select_chunk_groups
+    blocks = blocks_of_units(units, groups, size)
+    dense = np.zeros(kv.plan.group_capacity, bool)
+    dense[:groups] = np.repeat(blocks, size)[:groups]
+    pooled = pooled_kv(network, kv, bilevel.pool)
+    context, _ = mix(network, kv, pooled, dense, int(dense.sum()), bilevel)
+    return Chosen(context, blocks, None)
+
+
+def pooled_kv(network: Network, kv: VideoKV, pool: int) -> PooledKV:
+    """The pooled KV, made when it is first asked for. Only the last pool size is kept."""
+    with kv.lock:
+        if pool not in kv.pooled:
+            kv.pooled.clear()
+            llm, visual_tokens = network.config.llm, kv.layout.visual_tokens
+            if kv.host is None:
+                made = compiled.pool_cache(llm, kv.cache, kv.table, visual_tokens=visual_tokens, pool=pool)
+            else:
+                made = pool_host(llm, kv.cache, kv.host, kv.table, visual_tokens=visual_tokens, pool=pool)
+            kv.pooled[pool] = made
+        return kv.pooled[pool]
+
+
+def mix(
+    network: Network,
+    kv: VideoKV,
+    pooled: PooledKV,
+    dense: jax.Array | np.ndarray,
+    dense_limit: int,
+    bilevel: BilevelConfig,
+) -> tuple[KVCache, MixedSource]:
+    """The mixed cache whose groups `dense` [Gcap], at most `dense_limit` of them, are whole."""
+    cache, visual_tokens = kv.cache, kv.layout.visual_tokens
+    if kv.host is not None:
+        exists = np.arange(kv.plan.group_capacity) < kv.layout.groups
+        cache = fetch(cache, kv.host, np.asarray(dense) & exists, visual_tokens=visual_tokens)
+    return compiled.mix(
+        network.config.llm,
+        cache,
+        pooled,
+        kv.table,
+        jnp.asarray(dense),
+        visual_tokens=visual_tokens,
+        pool=bilevel.pool,
+        slots=mixed_slots(kv.layout, dense_limit, bilevel),
+        compact=kv.host is not None,
+    )
+
+
+def score_groups(
+    network: Network, kv: VideoKV, suffix: SuffixIds, bilevel: BilevelConfig, scorer: Scorer, pooled: PooledKV
+) -> jax.Array:
+    """Relevance of every group, float32 [Gcap].
+
+    Raises UserError where the scorer wants the dense KV and it was offloaded.
+    """
+    capacity = kv.plan.group_capacity
+    if scorer == "none":
+        return jnp.zeros(capacity)
+    if scorer == "random":
+        ids = np.asarray(suffix.ids)[: int(suffix.end)].tolist()
+        seed = int.from_bytes(hashlib.blake2b(repr(ids).encode(), digest_size=4).digest(), "little")
+        return jax.random.uniform(jax.random.key(seed), (capacity,))
+    if scorer.keys == "dense" and kv.host is not None:
+        raise UserError("the dense KV was offloaded: score chunks by the pooled KV (relevance keys auto or pooled)")
+    if scorer.keys == "pooled" or kv.host is not None:
+        context, source = mix(network, kv, pooled, np.zeros(capacity, bool), 0, bilevel)
+        group = jnp.where(source.valid, source.group, -1)
+    else:
+        context = kv.cache
+        group = compiled.slot_groups(kv.table, context, visual_tokens=kv.layout.visual_tokens)
+    text = new_text(network, suffix, 0)
+    return compiled.attention_scores(network, context, group, text, suffix, scorer=scorer, groups=capacity)
+
+
+# --- the answer --------------------------------------------------------------------------------
+
+
+def suffix_ids(ids: Sequence[int], first: int, last: int) -> SuffixIds:
+    """The tokens behind the video, padded to one of few sizes. The question's own are `ids[first:last]`."""
+    padded = np.zeros(text_size(len(ids)), np.int32)
+    padded[: len(ids)] = ids
+    return SuffixIds(padded, np.int32(first), np.int32(last), np.int32(len(ids)))
+
+
+def text_size(tokens: int) -> int:
+    """`tokens` rounded up to one of few sizes, so that questions and answers of other lengths compile nothing."""
+    return next((size for size in _TEXT_SIZES if size >= tokens), 1 << (tokens - 1).bit_length())
+
+
+def new_text(network: Network, suffix: SuffixIds, new_tokens: int) -> KVCache:
+    """An empty cache for a suffix and `new_tokens` more. Raises UserError where there is no memory for it."""
+    slots = max(text_size(int(suffix.end) + new_tokens), _LEAST_TEXT_SLOTS)
+    need, free = slots * memory.slot_bytes(network.config, network.dtype), memory.available_bytes()
+    if need > free:
+        raise UserError(
+            f"the question and up to {new_tokens} new tokens need {need / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are "
+            "free: shorten the question or ask for fewer new tokens"
+        )
+    return compiled.new_cache(network.config.llm, slots, network.dtype)
+
+
+def start_answer(
+    network: Network,
+    context: KVCache,
+    suffix: SuffixIds,
+    *,
+    new_tokens: int,
+    stop: jax.Array | np.ndarray,
+    sampling: TokenSampling,
+    seed: int = 0,
+) -> tuple[DecodeState, jax.Array]:
+    """Runs the suffix behind `context` and samples the first of up to `new_tokens` tokens.
+
+    Returns the state that `answer_tokens` goes on from, and the suffix's hidden states [T, D].
+    """
+    text = new_text(network, suffix, new_tokens)
+    return compiled.ask(network, context, text, suffix, jax.random.key(seed), stop, sampling.traced())
+
+
+def answer_tokens(
+    network: Network,
+    context: KVCache,
+    state: DecodeState,
+    *,
+    new_tokens: int,
+    stop: jax.Array | np.ndarray,
+    sampling: TokenSampling,
+) -> Iterator[list[int]]:
+    """Decodes until a token of `stop` or `new_tokens` tokens; yields all ids so far, again with each few new ones.
+
+    `state` is given up. Raises UserError where the logits are not finite.
+    """
+    token, done, finite = jax.device_get((state.token, state.done, state.finite))
+    ids = [int(token)]
+    traced = sampling.traced()
+    while finite:
+        yield ids
+        if done or len(ids) >= new_tokens:
+            return
+        limit = np.int32(new_tokens - len(ids))
+        state, new, count = compiled.decode(network, context, state, limit, stop, traced, size=STREAM_TOKENS)
+        new, count, done, finite = jax.device_get((new, count, state.done, state.finite))
+        ids = ids + new[: int(count)].tolist()
+    raise network.not_finite("the next token's logits")
