@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 import xl2jax
-from xl2jax.evaluation import verify
+from xl2jax.evaluation import case
 from xl2jax.inference.layout import PrefillConfig, VideoLayout, natural_ranges
 from xl2jax.prompt import PREFIX
 
@@ -145,9 +145,9 @@ def dump_case() -> ModuleType:
 
 def test_a_dumped_case_has_the_inputs_that_verify_computes(dump_case: ModuleType) -> None:
     pixels = dump_case.case_pixels(3, 20)
-    np.testing.assert_array_equal(pixels.transpose(0, 2, 3, 1), verify.case_pixels(3, 20))
+    np.testing.assert_array_equal(pixels.transpose(0, 2, 3, 1), case.case_pixels(3, 20))
     assert "".join(PREFIX) == dump_case.PREFIX
-    assert dump_case.VIDEO_ID == verify.VIDEO_ID
+    assert dump_case.VIDEO_ID == case.VIDEO_ID
 
 
 def test_a_dumped_case_has_the_tokens_of_its_times(dump_case: ModuleType) -> None:

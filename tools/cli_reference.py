@@ -91,6 +91,10 @@ def section(command: tuple[str, ...]) -> Iterator[str]:
             subcommands = [m.group(1) for line in lines if (m := re.match(r"\s*• (\S+)", line))]
             yield "Subcommands: " + ", ".join(f"`{s}`" for s in subcommands) + ".\n"
             continue
+        rule = next((i for i, line in enumerate(lines) if set(line.strip()) == {"─"}), None)
+        if rule is not None:  # above it stands what the flags of the box have in common
+            yield " ".join(line.strip() for line in lines[:rule]) + "\n"
+            lines = lines[rule + 1 :]
         rows = [(flag, words) for flag, words in entries(lines) if not flag.startswith("-h,")]
         if not rows:
             continue
