@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xl2jax.commands import plan
+from xl2jax.commands.flags import BilevelFlags
 from xl2jax.commands.plan import DEVICES, PlanArgs, largest, layout_of, predict
 from xl2jax.config import PRESETS
 from xl2jax.inference import compiled, memory, prefill, session
@@ -82,7 +83,7 @@ def test_the_compiler_needs_no_more_than_predicted(name: str, quantized: bool) -
 @settings(deadline=None, max_examples=20)
 @given(st.sampled_from(list(DEVICES)), st.sampled_from([512, 4096, 20000]), st.sampled_from([1, 4, 16]))
 def test_what_is_said_to_fit_fits_and_no_more_does(device: Any, frames: int, pool: int) -> None:
-    args = PlanArgs(device=device, pool=pool)
+    args = PlanArgs(device=device, decode=BilevelFlags(pool=pool))
     layout = layout_of(RELEASED, None, frames, 1.0)
     most = largest(RELEASED, layout, args)
 

@@ -198,10 +198,10 @@ def test_files_that_are_no_cache_of_this_version(saved: Path, tmp_path: Path) ->
     save_file({"x": np.zeros(2, np.float32)}, path)
     with pytest.raises(UserError, match="not a video cache of this version"):
         check_cache_file(path)
-    save_file({"checksums": np.zeros(2, np.float32)}, path, {"format": "xl2jax video cache 2"})
+    save_file({"checksums": np.zeros(2, np.float32)}, path, {"format": "xl2jax video cache 3"})
     with pytest.raises(UserError, match="its checksums are not whole"):
         check_cache_file(path)
-    save_file({"x": np.zeros(2, np.float32)}, path, {"format": "xl2jax video cache 2"})
+    save_file({"x": np.zeros(2, np.float32)}, path, {"format": "xl2jax video cache 3"})
     with pytest.raises(UserError, match=AGAIN):
         check_cache_file(path)
     path.unlink()
@@ -248,7 +248,7 @@ def test_two_that_save_to_one_file(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--cache", "{0}"), "is a folder, not a file; choose another name"),
+        (("--cache", "{0}"), "is a folder, not a regular file"),
         (("--cache", "{0}/none/x"), "cannot be written (no such folder)"),
         (("--cache", "{0}/pipe"), "is a pipe or a device"),
         (("--cache", "/dev/null"), "is a pipe or a device"),

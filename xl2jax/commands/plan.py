@@ -1,6 +1,6 @@
 """What a video will take, before it is read: memory, and time by stage.
 
-python -m xl2jax plan --frames 10000 --device h200 [--checkpoint DIR]
+xl2jax plan --frames 10000 --device h200 [--checkpoint DIR]
 
 Memory is what `infer.py` checks before it begins. Time is a roofline: operations over the device's matrix rate, or bytes
 over its memory bandwidth, each times the share of the datasheet's figure that the released sizes reached on an H200
@@ -24,15 +24,15 @@ from flax import nnx
 
 from xl2jax.checkpoint.param_names import flatten
 from xl2jax.checkpoint.sources import find_checkpoint
+from xl2jax.commands.flags import BilevelFlags, PrefillFlags
 from xl2jax.config import FRAMES_PER_GROUP, PRESETS, VideoXL2Config
 from xl2jax.errors import UserError
 from xl2jax.inference import flops, memory, prefill
 from xl2jax.inference.bilevel import BilevelConfig
-from xl2jax.inference.layout import PrefillConfig, VideoLayout
+from xl2jax.inference.layout import VideoLayout
 from xl2jax.models.video_xl2 import abstract_model
 from xl2jax.prompt import PREFIX, PromptTokenizer, time_text
 from xl2jax.system.backend import MEMORY_FRACTION, start_backend
-from xl2jax.system.terminal import run_command
 
 VISION_SHARE, PREFILL_SHARE, DECODE_SHARE = 0.47, 0.56, 0.6
 """Of the datasheet's matrix rate, the same, and of its bandwidth: what the table in the README comes to."""
@@ -74,12 +74,8 @@ class PlanArgs:
     device: Literal["h200", "h100", "a100-80g", "a100-40g", "rtx4090", "here"] = "here"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     seconds_per_frame: float = 1.0
-    chunk_groups: int = 4
-    window_chunks: int = 3
-    decode: Literal["bilevel", "dense"] = "bilevel"
-    top_chunks: int = 2
-    select_chunk_groups: int = 4
-    pool: int = 4
+    prefill: tyro.conf.OmitArgPrefixes[PrefillFlags] = PrefillFlags()  # noqa: RUF009 (frozen)
+    decode: tyro.conf.OmitArgPrefixes[BilevelFlags] = BilevelFlags()  # noqa: RUF009 (frozen)
     cache_dtype: Literal["int8"] | None = None
     """Of the KV cache; --dtype by default."""
     offload: bool = False
@@ -112,7 +108,7 @@ def _parameters(config: VideoXL2Config) -> int:
 def predict_memory(config: VideoXL2Config, layout: VideoLayout, args: PlanArgs) -> tuple[dict[str, float], float]:
     """Bytes by purpose, and at the peak, as `infer.py` counts them on that device."""
     platform = "gpu" if args.device != "here" else jax.default_backend()
-    plan = prefill.make_plan(layout, _prefill(args), platform)
+    plan = prefill.make_plan(layout, args.prefill.config(), platform)
     bilevel = _bilevel(args, layout)
     need = memory.memory_need(
         config, plan, layout, bilevel, args.dtype, platform,
@@ -128,14 +124,10 @@ def predict_memory(config: VideoXL2Config, layout: VideoLayout, args: PlanArgs) 
 
 
 def _bilevel(args: PlanArgs, layout: VideoLayout) -> BilevelConfig | None:
-    if args.decode == "dense":
-        return None
-    bilevel = BilevelConfig(args.select_chunk_groups, args.pool, args.top_chunks)
-    return dataclasses.replace(bilevel, top_chunks=min(args.top_chunks, bilevel.blocks(layout)))
-
-
-def _prefill(args: PlanArgs) -> PrefillConfig:
-    return PrefillConfig(args.chunk_groups, args.window_chunks)
+    bilevel = args.decode.config()
+    if bilevel is None or bilevel.top_chunks is None:
+        return bilevel
+    return dataclasses.replace(bilevel, top_chunks=min(bilevel.top_chunks, bilevel.blocks(layout)))
 
 
 def _available(args: PlanArgs) -> float:
@@ -155,7 +147,7 @@ def predict(config: VideoXL2Config, layout: VideoLayout, args: PlanArgs) -> Pred
     vision = frames * flops.vision(config) + layout.groups * flops.dts_and_projector(config)
     seconds = {
         "vision, DTS, projector": vision / device.matrix_rate / VISION_SHARE,
-        "prefill": flops.prefill(config, layout, _prefill(args)) / device.matrix_rate / PREFILL_SHARE,
+        "prefill": flops.prefill(config, layout, args.prefill.config()) / device.matrix_rate / PREFILL_SHARE,
         "decode, each token": (weights + read) / device.bandwidth / DECODE_SHARE,
     }
     return Prediction(layout.tokens, parts, total, _available(args), seconds)
@@ -170,7 +162,7 @@ def alternatives(config: VideoXL2Config, layout: VideoLayout, args: PlanArgs) ->
     for flags, (bilevel, quantized, offload) in options.items():
         other = dataclasses.replace(
             args,
-            pool=bilevel.pool if bilevel else args.pool,
+            decode=dataclasses.replace(args.decode, pool=bilevel.pool if bilevel else args.decode.pool),
             cache_dtype="int8" if quantized else None,
             offload=offload,
         )
@@ -201,16 +193,14 @@ def layout_of(config: VideoXL2Config, tokenizer: PromptTokenizer | None, frames:
 
 
 def main() -> int:
-    args = tyro.cli(PlanArgs, prog="python -m xl2jax plan")
+    args = tyro.cli(PlanArgs, prog="xl2jax plan")
     if args.frames < FRAMES_PER_GROUP or args.frames % FRAMES_PER_GROUP:
         raise UserError(f"--frames: a multiple of {FRAMES_PER_GROUP}, not {args.frames}")
-    least = min(args.chunk_groups, args.select_chunk_groups, args.pool)
-    if least < 1 or args.window_chunks < 0 or args.top_chunks < 0 or not args.seconds_per_frame > 0:
-        raise UserError(
-            "chunk and selection groups and pool must be 1 or more, window and top chunks 0 or more, seconds above 0"
-        )
-    if args.offload and args.decode == "dense":
-        raise UserError("--offload needs --decode bilevel")
+    if not args.seconds_per_frame > 0:
+        raise UserError(f"--seconds-per-frame must be above 0, not {args.seconds_per_frame}")
+    args.prefill.config()
+    if args.decode.config() is None and args.offload:
+        raise UserError("--offload has no use with --top-chunks all, which reads all of the KV: leave one out")
     config, tokenizer = PRESETS["video-xl-2"], None
     if args.checkpoint is not None:
         folder: Path = find_checkpoint(args.checkpoint)
@@ -243,7 +233,3 @@ def _report(args: PlanArgs, found: Prediction, fitting: int, others: list[str]) 
         "it fits" if found.fits else f"it does not fit: {fitting} frames would" if fitting else "not even 4 frames fit"
     )
     return "\n".join([*lines, "", verdict, *(f"all frames fit with {flags}" for flags in others)])
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -15,6 +15,15 @@ def accumulator(dtype: jax.typing.DTypeLike) -> np.dtype:
 def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """einsum of two arrays of one dtype, summed and returned in `accumulator` of it."""
     dtype = accumulator(a.dtype)
-    if a.dtype == jnp.float16 and jax.default_backend() == "cpu":  # XLA has no such product there
-        a, b = a.astype(dtype), b.astype(dtype)
-    return jnp.einsum(spec, a, b, preferred_element_type=dtype)
+
+    def einsum(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.einsum(spec, a, b, preferred_element_type=dtype)
+
+    if a.dtype != jnp.float16:
+        return einsum(a, b)
+
+    def widened(a: jax.Array, b: jax.Array) -> jax.Array:
+        return einsum(a.astype(dtype), b.astype(dtype))
+
+    # XLA has no such product of float16 on CPUs.
+    return jax.lax.platform_dependent(a, b, cpu=widened, default=einsum)
