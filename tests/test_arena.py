@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from xl2jax.errors import UserError
 from xl2jax.inference.layout import PrefillConfig, VideoLayout, natural_ranges
 from xl2jax.ops import attention, blockwise
-from xl2jax.ops.attention import arena_attention
+from xl2jax.ops.attention import arena_attention, choose_implementation
 from xl2jax.ops.blockwise import attend_blockwise
 from xl2jax.ops.ranges import NEGATIVE, Ranges, merge
 from xl2jax.ops.reference import attend_reference
@@ -132,6 +132,8 @@ def test_merge_is_attention_over_the_union() -> None:
 
 def test_unknown_implementation() -> None:
     with pytest.raises(UserError, match="choose auto, reference, blockwise, mosaic"):
+        choose_implementation("cudnn", jax.devices("cpu")[0], 64, jnp.bfloat16)
+    with pytest.raises(UserError, match="choose auto, reference, blockwise, mosaic"):
         arena_attention(*jax.tree.map(jnp.asarray, problem(0, t=2, s=4)), implementation="cudnn")
 
 
@@ -139,7 +141,7 @@ def test_auto_says_once_what_it_chose(caplog: pytest.LogCaptureFixture) -> None:
     attention._log_choice.cache_clear()
     with caplog.at_level("INFO", "xl2jax"):
         for _ in range(2):
-            arena_attention(*jax.tree.map(jnp.asarray, problem(0, t=2, s=4)))
+            assert choose_implementation("auto", jax.devices("cpu")[0], 64, jnp.bfloat16) == "blockwise"
     assert caplog.text.count("arena attention: blockwise (auto on cpu)") == 1
 
 

@@ -108,7 +108,7 @@ def test_command(checkpoint: Path, command: Callable[..., tuple[int, str, str]],
     assert status == 0
     assert "it fits" in out
     assert "multiple of 4" in refused(plan.main, "--frames", 30)
-    assert "--decode bilevel" in refused(plan.main, "--offload", "--decode", "dense")
+    assert "--offload has no use" in refused(plan.main, "--offload", "--top-chunks", "all")
     assert "no such checkpoint" in refused(plan.main, "--checkpoint", "/none")
     assert "must be 1 or more" in refused(plan.main, "--pool", 0)
 

@@ -19,6 +19,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 
 from xl2jax.errors import UserError
@@ -104,6 +105,13 @@ def arena_attention(
     Raises:
       UserError: there is no such implementation, or it does not serve these shapes or dtypes. It never falls back to
         another one.
+      AssertionError: the shapes do not belong together.
     """
     _require(implementation)
+    batch, tokens, heads, head_width = q.shape
+    kv_rows, kv_heads, slots, _ = k.shape
+    chex.assert_shape((k, v), (kv_rows, kv_heads, slots, head_width))
+    chex.assert_shape(rows, (batch,))
+    chex.assert_shape(list(ranges), (batch, tokens))
+    chex.assert_is_divisible(heads, kv_heads)
     return _differentiable(implementation, q, k, v, rows, ranges)
