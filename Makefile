@@ -1,6 +1,6 @@
 # make demo: answers a question about a video.  make test: the tests, but for those that take minutes
 # (make slow-test).  All set up .venv first.
-.PHONY: install demo test slow-test lint clean
+.PHONY: install demo test slow-test lint docs clean
 
 PYTHON ?= python3.12
 BIN := .venv/bin
@@ -41,6 +41,16 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site in build/site, and docs/cli.md anew from the flags.
+docs: install
+	@if command -v uv >/dev/null 2>&1; then \
+	  uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[docs]'; \
+	else \
+	  $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'; \
+	fi
+	$(BIN)/python tools/cli_reference.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf .venv build .pytest_cache .ruff_cache .mypy_cache
