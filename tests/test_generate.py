@@ -13,10 +13,10 @@ import pytest
 
 import xl2jax
 from xl2jax import FrameSampling, PrefillConfig, TokenSampling
-from xl2jax.checkpoint.param_names import flatten, unflatten
 from xl2jax.errors import UserError
 from xl2jax.inference import compiled, memory
 from xl2jax.inference.generate import sample
+from xl2jax.models.param_tree import flatten, unflatten
 from xl2jax.prompt import PromptTokenizer
 
 

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 import xl2jax
-from xl2jax.checkpoint.param_names import flatten
 from xl2jax.config import VideoXL2Config
 from xl2jax.errors import UserError
-from xl2jax.models.layers import LoRAConfig
+from xl2jax.models.lora import LoRAConfig
+from xl2jax.models.param_tree import flatten
 from xl2jax.ops.dense import dense_attention, padded_attention
 from xl2jax.training.config import PRESETS, TrainConfig, trained_names
 from xl2jax.training.loss import IGNORE, TokenBatch

@@ -8,13 +8,12 @@ import re
 from collections.abc import Callable
 
 import einops
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from xl2jax.config import VideoXL2Config
-from xl2jax.models.layers import LoRAConfig
+from xl2jax.models.param_tree import flatten
 from xl2jax.models.video_xl2 import abstract_model
 
 type Shape = tuple[int, ...]
@@ -107,20 +106,6 @@ class Entry:
     torch_name: str
     torch_shape: Shape
     transform: Transform
-
-
-def flatten(params: nnx.State) -> dict[str, jax.Array]:
-    """Parameters by dotted name, e.g. `llm.layers.q.kernel`, in tree order."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(params))
-    return {".".join(str(k.key) for k in path): leaf for path, leaf in leaves}
-
-
-def unflatten(params: dict[str, jax.Array], config: VideoXL2Config, lora: LoRAConfig | None = None) -> nnx.State:
-    """The inverse of `flatten`."""
-    state = nnx.state(abstract_model(config, jnp.float32, lora))
-    names = list(flatten(state))
-    treedef = jax.tree.structure(state)
-    return jax.tree.unflatten(treedef, [params[name] for name in names])
 
 
 def _patterns() -> list[tuple[re.Pattern[str], str, Transform]]:

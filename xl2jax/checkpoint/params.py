@@ -10,10 +10,11 @@ import numpy as np
 from flax import nnx
 
 from xl2jax.checkpoint.orbax_folder import OrbaxFolder, is_orbax
-from xl2jax.checkpoint.param_names import Entry, unflatten
+from xl2jax.checkpoint.param_names import Entry
 from xl2jax.checkpoint.safetensors_io import DTYPE_NAMES, DTYPES, cast
 from xl2jax.checkpoint.torch_folder import TorchCheckpoint
 from xl2jax.config import VideoXL2Config
+from xl2jax.models.param_tree import unflatten
 from xl2jax.system.terminal import byte_bar
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from xl2jax.checkpoint.orbax_folder import is_orbax, unused_tensors
-from xl2jax.checkpoint.param_names import Entry, entries, flatten, is_unused
+from xl2jax.checkpoint.param_names import Entry, entries, is_unused
 from xl2jax.checkpoint.safetensors_io import (
     DTYPE_NAMES,
     DTYPES,
@@ -30,6 +30,7 @@ from xl2jax.checkpoint.safetensors_io import (
 )
 from xl2jax.config import VISION_FOLDER, VideoXL2Config, vision_config_path
 from xl2jax.errors import UserError
+from xl2jax.models.param_tree import flatten
 from xl2jax.system.atomic import replacing_folder
 from xl2jax.system.schema import is_file, read_json
 from xl2jax.system.terminal import byte_bar

@@ -22,13 +22,13 @@ import jax.numpy as jnp
 import tyro
 from flax import nnx
 
-from xl2jax.checkpoint.param_names import flatten
 from xl2jax.checkpoint.sources import find_checkpoint
 from xl2jax.config import FRAMES_PER_GROUP, PRESETS, VideoXL2Config
 from xl2jax.errors import UserError
 from xl2jax.inference import flops, memory, prefill
 from xl2jax.inference.bilevel import BilevelConfig
 from xl2jax.inference.layout import PrefillConfig, VideoLayout
+from xl2jax.models.param_tree import flatten
 from xl2jax.models.video_xl2 import abstract_model
 from xl2jax.prompt import PREFIX, PromptTokenizer, time_text
 from xl2jax.system.backend import MEMORY_FRACTION, start_backend

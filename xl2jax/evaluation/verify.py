@@ -32,7 +32,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from xl2jax.checkpoint.convert import torch_to_orbax
-from xl2jax.checkpoint.param_names import Entry, entries, flatten
+from xl2jax.checkpoint.param_names import Entry, entries
 from xl2jax.checkpoint.params import load_params
 from xl2jax.config import FRAMES_PER_GROUP, VideoXL2Config
 from xl2jax.errors import UserError
@@ -52,6 +52,7 @@ from xl2jax.inference.layout import PrefillConfig, VideoLayout, natural_ranges
 from xl2jax.inference.prefill import PrefillPlan, make_plan, prefill_prefix, prefill_segment, segments, steps
 from xl2jax.models.dts import NORM_GROUPS, resample
 from xl2jax.models.layers import rope_tables, rotate
+from xl2jax.models.param_tree import flatten
 from xl2jax.models.projector import average_pool
 from xl2jax.models.video_xl2 import VideoXL2, abstract_model, pad_to_groups
 from xl2jax.system.terminal import run_command

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import tyro
 
 from xl2jax.errors import UserError
-from xl2jax.models.layers import LoRAConfig
+from xl2jax.models.lora import LoRAConfig
 from xl2jax.video.frame_sampling import FrameSampling, FrameTimes
 
 type Preset = Literal["stage1", "stage2", "stage3", "stage4"]

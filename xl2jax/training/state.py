@@ -20,13 +20,14 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from xl2jax.checkpoint.orbax_folder import ignore_closed_loops
-from xl2jax.checkpoint.param_names import Entry, entries, flatten
+from xl2jax.checkpoint.param_names import Entry, entries
 from xl2jax.checkpoint.params import ParamReader, read_params
 from xl2jax.checkpoint.safetensors_io import DTYPE_NAMES, DTYPES
 from xl2jax.checkpoint.torch_folder import write_torch
 from xl2jax.config import VideoXL2Config
 from xl2jax.errors import UserError
-from xl2jax.models.layers import LoRAConfig
+from xl2jax.models.lora import LoRAConfig
+from xl2jax.models.param_tree import flatten
 from xl2jax.models.video_xl2 import VideoXL2, abstract_model
 from xl2jax.system.schema import check
 from xl2jax.system.terminal import machine_fault

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from xl2jax.checkpoint.param_names import unflatten
 from xl2jax.config import VideoXL2Config
-from xl2jax.models.layers import LoRAConfig
+from xl2jax.models.lora import LoRAConfig
+from xl2jax.models.param_tree import unflatten
 from xl2jax.models.video_xl2 import VideoXL2, abstract_model, normalise
 from xl2jax.training.config import TrainConfig
 from xl2jax.training.loss import TokenBatch, token_loss

@@ -26,7 +26,6 @@ import optax
 from flax import nnx
 from tqdm import tqdm
 
-from xl2jax.checkpoint.param_names import flatten
 from xl2jax.checkpoint.params import load_params
 from xl2jax.checkpoint.torch_folder import write_params
 from xl2jax.config import FRAMES_PER_GROUP
@@ -44,6 +43,7 @@ from xl2jax.evaluation.scenes import (
     make_scene,
 )
 from xl2jax.models.layers import rope_tables
+from xl2jax.models.param_tree import flatten
 from xl2jax.models.video_xl2 import VideoXL2, abstract_model, normalise
 from xl2jax.ops.dense import dense_attention
 from xl2jax.prompt import IM_START, PromptTokenizer
