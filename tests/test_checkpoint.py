@@ -21,12 +21,13 @@ import pytest
 from damage import damaged, damaged_json, outcome
 from safetensors.numpy import load_file, save_file
 
-from xl2jax.checkpoint.convert import main, orbax_to_torch, torch_to_orbax
+from xl2jax.checkpoint.convert import orbax_to_torch, torch_to_orbax
 from xl2jax.checkpoint.orbax_folder import OrbaxFolder, read_manifest
 from xl2jax.checkpoint.params import ParamReader, load_params
 from xl2jax.checkpoint.safetensors_io import INDEX, SINGLE, TensorFolder
 from xl2jax.checkpoint.sources import find_checkpoint
 from xl2jax.checkpoint.torch_folder import TorchCheckpoint
+from xl2jax.commands.convert import main
 from xl2jax.config import VideoXL2Config
 from xl2jax.errors import UserError
 from xl2jax.prompt import PromptTokenizer

@@ -15,9 +15,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from xl2jax.checkpoint import orbax_folder, safetensors_io
-from xl2jax.checkpoint.convert import main, orbax_to_torch, torch_to_orbax
+from xl2jax.checkpoint.convert import orbax_to_torch, torch_to_orbax
 from xl2jax.checkpoint.params import load_params
 from xl2jax.checkpoint.torch_folder import copy_companions, write_torch
+from xl2jax.commands.convert import main
 from xl2jax.config import VideoXL2Config
 from xl2jax.errors import UserError
 from xl2jax.models.param_tree import flatten

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from training_runs import turns
 
-from xl2jax.checkpoint.convert import main as convert
+from xl2jax.commands.convert import main as convert
 from xl2jax.config import PRESETS
 from xl2jax.testing import make_checkpoint
 from xl2jax.training.batches import Length, Probe

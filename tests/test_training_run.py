@@ -24,12 +24,12 @@ from safetensors.numpy import load_file, save_file
 from training_runs import ANSWERS, QUESTION, board, last_line, metrics, whole_checkpoints, write_data
 
 import train
-from xl2jax.checkpoint.convert import main as convert
+from xl2jax.commands.convert import main as convert
 from xl2jax.commands.infer import infer
+from xl2jax.commands.train import parse
 from xl2jax.config import PRESETS
 from xl2jax.testing import make_checkpoint
 from xl2jax.training import run as run_module
-from xl2jax.training.config import parse
 from xl2jax.training.identity import FREE
 from xl2jax.training.state import Checkpoints
 from xl2jax.training.step import Steps

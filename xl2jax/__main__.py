@@ -10,8 +10,8 @@ from xl2jax.system.terminal import run_command
 
 COMMANDS = {
     "infer": ("xl2jax.commands.infer", "infer", "answers questions about a video"),
-    "train": ("xl2jax.training.run", "main", "fine-tunes the model"),
-    "convert": ("xl2jax.checkpoint.convert", "main", "converts checkpoints between PyTorch and Orbax"),
+    "train": ("xl2jax.commands.train", "main", "fine-tunes the model"),
+    "convert": ("xl2jax.commands.convert", "main", "converts checkpoints between PyTorch and Orbax"),
     "verify": ("xl2jax.evaluation.verify", "main", "compares every stage with upstream's tensors"),
     "plan": ("xl2jax.commands.plan", "main", "predicts memory and time of a video"),
     "needle": ("xl2jax.evaluation.needle", "main", "measures whether answers survive sparse reading"),

@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import tyro
 
@@ -189,17 +189,6 @@ PRESETS: Mapping[str, TrainConfig] = {
     "stage3": dataclasses.replace(_EVERYTHING, preset="stage3", max_frames=16, max_length=8192),
     "stage4": _EVERYTHING,
 }
-
-
-def parse(argv: Sequence[str]) -> TrainConfig:
-    """The command line: `--preset` first sets the defaults, other flags override them."""
-
-    @dataclasses.dataclass
-    class Chosen:
-        preset: Annotated[Preset, tyro.conf.arg(name="preset")] = "stage4"
-
-    chosen, _ = tyro.cli(Chosen, args=[a for a in argv if a not in ("-h", "--help")], return_unknown_args=True)
-    return tyro.cli(TrainConfig, prog="python train.py", args=list(argv), default=PRESETS[chosen.preset])
 
 
 def trained_names(config: TrainConfig, names: Sequence[str]) -> list[str]:

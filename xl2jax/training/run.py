@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import logging
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from xl2jax.errors import UserError
 from xl2jax.prompt import PromptTokenizer
 from xl2jax.system.backend import start_backend
 from xl2jax.training.batches import MicroBatch, Probe, plan_epoch, probe_records
-from xl2jax.training.config import TrainConfig, parse, trained_names
+from xl2jax.training.config import TrainConfig, trained_names
 from xl2jax.training.fingerprint import digest
 from xl2jax.training.identity import ORDER, SAMPLES, order_digest, refuse_other_settings, settings_of
 from xl2jax.training.lengths import Sample, differences, measure, read_lengths, samples_digest, write_lengths
@@ -58,11 +57,6 @@ class _Run:
     def rows(self) -> int:
         """Rows of a micro-batch, over all devices."""
         return self.config.micro_batch * batch_devices(self.mesh)
-
-
-def main() -> int:
-    """The command."""
-    return train(parse(sys.argv[1:]))
 
 
 def train(config: TrainConfig) -> int:

@@ -20,16 +20,10 @@ from xl2jax.config import VideoXL2Config
 from xl2jax.errors import UserError
 from xl2jax.inference import flops
 from xl2jax.system.atomic import replacing_file
+from xl2jax.system.cards import matrix_rate
 from xl2jax.system.schema import Schema, parse_json, read_bytes
 
 logger = logging.getLogger(__name__)
-
-# Dense bfloat16 operations a second by the vendor's datasheet.
-_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40": 181e12, "RTX 4090": 165e12}
-
-
-def peak_flops(device: jax.Device) -> float | None:
-    return next((rate for name, rate in _PEAK.items() if name in device.device_kind), None)
 
 
 def sample_flops(config: VideoXL2Config, trained: set[str], groups: int, tokens: int) -> float:
@@ -92,8 +86,8 @@ class Telemetry:
         config: dict[str, Any],
     ):  # fmt: skip
         self._output = output
-        peak = peak_flops(jax.devices()[0])
-        self._peak = peak and peak * jax.device_count()
+        rate = matrix_rate(jax.devices()[0].device_kind)
+        self._peak = None if rate is None else rate * jax.device_count()
         self.skipped = 0
         self._bar = tqdm(
             total=total, initial=first, desc="train", unit="step", file=sys.stderr, disable=not show, dynamic_ncols=True
