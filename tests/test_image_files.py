@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from xl2jax.errors import UserError
-from xl2jax.video.clip import FrameSampling, open_video
+from xl2jax.video.clip import open_video
+from xl2jax.video.frame_sampling import FrameSampling
 from xl2jax.video.image_files import images_in, read_image
 
 

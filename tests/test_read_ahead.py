@@ -25,16 +25,11 @@ from PIL import Image
 from xl2jax.errors import UserError
 from xl2jax.testing import shape_frame, write_clip
 from xl2jax.video import read_ahead, readers
-from xl2jax.video.clip import (
-    DecordReader,
-    FrameSampling,
-    PyAVReader,
-    Reader,
-    images_in,
-    open_reader,
-    open_video,
-)
+from xl2jax.video.clip import open_reader, open_video
+from xl2jax.video.frame_sampling import FrameSampling
+from xl2jax.video.image_files import images_in
 from xl2jax.video.read_ahead import read_resized
+from xl2jax.video.readers import DecordReader, PyAVReader, Reader
 
 SIZE = 48
 

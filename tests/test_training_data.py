@@ -30,7 +30,8 @@ from xl2jax.training.loader import Loader, read_ahead
 from xl2jax.training.loss import IGNORE
 from xl2jax.training.records import Record, read_records
 from xl2jax.training.samples import group_times, open_media, tokenise
-from xl2jax.video.clip import FrameSampling, open_video
+from xl2jax.video.clip import open_video
+from xl2jax.video.frame_sampling import FrameSampling
 
 # --- tokens -----------------------------------------------------------------------------------
 

@@ -131,8 +131,8 @@ def test_refusals(data: Path, tmp_path: Path, checkpoint: Path, copied: Path, re
     (tmp_path / "exists").mkdir()
     assert "already exists" in refuse("--export", tmp_path / "exists")
     (tmp_path / "file").write_text("")
-    assert "cannot be made (Not a directory)" in refuse("--export", tmp_path / "file" / "deep" / "out")
-    assert "cannot be made (File name too long)" in refuse("--export", tmp_path / ("x" * 300))
+    assert "cannot be created (Not a directory)" in refuse("--export", tmp_path / "file" / "deep" / "out")
+    assert "cannot be created (File name too long)" in refuse("--export", tmp_path / ("x" * 300))
     if not os.access("/proc", os.W_OK):
         assert "/proc (not a folder that can be written to)" in refuse("--export", "/proc/out")
     assert "max frames must be from 4" in refuse("--max-frames", 3)

@@ -16,9 +16,10 @@ from safetensors.numpy import load_file
 
 from xl2jax.errors import UserError
 from xl2jax.testing import write_clip
-from xl2jax.video.clip import FrameSampling, PyAVReader, open_reader, open_video, sample_indices
-from xl2jax.video.frame_sampling import chosen_frames
+from xl2jax.video.clip import open_reader, open_video
+from xl2jax.video.frame_sampling import FrameSampling, chosen_frames, sample_indices
 from xl2jax.video.read_ahead import resize
+from xl2jax.video.readers import PyAVReader
 
 
 def test_sampling_is_upstreams(goldens: Path) -> None:

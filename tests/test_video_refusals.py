@@ -22,7 +22,9 @@ from PIL import Image
 
 from xl2jax.errors import UserError
 from xl2jax.video import containers
-from xl2jax.video.clip import FrameSampling, PyAVReader, open_video
+from xl2jax.video.clip import open_video
+from xl2jax.video.frame_sampling import FrameSampling
+from xl2jax.video.readers import PyAVReader
 
 ALL = FrameSampling(fps=25, max_fps=None)
 

@@ -27,9 +27,10 @@ from odd_videos import (
 from PIL import Image
 
 from xl2jax.errors import UserError
-from xl2jax.video.clip import FrameSampling, PyAVReader, frame_times, open_reader, open_video, sample_indices
-from xl2jax.video.frame_sampling import MAX_FRAMES
+from xl2jax.video.clip import open_reader, open_video
+from xl2jax.video.frame_sampling import MAX_FRAMES, FrameSampling, frame_times, sample_indices
 from xl2jax.video.index import _vp9_shown
+from xl2jax.video.readers import PyAVReader
 
 ALL = FrameSampling(fps=25, max_fps=None)
 

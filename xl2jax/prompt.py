@@ -15,7 +15,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from xl2jax.config import FRAMES_PER_GROUP
-from xl2jax.errors import UserError
+from xl2jax.errors import UserError, first_line
 from xl2jax.system.schema import is_file, read_bytes
 
 
@@ -125,8 +125,7 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
 
 
 def _unreadable(folder: Path, error: Exception) -> UserError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-    return UserError(f"{folder}: the tokenizer cannot be read ({reason})")
+    return UserError(f"{folder}: the tokenizer cannot be read ({first_line(error)})")
 
 
 def _text_tokenizer(tokenizer: Tokenizer) -> Tokenizer:

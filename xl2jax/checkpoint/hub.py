@@ -9,7 +9,7 @@ from pathlib import Path
 
 from xl2jax.checkpoint.orbax_folder import MANIFEST
 from xl2jax.checkpoint.safetensors_io import PICKLED, refuse_pickles
-from xl2jax.errors import UserError
+from xl2jax.errors import UserError, first_line, shorten
 
 logger = logging.getLogger(__name__)
 
@@ -93,16 +93,11 @@ def _advice(repo: str, error: Exception) -> str:
         return f"the repository has no such revision: see {page}/tree/main for its branches and tags"
     if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code
-        said = _first_line(error.server_message) if error.server_message else "no reason given"
+        reason = shorten(error.server_message or "no reason given", 200)
         todo = "log in again with `hf auth login`" if status in (401, 403) else "try again later"
-        return f"the hub answers {status} ({said}): {todo}"
+        return f"the hub answers {status} ({reason}): {todo}"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"no space is left for the hub's cache {constants.HF_HUB_CACHE}: set HF_HOME to another disk"
     if isinstance(error, PermissionError):
         return f"the hub's cache {constants.HF_HUB_CACHE} cannot be written: set HF_HOME to another folder"
-    reason = _first_line(str(error)) or type(error).__name__
-    return f"the hub cannot be reached ({reason}): check the network, and run the same command again"
-
-
-def _first_line(text: str) -> str:
-    return (text.strip().splitlines() or [""])[0][:200]
+    return f"the hub cannot be reached ({first_line(error)}): check the network, and run the same command again"

@@ -26,9 +26,9 @@ from flax import traverse_util
 
 from xl2jax.checkpoint.array_checks import checksum
 from xl2jax.checkpoint.param_names import Entry, entries
-from xl2jax.checkpoint.safetensors_io import DTYPE_NAMES, DTYPES, ShardWriter, TensorFolder, listing
+from xl2jax.checkpoint.safetensors_io import DTYPE_NAMES, DTYPES, ShardWriter, TensorFolder
 from xl2jax.config import VideoXL2Config
-from xl2jax.errors import UserError
+from xl2jax.errors import UserError, first_line, listing
 from xl2jax.system.schema import Schema, is_file, read_json, require_readable, unreadable
 from xl2jax.system.terminal import machine_fault
 
@@ -162,11 +162,7 @@ class OrbaxFolder:
             raise UserError(f"{self.folder}: {name} is damaged (its checksum is another); convert the checkpoint again")
 
     def _damaged(self, error: Exception) -> UserError:
-        return UserError(f"{self._path}: not a whole Orbax checkpoint ({_first_line(error)}); convert it again")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        return UserError(f"{self._path}: not a whole Orbax checkpoint ({first_line(error)}); convert it again")
 
 
 class _ClosedLoops:
@@ -204,7 +200,7 @@ def _system_errors() -> Iterator[None]:
         code = re.search(r"os_error_code='(\d+)'", str(e))
         if code is not None:
             raise OSError(int(code[1]), os.strerror(int(code[1]))) from e
-        raise OSError(0, _first_line(e)) from e
+        raise OSError(0, first_line(e)) from e
 
 
 class OrbaxWriter:

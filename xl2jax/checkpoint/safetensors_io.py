@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Literal
@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from xl2jax.checkpoint.array_checks import is_finite
-from xl2jax.errors import UserError
+from xl2jax.errors import UserError, first_line, listing, shorten
 from xl2jax.system.schema import NameBelow, Schema, is_file, read_json, require_readable, unreadable
 
 INDEX = "model.safetensors.index.json"
@@ -70,7 +70,7 @@ class TensorFolder:
                         part = f.get_slice(name)
                         self.shapes[name], self.dtypes[name] = tuple(part.get_shape()), str(part.get_dtype())
             except SafetensorError as e:
-                raise UserError(f"{path}: not a whole safetensors file ({shorten(str(e))}); fetch it again") from None
+                raise UserError(f"{path}: not a whole safetensors file ({first_line(e)}); fetch it again") from None
             except OSError as e:
                 raise unreadable(path, e) from None
         if duplicates:
@@ -113,7 +113,7 @@ class TensorFolder:
             with safe_open(self.file_of[name], framework="np") as f:
                 return f.get_tensor(name)
         except (SafetensorError, OSError) as e:
-            raise UserError(f"{self.file_of[name]}: cannot read {shorten(name)} ({shorten(str(e))})") from None
+            raise UserError(f"{self.file_of[name]}: cannot read {shorten(name)} ({first_line(e)})") from None
 
 
 def cast(array: np.ndarray, dtype: str, where: str) -> np.ndarray:
@@ -140,19 +140,6 @@ def refuse_pickles(names: list[str]) -> str:
         f"{listing(names)} is a pickle, which can run code when it is read; "
         "save the model as safetensors (model.save_pretrained(dir, safe_serialization=True)) and try again"
     )
-
-
-def listing(names: Iterable[str], limit: int = 6) -> str:
-    """`a, b, c (+4 more)`."""
-    names = list(names)
-    more = f" (+{len(names) - limit} more)" if len(names) > limit else ""
-    return ", ".join(map(shorten, names[:limit])) + more
-
-
-def shorten(name: str) -> str:
-    """A name that others chose, fit for a line of an error message."""
-    name = name if name.isprintable() else repr(name)
-    return name if len(name) <= 120 else f"{name[:117]}..."
 
 
 class ShardWriter:

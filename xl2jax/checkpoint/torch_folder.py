@@ -26,10 +26,9 @@ from xl2jax.checkpoint.safetensors_io import (
     Stored,
     TensorFolder,
     cast,
-    listing,
 )
 from xl2jax.config import VISION_FOLDER, VideoXL2Config, vision_config_path
-from xl2jax.errors import UserError
+from xl2jax.errors import UserError, listing
 from xl2jax.models.param_tree import flatten
 from xl2jax.system.atomic import replacing_folder
 from xl2jax.system.schema import is_file, read_json

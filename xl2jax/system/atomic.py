@@ -23,6 +23,7 @@ _TOKEN = secrets.token_hex(4)  # tells this process from an earlier one that had
 _NUMBERS = itertools.count()
 _HOST = os.uname().nodename.replace("/", "")
 
+_EXISTS = "already exists; choose another place or remove it first"
 _REASONS = {
     errno.ENOSPC: "no space left on the disk; nothing was kept",
     errno.EDQUOT: "the disk quota is used up; nothing was kept",
@@ -31,8 +32,8 @@ _REASONS = {
     errno.EROFS: "cannot be written (the file system is read-only)",
     errno.ENOENT: "cannot be written (no such folder)",
     errno.ENOTDIR: "cannot be written (a part of the path is not a folder)",
-    errno.EEXIST: "already exists; choose another place or remove it first",
-    errno.ENOTEMPTY: "already exists; choose another place or remove it first",
+    errno.EEXIST: _EXISTS,
+    errno.ENOTEMPTY: _EXISTS,
     errno.EISDIR: "is a folder, not a file; choose another name",
 }
 
@@ -61,8 +62,7 @@ def replacing_folder(path: Path, need_bytes: int = 0) -> Iterator[Path]:
     Folders above `path` are made. Raises UserError if `path` exists, also if another process made it meanwhile, or if
     it cannot be written there, or if fewer than `need_bytes` are free.
     """
-    if os.path.lexists(path):
-        raise UserError(f"{path}: {_REASONS[errno.EEXIST]}")
+    refuse_existing(path)
     with _beside(path, need_bytes, parents=True) as (place, beside):
         beside.mkdir()
         yield beside
@@ -81,6 +81,26 @@ def check_file_target(path: Path) -> None:
         _refuse_irregular(place)
         beside.touch(exist_ok=False)
         beside.unlink()
+
+
+def check_folder_target(path: Path) -> None:
+    """Raises UserError where `replacing_folder` would, as far as that can be known. Creates nothing."""
+    refuse_existing(path)
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        pass
+    except OSError as e:
+        raise UserError(f"{path}: cannot be created ({e.strerror})") from None
+    parent = next(p for p in path.absolute().parents if os.path.exists(p))
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: cannot be created in {parent} (not a folder that can be written to)")
+
+
+def refuse_existing(path: Path) -> None:
+    """Raises UserError where there is already a file, a folder or a link."""
+    if os.path.lexists(path):
+        raise UserError(f"{path}: {_EXISTS}")
 
 
 @contextlib.contextmanager

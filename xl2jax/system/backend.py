@@ -15,7 +15,7 @@ from pathlib import Path
 
 import jax
 
-from xl2jax.errors import UserError
+from xl2jax.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def start_backend(*, keep_programs: bool = True) -> jax.Device:
         device = jax.devices()[0]
     except (RuntimeError, AssertionError) as e:  # JAX asserts where a platform has no device
         asked = os.environ.get("JAX_PLATFORMS") or jax.config.jax_platforms or "any"
-        reason = (str(e).strip() or "it has no device here").splitlines()[0]
+        reason = first_line(e, "it has no device here")
         raise UserError(
             f"JAX cannot start on the platform {asked} ({reason}); install jax[cuda12] for NVIDIA GPUs, or choose "
             "another with JAX_PLATFORMS (cpu is always there)"

@@ -18,7 +18,7 @@ import pydantic
 import pydantic_core
 import yaml
 
-from xl2jax.errors import UserError
+from xl2jax.errors import UserError, shorten
 
 SMALL_FILE = 64 << 20
 """Bytes that a file of settings, an index or a selection file may have."""
@@ -172,4 +172,4 @@ def shown(value: Any) -> str:
     if not isinstance(value, (str, int, float, bool, type(None))):
         return f"a {type(value).__name__}"  # its parts may be many: aliases in YAML multiply
     text = repr(value) if not isinstance(value, int) or abs(value) < 1 << 64 else "a very large number"
-    return text if len(text) <= 60 else text[:57] + "..."
+    return shorten(text, 60)

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from xl2jax.errors import UserError
+from xl2jax.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -79,21 +79,20 @@ def run_command(main: Callable[[], int | None]) -> None:
 
 def explain(error: Exception) -> str | None:
     """One line for an error that a user or the machine causes; None for one that is a fault of the program."""
-    text = str(error)
-    first_line = text.splitlines()[0] if text else type(error).__name__
+    text, reason = str(error), first_line(error)
     if isinstance(error, UserError):
         return text
     if type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError"):
         if "RESOURCE_EXHAUSTED" in text:
-            return f"out of memory on the device ({first_line}); use fewer frames"
+            return f"out of memory on the device ({reason}); use fewer frames"
         return None
     number = getattr(error, "errno", None)
     if isinstance(error, MemoryError) or number == errno.ENOMEM or "Cannot allocate memory" in text:
-        return f"out of host memory ({first_line}): free some, or raise the limit of this process (ulimit -v)"
+        return f"out of host memory ({reason}): free some, or raise the limit of this process (ulimit -v)"
     if "can't start new thread" in text or number == errno.EAGAIN:
-        return f"the system lets this process start no more threads ({first_line}): raise its limit (ulimit -u)"
+        return f"the system lets this process start no more threads ({reason}): raise its limit (ulimit -u)"
     if number in (errno.EMFILE, errno.ENFILE):
-        return f"too many files are open ({first_line}): raise the limit of this process (ulimit -n)"
+        return f"too many files are open ({reason}): raise the limit of this process (ulimit -n)"
     return None
 
 

@@ -23,7 +23,7 @@ from xl2jax.prompt import PromptTokenizer
 from xl2jax.system.process_pool import in_processes, in_threads
 from xl2jax.training.records import Record
 from xl2jax.training.samples import open_media, read_frames, sample_tokens, unusable
-from xl2jax.video.clip import FrameSampling
+from xl2jax.video.frame_sampling import FrameSampling
 
 _TOKEN_UNIT = 64  # lengths of rows are multiples of this
 _WINDOW = 32  # steps sorted by length together

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -14,6 +13,7 @@ import tyro
 
 from xl2jax.errors import UserError
 from xl2jax.models.lora import LoRAConfig
+from xl2jax.system.atomic import check_folder_target
 from xl2jax.video.frame_sampling import FrameSampling, FrameTimes
 
 type Preset = Literal["stage1", "stage2", "stage3", "stage4"]
@@ -144,7 +144,7 @@ class TrainConfig:
         if any(given) and not all(given):
             raise UserError("--coordinator, --processes and --process go together")
         if self.export is not None:
-            _check_new_folder(self.export)
+            check_folder_target(self.export)
 
     def part_rates(self) -> list[tuple[str, float]]:
         """(pattern, peak rate) pairs of `rates`."""
@@ -159,21 +159,6 @@ class TrainConfig:
                 raise UserError(f"--rates {text!r} is not PATTERN=RATE")
             out.append((pattern, value))
         return out
-
-
-def _check_new_folder(path: Path) -> None:
-    """Raises UserError unless a folder can be made there: asked before training, not behind it."""
-    try:
-        os.lstat(path)
-    except FileNotFoundError:
-        pass
-    except OSError as e:
-        raise UserError(f"{path}: cannot be made ({e.strerror})") from None
-    else:
-        raise UserError(f"{path}: already exists; choose another place or remove it first")
-    above = next(p for p in path.absolute().parents if os.path.exists(p))
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise UserError(f"{path}: cannot be made in {above} (not a folder that can be written to)")
 
 
 _EVERYTHING = TrainConfig(checkpoint=tyro.MISSING, data=tyro.MISSING, output=tyro.MISSING)

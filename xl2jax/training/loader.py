@@ -18,7 +18,7 @@ from xl2jax.training.batches import MicroBatch
 from xl2jax.training.loss import IGNORE
 from xl2jax.training.records import Record
 from xl2jax.training.samples import open_media, read_frames, sample_tokens, unusable
-from xl2jax.video.clip import FrameSampling
+from xl2jax.video.frame_sampling import FrameSampling
 
 
 class Arrays(TypedDict):

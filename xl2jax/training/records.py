@@ -24,13 +24,13 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-from xl2jax.errors import UserError
+from xl2jax.errors import UserError, shorten
 from xl2jax.system.schema import Schema, check, parse_json, read_bytes, read_json, read_yaml
 
 IMAGE = "<image>"
 
 _ROLES = {"human": "user", "gpt": "assistant"}
-_SHOWN = 80  # characters of an id that messages show
+_ID_LENGTH = 80  # characters of an id that messages show
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,12 +166,6 @@ def _rows(path: Path) -> list[Any]:
     return rows
 
 
-def _short(value: Any) -> str:
-    """One line that names something, whatever it is."""
-    text = " ".join(str(value).split())
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
-
-
 def _sampled(rows: list[Any], strategy: str, rng: random.Random, where: str) -> Iterator[tuple[int, Any]]:
     """(index in the file, row) of the rows that a sampling strategy leaves."""
     indexed = list(enumerate(rows))
@@ -185,7 +179,7 @@ def _sampled(rows: list[Any], strategy: str, rng: random.Random, where: str) -> 
             raise ValueError
     except ValueError:
         raise UserError(
-            f"{where}: sampling_strategy {_short(strategy)!r} is none of all, first:N, end:N, random:N (N or N%)"
+            f"{where}: sampling_strategy {shorten(strategy, _ID_LENGTH)!r} is none of all, first:N, end:N, random:N (N or N%)"
         ) from None
     count = math.ceil(len(rows) * value / 100) if share else int(value)
     if kind == "random":
@@ -197,13 +191,13 @@ def _record(row: Any, index: int, root: Path, file: Path) -> Record:
     """Raises UserError with what is wrong."""
     if isinstance(row, UserError):
         raise row
-    name = f" (id {_short(row['id'])})" if isinstance(row, dict) and "id" in row else ""
+    name = f" (id {shorten(row['id'], _ID_LENGTH)})" if isinstance(row, dict) and "id" in row else ""
     checked = check(row, _Row, f"{file}: record {index}{name}")
     kind: Literal["video", "image", "text"] = "video" if checked.video else "image" if checked.image else "text"
     media = checked.video or checked.image
     turns = [(_ROLES[turn.speaker], turn.value) for turn in checked.conversations]
     turns[0] = (turns[0][0], turns[0][1].removeprefix(IMAGE))
-    identifier = _short(index if checked.id is None else checked.id)
+    identifier = shorten(index if checked.id is None else checked.id, _ID_LENGTH)
     return Record(identifier, kind, None if media is None else root / media, tuple(turns), checked.scale)
 
 

@@ -20,7 +20,9 @@ from xl2jax.prompt import IM_END, IM_START, SYSTEM, PromptTokenizer, time_text
 from xl2jax.system.terminal import machine_fault
 from xl2jax.training.loss import IGNORE
 from xl2jax.training.records import Record
-from xl2jax.video.clip import Clip, FrameSampling, ImageReader, frame_times, open_video
+from xl2jax.video.clip import Clip, open_video
+from xl2jax.video.frame_sampling import FrameSampling, frame_times
+from xl2jax.video.image_files import ImageReader
 
 logger = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from xl2jax.checkpoint.params import ParamReader, read_params
 from xl2jax.checkpoint.safetensors_io import DTYPE_NAMES, DTYPES
 from xl2jax.checkpoint.torch_folder import write_torch
 from xl2jax.config import VideoXL2Config
-from xl2jax.errors import UserError
+from xl2jax.errors import UserError, first_line
 from xl2jax.models.lora import LoRAConfig
 from xl2jax.models.param_tree import flatten
 from xl2jax.models.video_xl2 import VideoXL2, abstract_model
@@ -121,7 +121,7 @@ class Checkpoints:
         try:
             yield
         except Exception as e:  # Orbax raises what its storage raises
-            reason = "no space left on the disk" if "No space left on device" in str(e) else _first_line(e)
+            reason = "no space left on the disk" if "No space left on device" in str(e) else first_line(e)
             raise machine_fault(e) or UserError(
                 f"{self._folder}: cannot be written ({reason}); the last whole checkpoint there is as it was"
             ) from e
@@ -174,9 +174,8 @@ class Checkpoints:
         try:
             yield where
         except Exception as e:
-            reason = _first_line(e)
             raise machine_fault(e) or UserError(
-                f"{where}: cannot be read ({reason}); remove it to go on from the one before"
+                f"{where}: cannot be read ({first_line(e)}); remove it to go on from the one before"
             ) from e
 
     def __enter__(self) -> Checkpoints:
@@ -189,10 +188,6 @@ class Checkpoints:
         except UserError:
             if value is None:
                 raise  # else what is on its way says more
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def merge_adapter(kernel: np.ndarray, a: np.ndarray, b: np.ndarray, lora: LoRAConfig) -> np.ndarray:

@@ -21,27 +21,10 @@ from xl2jax.video.frame_sampling import (
     FrameTimes,
     chosen_frames,
     frame_times,
-    sample_indices,
 )
 from xl2jax.video.image_files import ImageReader, images_in
 from xl2jax.video.read_ahead import read_resized
 from xl2jax.video.readers import DecordReader, PyAVReader, Reader
-
-__all__ = [
-    "Backend",
-    "Clip",
-    "DecordReader",
-    "FrameSampling",
-    "FrameTimes",
-    "ImageReader",
-    "PyAVReader",
-    "Reader",
-    "frame_times",
-    "images_in",
-    "open_reader",
-    "open_video",
-    "sample_indices",
-]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 

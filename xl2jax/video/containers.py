@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from xl2jax.errors import UserError
+from xl2jax.errors import UserError, first_line
 from xl2jax.system.schema import unreadable
 from xl2jax.system.terminal import machine_fault
 
@@ -73,7 +73,7 @@ def opened(path: Path) -> Iterator[Any]:
         if machine_fault(e) is not None:
             raise  # not the file's fault
         logger.debug("%s: %r", path, e, exc_info=True)
-        raise UserError(f"{path}: not a video that can be read ({_playlist(path) or reason(e)})") from None
+        raise UserError(f"{path}: not a video that can be read ({_playlist(path) or first_line(e)})") from None
 
 
 @functools.cache
@@ -90,12 +90,6 @@ def _playlist(path: Path) -> str | None:
         if f.read(16).lstrip().startswith(_PLAYLIST_STARTS):
             return "a playlist: give a video file itself"
     return None
-
-
-def reason(error: Exception) -> str:
-    """An exception in a few words."""
-    text = str(getattr(error, "strerror", None) or error).strip() or type(error).__name__
-    return text.splitlines()[0]
 
 
 def video_stream(path: Path, container: Any) -> Any:

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from xl2jax.errors import UserError
+from xl2jax.errors import UserError, first_line
 from xl2jax.system.schema import unreadable
 from xl2jax.system.terminal import machine_fault
-from xl2jax.video.containers import MAX_PIXELS, reason
+from xl2jax.video.containers import MAX_PIXELS
 from xl2jax.video.readers import SPAN_FRAMES, Reader
 
 _IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
@@ -66,7 +66,7 @@ def read_image(path: Path) -> np.ndarray:
     except Exception as e:  # Pillow's decoders raise whatever a damaged file leads them to
         if machine_fault(e) is not None:
             raise  # not the file's fault
-        raise UserError(f"{path}: not an image that can be read ({reason(e)})") from None
+        raise UserError(f"{path}: not an image that can be read ({first_line(e)})") from None
 
 
 def images_in(folder: Path) -> list[Path]:

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from xl2jax.errors import UserError
-from xl2jax.video.containers import MAX_PIXELS, opened, reason
+from xl2jax.errors import UserError, first_line
+from xl2jax.video.containers import MAX_PIXELS, opened
 from xl2jax.video.index import VideoIndex, read_index
 
 logger = logging.getLogger(__name__)
@@ -183,7 +183,7 @@ class DecordReader(_IndexedReader):
             self._reader = decord.VideoReader(str(path.absolute()), num_threads=1)
             count = len(self._reader)
         except Exception as e:
-            raise UserError(f"{path}: not a video that decord can read ({reason(e)}); pyav reads more") from None
+            raise UserError(f"{path}: not a video that decord can read ({first_line(e)}); pyav reads more") from None
         if count != self.total:
             raise UserError(
                 f"{path}: decord counts {count} frames where {self.total} are shown; use --video-backend pyav"
@@ -211,6 +211,6 @@ class DecordReader(_IndexedReader):
             try:
                 frame = self._reader[int(i)].asnumpy()
             except Exception as e:
-                logger.info("decord stopped: %s", reason(e))
+                logger.info("decord stopped: %s", first_line(e))
                 return
             yield frame
