@@ -50,9 +50,14 @@ def number_of(frame: np.ndarray) -> int:
 
 
 def write_video(
-    path: Path, times: Sequence[float], kind: Kind, *, streams: int = 1, muxer: dict[str, str] | None = None,
+    path: Path,
+    times: Sequence[float],
+    kind: Kind,
+    *,
+    streams: int = 1,
+    muxer: dict[str, str] | None = None,
     encoder: dict[str, str] | None = None,
-) -> Path:  # fmt: skip
+) -> Path:
     """Frames at `times` (seconds). Each further stream is larger than the one before."""
     with av.open(str(path), "w", format=kind.format, options=muxer or {}) as container:
         outputs = []

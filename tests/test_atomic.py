@@ -134,9 +134,10 @@ def test_a_path_is_shown_as_it_was_given(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10**9 - 10**5}))
     for context in (atomic.replacing_file, atomic.replacing_folder):
-        with pytest.raises(UserError, match="needs 1,000.0 MB, 999.9 MB are free"), context(
-            tmp_path / "x", need_bytes=10**9
-        ):  # fmt: skip
+        with (
+            pytest.raises(UserError, match="needs 1,000.0 MB, 999.9 MB are free"),
+            context(tmp_path / "x", need_bytes=10**9),
+        ):
             raise AssertionError
     assert names(tmp_path) == []
 

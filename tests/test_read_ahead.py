@@ -35,9 +35,16 @@ SIZE = 48
 
 
 def write(
-    path: Path, *, frames: int = 150, size: tuple[int, int] = (96, 64), rate: int = 24, codec: str = "libx264",
-    pixel_format: str = "yuv420p", variable: bool = False, **options: str,
-) -> Path:  # fmt: skip
+    path: Path,
+    *,
+    frames: int = 150,
+    size: tuple[int, int] = (96, 64),
+    rate: int = 24,
+    codec: str = "libx264",
+    pixel_format: str = "yuv420p",
+    variable: bool = False,
+    **options: str,
+) -> Path:
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=Fraction(rate))
         assert isinstance(stream, av.VideoStream)
@@ -140,9 +147,7 @@ def test_truncated_file_gives_the_same_part(tmp_path: Path, caplog: pytest.LogCa
     cut = tmp_path / "cut.mkv"
     cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     config = FrameSampling(fps=24, max_fps=None, max_frames=300)
-    plain, ahead = (
-        np.concatenate(list(open_video(cut, config).batches(16, SIZE, workers=w))) for w in (0, 3)
-    )  # fmt: skip
+    plain, ahead = (np.concatenate(list(open_video(cut, config).batches(16, SIZE, workers=w))) for w in (0, 3))
     assert 40 < len(plain) < 300
     assert np.array_equal(plain, ahead)
     assert "cut off" in caplog.text
@@ -202,7 +207,7 @@ def test_frames_that_wait_are_bounded_and_in_order(
     total: int, span: int, room: int, workers: int, pauses: list[int]
 ) -> None:
     """Spans shorter and longer than the room, any number of threads, a caller that stops now and then: what exists at a
-    time is at most `room` frames a thread and the one that the caller has."""  # fmt: skip
+    time is at most `room` frames a thread and the one that the caller has."""
     with counted_frames() as alive, pytest.MonkeyPatch.context() as patch:
         patch.setattr(read_ahead, "_WAITING_BYTES", room * 3 * 8 * 8)
         frames = read_resized(Endless(total, span), np.arange(total), 8, workers, "bounded")
@@ -319,9 +324,12 @@ def test_an_interrupt_ends_the_command(tmp_path: Path) -> None:
         "run_command(main)\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-    )  # fmt: skip
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "reading\n"
     process.send_signal(signal.SIGINT)

@@ -56,9 +56,20 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arguments(checkpoint: Path, data: Path, output: Path, *flags: object) -> list[str]:
     common = (
-        "--checkpoint", checkpoint, "--data", data, "--output", output, "--max-frames", 4, "--no-remat",
-        "--compute-dtype", "float32", "--export-dtype", "float32",
-    )  # fmt: skip
+        "--checkpoint",
+        checkpoint,
+        "--data",
+        data,
+        "--output",
+        output,
+        "--max-frames",
+        4,
+        "--no-remat",
+        "--compute-dtype",
+        "float32",
+        "--export-dtype",
+        "float32",
+    )
     return [*map(str, (*common, *flags))]
 
 
@@ -74,9 +85,12 @@ def programs() -> dict[str, Steps]:
 
 @pytest.fixture
 def trained(
-    checkpoint: Path, data: Path, command: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch,
+    checkpoint: Path,
+    data: Path,
+    command: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
     programs: dict[str, Steps],
-) -> Trained:  # fmt: skip
+) -> Trained:
     """Runs train.py in this process, for what it prints; its programs are made once."""
 
     def run(output: Path, *flags: object, file: str = "four.json", status: int = 0) -> str:
@@ -120,9 +134,13 @@ def start(checkpoint: Path, data: Path) -> Iterator[Start]:
         if core is not None:  # not preexec_fn: JAX warns of any fork
             program = ["-c", _PINNED, str(core), *program]
         process = subprocess.Popen(
-            [sys.executable, *program, *arguments(checkpoint, data / file, output, *flags)], cwd=ROOT, env=env,
-            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            [sys.executable, *program, *arguments(checkpoint, data / file, output, *flags)],
+            cwd=ROOT,
+            env=env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         running.append(process)
         return process
 
@@ -173,9 +191,14 @@ Checkpoints.save = lambda *x: (save(*x), os.kill(os.getpid(), signal.SIGKILL))
 
 
 def test_learns_stops_resumes_exports_and_answers(
-    trained: Trained, start: Start, signal_at: Callable[[int, int], None], data: Path, checkpoint: Path, tmp_path: Path,
+    trained: Trained,
+    start: Start,
+    signal_at: Callable[[int, int], None],
+    data: Path,
+    checkpoint: Path,
+    tmp_path: Path,
     command: Callable[..., tuple[int, str, str]],
-) -> None:  # fmt: skip
+) -> None:
     """A run that is stopped by SIGTERM, then by Ctrl-C, killed in the middle of a save and moved, with its data and
     the checkpoint it began from, to places that are spelt relatively: bit for bit what a straight run gives."""
     trained(tmp_path / "straight", *LEARN, "--export", tmp_path / "straight-out", file="two.json")
@@ -201,9 +224,20 @@ def test_learns_stops_resumes_exports_and_answers(
     shutil.copytree(checkpoint, tmp_path / "checkpoint")
     here = Path(os.path.relpath(tmp_path))
     out = trained(
-        here / "moved", *LEARN, "--export", here / "out", "--workers", 1, "--keep", 1, "--data",
-        here / "data" / "two.json", "--checkpoint", here / "checkpoint", file="two.json",
-    )  # fmt: skip
+        here / "moved",
+        *LEARN,
+        "--export",
+        here / "out",
+        "--workers",
+        1,
+        "--keep",
+        1,
+        "--data",
+        here / "data" / "two.json",
+        "--checkpoint",
+        here / "checkpoint",
+        file="two.json",
+    )
     assert f"resumed from step {newest}" in out
     assert [p.name for p in (moved / "checkpoints").iterdir()] == ["30"]
     two = metrics(moved)
@@ -220,9 +254,18 @@ def test_learns_stops_resumes_exports_and_answers(
     assert status == 0, err
     for i in (0, 3):
         status, out, err = command(
-            infer, "--checkpoint", tmp_path / "orbax", "--video", data / f"{i}.mp4", "--question", "What is it?",
-            "--max-frames", 4, "--decode", "dense",
-        )  # fmt: skip
+            infer,
+            "--checkpoint",
+            tmp_path / "orbax",
+            "--video",
+            data / f"{i}.mp4",
+            "--question",
+            "What is it?",
+            "--max-frames",
+            4,
+            "--decode",
+            "dense",
+        )
         assert status == 0, err
         assert out.strip() == ANSWERS[i]
 
@@ -233,10 +276,29 @@ def test_adapters_train_resume_and_merge_into_the_checkpoint(
     """bfloat16 compute: what is frozen is exported as it was, bit for bit, not as the compute copy has it; what trains
     is kept in float32. A part whose rate is 0 stays, the others follow a constant rate behind the warm-up."""
     flags = (
-        "--global-batch", 4, "--epochs", 6, "--learning-rate", 1e-2, "--save-every", 3, "--lora-rank", 4, "--keep", 9,
-        "--compute-dtype", "bfloat16", "--train", "projector.*", "--rates", "projector.fc1.*=0",
-        "--schedule", "constant", "--warmup", 0.34,
-    )  # fmt: skip
+        "--global-batch",
+        4,
+        "--epochs",
+        6,
+        "--learning-rate",
+        1e-2,
+        "--save-every",
+        3,
+        "--lora-rank",
+        4,
+        "--keep",
+        9,
+        "--compute-dtype",
+        "bfloat16",
+        "--train",
+        "projector.*",
+        "--rates",
+        "projector.fc1.*=0",
+        "--schedule",
+        "constant",
+        "--warmup",
+        0.34,
+    )
     trained(tmp_path / "run", *flags)
     with ocp.training.Checkpointer(tmp_path / "run" / "checkpoints") as stored:
         assert {x.dtype.name for x in jax.tree.leaves(stored.load())} == {"float32", "int32"}
@@ -294,9 +356,14 @@ PACKED = ("--packing", "--max-length", 96, "--global-batch", 4)  # eight samples
     ],
 )
 def test_every_mesh_trains_as_one_device(
-    trained: Trained, start: Start, single: Path, tmp_path: Path, checkpoint: Path, mesh: tuple[int, int],
+    trained: Trained,
+    start: Start,
+    single: Path,
+    tmp_path: Path,
+    checkpoint: Path,
+    mesh: tuple[int, int],
     flags: tuple[object, ...],
-) -> None:  # fmt: skip
+) -> None:
     """Eight devices, as copies, slices and columns at once; rows that hold two samples train as rows of one. (Slower:
     copies alone, slices alone, and rows of one sample in two micro-batches.)"""
     fsdp, tensor = mesh
@@ -396,8 +463,13 @@ def test_not_a_number_stops_the_run(trained: Trained, tmp_path: Path) -> None:
 
 
 def test_a_run_with_other_settings_or_samples_is_refused(
-    trained: Trained, single: Path, data: Path, tmp_path: Path, checkpoint: Path, command: Callable[..., tuple[int, str, str]]
-) -> None:  # fmt: skip
+    trained: Trained,
+    single: Path,
+    data: Path,
+    tmp_path: Path,
+    checkpoint: Path,
+    command: Callable[..., tuple[int, str, str]],
+) -> None:
     """By name, before any weight is loaded: settings, weights, samples that vanished, changed or appeared."""
     shutil.copytree(reference(trained, single) / "run", tmp_path / "run")
     shutil.copytree(data, tmp_path / "data")
@@ -405,9 +477,19 @@ def test_a_run_with_other_settings_or_samples_is_refused(
 
     def line(*flags: object, ck: Path = checkpoint) -> str:
         common = (
-            "--checkpoint", ck, "--data", tmp_path / "data" / "eight.json", "--output", tmp_path / "run", *SHORT,
-            "--max-frames", 4, "--compute-dtype", "float32", "--no-remat",
-        )  # fmt: skip
+            "--checkpoint",
+            ck,
+            "--data",
+            tmp_path / "data" / "eight.json",
+            "--output",
+            tmp_path / "run",
+            *SHORT,
+            "--max-frames",
+            4,
+            "--compute-dtype",
+            "float32",
+            "--no-remat",
+        )
         status, _, err = command(train.main, *common, *flags)
         assert status == 2, err
         assert (tmp_path / "run" / "lengths.json").read_bytes() == kept

@@ -162,9 +162,12 @@ def test_late_refusals(data: Path, tmp_path: Path, copied: Path, command: Callab
 
 
 def test_what_is_skipped_is_said_at_every_start(
-    data: Path, tmp_path: Path, checkpoint: Path, command: Callable[..., tuple[int, str, str]],
+    data: Path,
+    tmp_path: Path,
+    checkpoint: Path,
+    command: Callable[..., tuple[int, str, str]],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     """With its number and name, malformed or unreadable, until it is put right; --strict skips nothing."""
     (tmp_path / "data").mkdir()
     for i in (0, 1):
@@ -178,9 +181,19 @@ def test_what_is_skipped_is_said_at_every_start(
 
     def started(*flags: object) -> tuple[int, str]:
         status, _, err = command(
-            train.main, "--checkpoint", checkpoint, "--data", tmp_path / "data" / "d.json", "--output", tmp_path / "o",
-            "--global-batch", 1, "--max-frames", 4, *flags,
-        )  # fmt: skip
+            train.main,
+            "--checkpoint",
+            checkpoint,
+            "--data",
+            tmp_path / "data" / "d.json",
+            "--output",
+            tmp_path / "o",
+            "--global-batch",
+            1,
+            "--max-frames",
+            4,
+            *flags,
+        )
         return status, err
 
     for _ in range(2):
@@ -268,9 +281,12 @@ def test_several_processes_agree_through_the_preemption_service(monkeypatch: pyt
 
 
 def test_ctrl_c_before_there_are_steps(
-    data: Path, tmp_path: Path, checkpoint: Path, command: Callable[..., tuple[int, str, str]],
+    data: Path,
+    tmp_path: Path,
+    checkpoint: Path,
+    command: Callable[..., tuple[int, str, str]],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     """While the data is looked at: one line, and the folder is free again."""
     presses = iter([signal.SIGINT])
     monkeypatch.setattr(batches, "open_media", lambda *x: [signal.raise_signal(n) for n in presses])
@@ -292,11 +308,18 @@ def test_a_folder_is_one_runs_alone(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=line), locked(tmp_path / "o"):
             pass
     holder = subprocess.Popen(
-        [sys.executable, "-c", "import sys, time; from pathlib import Path\n"
-         "from xl2jax.training.processes import locked\n"
-         "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)", str(tmp_path / "o")],
-        cwd=ROOT, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            "import sys, time; from pathlib import Path\n"
+            "from xl2jax.training.processes import locked\n"
+            "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)",
+            str(tmp_path / "o"),
+        ],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(UserError, match=f"process {holder.pid} on "), locked(tmp_path / "o"):

@@ -144,10 +144,11 @@ def test_avi_counts_dropped_frames(tmp_path: Path) -> None:
     times = [*constant(25), *constant(25, 3.0)]
     # With B-frames the chunks stand in decoding order: the frames that are held back lie on the other side of the gap.
     for name, kind, encoder, delayed in (
-        ("plain", BY_SUFFIX["avi"], {}, []), ("mjpeg", BY_SUFFIX["mjpeg.avi"], {}, []),
+        ("plain", BY_SUFFIX["avi"], {}, []),
+        ("mjpeg", BY_SUFFIX["mjpeg.avi"], {}, []),
         ("b-frames", BY_SUFFIX["avi"], {"bf": "2"}, [25]),
         ("h264", Kind("avi", "libx264", "avi", ticks=25), {}, [25, 26]),
-    ):  # fmt: skip
+    ):
         path = write_video(tmp_path / f"{name}.avi", times, kind, encoder=encoder)
         clip = open_video(path, ALL)
         assert clip.duration == pytest.approx(4.0)
@@ -185,7 +186,7 @@ LATE = ["mp4", "mov", "mkv", "webm", "flv", "asf", "ts", "mpg", "ogv"]
 @pytest.mark.parametrize("suffix", LATE)
 def test_a_late_start(suffix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Times count from the first frame. A whole file is not called cut off, a cut one is where the format states a
-    length."""  # fmt: skip
+    length."""
     muxer = {"movflags": "faststart"} if suffix in ("mp4", "mov") else {}
     path = write_video(tmp_path / f"late.{suffix}", constant(150, 10.0), BY_SUFFIX[suffix], muxer=muxer)
     clip = open_video(path)

@@ -68,9 +68,13 @@ class ParamReader:
 
 
 def read_params(
-    folder: Path, dtype: str | None = None, *, progress: bool = False, wanted: Callable[[str], bool] = lambda _: True,
+    folder: Path,
+    dtype: str | None = None,
+    *,
+    progress: bool = False,
+    wanted: Callable[[str], bool] = lambda _: True,
     verify: bool = True,
-) -> Iterator[tuple[str, np.ndarray]]:  # fmt: skip
+) -> Iterator[tuple[str, np.ndarray]]:
     """(dotted name, array) of the wanted parameters. See `ParamReader`."""
     reader = ParamReader(folder, dtype, verify=verify)
     names = [n for n in reader.names if wanted(n)]

@@ -63,10 +63,13 @@ class TorchCheckpoint:
         problems = [
             f"{len(names)} {what}: {listing(names)}"
             for what, names in (
-                ("missing", missing), ("unknown", unknown), ("misshapen", misshapen), ("not floating point", odd),
+                ("missing", missing),
+                ("unknown", unknown),
+                ("misshapen", misshapen),
+                ("not floating point", odd),
             )
             if names
-        ]  # fmt: skip
+        ]
         if problems:
             raise UserError(f"{folder}: the weights do not fit config.json; " + "; ".join(problems))
         self.stored_dtypes = Counter(self.files.dtypes[n] for n in known)

@@ -196,13 +196,18 @@ def _standard_streams() -> Iterator[None]:
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
     sys.stderr = _Text(
-        io.BufferedWriter(_Output(2, lost)), encoding="utf-8", errors="backslashreplace", line_buffering=True,
+        io.BufferedWriter(_Output(2, lost)),
+        encoding="utf-8",
+        errors="backslashreplace",
+        line_buffering=True,
         write_through=True,
-    )  # fmt: skip
+    )
     out = _Text(
-        io.BufferedWriter(_Output(1, refused, refuses=closed[1])), encoding="utf-8", errors="surrogateescape",
+        io.BufferedWriter(_Output(1, refused, refuses=closed[1])),
+        encoding="utf-8",
+        errors="surrogateescape",
         line_buffering=os.isatty(1),
-    )  # fmt: skip
+    )
     out.closed_at_start = closed[1]
     sys.stdout = out
     if sys.stdin is not None and hasattr(sys.stdin, "reconfigure"):

@@ -57,9 +57,17 @@ class MicroBatch:
 
 
 def probe_records(
-    records: Sequence[Record], sampling: FrameSampling, tokenizer: PromptTokenizer, visual_tokens: int, max_length: int,
-    *, threads: int, workers: int = 0, progress: bool = False, decode_size: int | None = None,
-) -> Probe:  # fmt: skip
+    records: Sequence[Record],
+    sampling: FrameSampling,
+    tokenizer: PromptTokenizer,
+    visual_tokens: int,
+    max_length: int,
+    *,
+    threads: int,
+    workers: int = 0,
+    progress: bool = False,
+    decode_size: int | None = None,
+) -> Probe:
     """Opens every record's media for its length; with `decode_size` it reads all frames as well.
 
     In `workers` processes, or in `threads` threads of this one.

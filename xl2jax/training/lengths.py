@@ -91,8 +91,12 @@ def write_lengths(output: Path, lengths: Lengths) -> None:
 
 
 def measure(
-    records: Sequence[Record], settings: str, before: Lengths | None, probe: Callable[[list[Record]], Probe], threads: int
-) -> Measured:  # fmt: skip
+    records: Sequence[Record],
+    settings: str,
+    before: Lengths | None,
+    probe: Callable[[list[Record]], Probe],
+    threads: int,
+) -> Measured:
     """All records that can be used with their lengths: from `before` where it has them, from `probe` else."""
     known = {x.content: x for x in before.samples} if before is not None and before.settings == settings else {}
     media, problems = _look_at_media(records, {} if before is None else before.media, threads)

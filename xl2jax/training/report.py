@@ -62,9 +62,13 @@ def _activations(config: TrainConfig, model: VideoXL2Config, itemsize: int) -> f
 
 
 def plan_report(
-    config: TrainConfig, step: StepConfig, shapes: Mapping[str, jax.ShapeDtypeStruct], trained: Sequence[str], mesh: Mesh,
+    config: TrainConfig,
+    step: StepConfig,
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    trained: Sequence[str],
+    mesh: Mesh,
     data: RecordSet,
-) -> str:  # fmt: skip
+) -> str:
     """Parameters by part, memory of a device, steps."""
     lines = [f"{'part':24} {'parameters':>14} {'trained':>14}"]
     chosen = set(trained)

@@ -142,9 +142,16 @@ def _train(run: _Run) -> int:
 
 def _probe(run: _Run, records: list[Record], decode_size: int | None = None) -> Probe:
     return probe_records(
-        records, run.config.sampling(), run.tokenizer, run.step.model.visual_tokens, run.config.max_length,
-        threads=run.config.threads, workers=run.config.workers, progress=is_main(), decode_size=decode_size,
-    )  # fmt: skip
+        records,
+        run.config.sampling(),
+        run.tokenizer,
+        run.step.model.visual_tokens,
+        run.config.max_length,
+        threads=run.config.threads,
+        workers=run.config.workers,
+        progress=is_main(),
+        decode_size=decode_size,
+    )
 
 
 def _validate(run: _Run) -> int:
@@ -177,9 +184,12 @@ def _samples(run: _Run, before: dict[str, str] | None) -> list[Sample]:
         logger.warning("skipped %s", line)
     if skipped:
         logger.warning(
-            "%d of %d samples are skipped: %d are malformed, %d cannot be read", len(skipped),
-            len(data.malformed) + len(data.records), len(data.malformed), len(measured.problems),
-        )  # fmt: skip
+            "%d of %d samples are skipped: %d are malformed, %d cannot be read",
+            len(skipped),
+            len(data.malformed) + len(data.records),
+            len(data.malformed),
+            len(measured.problems),
+        )
     if measured.cut:
         logger.warning("%d samples are longer than %d tokens: cut", measured.cut, config.max_length)
     if not measured.samples:
@@ -228,17 +238,25 @@ class _Step:
 
 
 def _steps(
-    run: _Run, plan: list[list[MicroBatch]], samples: Sequence[Sample], checkpoints: Checkpoints, identity: dict[str, str],
+    run: _Run,
+    plan: list[list[MicroBatch]],
+    samples: Sequence[Sample],
+    checkpoints: Checkpoints,
+    identity: dict[str, str],
     signals: Signals,
-) -> TrainState | None:  # fmt: skip
+) -> TrainState | None:
     """All steps of the plan that are still to do; the state behind the last one, or None if the run was stopped."""
     config, model = run.config, run.step.model
     tx, schedule = optimizer(config, run.trained, len(plan)), learning_rate(config, len(plan))
     abstract = abstract_state({n: run.shapes[n] for n in run.trained}, tx, run.mesh)
     loader = Loader(
-        [x.record for x in samples], config.sampling(), run.tokenizer, model.visual_tokens, config.max_length,
+        [x.record for x in samples],
+        config.sampling(),
+        run.tokenizer,
+        model.visual_tokens,
+        config.max_length,
         model.vision.image_size,
-    )  # fmt: skip
+    )
     with (
         jax.default_matmul_precision("highest" if config.compute_dtype == "float32" else None),
         logging_redirect_tqdm(),
@@ -247,17 +265,27 @@ def _steps(
         one_step = Steps(run.step, tx, schedule, abstract)
         first, trained = int(state.step), set(run.trained)
         reading = read_ahead(
-            [m for step in plan for m in step], loader, sum(map(len, plan[:first])), process=jax.process_index(),
-            processes=jax.process_count(), workers=config.workers, threads=config.threads,
-        )  # fmt: skip
+            [m for step in plan for m in step],
+            loader,
+            sum(map(len, plan[:first])),
+            process=jax.process_index(),
+            processes=jax.process_count(),
+            workers=config.workers,
+            threads=config.threads,
+        )
         with (
             signals,
             contextlib.closing(reading) as arrays,
             Telemetry(
-                config.output, len(plan), first, show=is_main(), tensorboard=config.tensorboard, wandb=config.wandb,
+                config.output,
+                len(plan),
+                first,
+                show=is_main(),
+                tensorboard=config.tensorboard,
+                wandb=config.wandb,
                 config=identity,
             ) as telemetry,
-        ):  # fmt: skip
+        ):
             pending: _Step | None = None
             for number, micro in enumerate(plan[first:], first + 1):
                 used = [samples[i].length for m in micro for row in m.rows for i in row]

@@ -44,9 +44,12 @@ def group_times(clip: Clip, scale: float) -> list[float]:
 
 
 def tokenise(
-    turns: Sequence[tuple[str, str]], times: Sequence[float | None], tokenizer: PromptTokenizer, visual_tokens: int,
+    turns: Sequence[tuple[str, str]],
+    times: Sequence[float | None],
+    tokenizer: PromptTokenizer,
+    visual_tokens: int,
     max_length: int,
-) -> Tokens:  # fmt: skip
+) -> Tokens:
     """Token ids, places of visual tokens and labels of a conversation.
 
     `times` has one entry a group of frames: its time, or None for a picture, which has no time text.

@@ -47,8 +47,11 @@ def check_tensor(config: VideoXL2Config, tensor: int) -> None:
     """Raises UserError unless heads and widths divide by the tensor axis."""
     v, t = config.vision, config.llm
     sizes = {
-        "KV heads": t.kv_heads, "LLM MLP width": t.mlp_width, "vision heads": v.heads, "vision MLP width": v.mlp_width,
-    }  # fmt: skip
+        "KV heads": t.kv_heads,
+        "LLM MLP width": t.mlp_width,
+        "vision heads": v.heads,
+        "vision MLP width": v.mlp_width,
+    }
     bad = [f"{n} {what}" for what, n in sizes.items() if n % tensor]
     if bad:
         raise UserError(f"--tensor {tensor} does not divide {', '.join(bad)}")

@@ -63,9 +63,15 @@ def abstract_state(
 
 
 def load_parameters(
-    folder: Path, config: StepConfig, trained: Collection[str], mesh: Mesh, seed: int, wanted: Collection[str],
-    *, progress: bool,
-) -> Params:  # fmt: skip
+    folder: Path,
+    config: StepConfig,
+    trained: Collection[str],
+    mesh: Mesh,
+    seed: int,
+    wanted: Collection[str],
+    *,
+    progress: bool,
+) -> Params:
     """The `wanted` parameters, each put on the mesh in slices as it is read from a checkpoint; adapters are new.
 
     What is `trained` is in `MASTER`, the rest in the compute dtype.

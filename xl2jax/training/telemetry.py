@@ -82,9 +82,16 @@ class Telemetry:
     """
 
     def __init__(
-        self, output: Path, total: int, first: int, *, show: bool, tensorboard: bool, wandb: str | None,
+        self,
+        output: Path,
+        total: int,
+        first: int,
+        *,
+        show: bool,
+        tensorboard: bool,
+        wandb: str | None,
         config: dict[str, Any],
-    ):  # fmt: skip
+    ):
         self._output = output
         rate = matrix_rate(jax.devices()[0].device_kind)
         self._peak = None if rate is None else rate * jax.device_count()

@@ -113,9 +113,13 @@ def open_reader(path: Path, backend: Backend = "auto", folder_fps: float = 1.0, 
 
 
 def open_video(
-    path: str | Path, config: FrameSampling | None = None, *, backend: Backend = "auto", folder_fps: float = 1.0,
+    path: str | Path,
+    config: FrameSampling | None = None,
+    *,
+    backend: Backend = "auto",
+    folder_fps: float = 1.0,
     threads: int = 0,
-) -> Clip:  # fmt: skip
+) -> Clip:
     """Opens a video and chooses its frames. Nothing is decoded: `Clip.check` does that for one frame.
 
     Args:
@@ -155,6 +159,7 @@ def _told_times(path: Path, reader: Reader, indices: np.ndarray, times: FrameTim
     logger.warning(
         "warning: %s: the frame rate varies, so the frames' own times are told (up to %.1f s from frame number / rate, "
         "which --frame-times upstream tells)",
-        path, difference,
-    )  # fmt: skip
+        path,
+        difference,
+    )
     return [round(float(s), 1) for s in seconds]

@@ -151,7 +151,7 @@ def _index(
 
 def _continued(times: list[int | None], packets: _Packets, time_base: Fraction) -> tuple[list[int] | None, bool]:
     """Times in file order, without the jumps back of files that were put together from several (MPEG-TS); whether there
-    were any. None where some are unknown."""  # fmt: skip
+    were any. None where some are unknown."""
     if not times or any(t is None for t in times):
         return None, False
     out: list[int] = []
@@ -173,7 +173,7 @@ def _rate(
     path: Path, packets: _Packets, stated: float, total: int, duration: float, span: float, time_base: Fraction
 ) -> float:
     """The container's rate where the packets agree with it, by presentation or by decoding times (of which mp4 makes its
-    average), else the packets' own, which is said."""  # fmt: skip
+    average), else the packets' own, which is said."""
     if total == 1:
         return stated or 1 / duration
     measured = [total / duration, (total - 1) / span]
@@ -186,8 +186,12 @@ def _rate(
     logger.warning(
         "warning: %s: the container states %s, which is not believed: its %d frames last %.1f s, so %.4g frames a second "
         "is used",
-        path, f"{stated:g} frames a second" if stated else "no frame rate", total, duration, measured[0],
-    )  # fmt: skip
+        path,
+        f"{stated:g} frames a second" if stated else "no frame rate",
+        total,
+        duration,
+        measured[0],
+    )
     return measured[0]
 
 
@@ -215,5 +219,8 @@ def _vp9_frame_shown(first: int) -> bool:
 
 # Codecs whose packets may hold a frame that is only referred to.
 _SHOWN: dict[str, Callable[[memoryview], bool]] = {
-    "vp8": _vp8_shown, "libvpx": _vp8_shown, "vp9": _vp9_shown, "libvpx-vp9": _vp9_shown,
-}  # fmt: skip
+    "vp8": _vp8_shown,
+    "libvpx": _vp8_shown,
+    "vp9": _vp9_shown,
+    "libvpx-vp9": _vp9_shown,
+}
