@@ -105,7 +105,7 @@ def test_the_damaged_tensor_is_named_and_the_flag_skips_the_check(
     name = "llm.layers.1.up.kernel"
     raw["checksums"][name] = raw["checksums"]["llm.layers.0.up.kernel"]
     manifest.write_text(json.dumps(raw))
-    expected = f"{copied_orbax}: {name} is damaged (its checksum is another); convert the checkpoint again"
+    expected = f"{copied_orbax}: {name} is damaged (its checksum differs); convert the checkpoint again"
     with pytest.raises(UserError) as e:
         load_params(copied_orbax)
     assert str(e.value) == expected
@@ -130,8 +130,8 @@ def test_folders_of_the_earlier_version(copied_orbax: Path, tmp_path: Path, capl
     with caplog.at_level("INFO"):
         orbax_to_torch(copied_orbax, tmp_path / "out", None)
     assert [r.getMessage() for r in caplog.records if "no checksums" in r.getMessage()] == [
-        f"{copied_orbax}: has no checksums (an earlier version converted it), so that damage goes unnoticed: "
-        "convert it again to have them"
+        f"{copied_orbax}: has no checksums because an earlier version converted it, so damage is not noticed: "
+        "convert it again to add them"
     ]
     manifest.write_text('{"format": 2, "dtype": "float32"}')
     with pytest.raises(UserError, match="checksums: is missing"):

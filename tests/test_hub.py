@@ -164,7 +164,7 @@ def test_what_is_in_the_cache_needs_no_network(
 @pytest.mark.parametrize(
     ("how", "advice"),
     [
-        ("HF_HUB_OFFLINE", f"HF_HUB_OFFLINE is set: unset it, or run `hf download {REPO}` where there is a network"),
+        ("HF_HUB_OFFLINE", f"HF_HUB_OFFLINE is set: unset it, or run `hf download {REPO}` with a network"),
         ("refused", "the hub cannot be reached .*: check the network"),
         ("broken", "the hub answers 503 .*: try again later"),
     ],

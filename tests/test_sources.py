@@ -38,7 +38,7 @@ def files(folder: Path, *names: str) -> Path:
         ),
         (lambda d: files(d, "model-Q4_K_M.gguf"), "is a GGUF file, which cannot be read"),
         (lambda d: files(d, "m.gguf") / "m.gguf", "is a GGUF file, which cannot be read"),
-        (lambda d: files(d, "m.safetensors") / "m.safetensors", "is a file of weights: give the folder"),
+        (lambda d: files(d, "m.safetensors") / "m.safetensors", "is a file of weights: give its folder"),
         (lambda d: files(d, "m.bin") / "m.bin", "m.bin is a pickle, which can run code"),
         (lambda d: files(d, "m.ckpt") / "m.ckpt", "m.ckpt is a pickle, which can run code"),
         (lambda d: files(d, "m.txt") / "m.txt", "is a file, not a checkpoint folder"),

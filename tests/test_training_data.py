@@ -117,7 +117,7 @@ def test_cut_at_the_limit(model: xl2jax.Model) -> None:
     assert part.cut
     assert part.ids.tolist() == whole.ids[:-5].tolist()
     assert part.labels.tolist() == whole.labels[:-5].tolist()
-    with pytest.raises(UserError, match="hold nothing of an answer"):
+    with pytest.raises(UserError, match="contain no part of an answer"):
         tokenise(conversation, [None], model.tokenizer, 4, 20)
 
 

@@ -178,7 +178,7 @@ def test_a_file_that_was_replaced_is_looked_at_again(media: Path, measuring: Mea
     assert samples_digest(before.samples) != samples_digest(now.samples)
     (media / "d.json").write_text(json.dumps(rows[::-1]))
     turned, _ = measuring(media)
-    assert differences(now.stored, turned.stored) == "they stand in another order"
+    assert differences(now.stored, turned.stored) == "their order changed"
     assert samples_digest(turned.samples) != samples_digest(now.samples)
 
 
@@ -191,6 +191,6 @@ def test_damaged_lengths_are_measured_anew(
     whole = json.loads(file.read_text())
     file.write_text(damage)
     assert measuring(media)[1] == ["a", "b", "c", "text"]
-    assert "all samples are looked at again" in caplog.text
+    assert "all samples are measured again" in caplog.text
     assert json.loads(file.read_text()) == whole
     assert Lengths.model_validate(whole)

@@ -30,7 +30,7 @@ from xl2jax.commands.train import parse
 from xl2jax.config import PRESETS
 from xl2jax.testing import make_checkpoint
 from xl2jax.training import run as run_module
-from xl2jax.training.identity import FREE
+from xl2jax.training.identity import MAY_DIFFER
 from xl2jax.training.state import Checkpoints
 from xl2jax.training.step import Steps
 from xl2jax.training.telemetry import Telemetry
@@ -95,7 +95,7 @@ def trained(
 
     def run(output: Path, *flags: object, file: str = "four.json", status: int = 0) -> str:
         argv = arguments(checkpoint, data / file, output, *flags)
-        shaping = {k: v for k, v in dataclasses.asdict(parse(argv)).items() if k not in FREE}
+        shaping = {k: v for k, v in dataclasses.asdict(parse(argv)).items() if k not in MAY_DIFFER}
         settings = f"{file} {shaping}"
 
         def compiled(*x: Any) -> Steps:
@@ -514,7 +514,7 @@ def test_a_run_with_other_settings_or_samples_is_refused(
     (videos / "eight.json").write_text(json.dumps(records))
     said = line(ck=other)
     assert (
-        "the samples are not those that this run began with: 2 vanished (s3, s7), 2 changed (s0, s4), 1 appeared (new)"
+        "the samples have changed since this run began: 2 vanished (s3, s7), 2 changed (s0, s4), 1 appeared (new)"
         in said
     )
-    assert "put them back as they were or choose another --output" in said
+    assert "restore them or choose another --output" in said

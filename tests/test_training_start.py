@@ -125,7 +125,7 @@ def test_refusals(data: Path, tmp_path: Path, checkpoint: Path, copied: Path, re
     assert "no such checkpoint folder" in refuse(ck=tmp_path / "none")
     assert "--global-batch must be 1 or more" in refuse("--global-batch", 0)
     assert "not a multiple of 3" in refuse("--global-batch", 4, "--micro-batch", 3)
-    assert "go together" in refuse("--coordinator", "localhost:1")
+    assert "must be given together" in refuse("--coordinator", "localhost:1")
     assert "PATTERN=RATE" in refuse("--rates", "vision")
     assert "matches no parameter" in refuse("--train", "vission.*")
     (tmp_path / "exists").mkdir()
@@ -150,7 +150,7 @@ def test_late_refusals(data: Path, tmp_path: Path, copied: Path, command: Callab
         return err.strip().splitlines()[-1]
 
     (tmp_path / "gone.json").write_text(json.dumps(rows()))
-    assert "not one sample can be used" in line(file=tmp_path / "gone.json")
+    assert "no sample can be used" in line(file=tmp_path / "gone.json")
     make_checkpoint(tmp_path / "other", PRESETS["tiny"])
     (copied / "model.safetensors").unlink()
     assert "no safetensors file" in line()
@@ -226,10 +226,10 @@ def test_samples_that_fail_in_training_are_counted_or_refused(tmp_path: Path, ca
     read = [{"failed": ["s1: gone.mp4: no such file"], "samples": ["s0"]}]
     step = run_module._Step(3, Metrics(*[jnp.float32(1)] * 4), read, 10, 1e9)  # type: ignore[arg-type]
     with telemetry(tmp_path) as log:
-        run_module._look_at(step, log, config)
+        run_module._record(step, log, config)
         assert "skipped sample s1: gone.mp4: no such file (1 so far)" in caplog.text
         with pytest.raises(UserError, match="--strict: 1 samples cannot be used: sample s1: gone.mp4"):
-            run_module._look_at(step, log, dataclasses.replace(config, strict=True))
+            run_module._record(step, log, dataclasses.replace(config, strict=True))
     assert [row["step"] for row in metrics(tmp_path)] == [3]
 
 
@@ -386,7 +386,7 @@ def test_a_checkpoint_that_has_no_room_is_refused_before_it_is_written(
         assert (checkpoints.latest, checkpoints.identity()) == (2, {"k": "w"})
     (tmp_path / "checkpoints" / "2" / "_CHECKPOINT_METADATA").write_text('{"custom_metadata": {"k": [1]}}')
     with (
-        pytest.raises(UserError, match="2: .*remove it to go on from the one before"),
+        pytest.raises(UserError, match="2: .*remove it to resume from the checkpoint before"),
         Checkpoints(tmp_path, 2) as checkpoints,
     ):
         checkpoints.identity()

@@ -233,7 +233,7 @@ def test_damaged_frames_are_one_line(tmp_path: Path, caplog: pytest.LogCaptureFi
         assert len(frames) == 100
         (record,) = caplog.records
         assert (
-            "10 of 100 frames are damaged (the first at 0.1 s), the next good one stands in for each" in record.message
+            "10 of 100 frames are damaged (the first at 0.1 s); each is replaced by the next good one" in record.message
         )
 
 

@@ -17,9 +17,10 @@ from xl2jax.system.terminal import byte_bar
 
 
 def torch_to_orbax(source: Path, target: Path, dtype: str | None, *, progress: bool = False) -> None:
-    """Converts a PyTorch-layout folder; peak memory is a few tensors.
+    """Converts a folder in the PyTorch layout. Host memory holds a few tensors at a time.
 
-    Raises UserError where `source` is not whole or `target` cannot be made; nothing is left behind then.
+    Raises:
+      UserError: `source` is incomplete or damaged, or `target` cannot be written. Then `target` does not exist.
     """
     torch = TorchCheckpoint(source)
     chosen = torch.dtype(dtype)
@@ -39,7 +40,7 @@ def torch_to_orbax(source: Path, target: Path, dtype: str | None, *, progress: b
 def orbax_to_torch(
     source: Path, target: Path, dtype: str | None, *, progress: bool = False, verify: bool = True
 ) -> None:
-    """Converts an Orbax model folder back to sharded safetensors, a tensor at a time. Errors as in `torch_to_orbax`."""
+    """Converts an Orbax model folder to sharded safetensors, a tensor at a time. Raises as `torch_to_orbax` does."""
     config = VideoXL2Config.from_hf(source)
     orbax = OrbaxFolder(source, config, verify=verify)
     orbax.verify_unused()

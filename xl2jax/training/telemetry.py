@@ -1,4 +1,4 @@
-"""What a run shows and writes: progress bar, metrics.jsonl, TensorBoard, wandb; operations for MFU."""
+"""Reports a run: progress bar, metrics.jsonl, TensorBoard and wandb. Counts operations for the MFU."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ logger = logging.getLogger(__name__)
 
 
 def sample_flops(config: VideoXL2Config, trained: set[str], groups: int, tokens: int) -> float:
-    """Operations that one row takes forward and backward: what must be computed, not what is recomputed.
+    """Operations of the forward and backward pass of one sample, without recomputation.
 
-    A part whose parameters train costs its forward pass twice more, one that only passes gradients on once more.
+    The backward pass of a part costs as much as its forward pass for the gradients of activations, and as much again
+    for the gradient of its weights. A part that needs neither costs only its forward pass.
     """
     parts = {
         "vision": 4 * groups * flops.vision(config),
@@ -49,10 +50,11 @@ def sample_flops(config: VideoXL2Config, trained: set[str], groups: int, tokens:
 
 @contextlib.contextmanager
 def _one_line(output: Path) -> Iterator[None]:
+    """Turns an OSError into a one-line UserError."""
     try:
         yield
     except OSError as e:
-        raise UserError(f"{output}: the log cannot be written ({e.strerror}); the last checkpoint is as it was") from e
+        raise UserError(f"{output}: the log cannot be written ({e.strerror}); the last checkpoint is unchanged") from e
 
 
 class _Row(Schema):
@@ -60,7 +62,7 @@ class _Row(Schema):
 
 
 def _keep_steps(path: Path, last: int) -> None:
-    """Drops the rows of steps that were done after the checkpoint from which a run goes on, and torn ones."""
+    """Removes incomplete rows, and rows of steps after `last`, the checkpoint from which a run resumes."""
     if not path.exists():
         return
 
@@ -76,9 +78,10 @@ def _keep_steps(path: Path, last: int) -> None:
 
 
 class Telemetry:
-    """One process's view of a run; only process 0 shows and writes.
+    """Shows and logs the steps of a run. Only process 0 does so (`show`).
 
-    Raises UserError where a log cannot be written.
+    Raises:
+      UserError: a log cannot be written.
     """
 
     def __init__(
@@ -102,7 +105,9 @@ class Telemetry:
         self._file: TextIO | None = None
         self._board: Any = None
         self._wandb: Any = None
-        self._times: deque[tuple[float, float, float]] = deque(maxlen=20)  # (when, tokens, operations)
+        self._times: deque[tuple[float, float, float]] = deque(
+            maxlen=20
+        )  # (seconds, tokens, operations) of the last steps
         self._last = time.perf_counter()
         if not show:
             return
@@ -122,7 +127,7 @@ class Telemetry:
             self._wandb = module.init(project=wandb, dir=str(output), config=config, resume="allow")
 
     def step(self, step: int, metrics: dict[str, float], tokens: int, operations: float) -> None:
-        """`tokens` counts those that are not padding; `operations` those of all devices' rows."""
+        """Logs a step. `tokens` is its number of tokens without padding; `operations` is the sum over all devices."""
         now = time.perf_counter()
         self._times.append((now - self._last, tokens, operations))
         self._last = now
@@ -150,7 +155,7 @@ class Telemetry:
     def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self._bar.close()
         for log in (self._file, self._board):
-            with contextlib.suppress(OSError):  # (what a full disk did not take was said by `step`)
+            with contextlib.suppress(OSError):  # `step` has already reported a full disk
                 if log is not None:
                     log.close()
         if self._wandb is not None:
