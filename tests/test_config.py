@@ -11,7 +11,7 @@ import pytest
 from damage import damaged_json, outcome
 
 from xl2jax.checkpoint.param_names import entries
-from xl2jax.config import PRESETS, SIGLIP_SO400M, VideoXL2Config
+from xl2jax.config import PRESETS, SIGLIP_SO400M, LLMConfig, VideoXL2Config, VisionConfig
 from xl2jax.errors import UserError
 from xl2jax.system import schema
 
@@ -54,6 +54,53 @@ def test_released_tower_by_name(name: str, tmp_path: Path) -> None:
     config = VideoXL2Config.from_hf(tmp_path)
     assert config == PRESETS["video-xl-2"]
     assert config.vision == SIGLIP_SO400M
+
+
+def test_reads_what_transformers_writes(tmp_path: Path) -> None:
+    """Sizes agree with the config classes of transformers, whose current version nests the RoPE settings."""
+    from transformers import Qwen2Config, SiglipVisionConfig
+
+    llm = Qwen2Config(
+        vocab_size=1000,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 5e5},
+        tie_word_embeddings=True,
+    )
+    vision = SiglipVisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=70,
+        patch_size=14,
+        layer_norm_eps=1e-5,
+    )
+    (tmp_path / "tower").mkdir()
+    fields = {"mm_vision_tower": "tower", "mm_interpolate_grid": 4}
+    (tmp_path / "config.json").write_text(json.dumps(llm.to_dict() | fields))
+    (tmp_path / "tower" / "config.json").write_text(vision.to_json_string(use_diff=False))
+    config = VideoXL2Config.from_hf(tmp_path)
+    assert config.vision == VisionConfig(32, 48, layers=3, heads=2, image_size=70, patch_size=14, eps=1e-5)
+    assert config.llm == LLMConfig(
+        1000, 64, 96, layers=3, heads=4, kv_heads=2, head_width=16, rope_theta=5e5, eps=1e-5, tied_embeddings=True
+    )
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_transformers_reads_what_this_project_writes(name: str) -> None:
+    from transformers import Qwen2Config, SiglipVisionConfig
+
+    llm, vision = PRESETS[name].to_hf()
+    text, tower = Qwen2Config.from_dict(llm), SiglipVisionConfig.from_dict(vision)
+    sizes = PRESETS[name].llm
+    assert (text.vocab_size, text.hidden_size, text.num_hidden_layers) == (sizes.vocab, sizes.width, sizes.layers)
+    assert (text.num_key_value_heads, text.rope_parameters["rope_theta"]) == (sizes.kv_heads, sizes.rope_theta)
+    assert (tower.hidden_size, tower.image_size) == (PRESETS[name].vision.width, PRESETS[name].vision.image_size)
 
 
 BELOW = object()

@@ -32,6 +32,52 @@ def test_prompt_text(tokenizer: PromptTokenizer) -> None:
     assert tokenizer.decode(part.ids[part.first : part.last]) == "What happens?"
 
 
+# Qwen2's chat template, which Video-XL-2 was trained with.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("history", [[], [("Who?", "A cat.")]])
+def test_the_prompt_is_qwens_chat_template(tokenizer: PromptTokenizer, history: list[tuple[str, str]]) -> None:
+    """PREFIX, the video and the suffix are what transformers makes of the template."""
+    pytest.importorskip("jinja2")
+    from transformers import PreTrainedTokenizerFast
+
+    reference = PreTrainedTokenizerFast(tokenizer_object=make_tokenizer(), chat_template=CHAT_TEMPLATE)
+    contents = [text for turn in history for text in turn] + ["What happens?"]
+    contents[0] = "<video>\n" + contents[0]
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+    text = reference.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    before, _, after = text.partition("<video>")
+    assert reference.encode(before, add_special_tokens=False) == tokenizer.encode(*PREFIX)
+    assert reference.encode(after, add_special_tokens=False) == suffix(tokenizer, "What happens?", history).ids
+
+
+def test_transformers_reads_the_same_tokenizer(tokenizer: PromptTokenizer, tmp_path: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    make_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    reference = PreTrainedTokenizerFast.from_pretrained(str(tmp_path), local_files_only=True)
+    for text in ("What happens at 12.5s? 日本", "  two\n\nlines ", "naïve café"):
+        assert reference.encode(text, add_special_tokens=False) == tokenizer.encode(text)
+
+
+def test_code_in_a_checkpoint_is_never_run(tmp_path: Path) -> None:
+    """`auto_map` asks transformers to import Python files of the checkpoint."""
+    slow_files(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    auto_map = {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}, "tokenizer_class": "Tokenizer"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | auto_map))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}}))
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    assert PromptTokenizer.load(tmp_path, 1000).encode(IM_END)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_times(tokenizer: PromptTokenizer) -> None:
     assert [time_text(t) for t in (0.0, 12.0, 7.3)] == ["Time 0.0s:", "Time 12.0s:", "Time 7.3s:"]
     ids = tokenizer.time_ids([0.0, 0.2, 0.5, 0.8, 10.0, 11.0, 12.0, 13.0])

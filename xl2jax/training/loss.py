@@ -8,6 +8,7 @@ import einops
 import jax
 import jax.numpy as jnp
 
+from xl2jax.arithmetic import round_up
 from xl2jax.models.qwen2 import Qwen2
 from xl2jax.models.video_xl2 import VideoXL2
 from xl2jax.ops.dense import dense_attention
@@ -77,9 +78,9 @@ def cross_entropies(llm: Qwen2, hidden: jax.Array, labels: jax.Array) -> tuple[j
     """
     hidden, labels = hidden[:, :-1], labels[:, 1:]
     block = min(_LOSS_BLOCK, labels.shape[1])
-    short = -labels.shape[1] % block
-    hidden = jnp.pad(hidden, ((0, 0), (0, short), (0, 0)))
-    labels = jnp.pad(labels, ((0, 0), (0, short)), constant_values=IGNORE)
+    padding = round_up(labels.shape[1], block) - labels.shape[1]
+    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
+    labels = jnp.pad(labels, ((0, 0), (0, padding)), constant_values=IGNORE)
 
     @jax.checkpoint
     def of_block(xs: tuple[jax.Array, jax.Array]) -> jax.Array:

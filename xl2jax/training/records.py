@@ -178,8 +178,9 @@ def _sampled(rows: list[Any], strategy: str, rng: random.Random, where: str) -> 
         if kind not in ("first", "end", "random") or not 0 <= value < math.inf or (share and value > 100):
             raise ValueError
     except ValueError:
+        text = shorten(strategy, _ID_LENGTH)
         raise UserError(
-            f"{where}: sampling_strategy {shorten(strategy, _ID_LENGTH)!r} is none of all, first:N, end:N, random:N (N or N%)"
+            f"{where}: sampling_strategy {text!r} is none of all, first:N, end:N, random:N (N or N%)"
         ) from None
     count = math.ceil(len(rows) * value / 100) if share else int(value)
     if kind == "random":

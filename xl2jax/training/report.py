@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from xl2jax.arithmetic import ceil_div
 from xl2jax.config import FRAMES_PER_GROUP, VideoXL2Config
 from xl2jax.training.batches import Probe
 from xl2jax.training.config import TrainConfig
@@ -86,7 +87,7 @@ def plan_report(
     lines += [f"{name:24} {size / 2**30:10.3f} GiB" for name, size in {**memory, "all": sum(memory.values())}.items()]
     micro = config.micro_batch * batch_devices(mesh)
     samples = len(data.records)
-    steps = config.epochs * math.ceil(samples / config.global_batch)
+    steps = config.epochs * ceil_div(samples, config.global_batch)
     steps = min(steps, config.max_steps or steps)
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     lines += [

@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 
+from xl2jax.arithmetic import round_up
 from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.errors import UserError
 from xl2jax.video.containers import require_video_path
@@ -80,7 +81,7 @@ class Clip:
         if count < len(self.indices) and count >= FRAMES_PER_GROUP:
             out = out[: len(out) // FRAMES_PER_GROUP * FRAMES_PER_GROUP]
         if out:
-            out += [out[-1]] * (-len(out) % FRAMES_PER_GROUP)
+            out += [out[-1]] * (round_up(len(out), FRAMES_PER_GROUP) - len(out))
             yield np.stack(out)
 
     def _warn_of_damage(self, count: int) -> None:
