@@ -147,7 +147,9 @@ def test_truncated_file_gives_the_same_part(tmp_path: Path, caplog: pytest.LogCa
     cut = tmp_path / "cut.mkv"
     cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     config = FrameSampling(fps=24, max_fps=None, max_frames=300)
-    plain, ahead = (np.concatenate(list(open_video(cut, config).batches(16, SIZE, workers=w))) for w in (0, 3))
+    plain, ahead = (
+        np.concatenate(list(open_video(cut, config).batches(16, SIZE, workers=w))) for w in (0, 3)
+    )  # fmt: skip
     assert 40 < len(plain) < 300
     assert np.array_equal(plain, ahead)
     assert "cut off" in caplog.text
@@ -324,12 +326,9 @@ def test_an_interrupt_ends_the_command(tmp_path: Path) -> None:
         "run_command(main)\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        cwd=Path(__file__).parent.parent,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        [sys.executable, "-c", code], cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True,
-    )
+    )  # fmt: skip
     assert process.stdout is not None
     assert process.stdout.readline() == "reading\n"
     process.send_signal(signal.SIGINT)

@@ -79,14 +79,12 @@ def infer(*flags: object, redirection: str = "") -> subprocess.CompletedProcess[
 def test_streams_are_checked_before_anything_slow() -> None:
     run = infer("--video", "/none.mp4", "--question", "x", redirection=">&-")
     assert (run.returncode, run.stderr.splitlines()) == (
-        2,
-        ["error: standard output is closed: the answer could not be written anywhere"],
-    )
+        2, ["error: standard output is closed: the answer could not be written anywhere"],
+    )  # fmt: skip
     run = infer("--video", "/none.mp4", "--interactive", redirection="<&-")
     assert (run.returncode, run.stderr.splitlines()) == (
-        2,
-        ["error: standard input is closed: --interactive has no questions to read"],
-    )
+        2, ["error: standard input is closed: --interactive has no questions to read"],
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("seconds", [0.05, 0.3, 0.6, 1.2])
@@ -101,11 +99,8 @@ import runpy
 runpy.run_path('infer.py', run_name='__main__')"""
     process = subprocess.Popen(
         [sys.executable, "-c", program, "--video", "/dev/null", "--question", "x"],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     time.sleep(seconds)

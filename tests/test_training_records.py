@@ -55,12 +55,9 @@ def test_record_fields(tmp_path: Path) -> None:
     ]
     one, two, three = read_records(written(tmp_path, rows), 0).records
     assert one == Record(
-        "7",
-        "video",
-        tmp_path / "v.mp4",
-        (("user", "\nWhat?"), ("assistant", "That."), ("user", "And?"), ("assistant", "This.")),
-        2.0,
-    )
+        "7", "video", tmp_path / "v.mp4",
+        (("user", "\nWhat?"), ("assistant", "That."), ("user", "And?"), ("assistant", "This.")), 2.0,
+    )  # fmt: skip
     assert (two.id, two.kind, two.media, two.turns[0][1]) == ("1", "image", tmp_path / "sub/i.png", "Look")
     assert (three.kind, three.media) == ("text", None)
     (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -56,20 +56,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arguments(checkpoint: Path, data: Path, output: Path, *flags: object) -> list[str]:
     common = (
-        "--checkpoint",
-        checkpoint,
-        "--data",
-        data,
-        "--output",
-        output,
-        "--max-frames",
-        4,
-        "--no-remat",
-        "--compute-dtype",
-        "float32",
-        "--export-dtype",
-        "float32",
-    )
+        "--checkpoint", checkpoint, "--data", data, "--output", output, "--max-frames", 4, "--no-remat",
+        "--compute-dtype", "float32", "--export-dtype", "float32",
+    )  # fmt: skip
     return [*map(str, (*common, *flags))]
 
 
@@ -134,13 +123,9 @@ def start(checkpoint: Path, data: Path) -> Iterator[Start]:
         if core is not None:  # not preexec_fn: JAX warns of any fork
             program = ["-c", _PINNED, str(core), *program]
         process = subprocess.Popen(
-            [sys.executable, *program, *arguments(checkpoint, data / file, output, *flags)],
-            cwd=ROOT,
-            env=env,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
+            [sys.executable, *program, *arguments(checkpoint, data / file, output, *flags)], cwd=ROOT, env=env,
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
         running.append(process)
         return process
 
@@ -224,20 +209,9 @@ def test_learns_stops_resumes_exports_and_answers(
     shutil.copytree(checkpoint, tmp_path / "checkpoint")
     here = Path(os.path.relpath(tmp_path))
     out = trained(
-        here / "moved",
-        *LEARN,
-        "--export",
-        here / "out",
-        "--workers",
-        1,
-        "--keep",
-        1,
-        "--data",
-        here / "data" / "two.json",
-        "--checkpoint",
-        here / "checkpoint",
-        file="two.json",
-    )
+        here / "moved", *LEARN, "--export", here / "out", "--workers", 1, "--keep", 1, "--data",
+        here / "data" / "two.json", "--checkpoint", here / "checkpoint", file="two.json",
+    )  # fmt: skip
     assert f"resumed from step {newest}" in out
     assert [p.name for p in (moved / "checkpoints").iterdir()] == ["30"]
     two = metrics(moved)
@@ -254,18 +228,9 @@ def test_learns_stops_resumes_exports_and_answers(
     assert status == 0, err
     for i in (0, 3):
         status, out, err = command(
-            infer,
-            "--checkpoint",
-            tmp_path / "orbax",
-            "--video",
-            data / f"{i}.mp4",
-            "--question",
-            "What is it?",
-            "--max-frames",
-            4,
-            "--decode",
-            "dense",
-        )
+            infer, "--checkpoint", tmp_path / "orbax", "--video", data / f"{i}.mp4", "--question", "What is it?",
+            "--max-frames", 4, "--decode", "dense",
+        )  # fmt: skip
         assert status == 0, err
         assert out.strip() == ANSWERS[i]
 
@@ -276,29 +241,10 @@ def test_adapters_train_resume_and_merge_into_the_checkpoint(
     """bfloat16 compute: what is frozen is exported as it was, bit for bit, not as the compute copy has it; what trains
     is kept in float32. A part whose rate is 0 stays, the others follow a constant rate behind the warm-up."""
     flags = (
-        "--global-batch",
-        4,
-        "--epochs",
-        6,
-        "--learning-rate",
-        1e-2,
-        "--save-every",
-        3,
-        "--lora-rank",
-        4,
-        "--keep",
-        9,
-        "--compute-dtype",
-        "bfloat16",
-        "--train",
-        "projector.*",
-        "--rates",
-        "projector.fc1.*=0",
-        "--schedule",
-        "constant",
-        "--warmup",
-        0.34,
-    )
+        "--global-batch", 4, "--epochs", 6, "--learning-rate", 1e-2, "--save-every", 3, "--lora-rank", 4, "--keep", 9,
+        "--compute-dtype", "bfloat16", "--train", "projector.*", "--rates", "projector.fc1.*=0",
+        "--schedule", "constant", "--warmup", 0.34,
+    )  # fmt: skip
     trained(tmp_path / "run", *flags)
     with ocp.training.Checkpointer(tmp_path / "run" / "checkpoints") as stored:
         assert {x.dtype.name for x in jax.tree.leaves(stored.load())} == {"float32", "int32"}
@@ -477,19 +423,9 @@ def test_a_run_with_other_settings_or_samples_is_refused(
 
     def line(*flags: object, ck: Path = checkpoint) -> str:
         common = (
-            "--checkpoint",
-            ck,
-            "--data",
-            tmp_path / "data" / "eight.json",
-            "--output",
-            tmp_path / "run",
-            *SHORT,
-            "--max-frames",
-            4,
-            "--compute-dtype",
-            "float32",
-            "--no-remat",
-        )
+            "--checkpoint", ck, "--data", tmp_path / "data" / "eight.json", "--output", tmp_path / "run", *SHORT,
+            "--max-frames", 4, "--compute-dtype", "float32", "--no-remat",
+        )  # fmt: skip
         status, _, err = command(train.main, *common, *flags)
         assert status == 2, err
         assert (tmp_path / "run" / "lengths.json").read_bytes() == kept

@@ -181,19 +181,9 @@ def test_what_is_skipped_is_said_at_every_start(
 
     def started(*flags: object) -> tuple[int, str]:
         status, _, err = command(
-            train.main,
-            "--checkpoint",
-            checkpoint,
-            "--data",
-            tmp_path / "data" / "d.json",
-            "--output",
-            tmp_path / "o",
-            "--global-batch",
-            1,
-            "--max-frames",
-            4,
-            *flags,
-        )
+            train.main, "--checkpoint", checkpoint, "--data", tmp_path / "data" / "d.json", "--output", tmp_path / "o",
+            "--global-batch", 1, "--max-frames", 4, *flags,
+        )  # fmt: skip
         return status, err
 
     for _ in range(2):
@@ -308,18 +298,11 @@ def test_a_folder_is_one_runs_alone(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=line), locked(tmp_path / "o"):
             pass
     holder = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            "import sys, time; from pathlib import Path\n"
-            "from xl2jax.training.processes import locked\n"
-            "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)",
-            str(tmp_path / "o"),
-        ],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+        [sys.executable, "-c", "import sys, time; from pathlib import Path\n"
+         "from xl2jax.training.processes import locked\n"
+         "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)", str(tmp_path / "o")],
+        cwd=ROOT, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(UserError, match=f"process {holder.pid} on "), locked(tmp_path / "o"):

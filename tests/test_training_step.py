@@ -222,9 +222,8 @@ def test_rates_follow_the_schedule() -> None:
     cosine = learning_rate(settings(learning_rate=0.3, warmup=0.25), 10)
     assert np.allclose(
         [cosine(i) for i in range(11)],
-        [0, 0.1, 0.2, *(0.15 * (1 + math.cos(math.pi * i / 7)) for i in range(8))],
-        atol=1e-7,
-    )
+        [0, 0.1, 0.2, *(0.15 * (1 + math.cos(math.pi * i / 7)) for i in range(8))], atol=1e-7,
+    )  # fmt: skip
     assert float(learning_rate(settings(learning_rate=0.3, warmup=0.0, schedule="constant"), 10)(0)) == np.float32(0.3)
 
 
@@ -256,10 +255,8 @@ def test_presets_and_patterns(model: xl2jax.Model) -> None:
     assert settings(frame_times="upstream").sampling() == FrameSampling(1.0, 4, 150, "upstream")
     assert (PRESETS["stage3"].max_frames, PRESETS["stage3"].max_length) == (16, 8192)
     assert (PRESETS["stage4"].max_frames, PRESETS["stage4"].max_length, PRESETS["stage4"].global_batch) == (
-        150,
-        6000,
-        256,
-    )
+        150, 6000, 256,
+    )  # fmt: skip
     assert parts(settings(freeze=("vision.*", "llm.*"))) == {"dts", "projector"}
     for bad, message in (
         (settings(train=("nothing.*",)), "matches no parameter"),
