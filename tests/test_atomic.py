@@ -1,4 +1,4 @@
-"""What is written appears whole or not at all, whatever happens meanwhile."""
+"""Files and folders appear complete or not at all, whatever happens while they are written."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_a_link_stays_and_its_file_is_replaced(tmp_path: Path) -> None:
 
 
 def test_two_folders_at_once(tmp_path: Path) -> None:
-    """Both began before either was done: the first is whole, the second says what happened."""
+    """Two writers overlap: the first result is complete, and the second writer reports an error."""
     with pytest.raises(UserError, match="already exists"):
         fill(tmp_path / "full", "second", lambda: fill(tmp_path / "full", "first"))
     with pytest.raises(UserError, match="already exists"):
@@ -162,7 +162,7 @@ def test_two_folders_at_once(tmp_path: Path) -> None:
 
 
 def test_many_writers_of_one_file(tmp_path: Path) -> None:
-    """Threads share the process's number and still no temporary name: each version is whole."""
+    """Threads share a process id but not a temporary name: each version of the file is complete."""
     texts = [str(i) * 200_000 for i in range(8)]
     threads = [threading.Thread(target=write, args=(tmp_path / "file", text)) for text in texts]
     for thread in threads:
@@ -206,7 +206,7 @@ def test_leftovers_of_killed_runs_go_and_those_of_running_ones_stay(tmp_path: Pa
 
 
 def test_an_earlier_process_of_the_same_number(tmp_path: Path) -> None:
-    """In a container each run may be process 1."""
+    """In a container every run may have process id 1."""
     with atomic.replacing_file(tmp_path / "file") as beside:
         beside.write_text("new")
         token = beside.name.rpartition("-")[2].partition(".")[0]

@@ -1,4 +1,4 @@
-"""What is read from checkpoints is what was written, or it is refused in one line."""
+"""Tensors are read as they were written, or the checkpoint is refused with one line."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ NAME = "model.layers.1.mlp.up_proj.weight"
 
 @pytest.fixture(scope="module")
 def orbax(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny checkpoint as an Orbax folder, with a tensor that upstream never reads. Read only."""
+    """The tiny checkpoint as an Orbax folder, with a tensor that upstream never uses. Tests must not change it."""
     source, target = (tmp_path_factory.mktemp("orbax") / name for name in ("torch", "orbax"))
     shutil.copytree(checkpoint, source)
     save_file({"model.text_mlp.0.weight": np.arange(12.0).reshape(3, 4)}, source / "unused.safetensors")
@@ -73,7 +73,7 @@ def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
 
 
 def weights(folder: Path) -> Path:
-    """The file that holds nearly all of the weights."""
+    """The file with nearly all of the weights."""
     return max((folder / "params").rglob("*"), key=lambda p: p.stat().st_size)
 
 
@@ -142,7 +142,7 @@ def test_folders_of_the_earlier_version(copied_orbax: Path, tmp_path: Path, capl
 
 
 def test_orbax_folders_that_are_not_whole(copied_orbax: Path, orbax: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """One line, and no traceback from a thread of Orbax's either."""
+    """The error is one line, without tracebacks from threads of Orbax."""
     params = copied_orbax / "params"
     for damage in (
         lambda: [p.unlink() for p in params.rglob("_METADATA")],
@@ -177,7 +177,7 @@ def test_fuzzed_orbax_folders(orbax: Path, copied_orbax: Path) -> None:
 
 
 def test_fuzzed_manifests(orbax: Path, copied_orbax: Path) -> None:
-    """What is accepted differs in digits at most, which then fit no tensor."""
+    """A damaged manifest that is accepted has at most other digits in its checksums, which then fit no tensor."""
     text, whole = (orbax / "xl2jax.json").read_bytes(), read_manifest(orbax)
     for seed in range(200):
         (copied_orbax / "xl2jax.json").write_bytes(damaged_json(text, random.Random(seed)))
@@ -191,7 +191,7 @@ def test_fuzzed_manifests(orbax: Path, copied_orbax: Path) -> None:
 
 @contextlib.contextmanager
 def denied(path: Path) -> Iterator[None]:
-    """Takes the permission to read a path; a superuser becomes somebody else meanwhile."""
+    """Removes the permission to read a path. The superuser becomes another user in the meantime."""
     user, mode = os.geteuid(), path.stat().st_mode
     path.chmod(0)
     os.seteuid(65534 if user == 0 else user)
@@ -243,7 +243,7 @@ def test_weights_that_are_not_finite(bad: float, copied: Path, tmp_path: Path) -
 
 
 def test_orbax_weights_that_are_not_finite(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As an earlier version would have converted them: also where checksums are not compared."""
+    """Values that an earlier version would have converted are refused, also without checksums."""
     read = TorchCheckpoint.read
 
     def damage(self: TorchCheckpoint, entry: Any, dtype: str) -> np.ndarray:
@@ -298,7 +298,7 @@ def test_shards_outside_the_folder(name: str, copied: Path, tmp_path: Path) -> N
 
 
 def test_shards_in_folders_and_behind_links(copied: Path, tmp_path: Path) -> None:
-    """As the hub's cache has them: each file is a link to a blob elsewhere."""
+    """In the hub's cache each file is a link to a blob in another folder."""
     before = load_params(copied)[1]
     (copied / "below").mkdir()
     shutil.move(copied / SINGLE, tmp_path / "blob")
@@ -340,7 +340,7 @@ def test_indices_that_cannot_be_used(text: str, message: str, copied: Path) -> N
 
 
 def test_sizes_beyond_any_integer(copied: Path) -> None:
-    """An empty tensor may claim any other size: it takes no bytes."""
+    """An empty tensor may state any other size, because it takes no bytes."""
     raw = (copied / SINGLE).read_bytes()
     size = struct.unpack("<Q", raw[:8])[0]
     header = json.loads(raw[8 : 8 + size])

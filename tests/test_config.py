@@ -103,19 +103,19 @@ def test_transformers_reads_what_this_project_writes(name: str) -> None:
     assert (tower.hidden_size, tower.image_size) == (PRESETS[name].vision.width, PRESETS[name].vision.image_size)
 
 
-BELOW = object()
-"""Stands for a field that is taken out."""
+REMOVED = object()
+"""Marks a field that `changed` removes."""
 
 
 def changed(folder: Path, change: dict[str, Any], name: str = "config.json") -> None:
     raw = json.loads((folder / name).read_text()) | change
-    (folder / name).write_text(json.dumps({k: v for k, v in raw.items() if v is not BELOW}))
+    (folder / name).write_text(json.dumps({k: v for k, v in raw.items() if v is not REMOVED}))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mm_vision_tower": BELOW, "model_type": "llama"}, "not a Video-XL-2 checkpoint .model_type 'llama'"),
+        ({"mm_vision_tower": REMOVED, "model_type": "llama"}, "not a Video-XL-2 checkpoint .model_type 'llama'"),
         ({"mm_vision_tower": None}, "not a Video-XL-2 checkpoint"),
         ({"mm_vision_tower": "openai/clip"}, "neither SigLIP-SO400M"),
         ({"mm_vision_tower": 7}, "mm_vision_tower: should be a valid string, not 7"),
@@ -123,7 +123,7 @@ def changed(folder: Path, change: dict[str, Any], name: str = "config.json") -> 
         ({"mm_vision_tower": "x\x00"}, "neither SigLIP-SO400M"),
         ({"quantization_config": {"quant_method": "gptq"}}, "is quantised"),
         ({"hidden_size": "64"}, "hidden_size: should be a valid integer, not '64'"),
-        ({"hidden_size": BELOW}, "hidden_size: is missing"),
+        ({"hidden_size": REMOVED}, "hidden_size: is missing"),
         ({"hidden_size": 2**60}, "hidden_size: should be less than or equal to 1048576"),
         ({"hidden_size": 10**4000}, "hidden_size: .*not a very large number"),
         ({"hidden_size": True}, "hidden_size: should be a valid integer"),
@@ -166,8 +166,8 @@ def test_configs_that_cannot_be_served(change: dict[str, Any], message: str, cop
     "change",
     [
         {"rope_scaling": None, "rope_parameters": None, "head_dim": 16},
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 1000000}, "rope_theta": BELOW},
-        {"quantization_config": None, "use_sliding_window": None, "hidden_act": BELOW},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1000000}, "rope_theta": REMOVED},
+        {"quantization_config": None, "use_sliding_window": None, "hidden_act": REMOVED},
     ],
 )
 def test_what_other_writers_of_the_same_config_write(change: dict[str, Any], copied: Path) -> None:
@@ -207,7 +207,7 @@ def test_a_tower_outside_the_folder_is_not_read(name: str, copied: Path, tmp_pat
 
 
 def test_links_out_of_the_folder_are_followed(copied: Path, tmp_path: Path) -> None:
-    """As all files of the hub's cache are."""
+    """All files of the hub's cache are such links."""
     before = VideoXL2Config.from_hf(copied)
     for name in ("config.json", "vision_tower"):
         (copied / name).rename(tmp_path / name)
@@ -263,7 +263,7 @@ def test_files_that_cannot_be_read(name: str, copied: Path, monkeypatch: pytest.
 
 
 def test_fuzzed_configs(copied: Path) -> None:
-    """A damaged config is refused in one line, or it is the config that its text says."""
+    """A damaged config is refused with one line, or it is read with the sizes in its text."""
     for name in ("config.json", "vision_tower/config.json"):
         whole = (copied / name).read_bytes()
         for seed in range(300):

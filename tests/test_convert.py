@@ -47,7 +47,7 @@ def test_there_and_back_is_bit_equal(
 
 
 def test_shards_bfloat16_and_unused_tensors(checkpoint: Path, tmp_path: Path) -> None:
-    """Many shards, 16 bit, tensors that upstream never reads: all come back."""
+    """Many shards, 16-bit tensors and tensors that upstream never uses survive both conversions."""
     config = VideoXL2Config.from_hf(checkpoint)
     whole = {k: x.astype(ml_dtypes.bfloat16) for k, x in tensors_of(checkpoint).items()}
     whole |= {
@@ -244,7 +244,7 @@ def test_disk_runs_full(
 def test_the_system_refuses_to_write(
     reverse: bool, checkpoint: Path, tmp_path: Path, command: Callable[..., tuple[int, str, str]]
 ) -> None:
-    """A limit of the system's own, which reaches Orbax's threads too: one line, and nothing from them."""
+    """A limit of the system also affects Orbax's threads. The error is one line, without output from the threads."""
     source = checkpoint
     if reverse:
         torch_to_orbax(checkpoint, tmp_path / "source", None)
@@ -279,7 +279,7 @@ def test_interrupted_run_leaves_nothing_and_can_be_repeated(
 def test_two_conversions_to_one_folder(
     reverse: bool, checkpoint: Path, tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second begins before the first is done: one of them wins, and its result is whole."""
+    """Two conversions overlap: one of them wins, and its result is complete."""
     source, flags, convert = checkpoint, (), torch_to_orbax
     owner, last = orbax_folder.OrbaxWriter, "finish"
     if reverse:

@@ -1,4 +1,4 @@
-"""Checkpoints of the hub, from a stand-in of it on this machine: huggingface_hub's own code downloads."""
+"""Downloads from a local imitation of the hub, with the code of huggingface_hub."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ REPO = "org/Video-XL-2.1"
 
 
 class Hub(ThreadingHTTPServer):
-    """One repository of two commits: `main` and, with another README, the branch `old`."""
+    """One repository with two commits: `main`, and the branch `old` with another README."""
 
     daemon_threads = True
 
@@ -34,7 +34,7 @@ class Hub(ThreadingHTTPServer):
         self.fetched: list[str] = []
         self.gated = self.private = self.broken = False
         self.cut: set[str] = set()
-        """Files that break off in the middle."""
+        """Files whose download stops in the middle."""
 
     @property
     def url(self) -> str:
@@ -121,7 +121,7 @@ def hub(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
 
 @pytest.fixture
 def offline(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Takes the network away, in one of three ways."""
+    """Removes the network in one of three ways."""
 
     def take(how: str) -> None:
         if how == "HF_HUB_OFFLINE":
@@ -156,9 +156,9 @@ def test_what_is_in_the_cache_needs_no_network(
         for revision, folder in before.items():
             assert find_checkpoint(f"{REPO}{revision}") == folder
         assert find_checkpoint(f"{REPO}@{hub.commits['old']}") == before["@old"]
-    said = [r.getMessage() for r in caplog.records if r.name.startswith("xl2jax")]
-    assert len(said) == 3
-    assert all("the copy in the hub's cache is used" in line for line in said)
+    messages = [r.getMessage() for r in caplog.records if r.name.startswith("xl2jax")]
+    assert len(messages) == 3
+    assert all("the copy in the hub's cache is used" in line for line in messages)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_an_interrupted_download_goes_on(hub: Hub, offline: Any, monkeypatch: py
 
 
 def test_a_cache_without_the_weights(hub: Hub, offline: Any) -> None:
-    """As after another program asked for the config alone."""
+    """Another program may have downloaded only the config."""
     huggingface_hub.hf_hub_download(REPO, "config.json")
     offline("HF_HUB_OFFLINE")
     with pytest.raises(UserError, match="the copy in the hub's cache has no weights, and HF_HUB_OFFLINE is set"):

@@ -22,7 +22,7 @@ def tokenizer() -> PromptTokenizer:
 
 
 def test_prompt_text(tokenizer: PromptTokenizer) -> None:
-    """The parts put together are the template of the released model."""
+    """Prefix and suffix together are the prompt of the released model."""
     part = suffix(tokenizer, "What happens?")
     whole = tokenizer.tokenizer.decode(tokenizer.encode(*PREFIX) + part.ids, skip_special_tokens=False)
     assert whole == (
@@ -108,7 +108,7 @@ texts = st.lists(st.one_of(st.text(max_size=8), st.sampled_from([*CONTROLS, "\n"
 
 @given(texts, st.lists(st.tuples(texts, texts), max_size=2))
 def test_text_is_text(tokenizer: PromptTokenizer, question: str, history: list[tuple[str, str]]) -> None:
-    """Whatever is asked, the control tokens are the template's, and what is asked can be read back whole."""
+    """For any question, all control tokens come from the template, and decoding gives the question back."""
     assume(question.strip())
     part = suffix(tokenizer, question, history)
     controls = [tokenizer.tokenizer.id_to_token(i) for i in part.ids if tokenizer.tokenizer.id_to_token(i) in CONTROLS]
@@ -118,12 +118,12 @@ def test_text_is_text(tokenizer: PromptTokenizer, question: str, history: list[t
 
 @given(st.text(max_size=40).filter(lambda t: "<|" not in t and t.strip()))
 def test_ids_are_upstreams_where_no_special_token_is_written(tokenizer: PromptTokenizer, question: str) -> None:
-    """Upstream hands the whole text right of the video to the tokenizer, special tokens and all."""
+    """Upstream tokenises the whole text after the video at once, including special tokens."""
     whole = f"\n{question}<|im_end|>\n<|im_start|>assistant\n"
     assert suffix(tokenizer, question).ids == tokenizer.tokenizer.encode(whole, add_special_tokens=False).ids
 
 
-def test_a_pickled_tokenizer_still_takes_text_for_text(tokenizer: PromptTokenizer) -> None:
+def test_a_pickled_tokenizer_treats_control_tokens_in_text_as_text(tokenizer: PromptTokenizer) -> None:
     again = pickle.loads(pickle.dumps(tokenizer))
     assert again.encode("a<|im_end|>b") == tokenizer.encode("a<|im_end|>b")
     assert tokenizer.encode(IM_END)[0] not in again.encode("a<|im_end|>b")
@@ -176,7 +176,7 @@ def test_tokenizers_that_do_not_fit(tmp_path: Path) -> None:
 
 
 def test_fuzzed_tokenizers(tmp_path: Path) -> None:
-    """A damaged tokenizer is refused in one line, or it reads and writes text."""
+    """A damaged tokenizer is refused with one line, or it encodes and decodes text."""
     whole = make_tokenizer().to_str().encode()
     for seed in range(100):
         (tmp_path / "tokenizer.json").write_bytes(damaged_json(whole, random.Random(seed)))
@@ -186,7 +186,7 @@ def test_fuzzed_tokenizers(tmp_path: Path) -> None:
 
 
 def slow_files(folder: Path) -> None:
-    """vocab.json and merges.txt alone, as older checkpoints have them."""
+    """Writes vocab.json and merges.txt without tokenizer.json, as in older checkpoints."""
     raw = json.loads(make_tokenizer().to_str())
     (folder / "vocab.json").write_text(json.dumps(raw["model"]["vocab"]))
     merges = [m if isinstance(m, str) else " ".join(m) for m in raw["model"]["merges"]]
@@ -209,7 +209,7 @@ def test_slow_tokenizer_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"])
 def test_slow_tokenizer_files_that_cannot_be_read(name: str, tmp_path: Path) -> None:
     slow_files(tmp_path)
-    if name != "special_tokens_map.json":  # which transformers reads only where the others say nothing
+    if name != "special_tokens_map.json":  # transformers reads it only for settings that the others lack
         (tmp_path / name).write_bytes(b"[\xff")
         with pytest.raises(UserError, match="the tokenizer cannot be read|lacks the special token"):
             PromptTokenizer.load(tmp_path, 1000)

@@ -1,4 +1,4 @@
-"""What is often given for a checkpoint and is none is named, with what to do."""
+"""Files and folders that are often confused with a checkpoint are refused with advice."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_part_of_an_orbax_checkpoint(checkpoint: Path, tmp_path: Path) -> None
 
 
 def test_checkpoints_with_odd_company(copied: Path) -> None:
-    """A whole model stays one, whatever lies beside it."""
+    """A complete model is accepted whatever other files its folder has."""
     files(copied, "adapter_config.json", "metrics.jsonl", "checkpoints/1/x", "model.gguf", "training_args.bin")
     assert find_checkpoint(copied) == copied
 

@@ -1,4 +1,4 @@
-"""Commands as processes: closed and full standard streams, locales, Ctrl-C, limits of the system."""
+"""Commands in processes of their own: closed and full standard streams, locales, Ctrl-C and system limits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 
 def shell(line: str, body: str = HELLO, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[bytes]:
-    """`line` in a shell, where $COMMAND runs `body` under run_command."""
+    """Runs `line` in a shell, in which $COMMAND runs `body` under run_command."""
     program = f"import sys\nfrom xl2jax.system.terminal import run_command\ndef main():\n {body}\nrun_command(main)"
     variables = os.environ | {"PYTHON": sys.executable, "PROGRAM": program, "PYTHONPATH": str(ROOT)} | (env or {})
     line = line.replace("$COMMAND", '"$PYTHON" -c "$PROGRAM"')
@@ -56,7 +56,7 @@ def test_a_reader_that_went_away() -> None:
 
 
 def test_files_do_not_take_the_place_of_closed_streams(tmp_path: Path) -> None:
-    """The first file that a process opens gets the number of a closed stream, and its messages with it."""
+    """The first file that a process opens must not get the descriptor of a closed stream, and with it its messages."""
     run = shell(
         f"$COMMAND >&- 2>&- <&-; cat {tmp_path}/f", f"f = open('{tmp_path}/f', 'w'); print('x', file=sys.stderr)"
     )
@@ -89,7 +89,7 @@ def test_streams_are_checked_before_anything_slow() -> None:
 
 @pytest.mark.parametrize("seconds", [0.05, 0.3, 0.6, 1.2])
 def test_ctrl_c_at_any_time_is_one_line(seconds: float) -> None:
-    """Also while modules are imported: what they raise then may be another error."""
+    """This includes the time of imports, when modules may raise another error."""
     program = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -112,7 +112,7 @@ runpy.run_path('infer.py', run_name='__main__')"""
 
 
 def test_ctrl_c_that_a_callback_drops_is_noticed() -> None:
-    """JAX has a callback in the garbage collector; Python ignores what such callbacks raise."""
+    """JAX has a callback in the garbage collector, and Python ignores exceptions of such callbacks."""
     body = """import gc, signal, time
  signal.signal(signal.SIGINT, signal.default_int_handler)
  gc.callbacks.append(lambda phase, _: phase == 'start' and gc.callbacks.pop() and signal.raise_signal(signal.SIGINT))
@@ -175,7 +175,7 @@ def test_programs_are_kept_where_the_user_has_not_said_otherwise(
 
 
 def twice(env: dict[str, str], command: list[str]) -> list[dict[str, int]]:
-    """What two runs of a command that prints {"programs": ...} say of it."""
+    """The counts of two runs of a command that prints {"programs": ...}."""
     env = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"} | env
     runs = [subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True) for _ in range(2)]
     return [json.loads(run.stdout)["programs"] for run in runs]

@@ -1,4 +1,4 @@
-"""What is known of media, weights and lengths between the starts of a run: by content, not by name or place."""
+"""Fingerprints and stored lengths depend on the contents of files, not on their names or folders."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from xl2jax.training.records import Record, read_records
 
 
 def test_media_are_told_apart_by_content(tmp_path: Path) -> None:
-    """Not by name, place or time; a byte changed anywhere in a small file, a frame replaced, a file cut off."""
+    """Names, folders and times do not matter. A changed byte, a replaced frame and a cut file are noticed."""
     (tmp_path / "a").write_bytes(bytes(range(256)) * 40)
     shutil.copyfile(tmp_path / "a", tmp_path / "b")
     os.utime(tmp_path / "b", (1, 1))
@@ -53,7 +53,7 @@ def test_media_are_told_apart_by_content(tmp_path: Path) -> None:
 def test_weights_are_told_apart_by_content(
     checkpoint: Path, tmp_path: Path, command: Callable[..., tuple[int, str, str]]
 ) -> None:
-    """A copy, one in other shards, one in which a single layer was trained, one of another seed."""
+    """A copy and other shards have the same fingerprint; one trained layer or another seed changes it."""
     before = weights_fingerprint(checkpoint)
     assert weights_fingerprint(Path(shutil.copytree(checkpoint, tmp_path / "copy"))) == before
     tensors = load_file(checkpoint / "model.safetensors")
@@ -86,7 +86,7 @@ def test_weights_are_told_apart_by_content(
 
 @pytest.fixture
 def media(tmp_path: Path) -> Path:
-    """Three files and a text; `measuring` calls a file that begins with `bad` one that cannot be read."""
+    """Three files and a text. For `measuring`, a file that begins with `bad` cannot be read."""
     folder = tmp_path / "media"
     folder.mkdir()
     for name in "abc":
@@ -98,7 +98,7 @@ def media(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def measuring(tmp_path: Path) -> Callable[[Path], tuple[Measured, list[str]]]:
-    """A start of a run on the data of a folder: what it measures, and which samples it had to look at."""
+    """Starts a run on the data of a folder. Returns the measurement, and the samples that it had to open."""
     output = tmp_path / "out"
     output.mkdir()
 
@@ -134,9 +134,9 @@ def test_lengths_are_kept_by_content(media: Path, measuring: Measuring) -> None:
     assert samples_digest(again.samples) == samples_digest(first.samples)
     moved = Path(shutil.copytree(media, media.with_name("elsewhere")))
     shutil.rmtree(media)
-    there, opened = measuring(moved)
+    again, opened = measuring(moved)
     assert opened == []
-    assert samples_digest(there.samples) == samples_digest(first.samples)
+    assert samples_digest(again.samples) == samples_digest(first.samples)
     relative, opened = measuring(Path(os.path.relpath(moved)))
     assert opened == []
     assert samples_digest(relative.samples) == samples_digest(first.samples)
@@ -144,7 +144,7 @@ def test_lengths_are_kept_by_content(media: Path, measuring: Measuring) -> None:
 
 
 def test_what_cannot_be_used_is_tried_again_at_each_start(media: Path, measuring: Measuring) -> None:
-    """Missing, then there; unreadable, then mended; nothing is remembered but what could be used."""
+    """Files that were missing or unreadable are measured when they are restored: only usable samples are stored."""
     kept = (media / "b").read_bytes()
     (media / "b").unlink()
     (media / "c").write_bytes(b"bad")
@@ -162,7 +162,7 @@ def test_what_cannot_be_used_is_tried_again_at_each_start(media: Path, measuring
 
 
 def test_a_file_that_was_replaced_is_looked_at_again(media: Path, measuring: Measuring) -> None:
-    """Of the same name, size and time of change; what became of all samples is told by name."""
+    """The new file has the same name, size and time. The message names all samples that changed."""
     before, _ = measuring(media)
     times = (media / "b").stat()
     (media / "new").write_bytes(b"B" * 10)

@@ -1,4 +1,4 @@
-"""Training records: what is read of JSON, JSON lines and YAML, what is malformed, whatever the files hold."""
+"""Training records from JSON, JSON lines and YAML: well-formed, malformed and arbitrary files."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ GOOD = {"id": "good", "conversations": turns("Hi", "Ho")}
     ],
 )
 def test_a_malformed_record_is_left_out_and_named(tmp_path: Path, row: Any, message: str) -> None:
-    """The others stay, in lists and in lines; alone it is an error."""
+    """A malformed record is skipped, in JSON and in JSONL. If it is the only one, that is an error."""
     path = written(tmp_path, [GOOD, row])
     (tmp_path / "b.jsonl").write_text(f"{json.dumps(GOOD)}\n{json.dumps(row)}\n")
     for file, name in ((path, "a.json"), (tmp_path / "b.jsonl", "b.jsonl")):
@@ -124,7 +124,7 @@ def test_a_line_that_is_not_json_is_one_malformed_record(tmp_path: Path, line: s
 
 
 def test_lines_end_at_newlines_alone(tmp_path: Path) -> None:
-    """U+2028, U+0085 and the like are characters that JSON text may hold as they are."""
+    """JSON text may contain U+2028, U+0085 and similar characters, which do not end a line."""
     text = "one\u2028two\u0085three\u2029four\x1c"
     row = json.dumps({"conversations": turns(text, text)}, ensure_ascii=False)
     (tmp_path / "b.jsonl").write_text(f"{row}\r\n\n{row}", encoding="utf-8")
@@ -135,7 +135,7 @@ def test_lines_end_at_newlines_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [".", "./", "sub/..", "..", "/", "sub", "sub/deep/"])
 def test_a_folder_of_media_is_no_video(tmp_path: Path, name: str) -> None:
-    """Pictures that lie beside the data are not frames: the media root, what holds it, what holds other videos."""
+    """The media root, its parents and folders of other videos are no videos: images in them are not frames."""
     rows = [
         {"id": "bad", "video": name, "conversations": turns("<image>", "x")},
         {"id": "frames", "video": "sub/frames", "conversations": turns("<image>", "x")},
@@ -208,7 +208,7 @@ near_records = st.fixed_dictionaries(
 def test_any_data_is_records_or_one_line(
     tmp_path: Path, rows: list[Any], noise: bytes, place: int, lines: bool
 ) -> None:
-    """Whatever the files hold: every record is read or named, or one UserError says what is wrong."""
+    """For any file contents, every record is read or reported, or one UserError says what is wrong."""
     text = "\n".join(map(json.dumps, rows)) if lines else json.dumps(rows)
     data = text.encode()
     place %= len(data) + 1

@@ -1,4 +1,4 @@
-"""Whole runs of train.py: learning, stopping, resuming, exporting; on several devices and processes; full disks."""
+"""Whole runs of train.py: learning, stopping, resuming and exporting; several devices and processes; full disks."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Wider than the tiny one: DTS norms over a single channel of similar frames magnify rounding a thousandfold."""
+    """Wider than tiny, whose DTS norms over a single channel of similar frames amplify rounding errors 1,000-fold."""
     folder = tmp_path_factory.mktemp("checkpoints") / "wide"
     tiny = PRESETS["tiny"]
     vision, llm = dataclasses.replace(tiny.vision, width=64, layers=2), dataclasses.replace(tiny.llm, layers=2)
@@ -68,7 +68,7 @@ type Start = Callable[..., subprocess.Popen[str]]
 
 @pytest.fixture(scope="module")
 def programs() -> dict[str, Steps]:
-    """Those that runs with the same settings share."""
+    """Compiled programs, which runs with the same settings share."""
     return {}
 
 
@@ -80,7 +80,7 @@ def trained(
     monkeypatch: pytest.MonkeyPatch,
     programs: dict[str, Steps],
 ) -> Trained:
-    """Runs train.py in this process, for what it prints; its programs are made once."""
+    """Runs train.py in this process and returns its output. Programs are compiled once."""
 
     def run(output: Path, *flags: object, file: str = "four.json", status: int = 0) -> str:
         argv = arguments(checkpoint, data / file, output, *flags)
@@ -103,7 +103,7 @@ def trained(
 
 @pytest.fixture
 def start(checkpoint: Path, data: Path) -> Iterator[Start]:
-    """Starts train.py in a process of its own."""
+    """Starts train.py in another process."""
     running = []
 
     def run(
@@ -117,7 +117,7 @@ def start(checkpoint: Path, data: Path) -> Iterator[Start]:
         env = os.environ | {
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu",
         }  # fmt: skip
-        if "--coordinator" in flags:  # cached CPU programs order their collectives otherwise than fresh ones
+        if "--coordinator" in flags:  # cached CPU programs order their collectives differently from new ones
             env.pop("JAX_COMPILATION_CACHE_DIR", None)
         program = ["-c", f"import signal, train\n{code}\ntrain.run_command(train.main)"]
         if core is not None:  # not preexec_fn: JAX warns of any fork
@@ -143,7 +143,7 @@ def finished(process: subprocess.Popen[str], status: int = 0) -> str:
 
 @pytest.fixture
 def signal_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, int], None]]:
-    """Has a run in this process get a signal when the numbers of a step are there."""
+    """Sends a signal to a run in this process when the metrics of a step are logged."""
     step, before = Telemetry.step, signal.signal(signal.SIGINT, signal.default_int_handler)  # (else it may be ignored)
 
     def at(number: int, sent: int) -> None:
@@ -159,7 +159,7 @@ def signal_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, int], 
 
 
 def steps_done(process: subprocess.Popen[str], output: Path, steps: int) -> None:
-    """Waits until a run has done so many steps."""
+    """Waits until a run has logged a number of steps."""
     path = output / "metrics.jsonl"
     while not path.exists() or path.read_bytes().count(b"\n") < steps:
         assert process.poll() is None, process.communicate()[0][-3000:]
@@ -184,8 +184,11 @@ def test_learns_stops_resumes_exports_and_answers(
     tmp_path: Path,
     command: Callable[..., tuple[int, str, str]],
 ) -> None:
-    """A run that is stopped by SIGTERM, then by Ctrl-C, killed in the middle of a save and moved, with its data and
-    the checkpoint it began from, to places that are spelt relatively: bit for bit what a straight run gives."""
+    """An interrupted run gives bit for bit the result of an uninterrupted one.
+
+    It is stopped by SIGTERM, then by Ctrl-C, then killed during a save. Then the run, its data and its checkpoint move
+    to other folders, which are given as relative paths.
+    """
     trained(tmp_path / "straight", *LEARN, "--export", tmp_path / "straight-out", file="two.json")
     one, output = metrics(tmp_path / "straight"), tmp_path / "stopped"
     signal_at(4, signal.SIGTERM)
@@ -207,10 +210,10 @@ def test_learns_stops_resumes_exports_and_answers(
     output.rename(moved)
     shutil.copytree(data, tmp_path / "data")
     shutil.copytree(checkpoint, tmp_path / "checkpoint")
-    here = Path(os.path.relpath(tmp_path))
+    relative = Path(os.path.relpath(tmp_path))
     out = trained(
-        here / "moved", *LEARN, "--export", here / "out", "--workers", 1, "--keep", 1, "--data",
-        here / "data" / "two.json", "--checkpoint", here / "checkpoint", file="two.json",
+        relative / "moved", *LEARN, "--export", relative / "out", "--workers", 1, "--keep", 1, "--data",
+        relative / "data" / "two.json", "--checkpoint", relative / "checkpoint", file="two.json",
     )  # fmt: skip
     assert f"resumed from step {newest}" in out
     assert [p.name for p in (moved / "checkpoints").iterdir()] == ["30"]
@@ -238,8 +241,10 @@ def test_learns_stops_resumes_exports_and_answers(
 def test_adapters_train_resume_and_merge_into_the_checkpoint(
     trained: Trained, checkpoint: Path, tmp_path: Path
 ) -> None:
-    """bfloat16 compute: what is frozen is exported as it was, bit for bit, not as the compute copy has it; what trains
-    is kept in float32. A part whose rate is 0 stays, the others follow a constant rate behind the warm-up."""
+    """With bfloat16 compute, frozen weights are exported bit for bit, and trained ones are kept in float32.
+
+    Parameters with a learning rate of 0 do not change; the others have a constant rate after the warm-up.
+    """
     flags = (
         "--global-batch", 4, "--epochs", 6, "--learning-rate", 1e-2, "--save-every", 3, "--lora-rank", 4, "--keep", 9,
         "--compute-dtype", "bfloat16", "--train", "projector.*", "--rates", "projector.fc1.*=0",
@@ -270,15 +275,18 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def reference(trained: Trained, single: Path) -> Path:
-    """A run on one device, once for the module: its checkpoints after both steps, what it exported."""
+    """A run on one device, shared by the module: its checkpoints after both steps, and its export."""
     if not (single / "out").exists():
         trained(single / "run", *SHORT, "--save-every", 1, "--export", single / "out", file="eight.json")
     return single
 
 
 def same_training(a: Path, b: Path, checkpoint: Path) -> None:
-    """Losses and parameters equal to 1e-5. Adam turns a gradient of 0 plus rounding into a whole step, so what was
-    learnt is compared over all parameters."""
+    """Losses and parameters agree to 1e-5.
+
+    The change is compared over all parameters together, because Adam turns a gradient of 0 with a rounding error into a
+    whole step.
+    """
     for x, y in zip(metrics(a / "run"), metrics(b / "run"), strict=True):
         assert y["loss"] == pytest.approx(x["loss"], rel=1e-5)
         assert y["grad_norm"] == pytest.approx(x["grad_norm"], rel=1e-4)
@@ -310,8 +318,10 @@ def test_every_mesh_trains_as_one_device(
     mesh: tuple[int, int],
     flags: tuple[object, ...],
 ) -> None:
-    """Eight devices, as copies, slices and columns at once; rows that hold two samples train as rows of one. (Slower:
-    copies alone, slices alone, and rows of one sample in two micro-batches.)"""
+    """Eight devices with all mesh axes give the result of one device; packed rows train as separate rows do.
+
+    The slow cases have only the data axis, only the fsdp axis, and two micro-batches of rows with one sample.
+    """
     fsdp, tensor = mesh
     parts = ("--fsdp", fsdp, "--tensor", tensor, "--export", tmp_path / "out")
     process = start(tmp_path / "run", *SHORT, *flags, *parts, file="eight.json", devices=8)
@@ -331,7 +341,7 @@ Telemetry.step = lambda *x: (time.sleep(0.5), step(*x))
 
 
 def test_two_processes_train_save_and_resume(trained: Trained, start: Start, tmp_path: Path, checkpoint: Path) -> None:
-    """SIGTERM to one of two processes: both save the same step. One process goes on; two export what it saved."""
+    """After SIGTERM to one of two processes both save the same step. One process resumes; two export the result."""
     flags = ("--global-batch", 8, "--epochs", 16, "--train", "llm.*", "--keep", 9)
     alone = (*flags, "--micro-batch", 8)
 
@@ -344,8 +354,8 @@ def test_two_processes_train_save_and_resume(trained: Trained, start: Start, tmp
             address = f"127.0.0.1:{s.getsockname()[1]}"
         return [
             start(
-                tmp_path / "run", *flags, "--coordinator", address, "--processes", 2, "--process", i, "--micro-batch", 4,
-                *more, file="eight.json", core=cores[i % len(cores)], code=code,
+                tmp_path / "run", *flags, "--coordinator", address, "--processes", 2, "--process", i, "--micro-batch",
+                4, *more, file="eight.json", core=cores[i % len(cores)], code=code,
             )
             for i in range(2)
         ]  # fmt: skip
@@ -369,7 +379,7 @@ def test_two_processes_train_save_and_resume(trained: Trained, start: Start, tmp
 def test_what_cannot_be_saved_ends_in_one_line(
     trained: Trained, single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a full disk; the checkpoint before stays as it was, and the run goes on from it where there is room."""
+    """On a full disk the earlier checkpoint is unchanged, and the run resumes from it when there is space."""
     shutil.copytree(reference(trained, single) / "run", tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")
     kept = {p: p.read_bytes() for p in (tmp_path / "run" / "checkpoints" / "1").rglob("*") if p.is_file()}
@@ -416,7 +426,7 @@ def test_a_run_with_other_settings_or_samples_is_refused(
     checkpoint: Path,
     command: Callable[..., tuple[int, str, str]],
 ) -> None:
-    """By name, before any weight is loaded: settings, weights, samples that vanished, changed or appeared."""
+    """The error names changed settings, weights and samples before any weight is loaded."""
     shutil.copytree(reference(trained, single) / "run", tmp_path / "run")
     shutil.copytree(data, tmp_path / "data")
     kept = (tmp_path / "run" / "lengths.json").read_bytes()

@@ -1,4 +1,4 @@
-"""A run of train.py before, between and around its steps: plans, refusals, what is skipped, signals, locks, logs."""
+"""train.py around its steps: the plan, refused flags, skipped samples, signals, locks and logs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from xl2jax.training.telemetry import Telemetry
 
 
 def test_what_the_first_process_finds_out_is_known_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A value, or the error that ends all of them: no process waits for one that has gone."""
+    """All processes get the value, or all end with the error: none waits for one that has ended."""
     sent: list[Any] = []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     for work, expected in ((lambda: ["some", {"value": 3}], ["some", {"value": 3}]), (lambda: None, None)):
@@ -50,7 +50,7 @@ def test_what_the_first_process_finds_out_is_known_to_all(monkeypatch: pytest.Mo
 
 
 def _of_both(monkeypatch: pytest.MonkeyPatch, sent: list[Any], work: Callable[[], Any]) -> list[Any]:
-    """What `from_main` gives in the first process and then in the second, which gets what the first sent."""
+    """The results of `from_main` in the first process, and in the second, which receives what the first sent."""
     results = []
     for index in range(2):
         monkeypatch.setattr(jax, "process_index", lambda index=index: index)
@@ -139,7 +139,7 @@ def test_refusals(data: Path, tmp_path: Path, checkpoint: Path, copied: Path, re
 
 
 def test_late_refusals(data: Path, tmp_path: Path, copied: Path, command: Callable[..., tuple[int, str, str]]) -> None:
-    """Those that come behind the printed plan."""
+    """Errors that occur after the plan was printed."""
 
     def line(*flags: object, ck: Path = copied, file: Path = data / "four.json") -> str:
         status, _, err = command(
@@ -168,7 +168,7 @@ def test_what_is_skipped_is_said_at_every_start(
     command: Callable[..., tuple[int, str, str]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With its number and name, malformed or unreadable, until it is put right; --strict skips nothing."""
+    """Malformed and unreadable samples are named and skipped until they are repaired; with --strict they are errors."""
     (tmp_path / "data").mkdir()
     for i in (0, 1):
         shutil.copyfile(data / f"{i}.mp4", tmp_path / "data" / f"{i}.mp4")
@@ -211,7 +211,7 @@ def test_what_is_skipped_is_said_at_every_start(
 
 
 def test_samples_that_fail_in_training_are_counted_or_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A file that vanished since the start leaves its place empty; with --strict it ends the run."""
+    """The place of a file that vanished after the start stays empty; with --strict the run ends."""
     config = dataclasses.replace(TRAINING["stage4"], checkpoint="c", data=tmp_path, output=tmp_path)
     read = [{"failed": ["s1: gone.mp4: no such file"], "samples": ["s0"]}]
     step = run_module._Step(3, Metrics(*[jnp.float32(1)] * 4), read, 10, 1e9)  # type: ignore[arg-type]
@@ -224,7 +224,7 @@ def test_samples_that_fail_in_training_are_counted_or_refused(tmp_path: Path, ca
 
 
 def test_signals_are_noticed_wherever_they_arrive() -> None:
-    """Ctrl-C inside a callback whose exceptions are dropped, as JAX's for the garbage collector; handlers come back."""
+    """Ctrl-C works in a callback whose exceptions Python drops. Afterwards the handlers are restored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler), signal.getsignal(signal.SIGTERM)
     try:
         with Signals() as signals:
@@ -249,7 +249,7 @@ def test_signals_are_noticed_wherever_they_arrive() -> None:
 
 
 def test_several_processes_agree_through_the_preemption_service(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIGTERM is the service's, which is asked at every step; Ctrl-C is handed to it."""
+    """JAX's preemption service handles SIGTERM and is asked at every step; Ctrl-C is passed on to it."""
     asked: list[int] = []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda n: asked.append(n) or n == 3)
@@ -277,7 +277,7 @@ def test_ctrl_c_before_there_are_steps(
     command: Callable[..., tuple[int, str, str]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """While the data is looked at: one line, and the folder is free again."""
+    """A signal while the data is measured gives one line, and releases the folder."""
     presses = iter([signal.SIGINT])
     monkeypatch.setattr(batches, "open_media", lambda *x: [signal.raise_signal(n) for n in presses])
     flags = ("--checkpoint", checkpoint, "--data", data / "four.json", "--output", tmp_path / "o", "--global-batch", 4)
@@ -322,7 +322,7 @@ def telemetry(output: Path, first: int = 0) -> Telemetry:
 
 
 def test_logs_go_on_from_the_checkpoint(tmp_path: Path) -> None:
-    """Steps behind it vanish from both logs, torn and foreign rows too."""
+    """Later steps are removed from both logs, and so are incomplete and foreign rows."""
     with telemetry(tmp_path) as log:
         for step in range(1, 5):
             log.step(step, {"loss": float(step), "learning_rate": 0.1, "grad_norm": 1.0}, 10, 1e9)
@@ -337,7 +337,7 @@ def test_logs_go_on_from_the_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("log", ["metrics", "board"])
 def test_a_full_disk_under_the_logs_is_one_line(tmp_path: Path, log: str) -> None:
-    """No thread that dies in silence, no queue that fills up: the step that cannot be logged says so."""
+    """A step that cannot be logged raises an error at once; nothing waits in another thread."""
     with telemetry(tmp_path) as t:
         if log == "metrics":
             t._file.close()

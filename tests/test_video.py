@@ -38,9 +38,11 @@ def test_sampling_is_upstreams(goldens: Path) -> None:
     st.integers(1, 200_000), st.floats(1, 120), st.sampled_from([None, 0.1, 0.5, 1, 2]), st.sampled_from([None, 1, 4]),
     st.integers(4, 1000),
 )  # fmt: skip
-def test_sampling_properties(total: int, video_fps: float, fps: float | None, max_fps: int | None, most: int) -> None:
-    indices, times = sample_indices(total, video_fps, fps, max_fps, most)
-    chosen = chosen_frames(total, video_fps, FrameSampling(fps, max_fps, most))
+def test_sampling_properties(
+    total: int, video_fps: float, fps: float | None, max_fps: int | None, max_frames: int
+) -> None:
+    indices, times = sample_indices(total, video_fps, fps, max_fps, max_frames)
+    chosen = chosen_frames(total, video_fps, FrameSampling(fps, max_fps, max_frames))
     assert len(chosen) >= 4
     assert chosen[: len(indices)].tolist() == indices.tolist()
     if fps is None:
@@ -72,7 +74,7 @@ def test_repeated_indices_and_batches(clip: Path) -> None:
 
 
 def turned(path: Path, quarter_turns: int, tmp_path: Path) -> Path:
-    """The clip with a display matrix in its track header."""
+    """A copy of the clip with a display matrix in its track header."""
     one, minus = 0x10000, 0xFFFF0000
     matrix = {1: (0, one, 0, minus, 0, 0, 0, 0, 0x40000000), 2: (minus, 0, 0, 0, minus, 0, 0, 0, 0x40000000)}
     raw = path.read_bytes()
@@ -107,7 +109,7 @@ def test_short_clip_repeats_its_last_frame(tmp_path: Path) -> None:
 
 
 def test_cut_off_file_gives_what_is_there(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A file whose index promises more than there is: whole groups, and the last good time."""
+    """A file that is shorter than its index gives whole groups, and a warning with the last good time."""
     path = tmp_path / "whole.mp4"
     write_clip(path, 20, fps=10, width=96, height=64)
     with (

@@ -1,4 +1,4 @@
-"""Work in several processes or threads: order, a bounded number ahead, failures and Ctrl-C."""
+"""Process and thread pools: order, bounded work ahead, failures and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def interrupted(x: int) -> int:
 
 
 def test_ctrl_c_is_the_parents_matter() -> None:
-    """A terminal sends it to every process; the workers end what they do."""
+    """A terminal sends Ctrl-C to every process; the workers finish their current call."""
     assert list(in_processes(1, interrupted, [1, 2])) == [1, 2]
 
 
