@@ -176,7 +176,9 @@ def test_what_is_not_in_the_cache(how: str, advice: str, hub: Hub, offline: Any)
 
 
 def test_a_missing_repository(hub: Hub) -> None:
-    with pytest.raises(UserError, match="the hub knows no org/none, or it is private: check the name, and log in") as e:
+    with pytest.raises(
+        UserError, match="the hub has no repository org/none, or it is private: check the name, and log in"
+    ) as e:
         find_checkpoint("org/none")
     assert "Client Error" not in str(e.value)
     assert "hf auth login" in str(e.value)

@@ -74,7 +74,7 @@ GOOD = {"id": "good", "conversations": turns("Hi", "Ho")}
     [
         ({"video": "a.mp4", "conversations": turns("What?", "That.")}, "does not start with <image>"),
         ({"conversations": turns("<image>What?", "That.")}, "<image> without a video"),
-        ({"video": "a.mp4", "conversations": turns("<image><image>", "x")}, "2 times <image>"),
+        ({"video": "a.mp4", "conversations": turns("<image><image>", "x")}, "contains <image> 2 times"),
         ({"conversations": turns("What?")}, "has no answer"),
         ({"conversations": [{"from": "gpt", "value": "x"}, {"from": "human", "value": "y"}]}, "turn 1 is from gpt"),
         ({"conversations": [*turns("a", "b"), {"from": "gpt", "value": "c"}]}, "turn 3 is from gpt, expected human"),

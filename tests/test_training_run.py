@@ -354,8 +354,8 @@ def test_two_processes_train_save_and_resume(trained: Trained, start: Start, tmp
             address = f"127.0.0.1:{s.getsockname()[1]}"
         return [
             start(
-                tmp_path / "run", *flags, "--coordinator", address, "--processes", 2, "--process", i, "--micro-batch",
-                4, *more, file="eight.json", core=cores[i % len(cores)], code=code,
+                tmp_path / "run", *flags, "--coordinator", address, "--processes", 2, "--process", i,
+                "--micro-batch", 4, *more, file="eight.json", core=cores[i % len(cores)], code=code,
             )
             for i in range(2)
         ]  # fmt: skip

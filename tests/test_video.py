@@ -46,10 +46,10 @@ def test_sampling_properties(
     assert len(chosen) >= 4
     assert chosen[: len(indices)].tolist() == indices.tolist()
     if fps is None:
-        assert len(indices) == most // 4 * 4
+        assert len(indices) == max_frames // 4 * 4
     assert len(indices) == len(times)
     assert len(indices) % 4 == 0
-    assert len(indices) <= most
+    assert len(indices) <= max_frames
     if len(indices):
         assert indices[0] == 0
         assert indices[-1] < total

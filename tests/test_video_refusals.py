@@ -83,7 +83,7 @@ def test_names_that_no_file_has(tmp_path: Path) -> None:
     assert "no such video" in refusal(tmp_path / "missing.mp4")
     assert "no such video" in refusal(tmp_path / "a\0b.mp4")
     assert "File name too long" in refusal(tmp_path / ("a" * 5000))
-    assert "no video is named" in refusal("")
+    assert "no video is given" in refusal("")
     (tmp_path / "file").touch()
     assert "no such video" in refusal(tmp_path / "file" / "a.mp4")
 

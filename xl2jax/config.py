@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from xl2jax.errors import UserError
-from xl2jax.system.schema import Schema, check, is_file, leaves_folder, quoted, read_json
+from xl2jax.system.schema import Schema, check, is_file, path_problem, quoted, read_json
 
 FRAMES_PER_GROUP = 4
 """Frames that DTS merges into one group: it has two temporal strides of 2."""
@@ -258,7 +258,7 @@ def _llm_config(fields: _ModelFields, where: Path) -> LLMConfig:
 def vision_config_path(folder: Path, name: str) -> Path | None:
     """Path of the config.json in the folder `name` (from `mm_vision_tower`), or None if it is not in `folder`."""
     path = folder / name / "config.json"
-    return path if leaves_folder(name) is None and is_file(path) else None
+    return path if path_problem(name) is None and is_file(path) else None
 
 
 def _vision_config(folder: Path, name: str) -> VisionConfig:

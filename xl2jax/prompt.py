@@ -158,8 +158,8 @@ def suffix(tokenizer: PromptTokenizer, question: str, history: Sequence[Turn] | 
     if not question.strip():
         raise UserError("the question is empty")
     head: list[str] = ["\n"]
-    for asked, answered in pairs(history or ()):
-        head += [asked, IM_END, "\n", IM_START, "assistant\n", answered, IM_END, "\n", IM_START, "user\n"]
+    for earlier, answer in pairs(history or ()):
+        head += [earlier, IM_END, "\n", IM_START, "assistant\n", answer, IM_END, "\n", IM_START, "user\n"]
     for text in (question, *head):
         check_unicode(text)
     tail = (IM_END, "\n", IM_START, "assistant\n")
@@ -190,7 +190,7 @@ def pairs(history: Sequence[Turn]) -> list[tuple[str, str]]:
         for turn in history:
             if not (isinstance(turn, (tuple, list)) and len(turn) == 2 and all(isinstance(t, str) for t in turn)):
                 raise UserError(f"history: {turn!r} is neither a (question, answer) pair nor a message with a role")
-        return [(asked, answered) for asked, answered in history]
+        return [(question, answer) for question, answer in history]
     texts = []
     for number, turn in enumerate(history):
         role = ("user", "assistant")[number % 2]

@@ -25,8 +25,8 @@ def torch_to_orbax(source: Path, target: Path, dtype: str | None, *, progress: b
     torch = TorchCheckpoint(source)
     chosen = torch.dtype(dtype)
     total = sum(math.prod(e.shape) for e in torch.entries) * DTYPES[DTYPE_NAMES[chosen]].itemsize
-    kept = sum(torch.files.nbytes(n) for n in torch.unused)
-    with replacing_folder(target, total + kept) as place, byte_bar("convert", total, progress) as bar:
+    unused = sum(torch.files.nbytes(n) for n in torch.unused)
+    with replacing_folder(target, total + unused) as place, byte_bar("convert", total, progress) as bar:
         copy_companions(source, place)
         writer = OrbaxWriter(place, chosen)
         for entry in torch.entries:

@@ -88,16 +88,16 @@ def _advice(repo: str, error: Exception) -> str:
         return f"the repository is gated: accept its conditions at {page}, then log in with `hf auth login`"
     if isinstance(error, errors.RepositoryNotFoundError):
         return (
-            f"the hub knows no {repo}, or it is private: check the name, "
-            "and log in with `hf auth login` if it is one that you may read"
+            f"the hub has no repository {repo}, or it is private: check the name, "
+            "and log in with `hf auth login` if you have access to it"
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return f"the repository has no such revision: see {page}/tree/main for its branches and tags"
     if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code
         reason = shorten(error.server_message or "no reason given", 200)
-        todo = "log in again with `hf auth login`" if status in (401, 403) else "try again later"
-        return f"the hub answers {status} ({reason}): {todo}"
+        advice = "log in again with `hf auth login`" if status in (401, 403) else "try again later"
+        return f"the hub answers {status} ({reason}): {advice}"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"no space is left for the hub's cache {constants.HF_HUB_CACHE}: set HF_HOME to another disk"
     if isinstance(error, PermissionError):

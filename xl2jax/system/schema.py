@@ -77,7 +77,7 @@ def is_file(path: Path) -> bool:
     return True
 
 
-def leaves_folder(name: str) -> str | None:
+def path_problem(name: str) -> str | None:
     """Why an untrusted name does not lie below a folder, or None if it does.
 
     Links are not resolved: in the hub's cache every file is a link to another folder.
@@ -93,7 +93,7 @@ def leaves_folder(name: str) -> str | None:
 
 
 def _below_folder(name: str) -> str:
-    if (reason := leaves_folder(name)) is not None:
+    if (reason := path_problem(name)) is not None:
         raise ValueError(reason)
     return name
 

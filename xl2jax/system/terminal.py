@@ -66,7 +66,7 @@ def run_command(main: Callable[[], int | None]) -> None:
             status = BROKEN_PIPE
         except Exception as e:
             line = explain(e)
-            if interrupts.asked:
+            if interrupts.received:
                 print("interrupted", file=sys.stderr)
                 status = INTERRUPTED
             elif line is None:
@@ -251,7 +251,7 @@ class _Interrupts:
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.received = False
         self._timer: threading.Timer | None = None
 
     def __enter__(self) -> _Interrupts:
@@ -270,21 +270,21 @@ class _Interrupts:
             signal.signal(signal.SIGINT, self._handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
+        self.received = True
         while frame is not None:
             if frame.f_code.co_filename.startswith("<frozen importlib"):
-                self._ask_again()
+                self._raise_again()
                 return
             frame = frame.f_back
         raise KeyboardInterrupt
 
     def _on_dropped(self, dropped: sys.UnraisableHookArgs) -> None:
         if dropped.exc_type is not None and issubclass(dropped.exc_type, KeyboardInterrupt):
-            self._ask_again()
+            self._raise_again()
         else:
             self._hook(dropped)
 
-    def _ask_again(self) -> None:
+    def _raise_again(self) -> None:
         """Raises the signal again after a moment, from another thread: raised right here it would be lost again."""
         self._timer = threading.Timer(0.05, _thread.interrupt_main)
         self._timer.daemon = True

@@ -195,11 +195,11 @@ def trained_names(config: TrainConfig, names: Sequence[str]) -> list[str]:
         return out
 
     adapters = {n for n in names if n.rpartition(".")[2] in ("lora_a", "lora_b")}
-    based = {n.rpartition(".")[0] + ".kernel" for n in adapters}
+    adapted = {n.rpartition(".")[0] + ".kernel" for n in adapters}
     chosen = config.train if config.train is not None else (() if config.lora else ("*",))
     wanted = matching(chosen, "--train")
-    if wanted & based and config.train is not None:
-        raise UserError(f"--train reaches {min(wanted & based)}, which --lora-rank freezes")
+    if wanted & adapted and config.train is not None:
+        raise UserError(f"--train includes {min(wanted & adapted)}, which --lora-rank freezes")
     wanted = (wanted | adapters) - matching(config.freeze, "--freeze")
     matching([p for p, _ in config.part_rates()], "--rates")
     if not wanted:

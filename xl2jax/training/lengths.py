@@ -139,7 +139,7 @@ def samples_digest(samples: Sequence[Sample]) -> str:
 def differences(before: Lengths | None, now: Lengths) -> str:
     """Describes how the samples of a run have changed."""
     if before is None:
-        return f"without {FILE} they cannot be named"
+        return f"without {FILE} the changes cannot be listed"
     old, new = (Counter((x.id, x.content) for x in lengths.samples) for lengths in (before, now))
     only_old, only_new = ([id for id, _ in (x - y).elements()] for x, y in ((old, new), (new, old)))
     changed = set(only_old) & set(only_new)

@@ -114,11 +114,11 @@ class _Row(Schema):
         places = sum(turn.value.count(IMAGE) for turn in self.conversations)
         if self.video is None and self.image is None:
             if places:
-                raise ValueError(f"{IMAGE} without a video or an image")
+                raise ValueError(f"contains {IMAGE} but has no video or image")
         elif not self.conversations[0].value.startswith(IMAGE):
             raise ValueError(f"the first human turn does not start with {IMAGE}")
         elif places > 1:
-            raise ValueError(f"{places} times {IMAGE}, expected one")
+            raise ValueError(f"contains {IMAGE} {places} times, expected once")
         return self
 
 

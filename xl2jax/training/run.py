@@ -77,8 +77,8 @@ def train(config: TrainConfig) -> int:
         return 0
     if config.validate_data:
         return _validate(run)
-    with contextlib.ExitStack() as held, jax.set_mesh(run.mesh):
-        from_main(lambda: held.enter_context(locked(config.output)))
+    with contextlib.ExitStack() as stack, jax.set_mesh(run.mesh):
+        from_main(lambda: stack.enter_context(locked(config.output)))
         return _train(run)
 
 
@@ -192,7 +192,7 @@ def _samples(run: _Run, before: dict[str, str] | None) -> list[Sample]:
             len(measured.problems),
         )
     if measured.cut:
-        logger.warning("%d samples are longer than %d tokens: cut", measured.cut, config.max_length)
+        logger.warning("%d samples are longer than %d tokens and are cut", measured.cut, config.max_length)
     if not measured.samples:
         raise UserError(f"{config.data}: no sample can be used")
     if before is not None and before.get(SAMPLES) != samples_digest(measured.samples):

@@ -137,7 +137,7 @@ def open_video(
         unknown codec.
     """
     if not str(path):
-        raise UserError("no video is named")
+        raise UserError("no video is given")
     require_video_path(path)
     path, config = Path(path), config or FrameSampling()
     if not 0 < folder_fps < math.inf:

@@ -103,20 +103,20 @@ class PyAVReader(_IndexedReader):
             stream.codec_context.thread_count = self._threads
             stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
             seek = bool(keys)
-            at = sent = -1  # the last decoded frame, and the last key frame that was a seek target
+            last = target = -1  # the last decoded frame, and the key frame of the last seek
             while done < len(wanted):
                 key = self._key_before(wanted[done]) if seek else -1
-                jumped = key > sent and keys[key][0] > max(at, 0) + _MIN_SKIP
+                jumped = key > target and keys[key][0] > max(last, 0) + _MIN_SKIP
                 if jumped:
-                    sent = key
+                    target = key
                     container.seek(keys[key][1], stream=stream)
-                elif at >= 0:
+                elif last >= 0:
                     return  # the file ended
                 for count, frame in enumerate(_decoded(container, stream)):
                     number = count if not numbers or frame.pts is None else numbers.get(frame.pts, -1)
                     if jumped and number > keys[key][0]:
                         break  # the seek went beyond its target
-                    jumped, at = False, max(at, number)
+                    jumped, last = False, max(last, number)
                     image = _upright(frame) if wanted[done] <= number else None
                     while image is not None and done < len(wanted) and wanted[done] <= number:
                         if wanted[done] < number:
@@ -125,15 +125,15 @@ class PyAVReader(_IndexedReader):
                         done += 1
                     if done == len(wanted):
                         return
-                    if seek and wanted[done] > at + _MIN_SKIP:
+                    if seek and wanted[done] > last + _MIN_SKIP:
                         ahead = self._key_before(wanted[done])
-                        if ahead > sent and keys[ahead][0] > at + _MIN_SKIP:
+                        if ahead > target and keys[ahead][0] > last + _MIN_SKIP:
                             break  # seek again; a seek may also end before its target, and then decoding goes on
                 else:
                     if not jumped:
                         return  # the file ended
                 if jumped:  # this file cannot be seeked: decode it from the beginning
-                    seek, at = False, -1
+                    seek, last = False, -1
                     container.seek(0)
 
 
