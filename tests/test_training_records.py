@@ -73,7 +73,7 @@ GOOD = {"id": "good", "conversations": turns("Hi", "Ho")}
     ("row", "message"),
     [
         ({"video": "a.mp4", "conversations": turns("What?", "That.")}, "does not start with <image>"),
-        ({"conversations": turns("<image>What?", "That.")}, "<image> without a video"),
+        ({"conversations": turns("<image>What?", "That.")}, "contains <image> but has no video or image"),
         ({"video": "a.mp4", "conversations": turns("<image><image>", "x")}, "contains <image> 2 times"),
         ({"conversations": turns("What?")}, "has no answer"),
         ({"conversations": [{"from": "gpt", "value": "x"}, {"from": "human", "value": "y"}]}, "turn 1 is from gpt"),
