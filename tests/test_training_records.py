@@ -117,10 +117,10 @@ def test_a_malformed_record_is_left_out_and_named(tmp_path: Path, row: Any, mess
 def test_a_line_that_is_not_json_is_one_malformed_record(tmp_path: Path, line: str | bytes) -> None:
     data = line if isinstance(line, bytes) else line.encode()
     (tmp_path / "b.jsonl").write_bytes(json.dumps(GOOD).encode() + b"\n" + data + b"\n" + json.dumps(GOOD).encode())
-    found = read_records(tmp_path / "b.jsonl", 0)
-    assert len(found.records) == 2
-    assert len(found.malformed) == 1
-    assert "b.jsonl: record 1: not JSON" in found.malformed[0]
+    result = read_records(tmp_path / "b.jsonl", 0)
+    assert len(result.records) == 2
+    assert len(result.malformed) == 1
+    assert "b.jsonl: record 1: not JSON" in result.malformed[0]
 
 
 def test_lines_end_at_newlines_alone(tmp_path: Path) -> None:
@@ -218,11 +218,11 @@ def test_any_data_is_records_or_one_line(
     (tmp_path / "d.yaml").write_bytes(b"datasets: [{json_path: " + path.name.encode() + b"}]" + noise)
     for file in (path, tmp_path / "d.yaml"):
         try:
-            found = read_records(file, 0)
+            result = read_records(file, 0)
         except UserError:
             continue
-        assert found.records
-        assert all("\n" not in x for x in found.malformed)
-        for record in found.records:
+        assert result.records
+        assert all("\n" not in x for x in result.malformed)
+        for record in result.records:
             assert len(record.turns) >= 2
             assert 0 < record.scale <= 1e6

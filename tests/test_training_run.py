@@ -458,9 +458,9 @@ def test_a_run_with_other_settings_or_samples_is_refused(
     records.append({**records[1], "id": "new", "conversations": [
         {"from": "human", "value": QUESTION}, {"from": "gpt", "value": "New."}]})  # fmt: skip
     (videos / "eight.json").write_text(json.dumps(records))
-    said = line(ck=other)
+    message = line(ck=other)
     assert (
         "the samples have changed since this run began: 2 vanished (s3, s7), 2 changed (s0, s4), 1 appeared (new)"
-        in said
+        in message
     )
-    assert "restore them or choose another --output" in said
+    assert "restore them or choose another --output" in message

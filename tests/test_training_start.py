@@ -250,9 +250,9 @@ def test_signals_are_noticed_wherever_they_arrive() -> None:
 
 def test_several_processes_agree_through_the_preemption_service(monkeypatch: pytest.MonkeyPatch) -> None:
     """JAX's preemption service handles SIGTERM and is asked at every step; Ctrl-C is passed on to it."""
-    asked: list[int] = []
+    queried: list[int] = []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda n: asked.append(n) or n == 3)
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda n: queried.append(n) or n == 3)
     terms: list[int] = []
     before = [signal.signal(signal.SIGINT, signal.default_int_handler)]
     before.append(signal.signal(signal.SIGTERM, lambda number, _: terms.append(number)))
@@ -264,7 +264,7 @@ def test_several_processes_agree_through_the_preemption_service(monkeypatch: pyt
             assert not signals.stop_after(2)
             assert signals.stop_after(3)
             assert signals.status == 130
-        assert asked == [1, 2, 3]
+        assert queried == [1, 2, 3]
     finally:
         signal.signal(signal.SIGINT, before[0])
         signal.signal(signal.SIGTERM, before[1])

@@ -26,9 +26,9 @@ def torch_to_orbax(source: Path, target: Path, dtype: str | None, *, progress: b
     chosen = torch.dtype(dtype)
     total = sum(math.prod(e.shape) for e in torch.entries) * DTYPES[DTYPE_NAMES[chosen]].itemsize
     unused = sum(torch.files.nbytes(n) for n in torch.unused)
-    with replacing_folder(target, total + unused) as place, byte_bar("convert", total, progress) as bar:
-        copy_companions(source, place)
-        writer = OrbaxWriter(place, chosen)
+    with replacing_folder(target, total + unused) as folder, byte_bar("convert", total, progress) as bar:
+        copy_companions(source, folder)
+        writer = OrbaxWriter(folder, chosen)
         for entry in torch.entries:
             array = torch.read(entry, chosen)
             writer.write(entry.name, array)

@@ -151,16 +151,16 @@ def write_torch(
             used = 0
         shards[-1].append(i)
         used += size
-    with replacing_folder(target, sum(sizes)) as place, byte_bar("write", sum(sizes), progress) as bar:
+    with replacing_folder(target, sum(sizes)) as folder, byte_bar("write", sum(sizes), progress) as bar:
         if companions is not None:
-            copy_companions(companions, place)
+            copy_companions(companions, folder)
         else:
-            _write_configs(config, place)
-        _set_torch_dtype(place / "config.json", dtype)
+            _write_configs(config, folder)
+        _set_torch_dtype(folder / "config.json", dtype)
         weight_map = {}
         for number, shard in enumerate(shards, 1):
             name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            with ShardWriter(place / name, [items[i][0] for i in shard]) as out:
+            with ShardWriter(folder / name, [items[i][0] for i in shard]) as out:
                 for i in shard:
                     stored, tensor = items[i]
                     out.write(stored[0], tensor())
@@ -168,7 +168,7 @@ def write_torch(
                     bar.update(sizes[i])
         if len(shards) > 1:
             _write_json(
-                place / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(weight_map.items()))}
+                folder / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(weight_map.items()))}
             )
 
 
@@ -197,11 +197,11 @@ def _as_torch(read: Callable[[Entry], np.ndarray], entry: Entry, config: VideoXL
     return entry.transform.to_torch(read(entry), config)
 
 
-def _write_configs(config: VideoXL2Config, place: Path) -> None:
+def _write_configs(config: VideoXL2Config, folder: Path) -> None:
     llm, vision = config.to_hf()
-    (place / VISION_FOLDER).mkdir()
-    _write_json(place / "config.json", llm)
-    _write_json(place / VISION_FOLDER / "config.json", vision)
+    (folder / VISION_FOLDER).mkdir()
+    _write_json(folder / "config.json", llm)
+    _write_json(folder / VISION_FOLDER / "config.json", vision)
 
 
 def _set_torch_dtype(path: Path, dtype: str) -> None:

@@ -48,11 +48,11 @@ def replacing_file(path: Path, *, need_bytes: int = 0) -> Iterator[Path]:
     Raises:
       UserError: `path` is a folder, a pipe or a device, it cannot be written, or fewer than `need_bytes` are free.
     """
-    with _beside(path, need_bytes) as (place, beside):
-        _refuse_irregular(place)
-        yield beside
-        _sync(beside)
-        beside.replace(place)
+    with _temporary(path, need_bytes) as (target, temporary):
+        _refuse_irregular(target)
+        yield temporary
+        _sync(temporary)
+        temporary.replace(target)
 
 
 @contextlib.contextmanager
@@ -66,24 +66,24 @@ def replacing_folder(path: Path, need_bytes: int = 0) -> Iterator[Path]:
         `need_bytes` are free.
     """
     refuse_existing(path)
-    with _beside(path, need_bytes, parents=True) as (place, beside):
-        beside.mkdir()
-        yield beside
-        for folder, _, files in os.walk(beside):
+    with _temporary(path, need_bytes, parents=True) as (target, temporary):
+        temporary.mkdir()
+        yield temporary
+        for folder, _, files in os.walk(temporary):
             for name in files:
                 _sync(Path(folder, name))
             _sync_folder(Path(folder))
-        if os.path.lexists(place):  # os.replace would overwrite an empty folder
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(place))
-        beside.replace(place)
+        if os.path.lexists(target):  # os.replace would overwrite an empty folder
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+        temporary.replace(target)
 
 
 def check_file_target(path: Path) -> None:
     """Raises UserError if `replacing_file` would, as far as that can be known before the work begins."""
-    with _beside(path) as (place, beside):
-        _refuse_irregular(place)
-        beside.touch(exist_ok=False)
-        beside.unlink()
+    with _temporary(path) as (target, temporary):
+        _refuse_irregular(target)
+        temporary.touch(exist_ok=False)
+        temporary.unlink()
 
 
 def check_folder_target(path: Path) -> None:
@@ -107,33 +107,33 @@ def refuse_existing(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _beside(path: Path, need_bytes: int = 0, *, parents: bool = False) -> Iterator[tuple[Path, Path]]:
+def _temporary(path: Path, need_bytes: int = 0, *, parents: bool = False) -> Iterator[tuple[Path, Path]]:
     """Gives `path` with all links resolved, and a unique temporary name beside it.
 
     If the block fails, the file or folder with the temporary name is removed. An OSError becomes a UserError.
     """
-    place = Path(os.path.realpath(path))
-    beside = place.parent / f"{_prefix(place)}{_HOST}-{os.getpid()}-{_TOKEN}.{next(_NUMBERS)}"
+    target = Path(os.path.realpath(path))
+    temporary = target.parent / f"{_prefix(target)}{_HOST}-{os.getpid()}-{_TOKEN}.{next(_NUMBERS)}"
     try:
         if parents:
-            _make_folder(place.parent)
-        free = shutil.disk_usage(place.parent).free
+            _make_folder(target.parent)
+        free = shutil.disk_usage(target.parent).free
         if free < need_bytes:
             raise UserError(f"{path}: needs {need_bytes / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free there")
-        _remove_leftovers(place)
-        yield place, beside
-        _sync_folder(place.parent)
+        _remove_leftovers(target)
+        yield target, temporary
+        _sync_folder(target.parent)
     except BaseException as e:
-        _remove(beside)
+        _remove(temporary)
         if isinstance(e, OSError):
-            raise UserError(f"{path}: {_reason(e, place, beside)}") from e
+            raise UserError(f"{path}: {_reason(e, target, temporary)}") from e
         raise
 
 
-def _reason(error: OSError, place: Path, beside: Path) -> str:
+def _reason(error: OSError, target: Path, temporary: Path) -> str:
     """The reason for the failure. It names the file, unless that is the target or one of its parents."""
     about = str(error.filename or "")
-    if not about.startswith(str(beside)) and not str(place).startswith(about):
+    if not about.startswith(str(temporary)) and not str(target).startswith(about):
         return f"cannot be written ({about}: {error.strerror})"
     return _REASONS.get(error.errno or 0, f"cannot be written ({error.strerror or error})")
 

@@ -90,8 +90,8 @@ def read_lengths(output: Path) -> Lengths | None:
 
 def write_lengths(output: Path, lengths: Lengths) -> None:
     """Writes lengths.json. Raises UserError if that fails."""
-    with replacing_file(output / FILE) as beside:
-        beside.write_text(lengths.model_dump_json() + "\n", encoding="utf-8")
+    with replacing_file(output / FILE) as temporary:
+        temporary.write_text(lengths.model_dump_json() + "\n", encoding="utf-8")
 
 
 def measure(

@@ -73,8 +73,8 @@ def _keep_steps(path: Path, last: int) -> None:
             return False
 
     rows = [row for row in read_bytes(path, max_bytes=None).split(b"\n") if is_kept(row)]
-    with replacing_file(path) as beside:
-        beside.write_bytes(b"".join(row + b"\n" for row in rows))
+    with replacing_file(path) as temporary:
+        temporary.write_bytes(b"".join(row + b"\n" for row in rows))
 
 
 class Telemetry:
@@ -135,11 +135,11 @@ class Telemetry:
         row = {**metrics, "tokens_per_s": done / seconds}
         if self._peak:
             row["mfu"] = computed / seconds / self._peak
-        shown = {"loss": f"{row['loss']:.4f}", "lr": f"{row['learning_rate']:.2e}", "norm": f"{row['grad_norm']:.2f}"}
-        shown["tok/s"] = f"{row['tokens_per_s']:.0f}"
+        postfix = {"loss": f"{row['loss']:.4f}", "lr": f"{row['learning_rate']:.2e}", "norm": f"{row['grad_norm']:.2f}"}
+        postfix["tok/s"] = f"{row['tokens_per_s']:.0f}"
         if "mfu" in row:
-            shown["mfu"] = f"{row['mfu']:.0%}"
-        self._bar.set_postfix(shown, refresh=False)
+            postfix["mfu"] = f"{row['mfu']:.0%}"
+        self._bar.set_postfix(postfix, refresh=False)
         self._bar.update(1)
         with _one_line(self._output):
             if self._file is not None:
