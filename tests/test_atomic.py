@@ -39,12 +39,12 @@ def names(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
 
 
-def test_files_and_folders_take_their_place(tmp_path: Path) -> None:
+def test_files_and_folders_are_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("old")
     with atomic.replacing_file(tmp_path / "file") as beside:
         beside.write_text("new")
         assert (tmp_path / "file").read_text() == "old"
-        assert beside.parent == tmp_path  # one file system, so that the renaming is one step
+        assert beside.parent == tmp_path  # the same file system, so that renaming is atomic
     fill(tmp_path / "made" / "folder")
     assert (tmp_path / "file").read_text() == "new"
     assert (tmp_path / "made" / "folder" / "deep" / "file").read_text() == "new"
@@ -72,7 +72,7 @@ def test_a_failure_leaves_nothing(make: Callable[..., None], error: BaseExceptio
     ],
 )
 @pytest.mark.parametrize("call", ["write", "fsync", "replace"])
-def test_what_the_system_refuses_is_one_line(
+def test_system_errors_are_one_line(
     code: int, message: str, call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any) -> None:
@@ -131,7 +131,7 @@ def test_a_path_is_shown_as_it_was_given(tmp_path: Path, monkeypatch: pytest.Mon
         write(Path("link/none/file"))
 
 
-def test_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_disk_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10**9 - 10**5}))
     for context in (atomic.replacing_file, atomic.replacing_folder):
         with (
@@ -185,7 +185,7 @@ with atomic.replacing_file(Path(sys.argv[1])) as file, atomic.replacing_folder(P
 """
 
 
-def test_leftovers_of_killed_runs_go_and_those_of_running_ones_stay(tmp_path: Path) -> None:
+def test_only_leftovers_of_killed_writers_are_removed(tmp_path: Path) -> None:
     file, folder = tmp_path / "[a] file", tmp_path / "folder"
     process = subprocess.Popen(
         [sys.executable, "-c", _KILLED, file, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -205,7 +205,7 @@ def test_leftovers_of_killed_runs_go_and_those_of_running_ones_stay(tmp_path: Pa
     assert names(tmp_path) == [file.name, folder.name]
 
 
-def test_an_earlier_process_of_the_same_number(tmp_path: Path) -> None:
+def test_an_earlier_process_with_the_same_id(tmp_path: Path) -> None:
     """In a container every run may have process id 1."""
     with atomic.replacing_file(tmp_path / "file") as beside:
         beside.write_text("new")

@@ -117,14 +117,14 @@ def test_the_damaged_tensor_is_named_and_the_flag_skips_the_check(
     assert "has no effect without --reverse" in refused(main, torch, tmp_path / "again", "--no-verify-checksums")
 
 
-def test_tensors_that_are_never_read_are_checked_when_they_are_copied(copied_orbax: Path, tmp_path: Path) -> None:
+def test_unused_tensors_are_checked_when_they_are_copied(copied_orbax: Path, tmp_path: Path) -> None:
     flip(copied_orbax / "unused.safetensors", -1)
     load_params(copied_orbax)
     with pytest.raises(UserError, match="model.text_mlp.0.weight is damaged"):
         orbax_to_torch(copied_orbax, tmp_path / "out", None)
 
 
-def test_folders_of_the_earlier_version(copied_orbax: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_folders_of_an_earlier_version(copied_orbax: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     manifest = copied_orbax / "xl2jax.json"
     manifest.write_text('{"format": 1, "dtype": "float32"}')
     with caplog.at_level("INFO"):
@@ -141,7 +141,7 @@ def test_folders_of_the_earlier_version(copied_orbax: Path, tmp_path: Path, capl
         load_params(copied_orbax)
 
 
-def test_orbax_folders_that_are_not_whole(copied_orbax: Path, orbax: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_incomplete_orbax_folders(copied_orbax: Path, orbax: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """The error is one line, without tracebacks from threads of Orbax."""
     params = copied_orbax / "params"
     for damage in (
@@ -186,7 +186,7 @@ def test_fuzzed_manifests(orbax: Path, copied_orbax: Path) -> None:
         assert manifest is None or manifest.format == 1 or manifest.checksums is not None
 
 
-# --- files that may not be read ----------------------------------------------------------------
+# --- files without permission ----------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -209,8 +209,8 @@ def denied(path: Path) -> Iterator[None]:
         "orbax", "orbax/xl2jax.json", "orbax/params", "orbax/params/state", "orbax/params/state/_METADATA",
     ],
 )  # fmt: skip
-def test_files_that_may_not_be_read(name: str, checkpoint: Path, orbax: Path) -> None:
-    with tempfile.TemporaryDirectory() as scratch:  # pytest's own folders are closed to others
+def test_files_without_permission(name: str, checkpoint: Path, orbax: Path) -> None:
+    with tempfile.TemporaryDirectory() as scratch:  # other users cannot enter pytest's folders
         for source, target in ((checkpoint, "torch"), (orbax, "orbax")):
             shutil.copytree(source, Path(scratch, target))
         subprocess.run(["chmod", "-R", "a+rX", scratch], check=True)
@@ -226,11 +226,11 @@ def test_files_that_may_not_be_read(name: str, checkpoint: Path, orbax: Path) ->
             load()
 
 
-# --- numbers --------------------------------------------------------------------------------
+# --- finite numbers --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_weights_that_are_not_finite(bad: float, copied: Path, tmp_path: Path) -> None:
+def test_weights_must_be_finite(bad: float, copied: Path, tmp_path: Path) -> None:
     def damage(t: dict[str, np.ndarray]) -> None:
         t[NAME][-1, -1] = bad
 
@@ -242,7 +242,7 @@ def test_weights_that_are_not_finite(bad: float, copied: Path, tmp_path: Path) -
     assert not (tmp_path / "out").exists()
 
 
-def test_orbax_weights_that_are_not_finite(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_orbax_weights_must_be_finite(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values that an earlier version would have converted are refused, also without checksums."""
     read = TorchCheckpoint.read
 
@@ -309,7 +309,7 @@ def test_shards_in_folders_and_behind_links(copied: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", [SINGLE, INDEX, "shard.safetensors", "tokenizer.json"])
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
-def test_what_is_no_file_is_refused_and_never_blocks(
+def test_irregular_files_are_refused_without_blocking(
     name: str, kind: str, copied: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     path = copied / name

@@ -155,7 +155,7 @@ def changed(folder: Path, change: dict[str, Any], name: str = "config.json") -> 
         ({"mm_interpolate_grid": 2**31}, "mm_interpolate_grid: should be less than"),
     ],
 )
-def test_configs_that_cannot_be_served(change: dict[str, Any], message: str, copied: Path) -> None:
+def test_unsupported_configs(change: dict[str, Any], message: str, copied: Path) -> None:
     changed(copied, change)
     with pytest.raises(UserError, match=message) as e:
         VideoXL2Config.from_hf(copied)
@@ -170,7 +170,7 @@ def test_configs_that_cannot_be_served(change: dict[str, Any], message: str, cop
         {"quantization_config": None, "use_sliding_window": None, "hidden_act": REMOVED},
     ],
 )
-def test_what_other_writers_of_the_same_config_write(change: dict[str, Any], copied: Path) -> None:
+def test_variants_of_the_same_config(change: dict[str, Any], copied: Path) -> None:
     before = VideoXL2Config.from_hf(copied)
     changed(copied, change)
     assert VideoXL2Config.from_hf(copied) == before
@@ -192,7 +192,7 @@ def test_what_other_writers_of_the_same_config_write(change: dict[str, Any], cop
         ({"num_attention_heads": 5}, "not a multiple of its 5 heads"),
     ],
 )
-def test_vision_configs_that_cannot_be_served(change: dict[str, Any], message: str, copied: Path) -> None:
+def test_unsupported_vision_configs(change: dict[str, Any], message: str, copied: Path) -> None:
     changed(copied, change, "vision_tower/config.json")
     with pytest.raises(UserError, match=message):
         VideoXL2Config.from_hf(copied)

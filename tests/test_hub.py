@@ -134,20 +134,18 @@ def offline(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Any:
     return take
 
 
-def test_only_what_is_needed_is_fetched_and_it_loads(hub: Hub, checkpoint: Path) -> None:
+def test_only_needed_files_are_downloaded(hub: Hub, checkpoint: Path) -> None:
     folder = find_checkpoint(REPO)
     wanted = {f for f in hub.files["main"] if f.endswith((".json", ".safetensors")) and not f.startswith("original")}
     assert sorted(hub.fetched) == sorted(wanted)
     assert load_params(folder)[0] == load_params(checkpoint)[0]
     assert (folder / "model.safetensors").read_bytes() == (checkpoint / "model.safetensors").read_bytes()
     find_checkpoint(REPO)
-    assert sorted(hub.fetched) == sorted(wanted)  # nothing twice
+    assert sorted(hub.fetched) == sorted(wanted)  # nothing is downloaded twice
 
 
 @pytest.mark.parametrize("how", ["HF_HUB_OFFLINE", "refused", "broken"])
-def test_what_is_in_the_cache_needs_no_network(
-    how: str, hub: Hub, offline: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_cached_checkpoints_need_no_network(how: str, hub: Hub, offline: Any, caplog: pytest.LogCaptureFixture) -> None:
     before = {revision: find_checkpoint(f"{REPO}{revision}") for revision in ("", "@old")}
     assert before[""] != before["@old"]
     assert (before["@old"] / "chat_template.jinja").read_text() == "old"
@@ -169,7 +167,7 @@ def test_what_is_in_the_cache_needs_no_network(
         ("broken", "the hub answers 503 .*: try again later"),
     ],
 )
-def test_what_is_not_in_the_cache(how: str, advice: str, hub: Hub, offline: Any) -> None:
+def test_a_checkpoint_that_is_not_cached(how: str, advice: str, hub: Hub, offline: Any) -> None:
     offline(how)
     with pytest.raises(UserError, match=f"^{REPO}: no such folder, not in the hub's cache, and {advice}"):
         find_checkpoint(REPO)
@@ -203,8 +201,8 @@ def test_a_repository_that_became_private_is_read_from_the_cache(hub: Hub, caplo
     assert "or it is private" in caplog.text
 
 
-def test_an_interrupted_download_goes_on(hub: Hub, offline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("time.sleep", lambda _: None)  # between huggingface_hub's own tries
+def test_an_interrupted_download_is_continued(hub: Hub, offline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: None)  # huggingface_hub sleeps between its attempts
     hub.cut = {"model.safetensors"}
     with pytest.raises(UserError, match=f"{REPO}: the download stopped: .*run the same command again"):
         find_checkpoint(REPO)
@@ -227,7 +225,7 @@ def test_a_cache_without_the_weights(hub: Hub, offline: Any) -> None:
 
 
 @pytest.mark.parametrize(("left", "message"), [("pytorch_model.bin", "is a pickle"), ("video.mp4", "no safetensors")])
-def test_what_cannot_be_read_is_not_fetched(left: str, message: str, hub: Hub) -> None:
+def test_unreadable_weights_are_not_downloaded(left: str, message: str, hub: Hub) -> None:
     hub.files["main"] = {f: x for f, x in hub.files["main"].items() if f in (left, "config.json")}
     with pytest.raises(UserError, match=message):
         find_checkpoint(REPO)

@@ -71,7 +71,7 @@ def test_colours(kind: str, tmp_path: Path) -> None:
     image.save(tmp_path / f"a.{suffix}", quality=100, lossless=True)
     got = read_image(tmp_path / f"a.{suffix}")
     assert (got.shape, got.dtype) == ((6, 8, 3), np.uint8)
-    # A palette is rounded, JPEG loses a little.
+    # A palette is rounded, and JPEG is lossy.
     assert np.abs(got.astype(int) - expected).max() <= {"palette": 0, "cmyk": 40}.get(kind, 0)
     assert np.abs(got.astype(int) - expected).mean() <= {"cmyk": 12}.get(kind, 0)
 

@@ -82,7 +82,7 @@ def test_times(tokenizer: PromptTokenizer) -> None:
     assert [time_text(t) for t in (0.0, 12.0, 7.3)] == ["Time 0.0s:", "Time 12.0s:", "Time 7.3s:"]
     ids = tokenizer.time_ids([0.0, 0.2, 0.5, 0.8, 10.0, 11.0, 12.0, 13.0])
     assert [tokenizer.decode(i) for i in ids] == ["Time 0.0s:", "Time 10.0s:"]
-    assert len(ids[1]) == len(ids[0]) + 1  # digits are tokens
+    assert len(ids[1]) == len(ids[0]) + 1  # each digit is a token
 
 
 def test_earlier_turns_are_text(tokenizer: PromptTokenizer) -> None:
@@ -107,7 +107,9 @@ texts = st.lists(st.one_of(st.text(max_size=8), st.sampled_from([*CONTROLS, "\n"
 
 
 @given(texts, st.lists(st.tuples(texts, texts), max_size=2))
-def test_text_is_text(tokenizer: PromptTokenizer, question: str, history: list[tuple[str, str]]) -> None:
+def test_control_tokens_in_text_are_text(
+    tokenizer: PromptTokenizer, question: str, history: list[tuple[str, str]]
+) -> None:
     """For any question, all control tokens come from the template, and decoding gives the question back."""
     assume(question.strip())
     part = suffix(tokenizer, question, history)
@@ -117,7 +119,7 @@ def test_text_is_text(tokenizer: PromptTokenizer, question: str, history: list[t
 
 
 @given(st.text(max_size=40).filter(lambda t: "<|" not in t and t.strip()))
-def test_ids_are_upstreams_where_no_special_token_is_written(tokenizer: PromptTokenizer, question: str) -> None:
+def test_ids_equal_upstreams_for_plain_text(tokenizer: PromptTokenizer, question: str) -> None:
     """Upstream tokenises the whole text after the video at once, including special tokens."""
     whole = f"\n{question}<|im_end|>\n<|im_start|>assistant\n"
     assert suffix(tokenizer, question).ids == tokenizer.tokenizer.encode(whole, add_special_tokens=False).ids

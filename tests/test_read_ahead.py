@@ -126,7 +126,7 @@ def test_sparse_reading_decodes_less(tmp_path: Path, monkeypatch: pytest.MonkeyP
     decoded = 0
     for span in reader.spans(np.arange(0, 600, 2)):
         list(reader.frames(span))
-    assert decoded < 660  # every span begins at a key frame: next to nothing is decoded twice
+    assert decoded < 660  # every span begins at a key frame, so hardly any frame is decoded twice
 
 
 def test_other_readers(clip: Path, tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def settled(value: Callable[[], int]) -> int:
     st.integers(0, 400), st.integers(1, 120), st.integers(2, 40), st.integers(1, 8),
     st.lists(st.integers(0, 400), max_size=2),
 )  # fmt: skip
-def test_frames_that_wait_are_bounded_and_in_order(
+def test_waiting_frames_are_bounded_and_in_order(
     total: int, span: int, room: int, workers: int, pauses: list[int]
 ) -> None:
     """At most `room` frames per thread exist at a time, besides the caller's one.
@@ -274,7 +274,7 @@ def test_closing_ends_the_threads() -> None:
         time.sleep(0.02)
 
 
-def test_errors_come_in_their_turn() -> None:
+def test_errors_are_raised_in_order() -> None:
     class Broken(Endless):
         def frames(self, indices: np.ndarray) -> Iterator[np.ndarray]:
             for frame in super().frames(indices):
@@ -324,7 +324,7 @@ def test_an_interrupt_ends_the_command(tmp_path: Path) -> None:
         "    for batch in clip.batches(4, 384, workers=2):\n"
         "        print('reading', flush=True)\n"
         "        time.sleep(0.2)\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a suite in the background ignores it
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # SIGINT is ignored if the tests run in the background
         "run_command(main)\n"
     )
     process = subprocess.Popen(

@@ -48,7 +48,7 @@ def files(folder: Path, *names: str) -> Path:
         (lambda d: d / ("n" * 300), "cannot be read (File name too long)"),
     ],
 )
-def test_what_is_no_checkpoint(make: Callable[[Path], Path], message: str, tmp_path: Path) -> None:
+def test_common_mistakes(make: Callable[[Path], Path], message: str, tmp_path: Path) -> None:
     path = make(tmp_path)
     with pytest.raises(UserError) as e:
         find_checkpoint(path)
@@ -69,7 +69,7 @@ def test_a_part_of_an_orbax_checkpoint(checkpoint: Path, tmp_path: Path) -> None
         find_checkpoint(tmp_path / "orbax" / "params")
 
 
-def test_checkpoints_with_odd_company(copied: Path) -> None:
+def test_checkpoints_with_other_files(copied: Path) -> None:
     """A complete model is accepted whatever other files its folder has."""
     files(copied, "adapter_config.json", "metrics.jsonl", "checkpoints/1/x", "model.gguf", "training_args.bin")
     assert find_checkpoint(copied) == copied

@@ -87,7 +87,7 @@ def test_tokens_and_labels(model: xl2jax.Model) -> None:
     is_visual = got.visual >= 0
     assert got.visual[is_visual].tolist() == [0, 1, 2, 3, 4, 5]
     assert got.ids[is_visual].tolist() == [0] * 6
-    # Two newlines stand between video and question as two tokens, never as one.
+    # The two newlines between video and question are two tokens, never one.
     after = int(np.flatnonzero(is_visual)[-1]) + 1
     assert got.ids[after : after + 2].tolist() == t.encode("\n") * 2
     assert not got.cut
@@ -112,7 +112,7 @@ def test_special_tokens_in_text_are_text(model: xl2jax.Model, special: str) -> N
 def test_cut_at_the_limit(model: xl2jax.Model) -> None:
     conversation = [("user", "Which?"), ("assistant", "A long answer that goes on.")]
     whole = tokenise(conversation, [None], model.tokenizer, 4, 999)
-    assert whole.visual.tolist().count(-1) == len(whole.ids) - 4  # a picture has no time text
+    assert whole.visual.tolist().count(-1) == len(whole.ids) - 4  # an image has no time text
     part = tokenise(conversation, [None], model.tokenizer, 4, len(whole.ids) - 5)
     assert part.cut
     assert part.ids.tolist() == whole.ids[:-5].tolist()
@@ -157,12 +157,12 @@ def test_every_sample_once_and_fits(
             longest = max(sum(lengths[i].tokens for i in row) for row in micro.rows)
             assert micro.tokens <= 1.25 * longest + 64
     assert steps == plan_epoch(lengths, rows * accumulate, rows, 0, epoch, pack_to=pack_to)
-    # Other devices, other micro-batches, the same samples in every step.
+    # With other devices and micro-batches, every step has the same samples.
     whole = plan_epoch(lengths, rows * accumulate, rows * accumulate, 0, epoch, pack_to=pack_to)
     assert [[r for m in s for r in m.rows if r] for s in whole] == [[r for m in s for r in m.rows if r] for s in steps]
 
 
-def test_epochs_differ_and_lengths_stand_together() -> None:
+def test_epochs_differ_and_batches_have_similar_lengths() -> None:
     rng = np.random.default_rng(0)
     lengths = [Length(int(g), int(g) * 150 + 40) for g in rng.integers(1, 38, 2000)]
     steps = plan_epoch(lengths, 16, 4, 0, 0)
@@ -199,7 +199,7 @@ SAMPLING = FrameSampling(1, 4, 8)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_probe_names_what_cannot_be_read(records: list[Record], model: xl2jax.Model, workers: int) -> None:
+def test_probe_reports_unreadable_samples(records: list[Record], model: xl2jax.Model, workers: int) -> None:
     """Threads and processes give the same results, in the order of the records."""
     v = model.config.visual_tokens
     long_name = dataclasses.replace(records[0], id="long", media=Path("x" * 5000))
@@ -214,7 +214,7 @@ def test_probe_names_what_cannot_be_read(records: list[Record], model: xl2jax.Mo
     assert probe.cut == set()
 
 
-def test_whatever_a_reader_raises_skips_one_sample(
+def test_any_error_of_a_reader_skips_one_sample(
     records: list[Record], model: xl2jax.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Errors of a reader skip the sample, before and during training. Running out of memory does not."""
@@ -241,7 +241,7 @@ def test_whatever_a_reader_raises_skips_one_sample(
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_rows_hold_their_samples(records: list[Record], model: xl2jax.Model, workers: int) -> None:
+def test_rows_contain_their_samples(records: list[Record], model: xl2jax.Model, workers: int) -> None:
     v = model.config.visual_tokens
     records = records[:4]
     lengths = [x for x in probe_records(records, SAMPLING, model.tokenizer, v, 999, threads=2).lengths if x is not None]
@@ -250,7 +250,7 @@ def test_rows_hold_their_samples(records: list[Record], model: xl2jax.Model, wor
     reading = read_ahead(plan, loader, 0, process=0, processes=1, workers=workers, threads=2)
     got = copy.deepcopy(
         list(reading)
-    )  # (shared memory that the garbage collector frees while processes start complains)
+    )  # shared memory that the garbage collector frees while processes start raises a warning
     assert len(got) == len(plan)
     assert sorted(s for part in got for s in part["samples"]) == ["clip", "folder", "picture", "text"]
     for part, micro in zip(got, plan, strict=True):
@@ -282,7 +282,7 @@ def killed(batch: MicroBatch) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_killed_worker_is_one_line() -> None:
+def test_a_killed_worker_gives_one_line() -> None:
     gc.collect()
     plan = [MicroBatch(((0,),), 1, 64)]
     reading = read_ahead(plan, killed, 0, process=0, processes=1, workers=1, threads=1)  # type: ignore[arg-type]
@@ -290,7 +290,7 @@ def test_a_killed_worker_is_one_line() -> None:
         list(reading)
 
 
-def test_unreadable_when_training_leaves_its_place_empty(records: list[Record], model: xl2jax.Model) -> None:
+def test_the_place_of_an_unreadable_sample_stays_empty(records: list[Record], model: xl2jax.Model) -> None:
     plan = plan_epoch([Length(2, 100)] * len(records), 6, 6, 0, 0)[0]
     loader = Loader(records, SAMPLING, model.tokenizer, model.config.visual_tokens, 999, 70)
     part = loader(plan[0])

@@ -22,7 +22,7 @@ from xl2jax.training.lengths import Lengths, Measured, differences, measure, rea
 from xl2jax.training.records import Record, read_records
 
 
-def test_media_are_told_apart_by_content(tmp_path: Path) -> None:
+def test_media_fingerprints_depend_on_content(tmp_path: Path) -> None:
     """Names, folders and times do not matter. A changed byte, a replaced frame and a cut file are noticed."""
     (tmp_path / "a").write_bytes(bytes(range(256)) * 40)
     shutil.copyfile(tmp_path / "a", tmp_path / "b")
@@ -50,7 +50,7 @@ def test_media_are_told_apart_by_content(tmp_path: Path) -> None:
     assert media_fingerprint(frames) != before
 
 
-def test_weights_are_told_apart_by_content(
+def test_weights_fingerprints_depend_on_content(
     checkpoint: Path, tmp_path: Path, command: Callable[..., tuple[int, str, str]]
 ) -> None:
     """A copy and other shards have the same fingerprint; one trained layer or another seed changes it."""
@@ -125,7 +125,7 @@ def measuring(tmp_path: Path) -> Callable[[Path], tuple[Measured, list[str]]]:
 type Measuring = Callable[..., tuple[Measured, list[str]]]
 
 
-def test_lengths_are_kept_by_content(media: Path, measuring: Measuring) -> None:
+def test_lengths_are_stored_by_content(media: Path, measuring: Measuring) -> None:
     first, opened = measuring(media)
     assert opened == ["a", "b", "c", "text"]
     assert [x.record.id for x in first.samples] == opened
@@ -143,7 +143,7 @@ def test_lengths_are_kept_by_content(media: Path, measuring: Measuring) -> None:
     assert measuring(moved, "other sampling")[1] == ["a", "b", "c", "text"]
 
 
-def test_what_cannot_be_used_is_tried_again_at_each_start(media: Path, measuring: Measuring) -> None:
+def test_unusable_samples_are_tried_again_at_each_start(media: Path, measuring: Measuring) -> None:
     """Files that were missing or unreadable are measured when they are restored: only usable samples are stored."""
     kept = (media / "b").read_bytes()
     (media / "b").unlink()
@@ -161,7 +161,7 @@ def test_what_cannot_be_used_is_tried_again_at_each_start(media: Path, measuring
     assert measuring(media)[0].cut == 1
 
 
-def test_a_file_that_was_replaced_is_looked_at_again(media: Path, measuring: Measuring) -> None:
+def test_a_replaced_file_is_measured_again(media: Path, measuring: Measuring) -> None:
     """The new file has the same name, size and time. The message names all samples that changed."""
     before, _ = measuring(media)
     times = (media / "b").stat()
@@ -183,7 +183,7 @@ def test_a_file_that_was_replaced_is_looked_at_again(media: Path, measuring: Mea
 
 
 @pytest.mark.parametrize("damage", ["", "[]", '{"settings": 3}', '{"settings": "s", "media": {}, "samples": [[1]]}'])
-def test_damaged_lengths_are_measured_anew(
+def test_damaged_lengths_are_measured_again(
     media: Path, measuring: Measuring, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
     file = media.with_name("out") / "lengths.json"

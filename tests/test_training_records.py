@@ -40,7 +40,7 @@ def test_sampling_strategies(tmp_path: Path, strategy: str, expected: list[str])
     assert [r.id for r in read_records(path, 0).records] == expected
 
 
-def test_random_sampling_follows_the_seed(tmp_path: Path) -> None:
+def test_random_sampling_depends_on_the_seed(tmp_path: Path) -> None:
     path = written(tmp_path, [{"conversations": turns("Hi", "Ho")} for _ in range(100)], "random:10%")
     chosen = [tuple(r.id for r in read_records(path, seed).records) for seed in (0, 0, 1)]
     assert chosen[0] == chosen[1] != chosen[2]
@@ -94,7 +94,7 @@ GOOD = {"id": "good", "conversations": turns("Hi", "Ho")}
         (None, "should be an object"),
     ],
 )
-def test_a_malformed_record_is_left_out_and_named(tmp_path: Path, row: Any, message: str) -> None:
+def test_a_malformed_record_is_skipped_and_reported(tmp_path: Path, row: Any, message: str) -> None:
     """A malformed record is skipped, in JSON and in JSONL. If it is the only one, that is an error."""
     path = written(tmp_path, [GOOD, row])
     (tmp_path / "b.jsonl").write_text(f"{json.dumps(GOOD)}\n{json.dumps(row)}\n")
@@ -123,7 +123,7 @@ def test_a_line_that_is_not_json_is_one_malformed_record(tmp_path: Path, line: s
     assert "b.jsonl: record 1: not JSON" in result.malformed[0]
 
 
-def test_lines_end_at_newlines_alone(tmp_path: Path) -> None:
+def test_only_newlines_end_lines(tmp_path: Path) -> None:
     """JSON text may contain U+2028, U+0085 and similar characters, which do not end a line."""
     text = "one\u2028two\u0085three\u2029four\x1c"
     row = json.dumps({"conversations": turns(text, text)}, ensure_ascii=False)
@@ -182,7 +182,7 @@ def test_bad_files(tmp_path: Path, name: str, text: str, message: str) -> None:
         read_records(tmp_path / "nowhere.yaml", 0)
 
 
-# Anything that JSON can say, and text that comes near a record.
+# Arbitrary JSON values, and values that resemble a record.
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
@@ -205,7 +205,7 @@ near_records = st.fixed_dictionaries(
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(near_records | json_values, max_size=4), st.binary(max_size=20), st.integers(0, 10**6), st.booleans())
-def test_any_data_is_records_or_one_line(
+def test_any_data_gives_records_or_one_line(
     tmp_path: Path, rows: list[Any], noise: bytes, place: int, lines: bool
 ) -> None:
     """For any file contents, every record is read or reported, or one UserError says what is wrong."""

@@ -120,7 +120,7 @@ def start(checkpoint: Path, data: Path) -> Iterator[Start]:
         if "--coordinator" in flags:  # cached CPU programs order their collectives differently from new ones
             env.pop("JAX_COMPILATION_CACHE_DIR", None)
         program = ["-c", f"import signal, train\n{code}\ntrain.run_command(train.main)"]
-        if core is not None:  # not preexec_fn: JAX warns of any fork
+        if core is not None:  # preexec_fn would fork, of which JAX warns
             program = ["-c", _PINNED, str(core), *program]
         process = subprocess.Popen(
             [sys.executable, *program, *arguments(checkpoint, data / file, output, *flags)], cwd=ROOT, env=env,
@@ -144,7 +144,10 @@ def finished(process: subprocess.Popen[str], status: int = 0) -> str:
 @pytest.fixture
 def signal_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, int], None]]:
     """Sends a signal to a run in this process when the metrics of a step are logged."""
-    step, before = Telemetry.step, signal.signal(signal.SIGINT, signal.default_int_handler)  # (else it may be ignored)
+    step, before = (
+        Telemetry.step,
+        signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # it may be ignored otherwise
 
     def at(number: int, sent: int) -> None:
         def stepped(log: Telemetry, done: int, *rest: Any) -> None:
@@ -204,7 +207,7 @@ def test_learns_stops_resumes_exports_and_answers(
     finished(start(output, *LEARN, file="two.json", code=KILLED_IN_A_SAVE), -signal.SIGKILL)
     newest = whole_checkpoints(output)[-1]
     assert newest in (8, 12)
-    with open(output / "metrics.jsonl", "a") as f:  # rows of steps that were never saved, one of them torn
+    with open(output / "metrics.jsonl", "a") as f:  # rows of steps that were not saved, one of them incomplete
         f.write('{"step": 29, "loss": 0}\n{"step": 4')
     moved = tmp_path / "moved"
     output.rename(moved)
@@ -345,7 +348,7 @@ def test_two_processes_train_save_and_resume(trained: Trained, start: Start, tmp
     flags = ("--global-batch", 8, "--epochs", 16, "--train", "llm.*", "--keep", 9)
     alone = (*flags, "--micro-batch", 8)
 
-    # One core each: with more, the CPU backend may run independent collectives of a program in any order.
+    # One core each, because with more the CPU backend may run independent collectives in any order.
     cores = sorted(os.sched_getaffinity(0))
 
     def both(*more: object, code: str = "") -> list[subprocess.Popen[str]]:
@@ -376,7 +379,7 @@ def test_two_processes_train_save_and_resume(trained: Trained, start: Start, tmp
     same_training(tmp_path / "single", tmp_path, checkpoint)
 
 
-def test_what_cannot_be_saved_ends_in_one_line(
+def test_a_failed_save_gives_one_line(
     trained: Trained, single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a full disk the earlier checkpoint is unchanged, and the run resumes from it when there is space."""

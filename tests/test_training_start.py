@@ -36,7 +36,7 @@ from xl2jax.training.step import Metrics, TrainState
 from xl2jax.training.telemetry import Telemetry
 
 
-def test_what_the_first_process_finds_out_is_known_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_processes_get_the_result_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """All processes get the value, or all end with the error: none waits for one that has ended."""
     sent: list[Any] = []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
@@ -82,7 +82,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_dry_run_reads_no_weights_and_no_media(
     tmp_path: Path, checkpoint: Path, command: Callable[..., tuple[int, str, str]]
 ) -> None:
-    (tmp_path / "d.json").write_text(json.dumps(rows()))  # the videos are not there
+    (tmp_path / "d.json").write_text(json.dumps(rows()))  # the videos do not exist
     shutil.copytree(checkpoint, tmp_path / "ck", ignore=shutil.ignore_patterns("*.safetensors"))
     flags = ("--checkpoint", tmp_path / "ck", "--data", tmp_path / "d.json", "--output", tmp_path / "o", "--dry-run")
     status, out, err = command(train.main, *flags, "--preset", "stage2", "--global-batch", 2)
@@ -118,7 +118,7 @@ def test_validate_data_reports(
 
 def test_refusals(data: Path, tmp_path: Path, checkpoint: Path, copied: Path, refused: Callable[..., str]) -> None:
     def refuse(*flags: object, ck: Path = checkpoint, file: Path = data / "four.json") -> str:
-        # The plan may have been printed by then: only stderr's last line counts here.
+        # The plan may have been printed before, so only the last line of stderr counts.
         return refused(train.main, "--checkpoint", ck, "--data", file, "--output", tmp_path / "o", *flags)
 
     assert "no such file" in refuse(file=tmp_path / "none.yaml")
@@ -138,7 +138,9 @@ def test_refusals(data: Path, tmp_path: Path, checkpoint: Path, copied: Path, re
     assert "max frames must be from 4" in refuse("--max-frames", 3)
 
 
-def test_late_refusals(data: Path, tmp_path: Path, copied: Path, command: Callable[..., tuple[int, str, str]]) -> None:
+def test_refusals_after_the_plan(
+    data: Path, tmp_path: Path, copied: Path, command: Callable[..., tuple[int, str, str]]
+) -> None:
     """Errors that occur after the plan was printed."""
 
     def line(*flags: object, ck: Path = copied, file: Path = data / "four.json") -> str:
@@ -161,7 +163,7 @@ def test_late_refusals(data: Path, tmp_path: Path, copied: Path, command: Callab
     assert "cannot be written" in line("--output", tmp_path / "file" / "o")
 
 
-def test_what_is_skipped_is_said_at_every_start(
+def test_skipped_samples_are_reported_at_every_start(
     data: Path,
     tmp_path: Path,
     checkpoint: Path,
@@ -210,7 +212,7 @@ def test_what_is_skipped_is_said_at_every_start(
     assert "skipped" not in err
 
 
-def test_samples_that_fail_in_training_are_counted_or_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_samples_that_fail_during_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The place of a file that vanished after the start stays empty; with --strict the run ends."""
     config = dataclasses.replace(TRAINING["stage4"], checkpoint="c", data=tmp_path, output=tmp_path)
     read = [{"failed": ["s1: gone.mp4: no such file"], "samples": ["s0"]}]
@@ -223,7 +225,7 @@ def test_samples_that_fail_in_training_are_counted_or_refused(tmp_path: Path, ca
     assert [row["step"] for row in metrics(tmp_path)] == [3]
 
 
-def test_signals_are_noticed_wherever_they_arrive() -> None:
+def test_signals_are_noticed_in_callbacks() -> None:
     """Ctrl-C works in a callback whose exceptions Python drops. Afterwards the handlers are restored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler), signal.getsignal(signal.SIGTERM)
     try:
@@ -240,7 +242,7 @@ def test_signals_are_noticed_wherever_they_arrive() -> None:
             assert (signals.status, signals.name) == (143, "SIGTERM")
         assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
         assert signal.getsignal(signal.SIGTERM) == before[1]
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell's background has it
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as for a background job of a shell
         with Signals() as signals:
             signal.raise_signal(signal.SIGINT)
             assert not signals.stop_after(1)
@@ -270,7 +272,7 @@ def test_several_processes_agree_through_the_preemption_service(monkeypatch: pyt
         signal.signal(signal.SIGTERM, before[1])
 
 
-def test_ctrl_c_before_there_are_steps(
+def test_ctrl_c_before_the_first_step(
     data: Path,
     tmp_path: Path,
     checkpoint: Path,
@@ -292,7 +294,7 @@ def test_ctrl_c_before_there_are_steps(
         pass
 
 
-def test_a_folder_is_one_runs_alone(tmp_path: Path) -> None:
+def test_a_folder_belongs_to_one_run(tmp_path: Path) -> None:
     with locked(tmp_path / "o"):
         line = re.escape(f"another run uses this folder (process {os.getpid()} on ")
         with pytest.raises(UserError, match=line), locked(tmp_path / "o"):
@@ -321,7 +323,7 @@ def telemetry(output: Path, first: int = 0) -> Telemetry:
     return Telemetry(output, 9, first, show=True, tensorboard=True, wandb=None, config={})
 
 
-def test_logs_go_on_from_the_checkpoint(tmp_path: Path) -> None:
+def test_logs_resume_from_the_checkpoint(tmp_path: Path) -> None:
     """Later steps are removed from both logs, and so are incomplete and foreign rows."""
     with telemetry(tmp_path) as log:
         for step in range(1, 5):
@@ -336,7 +338,7 @@ def test_logs_go_on_from_the_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("log", ["metrics", "board"])
-def test_a_full_disk_under_the_logs_is_one_line(tmp_path: Path, log: str) -> None:
+def test_a_full_disk_for_the_logs_gives_one_line(tmp_path: Path, log: str) -> None:
     """A step that cannot be logged raises an error at once; nothing waits in another thread."""
     with telemetry(tmp_path) as t:
         if log == "metrics":
@@ -349,9 +351,7 @@ def test_a_full_disk_under_the_logs_is_one_line(tmp_path: Path, log: str) -> Non
             t.step(1, {"loss": 1.0, "learning_rate": 0.1, "grad_norm": 1.0}, 10, 1e9)
 
 
-def test_a_checkpoint_that_has_no_room_is_refused_before_it_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_without_disk_space_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = TrainState(jnp.int32(1), {"a": jnp.ones((1000,))}, {"m": jnp.ones((1000,))})  # type: ignore[arg-type]
     with Checkpoints(tmp_path, 2) as checkpoints:
         assert checkpoints.latest is None

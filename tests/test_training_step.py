@@ -112,7 +112,7 @@ def test_adapters_start_at_zero_and_merge_exactly(model: xl2jax.Model, params: P
     config = StepConfig(model.config, lora, "float32", True)
     run = jax.jit(lambda adapters, *batch: gradients(config, adapters, params, *batch), compiler_options=FAST_COMPILE)
     plain: Sums = micro(params, *batch)
-    # Without segments, as rows of one sample are: that changes nothing but the program.
+    # Rows with one sample have no segments. Only the program differs.
     alone = (batch[0], batch[1]._replace(segment=None))
     start: Sums = run(zero, *alone)
     assert float(start.loss) == pytest.approx(float(plain.loss), rel=1e-5)
@@ -132,7 +132,7 @@ def test_adapters_start_at_zero_and_merge_exactly(model: xl2jax.Model, params: P
     assert float(run(adapters, *alone).loss) != pytest.approx(float(plain.loss), rel=1e-3)
 
 
-def test_update_is_adamw_in_float64() -> None:
+def test_update_agrees_with_adamw_in_float64() -> None:
     """Three steps with clipping, AdamW, rates by parameter, warm-up and cosine, compared with plain NumPy."""
     rng = np.random.default_rng(0)
     shapes = {"vision.a.kernel": (3, 4), "llm.b.kernel": (4,), "llm.b.bias": (5,)}
@@ -195,7 +195,7 @@ def test_bfloat16_compute_moves_weights_as_far_as_float32(model, params, batch) 
     """Weights stored in bfloat16 would not change: a step of 1e-5 is far below half of their spacing."""
     text = (batch[0][1:], TokenBatch(*(x[1:, :12] for x in batch[1])))
     exact, got = (moved(model, params, text, dtype) for dtype in ("float32", "bfloat16"))
-    assert 1e-3 < exact.mean() < 2e-3  # 200 steps of 1e-5, where a word of the vocabulary is in the batch
+    assert 1e-3 < exact.mean() < 2e-3  # 200 steps of 1e-5, except for embeddings of words that are not in the batch
     assert got.mean() == pytest.approx(exact.mean(), rel=0.05)
     assert (got > 0).mean() == pytest.approx((exact > 0).mean(), abs=0.01)
 
@@ -215,7 +215,7 @@ def test_the_second_moment_reaches_its_value() -> None:
     assert np.allclose(second, (1 - 0.999**3000) * np.square(gradient["llm.a.kernel"]), rtol=1e-3)
 
 
-def test_rates_follow_the_schedule() -> None:
+def test_learning_rates_follow_the_schedule() -> None:
     """The rate rises over 3 of 10 steps, then it is constant or a cosine to 0."""
     constant = learning_rate(settings(learning_rate=0.3, warmup=0.25, schedule="constant"), 10)
     assert np.allclose([constant(i) for i in range(10)], [0, 0.1, 0.2, *[0.3] * 7])

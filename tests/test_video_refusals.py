@@ -46,7 +46,7 @@ def test_a_pipe_a_device_a_socket(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.mp4")
     assert "pipe.mp4: is a pipe, a device or a socket" in refusal(tmp_path / "pipe.mp4")
     assert "/dev/zero: is a pipe, a device or a socket" in refusal("/dev/zero")
-    with socket.socket(socket.AF_UNIX) as server, contextlib.chdir(tmp_path):  # (its name must be short)
+    with socket.socket(socket.AF_UNIX) as server, contextlib.chdir(tmp_path):  # the name of a socket must be short
         server.bind("s.mp4")
         assert "is a pipe, a device or a socket" in refusal("s.mp4")
     (tmp_path / "frames").mkdir()
@@ -75,11 +75,11 @@ def test_names_that_look_like_addresses(plain: Path, tmp_path: Path) -> None:
             shutil.copy(plain, name)
             clip = open_video(name, ALL)
             assert sum(map(len, clip.batches(16, 32))) == 48
-            if name.isprintable():  # (decord takes no name that is not UTF-8, and says so)
+            if name.isprintable():  # decord refuses names that are not UTF-8
                 assert open_video(name, ALL, backend="decord").reader.total == 50
 
 
-def test_names_that_no_file_has(tmp_path: Path) -> None:
+def test_impossible_file_names(tmp_path: Path) -> None:
     assert "no such video" in refusal(tmp_path / "missing.mp4")
     assert "no such video" in refusal(tmp_path / "a\0b.mp4")
     assert "File name too long" in refusal(tmp_path / ("a" * 5000))
@@ -168,7 +168,7 @@ def test_a_file_that_vanishes(workers: int, plain: Path, tmp_path: Path) -> None
         next(clip.batches(4, 8, workers=workers))
 
 
-def test_a_folder_says_what_it_holds(plain: Path, tmp_path: Path) -> None:
+def test_a_folder_without_images(plain: Path, tmp_path: Path) -> None:
     assert "no file ends in .bmp, .jpeg" in refusal(tmp_path)
     shutil.copy(plain, tmp_path / "holiday.mp4")
     assert "holds no frames (it holds a video, holiday.mp4: name that file" in refusal(tmp_path)
@@ -197,7 +197,7 @@ def test_formats_that_decord_reads(suffix: str, tmp_path: Path) -> None:
     assert np.array_equal(next(one.batches(48, 32)), next(two.batches(48, 32)))
 
 
-def test_what_decord_miscounts(tmp_path: Path) -> None:
+def test_files_whose_frames_decord_miscounts(tmp_path: Path) -> None:
     b_frames = write_video(tmp_path / "a.avi", constant(50), BY_SUFFIX["avi"], encoder={"bf": "2"})
     assert "decord gives wrong frames of avi files with B-frames" in refusal(b_frames, backend="decord")
     muxer = {"avoid_negative_ts": "disabled"}
@@ -208,7 +208,7 @@ def test_what_decord_miscounts(tmp_path: Path) -> None:
 def test_sizes_are_bounded(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(containers, "MAX_PIXELS", 64 * 48 - 1)
     assert "claims frames of 64 x 48 pixels, more than can be read" in refusal(plain)
-    # A small PNG that claims 100,000 x 100,000 pixels.
+    # A small PNG whose header states 100,000 x 100,000 pixels.
     header = struct.pack(">II5B", 100_000, 100_000, 8, 2, 0, 0, 0)
     Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
     raw = (tmp_path / "0.png").read_bytes()
@@ -219,7 +219,7 @@ def test_sizes_are_bounded(plain: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert "0.png: not an image that can be read" in refusal(tmp_path)
 
 
-def test_damaged_frames_are_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_frames_give_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """If every tenth frame is damaged, one warning counts them, with every way of reading."""
     path = write_video(tmp_path / "a.mkv", constant(100), BY_SUFFIX["mkv"], encoder={"g": "1"})
     raw = path.read_bytes()
@@ -297,7 +297,7 @@ def test_damaged_videos(tmp_path: Path) -> None:
     assert not [t for t in threading.enumerate() if t.name.startswith("read ") and not t.daemon]
 
 
-def test_whatever_pyav_raises_is_one_line(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_error_of_pyav_is_one_line(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On damaged files PyAV raises more types than its own errors."""
     for error in (AttributeError("x"), ValueError("a\nb"), OverflowError("x"), RuntimeError("x")):
 

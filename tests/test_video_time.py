@@ -45,7 +45,7 @@ def test_every_container(kind: Kind, tmp_path: Path, caplog: pytest.LogCaptureFi
     path = write_video(tmp_path / f"plain.{kind.suffix}", constant(50), kind, encoder={"g": "12"})
     reader = PyAVReader(path)
     assert reader.total == 50
-    assert reader.fps == pytest.approx(25, rel=0.05)  # (Ogg's first frame is 1 ms long)
+    assert reader.fps == pytest.approx(25, rel=0.05)  # in Ogg the first frame is 1 ms long
     assert reader.duration == pytest.approx(2.0, abs=0.08)
     assert numbers_read(path, [0, 7, 8, 8, 31, 49]) == [0, 7, 8, 8, 31, 49]
     clip = open_video(path, ALL)
@@ -71,7 +71,7 @@ def test_irregular_frame_times(suffix: str, tmp_path: Path, caplog: pytest.LogCa
     assert clip.reader.total == 200
     assert clip.reader.fps == pytest.approx(200 / times[-1], rel=0.05)
     assert clip.times[-1] > 0.85 * times[-1]
-    # (The muxer of Ogg writes every time of VP8 but the first a frame early.)
+    # The Ogg muxer writes all VP8 times but the first one frame too early.
     expected = [times[max(i - 1, 0)] if suffix == "ogv" else times[i] for i in clip.indices]
     assert clip.times == pytest.approx(expected, abs=0.1)
     assert all(type(t) is float and t == round(t, 1) for t in clip.times)
@@ -130,7 +130,7 @@ def test_variable_rate(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None
     assert not caplog.records
 
 
-def test_times_near_upstreams_stay_upstreams(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_small_differences_keep_upstreams_times(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     times = [t + (0.8 if i >= 50 else 0) for i, t in enumerate(constant(100))]
     path = write_video(tmp_path / "a.mp4", times, BY_SUFFIX["mp4"])
     clip = open_video(path, FrameSampling(fps=5, max_fps=None))
@@ -142,7 +142,7 @@ def test_times_near_upstreams_stay_upstreams(tmp_path: Path, caplog: pytest.LogC
 def test_avi_counts_dropped_frames(tmp_path: Path) -> None:
     """AVI stores no times, but it has an empty chunk for each dropped frame."""
     times = [*constant(25), *constant(25, 3.0)]
-    # With B-frames the chunks stand in decoding order: the frames that are held back lie on the other side of the gap.
+    # With B-frames the chunks are in decoding order, so the reordered frames lie on the other side of the gap.
     for name, kind, encoder, delayed in (
         ("plain", BY_SUFFIX["avi"], {}, []),
         ("mjpeg", BY_SUFFIX["mjpeg.avi"], {}, []),
@@ -193,7 +193,7 @@ def test_a_late_start(suffix: str, tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert clip.duration == pytest.approx(6.0, abs=0.1)
     assert numbers_read(path, [0, 50, 149]) == [0, 50, 149]
     assert "cut off" not in caplog.text
-    if suffix not in ("ts", "mpg", "ogv", "asf"):  # (FFmpeg believes no length of a cut ASF file)
+    if suffix not in ("ts", "mpg", "ogv", "asf"):  # FFmpeg ignores the length of a cut ASF file
         raw = path.read_bytes()
         cut = tmp_path / f"cut.{suffix}"
         cut.write_bytes(raw[: len(raw) * 4 // 5])
@@ -219,7 +219,7 @@ def test_hidden_packets_are_no_frames(tmp_path: Path) -> None:
     """VP8 and VP9 have frames that are never shown; in some files these have packets of their own."""
     vp8 = write_video(tmp_path / "a.webm", constant(40), BY_SUFFIX["webm"])
     vp9 = write_video(tmp_path / "b.webm", constant(40), BY_SUFFIX["vp9.webm"], encoder={"g": "1"})
-    for path, show in ((vp8, 0x10), (vp9, 0x02)):  # the bit that says so (in VP9's key frames)
+    for path, show in ((vp8, 0x10), (vp9, 0x02)):  # the bit that shows a frame (in VP9's key frames)
         originals = packets(path)
         hidden = {i: bytes([originals[i][0] & ~show, *originals[i][1:]]) for i in (7, 20, 21, 33)}
         edited = write_edited(path, tmp_path / f"hidden.{path.name}", hidden)
@@ -235,11 +235,11 @@ def test_hidden_packets_are_no_frames(tmp_path: Path) -> None:
 def test_packets_of_vp9() -> None:
     key, hidden_key, again = b"\x82rest", b"\x80rest", b"\x88"
     assert [_vp9_shown(memoryview(p)) for p in (key, hidden_key, again)] == [True, False, True]
-    profile_3 = [b"\xb1rest", b"\xb2rest", b"\xb0rest", b"\xb4"]  # (its header is a bit longer)
+    profile_3 = [b"\xb1rest", b"\xb2rest", b"\xb0rest", b"\xb4"]  # its header is one bit longer
     assert [_vp9_shown(memoryview(p)) for p in profile_3] == [True, False, False, True]
 
     def superframe(*frames: bytes) -> memoryview:
-        marker = 0xC0 | len(frames) - 1  # sizes have one byte
+        marker = 0xC0 | len(frames) - 1  # each size has one byte
         return memoryview(b"".join(frames) + bytes([marker, *map(len, frames), marker]))
 
     assert _vp9_shown(superframe(hidden_key, key))
@@ -288,7 +288,7 @@ def test_an_alpha_plane_is_not_the_video(tmp_path: Path) -> None:
     with av.open(str(path)) as container:
         best = container.streams.best("video")
         assert best is not None
-        assert best.codec_context.pix_fmt == "gray"  # what FFmpeg takes
+        assert best.codec_context.pix_fmt == "gray"  # FFmpeg would choose this stream
     assert numbers_read(path, list(range(20))) == list(range(20))
 
 
