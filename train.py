@@ -4,7 +4,7 @@ from xl2jax.system.terminal import run_command
 
 
 def main() -> int:
-    from xl2jax.training.run import main as train
+    from xl2jax.commands.train import main as train
 
     return train()
 

@@ -26,7 +26,7 @@ CONFIG = VideoXL2Config(
 
 
 def measured(*argv: str) -> None:
-    """Runs in a process of its own: peak memory minus that of the imports."""
+    """Runs in a new process. Returns its peak memory minus that of the imports."""
     from xl2jax.checkpoint import convert
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""Damage of a kind that disks, networks and curious people do, for the fuzz tests. The same seed damages alike."""
+"""Damage to files for the fuzz tests. The same seed gives the same damage."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ODD: tuple[Any, ...] = (
 
 
 def damaged(data: bytes, rng: random.Random) -> bytes:
-    """The bytes cut, with one bit flipped, with a run overwritten, taken out or doubled."""
+    """Cuts the bytes, flips one bit, or overwrites, removes or doubles a run of bytes."""
     at, size = rng.randrange(len(data)), rng.randrange(1, 64)
     match rng.randrange(5):
         case 0:
@@ -32,7 +32,7 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
 
 
 def damaged_json(text: bytes, rng: random.Random) -> bytes:
-    """A JSON text in which values are others or are missing, or whose bytes are damaged."""
+    """Replaces or removes values in a JSON text, or damages its bytes."""
     if rng.random() < 0.3:
         return damaged(text, rng)
     raw = json.loads(text)
@@ -48,7 +48,7 @@ def damaged_json(text: bytes, rng: random.Random) -> bytes:
 
 
 def outcome[T](call: Callable[[], T]) -> tuple[T | None, str]:
-    """What a call returns, or the one line that it refuses with. Any other exception passes."""
+    """The result of a call, or the line of its UserError. Other exceptions are not caught."""
     try:
         value, line = call(), ""
     except UserError as e:
@@ -58,6 +58,6 @@ def outcome[T](call: Callable[[], T]) -> tuple[T | None, str]:
 
 
 def _places(value: Any) -> list[tuple[Any, Any]]:
-    """(holder, key) of all values below."""
+    """(container, key) of all nested values."""
     items = list(value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ())
     return [(value, key) for key, _ in items] + [place for _, below in items for place in _places(below)]

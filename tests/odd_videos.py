@@ -1,4 +1,4 @@
-"""Small files of the kinds that recorders, editors and damaged disks leave, made with PyAV."""
+"""Writes small videos of the kinds that recorders and editors produce, with PyAV."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A container as people meet it. `ticks`: time units a second that its encoder takes; variable rates need 1,000."""
+    """A container with a codec. `ticks` is the encoder's number of time units a second; variable rates need 1,000."""
 
     suffix: str
     codec: str
@@ -38,22 +38,27 @@ BY_SUFFIX = {kind.suffix: kind for kind in KINDS}
 
 
 def picture(i: int, size: tuple[int, int]) -> np.ndarray:
-    """RGB uint8 [H, W, 3]: eight stripes, black or white, that tell the frame's number (up to 255)."""
+    """RGB uint8 [H, W, 3] with eight black or white stripes, which encode the frame number (up to 255)."""
     stripes = np.arange(size[0]) * 8 // size[0]
     return np.broadcast_to((i >> stripes & 1)[None, :, None] * 255, (size[1], size[0], 3)).astype(np.uint8)
 
 
 def number_of(frame: np.ndarray) -> int:
-    """Which `picture` a decoded frame shows."""
+    """The number of the `picture` in a decoded frame."""
     width = frame.shape[1]
     return sum(1 << bit for bit in range(8) if np.median(frame[:, (2 * bit + 1) * width // 16]) > 127)
 
 
 def write_video(
-    path: Path, times: Sequence[float], kind: Kind, *, streams: int = 1, muxer: dict[str, str] | None = None,
+    path: Path,
+    times: Sequence[float],
+    kind: Kind,
+    *,
+    streams: int = 1,
+    muxer: dict[str, str] | None = None,
     encoder: dict[str, str] | None = None,
-) -> Path:  # fmt: skip
-    """Frames at `times` (seconds). Each further stream is larger than the one before."""
+) -> Path:
+    """Writes frames at `times` (seconds). Each further stream is larger than the one before."""
     with av.open(str(path), "w", format=kind.format, options=muxer or {}) as container:
         outputs = []
         for n in range(1, streams + 1):
@@ -78,13 +83,13 @@ def constant(frames: int, start: float = 0.0) -> list[float]:
 
 
 def recorded(frames: int) -> list[float]:
-    """Times as a browser's recorder takes them: frames when they come, of 31 to 250 ms."""
+    """Frame times of a browser's recorder, at irregular distances of 31 to 250 ms."""
     steps = np.random.default_rng(1).choice([31, 33, 47, 66, 100, 250], frames - 1) / 1000
     return [0.0, *np.cumsum(steps).tolist()]
 
 
 def write_recorder_webm(path: Path, frames: int = 125) -> Path:
-    """As a browser's recorder writes it: no length, no frame rate."""
+    """Writes a file as a browser's recorder does, without length and frame rate."""
     write_video(path, recorded(frames), BY_SUFFIX["webm"], muxer={"live": "1"})
     raw = bytearray(path.read_bytes())
     at = raw.index(bytes.fromhex("23e383"))  # the element DefaultDuration becomes Void
@@ -95,7 +100,7 @@ def write_recorder_webm(path: Path, frames: int = 125) -> Path:
 
 
 def write_edited(source: Path, path: Path, edit: dict[int, bytes], *, append: bytes | None = None) -> Path:
-    """Copies packets, some with other bytes; `append` is one more at the end."""
+    """Copies packets and changes the bytes of some. `append` is a further packet at the end."""
     with av.open(str(source)) as old, av.open(str(path), "w", format=old.format.name.split(",")[0]) as new:
         stream = old.streams.video[0]
         target = new.add_stream_from_template(stream)
@@ -121,11 +126,11 @@ def packets(path: Path) -> list[bytes]:
 
 
 def sequential(path: Path, stream: int = 0) -> list[np.ndarray]:
-    """All frames of a video stream as FFmpeg gives them, without any of our code."""
+    """All frames of a video stream as FFmpeg decodes them, without code of this project."""
     with av.open(str(path)) as container:
         return [f.to_ndarray(format="rgb24") for f in container.decode(video=stream)]
 
 
 def handlers(path: Path) -> list[int]:
-    """Where the kinds of the tracks stand in an mp4 file."""
+    """Offsets of the track kinds in an mp4 file."""
     return [m.start() + 12 for m in re.finditer(rb"hdlr.{8}vide", path.read_bytes(), re.DOTALL)]

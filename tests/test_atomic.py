@@ -1,4 +1,4 @@
-"""What is written appears whole or not at all, whatever happens meanwhile."""
+"""Files and folders appear complete or not at all, whatever happens while they are written."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def names(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
 
 
-def test_files_and_folders_take_their_place(tmp_path: Path) -> None:
+def test_files_and_folders_are_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("old")
     with atomic.replacing_file(tmp_path / "file") as beside:
         beside.write_text("new")
         assert (tmp_path / "file").read_text() == "old"
-        assert beside.parent == tmp_path  # one file system, so that the renaming is one step
+        assert beside.parent == tmp_path  # the same file system, so that renaming is atomic
     fill(tmp_path / "made" / "folder")
     assert (tmp_path / "file").read_text() == "new"
     assert (tmp_path / "made" / "folder" / "deep" / "file").read_text() == "new"
@@ -72,7 +72,7 @@ def test_a_failure_leaves_nothing(make: Callable[..., None], error: BaseExceptio
     ],
 )
 @pytest.mark.parametrize("call", ["write", "fsync", "replace"])
-def test_what_the_system_refuses_is_one_line(
+def test_system_errors_are_one_line(
     code: int, message: str, call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any) -> None:
@@ -131,12 +131,13 @@ def test_a_path_is_shown_as_it_was_given(tmp_path: Path, monkeypatch: pytest.Mon
         write(Path("link/none/file"))
 
 
-def test_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_disk_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10**9 - 10**5}))
     for context in (atomic.replacing_file, atomic.replacing_folder):
-        with pytest.raises(UserError, match="needs 1,000.0 MB, 999.9 MB are free"), context(
-            tmp_path / "x", need_bytes=10**9
-        ):  # fmt: skip
+        with (
+            pytest.raises(UserError, match="needs 1,000.0 MB, 999.9 MB are free"),
+            context(tmp_path / "x", need_bytes=10**9),
+        ):
             raise AssertionError
     assert names(tmp_path) == []
 
@@ -150,7 +151,7 @@ def test_a_link_stays_and_its_file_is_replaced(tmp_path: Path) -> None:
 
 
 def test_two_folders_at_once(tmp_path: Path) -> None:
-    """Both began before either was done: the first is whole, the second says what happened."""
+    """Two writers overlap: the first result is complete, and the second writer reports an error."""
     with pytest.raises(UserError, match="already exists"):
         fill(tmp_path / "full", "second", lambda: fill(tmp_path / "full", "first"))
     with pytest.raises(UserError, match="already exists"):
@@ -161,7 +162,7 @@ def test_two_folders_at_once(tmp_path: Path) -> None:
 
 
 def test_many_writers_of_one_file(tmp_path: Path) -> None:
-    """Threads share the process's number and still no temporary name: each version is whole."""
+    """Threads share a process id but not a temporary name: each version of the file is complete."""
     texts = [str(i) * 200_000 for i in range(8)]
     threads = [threading.Thread(target=write, args=(tmp_path / "file", text)) for text in texts]
     for thread in threads:
@@ -173,10 +174,8 @@ def test_many_writers_of_one_file(tmp_path: Path) -> None:
 
 
 _KILLED = """
-import os, sys, types
+import sys
 from pathlib import Path
-package = sys.modules["xl2jax"] = types.ModuleType("xl2jax")  # without what the whole package imports
-package.__path__ = [sys.argv[3]]
 from xl2jax.system import atomic
 with atomic.replacing_file(Path(sys.argv[1])) as file, atomic.replacing_folder(Path(sys.argv[2])) as folder:
     file.write_text("half")
@@ -186,12 +185,11 @@ with atomic.replacing_file(Path(sys.argv[1])) as file, atomic.replacing_folder(P
 """
 
 
-def test_leftovers_of_killed_runs_go_and_those_of_running_ones_stay(tmp_path: Path) -> None:
+def test_only_leftovers_of_killed_writers_are_removed(tmp_path: Path) -> None:
     file, folder = tmp_path / "[a] file", tmp_path / "folder"
     process = subprocess.Popen(
-        [sys.executable, "-c", _KILLED, file, folder, Path(atomic.__file__).parent],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [sys.executable, "-c", _KILLED, file, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     running = set(names(tmp_path))
@@ -207,8 +205,8 @@ def test_leftovers_of_killed_runs_go_and_those_of_running_ones_stay(tmp_path: Pa
     assert names(tmp_path) == [file.name, folder.name]
 
 
-def test_an_earlier_process_of_the_same_number(tmp_path: Path) -> None:
-    """In a container each run may be process 1."""
+def test_an_earlier_process_with_the_same_id(tmp_path: Path) -> None:
+    """In a container every run may have process id 1."""
     with atomic.replacing_file(tmp_path / "file") as beside:
         beside.write_text("new")
         token = beside.name.rpartition("-")[2].partition(".")[0]

@@ -1,4 +1,4 @@
-"""What is read from checkpoints is what was written, or it is refused in one line."""
+"""Tensors are read as they were written, or the checkpoint is refused with one line."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ import pytest
 from damage import damaged, damaged_json, outcome
 from safetensors.numpy import load_file, save_file
 
-from xl2jax.checkpoint.convert import main, orbax_to_torch, torch_to_orbax
+from xl2jax.checkpoint.convert import orbax_to_torch, torch_to_orbax
 from xl2jax.checkpoint.orbax_folder import OrbaxFolder, read_manifest
 from xl2jax.checkpoint.params import ParamReader, load_params
 from xl2jax.checkpoint.safetensors_io import INDEX, SINGLE, TensorFolder
 from xl2jax.checkpoint.sources import find_checkpoint
 from xl2jax.checkpoint.torch_folder import TorchCheckpoint
+from xl2jax.commands.convert import main
 from xl2jax.config import VideoXL2Config
 from xl2jax.errors import UserError
 from xl2jax.prompt import PromptTokenizer
@@ -36,7 +37,7 @@ NAME = "model.layers.1.mlp.up_proj.weight"
 
 @pytest.fixture(scope="module")
 def orbax(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny checkpoint as an Orbax folder, with a tensor that upstream never reads. Read only."""
+    """The tiny checkpoint as an Orbax folder, with a tensor that upstream never uses. Tests must not change it."""
     source, target = (tmp_path_factory.mktemp("orbax") / name for name in ("torch", "orbax"))
     shutil.copytree(checkpoint, source)
     save_file({"model.text_mlp.0.weight": np.arange(12.0).reshape(3, 4)}, source / "unused.safetensors")
@@ -72,7 +73,7 @@ def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
 
 
 def weights(folder: Path) -> Path:
-    """The file that holds nearly all of the weights."""
+    """The file with nearly all of the weights."""
     return max((folder / "params").rglob("*"), key=lambda p: p.stat().st_size)
 
 
@@ -104,7 +105,7 @@ def test_the_damaged_tensor_is_named_and_the_flag_skips_the_check(
     name = "llm.layers.1.up.kernel"
     raw["checksums"][name] = raw["checksums"]["llm.layers.0.up.kernel"]
     manifest.write_text(json.dumps(raw))
-    expected = f"{copied_orbax}: {name} is damaged (its checksum is another); convert the checkpoint again"
+    expected = f"{copied_orbax}: {name} is damaged (its checksum differs); convert the checkpoint again"
     with pytest.raises(UserError) as e:
         load_params(copied_orbax)
     assert str(e.value) == expected
@@ -116,21 +117,21 @@ def test_the_damaged_tensor_is_named_and_the_flag_skips_the_check(
     assert "has no effect without --reverse" in refused(main, torch, tmp_path / "again", "--no-verify-checksums")
 
 
-def test_tensors_that_are_never_read_are_checked_when_they_are_copied(copied_orbax: Path, tmp_path: Path) -> None:
+def test_unused_tensors_are_checked_when_they_are_copied(copied_orbax: Path, tmp_path: Path) -> None:
     flip(copied_orbax / "unused.safetensors", -1)
     load_params(copied_orbax)
     with pytest.raises(UserError, match="model.text_mlp.0.weight is damaged"):
         orbax_to_torch(copied_orbax, tmp_path / "out", None)
 
 
-def test_folders_of_the_earlier_version(copied_orbax: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_folders_of_an_earlier_version(copied_orbax: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     manifest = copied_orbax / "xl2jax.json"
     manifest.write_text('{"format": 1, "dtype": "float32"}')
     with caplog.at_level("INFO"):
         orbax_to_torch(copied_orbax, tmp_path / "out", None)
     assert [r.getMessage() for r in caplog.records if "no checksums" in r.getMessage()] == [
-        f"{copied_orbax}: has no checksums (an earlier version converted it), so that damage goes unnoticed: "
-        "convert it again to have them"
+        f"{copied_orbax}: has no checksums because an earlier version converted it, so damage is not noticed: "
+        "convert it again to add them"
     ]
     manifest.write_text('{"format": 2, "dtype": "float32"}')
     with pytest.raises(UserError, match="checksums: is missing"):
@@ -140,8 +141,8 @@ def test_folders_of_the_earlier_version(copied_orbax: Path, tmp_path: Path, capl
         load_params(copied_orbax)
 
 
-def test_orbax_folders_that_are_not_whole(copied_orbax: Path, orbax: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """One line, and no traceback from a thread of Orbax's either."""
+def test_incomplete_orbax_folders(copied_orbax: Path, orbax: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The error is one line, without tracebacks from threads of Orbax."""
     params = copied_orbax / "params"
     for damage in (
         lambda: [p.unlink() for p in params.rglob("_METADATA")],
@@ -176,7 +177,7 @@ def test_fuzzed_orbax_folders(orbax: Path, copied_orbax: Path) -> None:
 
 
 def test_fuzzed_manifests(orbax: Path, copied_orbax: Path) -> None:
-    """What is accepted differs in digits at most, which then fit no tensor."""
+    """A damaged manifest that is accepted has at most other digits in its checksums, which then fit no tensor."""
     text, whole = (orbax / "xl2jax.json").read_bytes(), read_manifest(orbax)
     for seed in range(200):
         (copied_orbax / "xl2jax.json").write_bytes(damaged_json(text, random.Random(seed)))
@@ -185,12 +186,12 @@ def test_fuzzed_manifests(orbax: Path, copied_orbax: Path) -> None:
         assert manifest is None or manifest.format == 1 or manifest.checksums is not None
 
 
-# --- files that may not be read ----------------------------------------------------------------
+# --- files without permission ----------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def denied(path: Path) -> Iterator[None]:
-    """Takes the permission to read a path; a superuser becomes somebody else meanwhile."""
+    """Removes the permission to read a path. The superuser becomes another user in the meantime."""
     user, mode = os.geteuid(), path.stat().st_mode
     path.chmod(0)
     os.seteuid(65534 if user == 0 else user)
@@ -208,8 +209,8 @@ def denied(path: Path) -> Iterator[None]:
         "orbax", "orbax/xl2jax.json", "orbax/params", "orbax/params/state", "orbax/params/state/_METADATA",
     ],
 )  # fmt: skip
-def test_files_that_may_not_be_read(name: str, checkpoint: Path, orbax: Path) -> None:
-    with tempfile.TemporaryDirectory() as scratch:  # pytest's own folders are closed to others
+def test_files_without_permission(name: str, checkpoint: Path, orbax: Path) -> None:
+    with tempfile.TemporaryDirectory() as scratch:  # other users cannot enter pytest's folders
         for source, target in ((checkpoint, "torch"), (orbax, "orbax")):
             shutil.copytree(source, Path(scratch, target))
         subprocess.run(["chmod", "-R", "a+rX", scratch], check=True)
@@ -225,11 +226,11 @@ def test_files_that_may_not_be_read(name: str, checkpoint: Path, orbax: Path) ->
             load()
 
 
-# --- numbers --------------------------------------------------------------------------------
+# --- finite numbers --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_weights_that_are_not_finite(bad: float, copied: Path, tmp_path: Path) -> None:
+def test_weights_must_be_finite(bad: float, copied: Path, tmp_path: Path) -> None:
     def damage(t: dict[str, np.ndarray]) -> None:
         t[NAME][-1, -1] = bad
 
@@ -241,8 +242,8 @@ def test_weights_that_are_not_finite(bad: float, copied: Path, tmp_path: Path) -
     assert not (tmp_path / "out").exists()
 
 
-def test_orbax_weights_that_are_not_finite(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As an earlier version would have converted them: also where checksums are not compared."""
+def test_orbax_weights_must_be_finite(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values that an earlier version would have converted are refused, also without checksums."""
     read = TorchCheckpoint.read
 
     def damage(self: TorchCheckpoint, entry: Any, dtype: str) -> np.ndarray:
@@ -297,7 +298,7 @@ def test_shards_outside_the_folder(name: str, copied: Path, tmp_path: Path) -> N
 
 
 def test_shards_in_folders_and_behind_links(copied: Path, tmp_path: Path) -> None:
-    """As the hub's cache has them: each file is a link to a blob elsewhere."""
+    """In the hub's cache each file is a link to a blob in another folder."""
     before = load_params(copied)[1]
     (copied / "below").mkdir()
     shutil.move(copied / SINGLE, tmp_path / "blob")
@@ -308,7 +309,7 @@ def test_shards_in_folders_and_behind_links(copied: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", [SINGLE, INDEX, "shard.safetensors", "tokenizer.json"])
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
-def test_what_is_no_file_is_refused_and_never_blocks(
+def test_irregular_files_are_refused_without_blocking(
     name: str, kind: str, copied: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     path = copied / name
@@ -339,7 +340,7 @@ def test_indices_that_cannot_be_used(text: str, message: str, copied: Path) -> N
 
 
 def test_sizes_beyond_any_integer(copied: Path) -> None:
-    """An empty tensor may claim any other size: it takes no bytes."""
+    """An empty tensor may state any other size, because it takes no bytes."""
     raw = (copied / SINGLE).read_bytes()
     size = struct.unpack("<Q", raw[:8])[0]
     header = json.loads(raw[8 : 8 + size])

@@ -23,7 +23,7 @@ def test_any_flipped_bits_change_the_checksum(dtype: type, place: int, mask: int
     assert array_checks.checksum(x) != before
 
 
-def test_a_checksum_knows_dtype_shape_and_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checksum_depends_on_dtype_shape_and_order(monkeypatch: pytest.MonkeyPatch) -> None:
     x = np.random.default_rng(0).integers(-99, 99, 6 << 20, np.int16)  # three pieces
     sums = {array_checks.checksum(a) for a in (x, x.view(np.uint16), x.reshape(2, -1), x[::-1], np.roll(x, 2 << 20))}
     assert len(sums) == 5
@@ -36,7 +36,7 @@ def test_a_checksum_knows_dtype_shape_and_order(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_every_number_is_judged_as_numpy_judges_it(dtype: type) -> None:
+def test_is_finite_agrees_with_numpy(dtype: type) -> None:
     size = np.dtype(dtype).itemsize
     if size == 2:
         numbers = np.arange(2**16, dtype=np.uint16).view(dtype)
@@ -51,7 +51,7 @@ def test_every_number_is_judged_as_numpy_judges_it(dtype: type) -> None:
     assert array_checks.is_finite(finite[:0])
 
 
-def test_the_last_element_counts_too() -> None:
+def test_the_last_element_is_checked() -> None:
     x = np.zeros((3, 200_001), np.float32)
     assert array_checks.is_finite(x)
     x[-1, -1] = -np.inf

@@ -11,7 +11,7 @@ import pytest
 from damage import damaged_json, outcome
 
 from xl2jax.checkpoint.param_names import entries
-from xl2jax.config import PRESETS, SIGLIP_SO400M, VideoXL2Config
+from xl2jax.config import PRESETS, SIGLIP_SO400M, LLMConfig, VideoXL2Config, VisionConfig
 from xl2jax.errors import UserError
 from xl2jax.system import schema
 
@@ -56,19 +56,66 @@ def test_released_tower_by_name(name: str, tmp_path: Path) -> None:
     assert config.vision == SIGLIP_SO400M
 
 
-BELOW = object()
-"""Stands for a field that is taken out."""
+def test_reads_what_transformers_writes(tmp_path: Path) -> None:
+    """Sizes agree with the config classes of transformers, whose current version nests the RoPE settings."""
+    from transformers import Qwen2Config, SiglipVisionConfig
+
+    llm = Qwen2Config(
+        vocab_size=1000,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 5e5},
+        tie_word_embeddings=True,
+    )
+    vision = SiglipVisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=70,
+        patch_size=14,
+        layer_norm_eps=1e-5,
+    )
+    (tmp_path / "tower").mkdir()
+    fields = {"mm_vision_tower": "tower", "mm_interpolate_grid": 4}
+    (tmp_path / "config.json").write_text(json.dumps(llm.to_dict() | fields))
+    (tmp_path / "tower" / "config.json").write_text(vision.to_json_string(use_diff=False))
+    config = VideoXL2Config.from_hf(tmp_path)
+    assert config.vision == VisionConfig(32, 48, layers=3, heads=2, image_size=70, patch_size=14, eps=1e-5)
+    assert config.llm == LLMConfig(
+        1000, 64, 96, layers=3, heads=4, kv_heads=2, head_width=16, rope_theta=5e5, eps=1e-5, tied_embeddings=True
+    )
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_transformers_reads_what_this_project_writes(name: str) -> None:
+    from transformers import Qwen2Config, SiglipVisionConfig
+
+    llm, vision = PRESETS[name].to_hf()
+    text, tower = Qwen2Config.from_dict(llm), SiglipVisionConfig.from_dict(vision)
+    sizes = PRESETS[name].llm
+    assert (text.vocab_size, text.hidden_size, text.num_hidden_layers) == (sizes.vocab, sizes.width, sizes.layers)
+    assert (text.num_key_value_heads, text.rope_parameters["rope_theta"]) == (sizes.kv_heads, sizes.rope_theta)
+    assert (tower.hidden_size, tower.image_size) == (PRESETS[name].vision.width, PRESETS[name].vision.image_size)
+
+
+REMOVED = object()
+"""Marks a field that `changed` removes."""
 
 
 def changed(folder: Path, change: dict[str, Any], name: str = "config.json") -> None:
     raw = json.loads((folder / name).read_text()) | change
-    (folder / name).write_text(json.dumps({k: v for k, v in raw.items() if v is not BELOW}))
+    (folder / name).write_text(json.dumps({k: v for k, v in raw.items() if v is not REMOVED}))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mm_vision_tower": BELOW, "model_type": "llama"}, "not a Video-XL-2 checkpoint .model_type 'llama'"),
+        ({"mm_vision_tower": REMOVED, "model_type": "llama"}, "not a Video-XL-2 checkpoint .model_type 'llama'"),
         ({"mm_vision_tower": None}, "not a Video-XL-2 checkpoint"),
         ({"mm_vision_tower": "openai/clip"}, "neither SigLIP-SO400M"),
         ({"mm_vision_tower": 7}, "mm_vision_tower: should be a valid string, not 7"),
@@ -76,7 +123,7 @@ def changed(folder: Path, change: dict[str, Any], name: str = "config.json") -> 
         ({"mm_vision_tower": "x\x00"}, "neither SigLIP-SO400M"),
         ({"quantization_config": {"quant_method": "gptq"}}, "is quantised"),
         ({"hidden_size": "64"}, "hidden_size: should be a valid integer, not '64'"),
-        ({"hidden_size": BELOW}, "hidden_size: is missing"),
+        ({"hidden_size": REMOVED}, "hidden_size: is missing"),
         ({"hidden_size": 2**60}, "hidden_size: should be less than or equal to 1048576"),
         ({"hidden_size": 10**4000}, "hidden_size: .*not a very large number"),
         ({"hidden_size": True}, "hidden_size: should be a valid integer"),
@@ -108,7 +155,7 @@ def changed(folder: Path, change: dict[str, Any], name: str = "config.json") -> 
         ({"mm_interpolate_grid": 2**31}, "mm_interpolate_grid: should be less than"),
     ],
 )
-def test_configs_that_cannot_be_served(change: dict[str, Any], message: str, copied: Path) -> None:
+def test_unsupported_configs(change: dict[str, Any], message: str, copied: Path) -> None:
     changed(copied, change)
     with pytest.raises(UserError, match=message) as e:
         VideoXL2Config.from_hf(copied)
@@ -119,11 +166,11 @@ def test_configs_that_cannot_be_served(change: dict[str, Any], message: str, cop
     "change",
     [
         {"rope_scaling": None, "rope_parameters": None, "head_dim": 16},
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 1000000}, "rope_theta": BELOW},
-        {"quantization_config": None, "use_sliding_window": None, "hidden_act": BELOW},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1000000}, "rope_theta": REMOVED},
+        {"quantization_config": None, "use_sliding_window": None, "hidden_act": REMOVED},
     ],
 )
-def test_what_other_writers_of_the_same_config_write(change: dict[str, Any], copied: Path) -> None:
+def test_variants_of_the_same_config(change: dict[str, Any], copied: Path) -> None:
     before = VideoXL2Config.from_hf(copied)
     changed(copied, change)
     assert VideoXL2Config.from_hf(copied) == before
@@ -145,7 +192,7 @@ def test_what_other_writers_of_the_same_config_write(change: dict[str, Any], cop
         ({"num_attention_heads": 5}, "not a multiple of its 5 heads"),
     ],
 )
-def test_vision_configs_that_cannot_be_served(change: dict[str, Any], message: str, copied: Path) -> None:
+def test_unsupported_vision_configs(change: dict[str, Any], message: str, copied: Path) -> None:
     changed(copied, change, "vision_tower/config.json")
     with pytest.raises(UserError, match=message):
         VideoXL2Config.from_hf(copied)
@@ -160,7 +207,7 @@ def test_a_tower_outside_the_folder_is_not_read(name: str, copied: Path, tmp_pat
 
 
 def test_links_out_of_the_folder_are_followed(copied: Path, tmp_path: Path) -> None:
-    """As all files of the hub's cache are."""
+    """All files of the hub's cache are such links."""
     before = VideoXL2Config.from_hf(copied)
     for name in ("config.json", "vision_tower"):
         (copied / name).rename(tmp_path / name)
@@ -216,7 +263,7 @@ def test_files_that_cannot_be_read(name: str, copied: Path, monkeypatch: pytest.
 
 
 def test_fuzzed_configs(copied: Path) -> None:
-    """A damaged config is refused in one line, or it is the config that its text says."""
+    """A damaged config is refused with one line, or it is read with the sizes in its text."""
     for name in ("config.json", "vision_tower/config.json"):
         whole = (copied / name).read_bytes()
         for seed in range(300):

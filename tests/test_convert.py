@@ -15,12 +15,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from xl2jax.checkpoint import orbax_folder, safetensors_io
-from xl2jax.checkpoint.convert import main, orbax_to_torch, torch_to_orbax
-from xl2jax.checkpoint.param_names import flatten
+from xl2jax.checkpoint.convert import orbax_to_torch, torch_to_orbax
 from xl2jax.checkpoint.params import load_params
 from xl2jax.checkpoint.torch_folder import copy_companions, write_torch
+from xl2jax.commands.convert import main
 from xl2jax.config import VideoXL2Config
 from xl2jax.errors import UserError
+from xl2jax.models.param_tree import flatten
 
 
 def tensors_of(folder: Path) -> dict[str, np.ndarray]:
@@ -35,7 +36,7 @@ def assert_same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
 
 
 @pytest.mark.parametrize("case", ["tiny", "geometry"])
-def test_there_and_back_is_bit_equal(
+def test_converting_and_back_is_bit_equal(
     case: str, goldens: Path, tmp_path: Path, command: Callable[..., tuple[int, str, str]]
 ) -> None:
     source = goldens / case / "checkpoint"
@@ -46,7 +47,7 @@ def test_there_and_back_is_bit_equal(
 
 
 def test_shards_bfloat16_and_unused_tensors(checkpoint: Path, tmp_path: Path) -> None:
-    """Many shards, 16 bit, tensors that upstream never reads: all come back."""
+    """Many shards, 16-bit tensors and tensors that upstream never uses survive both conversions."""
     config = VideoXL2Config.from_hf(checkpoint)
     whole = {k: x.astype(ml_dtypes.bfloat16) for k, x in tensors_of(checkpoint).items()}
     whole |= {
@@ -68,7 +69,7 @@ def test_shards_bfloat16_and_unused_tensors(checkpoint: Path, tmp_path: Path) ->
     assert_same(whole, tensors_of(tmp_path / "torch"))
     assert (tmp_path / "torch" / "tokenizer.json").is_file()
 
-    # The same in small shards of our own writing.
+    # The same with small shards that this project writes.
     _, params = load_params(tmp_path / "orbax")
     flat = flatten(params)
     write_torch(
@@ -106,7 +107,9 @@ def test_orbax_and_torch_load_alike(checkpoint: Path, tmp_path: Path) -> None:
     assert_same_params(*(load_params(p)[1] for p in (checkpoint, tmp_path / "orbax")))
 
 
-def test_float16_there_and_back(checkpoint: Path, tmp_path: Path, command: Callable[..., tuple[int, str, str]]) -> None:
+def test_converting_float16_and_back(
+    checkpoint: Path, tmp_path: Path, command: Callable[..., tuple[int, str, str]]
+) -> None:
     assert command(main, checkpoint, tmp_path / "orbax", "--dtype", "float16")[0] == 0
     assert command(main, tmp_path / "orbax", tmp_path / "torch", "--reverse")[0] == 0
     assert json.loads((tmp_path / "torch" / "config.json").read_text())["torch_dtype"] == "float16"
@@ -121,7 +124,7 @@ def edit(folder: Path, change: Callable[[dict[str, np.ndarray]], Any]) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
-def test_all_problems_in_one_line_and_nothing_written(
+def test_one_line_names_all_problems_and_nothing_is_written(
     copied: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     def damage(t: dict[str, np.ndarray]) -> None:
@@ -150,7 +153,7 @@ def test_missing_shard(copied: Path, tmp_path: Path, refused: Callable[..., str]
     assert "missing model-00002-of-00002.safetensors" in refused(main, copied, tmp_path / "out")
 
 
-def test_index_that_lies(copied: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_a_wrong_index(copied: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     index = {"weight_map": {"model.nothing.weight": "model.safetensors"}}
     (copied / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "does not hold model.nothing.weight" in refused(main, copied, tmp_path / "out")
@@ -162,7 +165,7 @@ def test_truncated_file(copied: Path, tmp_path: Path, refused: Callable[..., str
     assert "not a whole safetensors file" in refused(main, copied, tmp_path / "out")
 
 
-def test_header_that_lies(copied: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_a_wrong_header(copied: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     path = copied / "model.safetensors"
     raw = path.read_bytes()
     size = struct.unpack("<Q", raw[:8])[0]
@@ -213,7 +216,7 @@ def test_another_model(tmp_path: Path, refused: Callable[..., str]) -> None:
     assert "not a Video-XL-2 checkpoint (model_type 'llama'" in refused(main, tmp_path, tmp_path / "out")
 
 
-def test_disk_too_small(copied: Path, tmp_path: Path, refused: Callable[..., str], monkeypatch: Any) -> None:
+def test_too_little_disk_space(copied: Path, tmp_path: Path, refused: Callable[..., str], monkeypatch: Any) -> None:
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
     assert "MB, 0.0 MB are free there" in refused(main, copied, tmp_path / "out")
@@ -221,7 +224,7 @@ def test_disk_too_small(copied: Path, tmp_path: Path, refused: Callable[..., str
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_disk_runs_full(
+def test_a_disk_that_becomes_full(
     reverse: bool, checkpoint: Path, tmp_path: Path, refused: Callable[..., str], monkeypatch: Any
 ) -> None:
     def full(*_: Any, **__: Any) -> None:
@@ -240,10 +243,10 @@ def test_disk_runs_full(
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_the_system_refuses_to_write(
+def test_a_file_size_limit(
     reverse: bool, checkpoint: Path, tmp_path: Path, command: Callable[..., tuple[int, str, str]]
 ) -> None:
-    """A limit of the system's own, which reaches Orbax's threads too: one line, and nothing from them."""
+    """A limit of the system also affects Orbax's threads. The error is one line, without output from the threads."""
     source = checkpoint
     if reverse:
         torch_to_orbax(checkpoint, tmp_path / "source", None)
@@ -278,7 +281,7 @@ def test_interrupted_run_leaves_nothing_and_can_be_repeated(
 def test_two_conversions_to_one_folder(
     reverse: bool, checkpoint: Path, tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second begins before the first is done: one of them wins, and its result is whole."""
+    """Two conversions overlap: one of them wins, and its result is complete."""
     source, flags, convert = checkpoint, (), torch_to_orbax
     owner, last = orbax_folder.OrbaxWriter, "finish"
     if reverse:

@@ -15,10 +15,10 @@ import pytest
 
 import xl2jax
 from xl2jax import FrameSampling, PrefillConfig, TokenSampling
-from xl2jax.checkpoint.param_names import flatten, unflatten
 from xl2jax.errors import UserError
 from xl2jax.inference import bilevel, compiled, generate, memory, relevance, session
 from xl2jax.inference.generate import extend, sample
+from xl2jax.models.param_tree import flatten, unflatten
 from xl2jax.prompt import PromptTokenizer
 
 

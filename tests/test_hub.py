@@ -1,4 +1,4 @@
-"""Checkpoints of the hub, from a stand-in of it on this machine: huggingface_hub's own code downloads."""
+"""Downloads from a local imitation of the hub, with the code of huggingface_hub."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ REPO = "org/Video-XL-2.1"
 
 
 class Hub(ThreadingHTTPServer):
-    """One repository of two commits: `main` and, with another README, the branch `old`."""
+    """One repository with two commits: `main`, and the branch `old` with another README."""
 
     daemon_threads = True
 
@@ -34,7 +34,7 @@ class Hub(ThreadingHTTPServer):
         self.fetched: list[str] = []
         self.gated = self.private = self.broken = False
         self.cut: set[str] = set()
-        """Files that break off in the middle."""
+        """Files whose download stops in the middle."""
 
     @property
     def url(self) -> str:
@@ -121,7 +121,7 @@ def hub(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
 
 @pytest.fixture
 def offline(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Takes the network away, in one of three ways."""
+    """Removes the network in one of three ways."""
 
     def take(how: str) -> None:
         if how == "HF_HUB_OFFLINE":
@@ -134,20 +134,18 @@ def offline(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Any:
     return take
 
 
-def test_only_what_is_needed_is_fetched_and_it_loads(hub: Hub, checkpoint: Path) -> None:
+def test_only_needed_files_are_downloaded(hub: Hub, checkpoint: Path) -> None:
     folder = find_checkpoint(REPO)
     wanted = {f for f in hub.files["main"] if f.endswith((".json", ".safetensors")) and not f.startswith("original")}
     assert sorted(hub.fetched) == sorted(wanted)
     assert load_params(folder)[0] == load_params(checkpoint)[0]
     assert (folder / "model.safetensors").read_bytes() == (checkpoint / "model.safetensors").read_bytes()
     find_checkpoint(REPO)
-    assert sorted(hub.fetched) == sorted(wanted)  # nothing twice
+    assert sorted(hub.fetched) == sorted(wanted)  # nothing is downloaded twice
 
 
 @pytest.mark.parametrize("how", ["HF_HUB_OFFLINE", "refused", "broken"])
-def test_what_is_in_the_cache_needs_no_network(
-    how: str, hub: Hub, offline: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_cached_checkpoints_need_no_network(how: str, hub: Hub, offline: Any, caplog: pytest.LogCaptureFixture) -> None:
     before = {revision: find_checkpoint(f"{REPO}{revision}") for revision in ("", "@old")}
     assert before[""] != before["@old"]
     assert (before["@old"] / "chat_template.jinja").read_text() == "old"
@@ -156,27 +154,29 @@ def test_what_is_in_the_cache_needs_no_network(
         for revision, folder in before.items():
             assert find_checkpoint(f"{REPO}{revision}") == folder
         assert find_checkpoint(f"{REPO}@{hub.commits['old']}") == before["@old"]
-    said = [r.getMessage() for r in caplog.records if r.name.startswith("xl2jax")]
-    assert len(said) == 3
-    assert all("the copy in the hub's cache is used" in line for line in said)
+    messages = [r.getMessage() for r in caplog.records if r.name.startswith("xl2jax")]
+    assert len(messages) == 3
+    assert all("the copy in the hub's cache is used" in line for line in messages)
 
 
 @pytest.mark.parametrize(
     ("how", "advice"),
     [
-        ("HF_HUB_OFFLINE", f"HF_HUB_OFFLINE is set: unset it, or run `hf download {REPO}` where there is a network"),
+        ("HF_HUB_OFFLINE", f"HF_HUB_OFFLINE is set: unset it, or run `hf download {REPO}` with a network"),
         ("refused", "the hub cannot be reached .*: check the network"),
         ("broken", "the hub answers 503 .*: try again later"),
     ],
 )
-def test_what_is_not_in_the_cache(how: str, advice: str, hub: Hub, offline: Any) -> None:
+def test_a_checkpoint_that_is_not_cached(how: str, advice: str, hub: Hub, offline: Any) -> None:
     offline(how)
     with pytest.raises(UserError, match=f"^{REPO}: no such folder, not in the hub's cache, and {advice}"):
         find_checkpoint(REPO)
 
 
 def test_a_missing_repository(hub: Hub) -> None:
-    with pytest.raises(UserError, match="the hub knows no org/none, or it is private: check the name, and log in") as e:
+    with pytest.raises(
+        UserError, match="the hub has no repository org/none, or it is private: check the name, and log in"
+    ) as e:
         find_checkpoint("org/none")
     assert "Client Error" not in str(e.value)
     assert "hf auth login" in str(e.value)
@@ -201,8 +201,8 @@ def test_a_repository_that_became_private_is_read_from_the_cache(hub: Hub, caplo
     assert "or it is private" in caplog.text
 
 
-def test_an_interrupted_download_goes_on(hub: Hub, offline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("time.sleep", lambda _: None)  # between huggingface_hub's own tries
+def test_an_interrupted_download_is_continued(hub: Hub, offline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: None)  # huggingface_hub sleeps between its attempts
     hub.cut = {"model.safetensors"}
     with pytest.raises(UserError, match=f"{REPO}: the download stopped: .*run the same command again"):
         find_checkpoint(REPO)
@@ -217,7 +217,7 @@ def test_an_interrupted_download_goes_on(hub: Hub, offline: Any, monkeypatch: py
 
 
 def test_a_cache_without_the_weights(hub: Hub, offline: Any) -> None:
-    """As after another program asked for the config alone."""
+    """Another program may have downloaded only the config."""
     huggingface_hub.hf_hub_download(REPO, "config.json")
     offline("HF_HUB_OFFLINE")
     with pytest.raises(UserError, match="the copy in the hub's cache has no weights, and HF_HUB_OFFLINE is set"):
@@ -225,7 +225,7 @@ def test_a_cache_without_the_weights(hub: Hub, offline: Any) -> None:
 
 
 @pytest.mark.parametrize(("left", "message"), [("pytorch_model.bin", "is a pickle"), ("video.mp4", "no safetensors")])
-def test_what_cannot_be_read_is_not_fetched(left: str, message: str, hub: Hub) -> None:
+def test_unreadable_weights_are_not_downloaded(left: str, message: str, hub: Hub) -> None:
     hub.files["main"] = {f: x for f, x in hub.files["main"].items() if f in (left, "config.json")}
     with pytest.raises(UserError, match=message):
         find_checkpoint(REPO)

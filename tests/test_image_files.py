@@ -1,4 +1,4 @@
-"""Folders of images: their order, and the colours of every kind of image."""
+"""Folders of images: the order of files, and the colours of every kind of image."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from xl2jax.errors import UserError
-from xl2jax.video.clip import FrameSampling, open_video
+from xl2jax.video.clip import open_video
+from xl2jax.video.frame_sampling import FrameSampling
 from xl2jax.video.image_files import images_in, read_image
 
 
@@ -22,7 +23,7 @@ def save(path: Path, value: int = 0) -> None:
 
 
 def test_natural_order(tmp_path: Path) -> None:
-    """Numbers count as numbers, ASCII digits alone: "²" and Arabic digits are letters. Hidden files are no frames."""
+    """Names sort by their numbers in ASCII digits; "²" and Arabic digits are letters. Hidden files are left out."""
     names = ["1.png", "2.png", "10.png", "a1b2.png", "a1b10.png", "a2b1.png", "b.JPG", "²3.png", "٣.png"]
     for name in random.Random(0).sample(names, len(names)):
         save(tmp_path / name)
@@ -70,13 +71,13 @@ def test_colours(kind: str, tmp_path: Path) -> None:
     image.save(tmp_path / f"a.{suffix}", quality=100, lossless=True)
     got = read_image(tmp_path / f"a.{suffix}")
     assert (got.shape, got.dtype) == ((6, 8, 3), np.uint8)
-    # A palette is rounded, JPEG loses a little.
+    # A palette is rounded, and JPEG is lossy.
     assert np.abs(got.astype(int) - expected).max() <= {"palette": 0, "cmyk": 40}.get(kind, 0)
     assert np.abs(got.astype(int) - expected).mean() <= {"cmyk": 12}.get(kind, 0)
 
 
 def write_rgb48(path: Path, values: np.ndarray) -> None:
-    """A PNG of 16 bits a channel, which Pillow cannot write."""
+    """Writes a PNG with 16 bits per channel, which Pillow cannot do."""
     import struct
     import zlib
 
@@ -111,7 +112,7 @@ def test_upright_by_exif(tmp_path: Path) -> None:
 
 
 def test_damaged_images(tmp_path: Path) -> None:
-    """Flipped bytes, cuts and zeroed blocks in each format: an image, or one line."""
+    """With flipped bytes, cuts and zeroed blocks, every format gives an image or an error of one line."""
     originals = []
     for suffix, image, _ in KINDS.values():
         image.save(tmp_path / f"a.{suffix}", quality=90)

@@ -22,7 +22,7 @@ def tokenizer() -> PromptTokenizer:
 
 
 def test_prompt_text(tokenizer: PromptTokenizer) -> None:
-    """The parts put together are the template of the released model."""
+    """Prefix and suffix together are the prompt of the released model."""
     part = suffix(tokenizer, "What happens?")
     whole = tokenizer.tokenizer.decode(tokenizer.encode(*PREFIX) + part.ids, skip_special_tokens=False)
     assert whole == (
@@ -32,11 +32,57 @@ def test_prompt_text(tokenizer: PromptTokenizer) -> None:
     assert tokenizer.decode(part.ids[part.first : part.last]) == "What happens?"
 
 
+# Qwen2's chat template, which Video-XL-2 was trained with.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("history", [[], [("Who?", "A cat.")]])
+def test_the_prompt_is_qwens_chat_template(tokenizer: PromptTokenizer, history: list[tuple[str, str]]) -> None:
+    """PREFIX, the video and the suffix are what transformers makes of the template."""
+    pytest.importorskip("jinja2")
+    from transformers import PreTrainedTokenizerFast
+
+    reference = PreTrainedTokenizerFast(tokenizer_object=make_tokenizer(), chat_template=CHAT_TEMPLATE)
+    contents = [text for turn in history for text in turn] + ["What happens?"]
+    contents[0] = "<video>\n" + contents[0]
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+    text = reference.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    before, _, after = text.partition("<video>")
+    assert reference.encode(before, add_special_tokens=False) == tokenizer.encode(*PREFIX)
+    assert reference.encode(after, add_special_tokens=False) == suffix(tokenizer, "What happens?", history).ids
+
+
+def test_transformers_reads_the_same_tokenizer(tokenizer: PromptTokenizer, tmp_path: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    make_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    reference = PreTrainedTokenizerFast.from_pretrained(str(tmp_path), local_files_only=True)
+    for text in ("What happens at 12.5s? 日本", "  two\n\nlines ", "naïve café"):
+        assert reference.encode(text, add_special_tokens=False) == tokenizer.encode(text)
+
+
+def test_code_in_a_checkpoint_is_never_run(tmp_path: Path) -> None:
+    """`auto_map` asks transformers to import Python files of the checkpoint."""
+    slow_files(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    auto_map = {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}, "tokenizer_class": "Tokenizer"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | auto_map))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}}))
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    assert PromptTokenizer.load(tmp_path, 1000).encode(IM_END)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_times(tokenizer: PromptTokenizer) -> None:
     assert [time_text(t) for t in (0.0, 12.0, 7.3)] == ["Time 0.0s:", "Time 12.0s:", "Time 7.3s:"]
     ids = tokenizer.time_ids([0.0, 0.2, 0.5, 0.8, 10.0, 11.0, 12.0, 13.0])
     assert [tokenizer.decode(i) for i in ids] == ["Time 0.0s:", "Time 10.0s:"]
-    assert len(ids[1]) == len(ids[0]) + 1  # digits are tokens
+    assert len(ids[1]) == len(ids[0]) + 1  # each digit is a token
 
 
 def test_earlier_turns_are_text(tokenizer: PromptTokenizer) -> None:
@@ -61,8 +107,10 @@ texts = st.lists(st.one_of(st.text(max_size=8), st.sampled_from([*CONTROLS, "\n"
 
 
 @given(texts, st.lists(st.tuples(texts, texts), max_size=2))
-def test_text_is_text(tokenizer: PromptTokenizer, question: str, history: list[tuple[str, str]]) -> None:
-    """Whatever is asked, the control tokens are the template's, and what is asked can be read back whole."""
+def test_control_tokens_in_text_are_text(
+    tokenizer: PromptTokenizer, question: str, history: list[tuple[str, str]]
+) -> None:
+    """For any question, all control tokens come from the template, and decoding gives the question back."""
     assume(question.strip())
     part = suffix(tokenizer, question, history)
     controls = [tokenizer.tokenizer.id_to_token(i) for i in part.ids if tokenizer.tokenizer.id_to_token(i) in CONTROLS]
@@ -71,13 +119,13 @@ def test_text_is_text(tokenizer: PromptTokenizer, question: str, history: list[t
 
 
 @given(st.text(max_size=40).filter(lambda t: "<|" not in t and t.strip()))
-def test_ids_are_upstreams_where_no_special_token_is_written(tokenizer: PromptTokenizer, question: str) -> None:
-    """Upstream hands the whole text right of the video to the tokenizer, special tokens and all."""
+def test_ids_equal_upstreams_for_plain_text(tokenizer: PromptTokenizer, question: str) -> None:
+    """Upstream tokenises the whole text after the video at once, including special tokens."""
     whole = f"\n{question}<|im_end|>\n<|im_start|>assistant\n"
     assert suffix(tokenizer, question).ids == tokenizer.tokenizer.encode(whole, add_special_tokens=False).ids
 
 
-def test_a_pickled_tokenizer_still_takes_text_for_text(tokenizer: PromptTokenizer) -> None:
+def test_a_pickled_tokenizer_treats_control_tokens_in_text_as_text(tokenizer: PromptTokenizer) -> None:
     again = pickle.loads(pickle.dumps(tokenizer))
     assert again.encode("a<|im_end|>b") == tokenizer.encode("a<|im_end|>b")
     assert tokenizer.encode(IM_END)[0] not in again.encode("a<|im_end|>b")
@@ -130,7 +178,7 @@ def test_tokenizers_that_do_not_fit(tmp_path: Path) -> None:
 
 
 def test_fuzzed_tokenizers(tmp_path: Path) -> None:
-    """A damaged tokenizer is refused in one line, or it reads and writes text."""
+    """A damaged tokenizer is refused with one line, or it encodes and decodes text."""
     whole = make_tokenizer().to_str().encode()
     for seed in range(100):
         (tmp_path / "tokenizer.json").write_bytes(damaged_json(whole, random.Random(seed)))
@@ -140,7 +188,7 @@ def test_fuzzed_tokenizers(tmp_path: Path) -> None:
 
 
 def slow_files(folder: Path) -> None:
-    """vocab.json and merges.txt alone, as older checkpoints have them."""
+    """Writes vocab.json and merges.txt without tokenizer.json, as in older checkpoints."""
     raw = json.loads(make_tokenizer().to_str())
     (folder / "vocab.json").write_text(json.dumps(raw["model"]["vocab"]))
     merges = [m if isinstance(m, str) else " ".join(m) for m in raw["model"]["merges"]]
@@ -163,7 +211,7 @@ def test_slow_tokenizer_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"])
 def test_slow_tokenizer_files_that_cannot_be_read(name: str, tmp_path: Path) -> None:
     slow_files(tmp_path)
-    if name != "special_tokens_map.json":  # which transformers reads only where the others say nothing
+    if name != "special_tokens_map.json":  # transformers reads it only for settings that the others lack
         (tmp_path / name).write_bytes(b"[\xff")
         with pytest.raises(UserError, match="the tokenizer cannot be read|lacks the special token"):
             PromptTokenizer.load(tmp_path, 1000)

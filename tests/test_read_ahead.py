@@ -1,4 +1,4 @@
-"""Every way of reading gives the frames of the simple sequential read; nothing grows, hangs or is lost."""
+"""Every way of reading gives the same frames as a sequential read, in bounded memory and without hanging."""
 
 from __future__ import annotations
 
@@ -25,24 +25,26 @@ from PIL import Image
 from xl2jax.errors import UserError
 from xl2jax.testing import shape_frame, write_clip
 from xl2jax.video import read_ahead, readers
-from xl2jax.video.clip import (
-    DecordReader,
-    FrameSampling,
-    PyAVReader,
-    Reader,
-    images_in,
-    open_reader,
-    open_video,
-)
+from xl2jax.video.clip import open_reader, open_video
+from xl2jax.video.frame_sampling import FrameSampling
+from xl2jax.video.image_files import images_in
 from xl2jax.video.read_ahead import read_resized
+from xl2jax.video.readers import DecordReader, PyAVReader, Reader
 
 SIZE = 48
 
 
 def write(
-    path: Path, *, frames: int = 150, size: tuple[int, int] = (96, 64), rate: int = 24, codec: str = "libx264",
-    pixel_format: str = "yuv420p", variable: bool = False, **options: str,
-) -> Path:  # fmt: skip
+    path: Path,
+    *,
+    frames: int = 150,
+    size: tuple[int, int] = (96, 64),
+    rate: int = 24,
+    codec: str = "libx264",
+    pixel_format: str = "yuv420p",
+    variable: bool = False,
+    **options: str,
+) -> Path:
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=Fraction(rate))
         assert isinstance(stream, av.VideoStream)
@@ -72,7 +74,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def sequential(path: Path) -> list[np.ndarray]:
-    """All frames as FFmpeg gives them, without any of our code."""
+    """All frames as FFmpeg decodes them, without code of this project."""
     with av.open(str(path)) as container:
         return [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
 
@@ -124,7 +126,7 @@ def test_sparse_reading_decodes_less(tmp_path: Path, monkeypatch: pytest.MonkeyP
     decoded = 0
     for span in reader.spans(np.arange(0, 600, 2)):
         list(reader.frames(span))
-    assert decoded < 660  # every span begins at a key frame: next to nothing is decoded twice
+    assert decoded < 660  # every span begins at a key frame, so hardly any frame is decoded twice
 
 
 def test_other_readers(clip: Path, tmp_path: Path) -> None:
@@ -154,7 +156,7 @@ def test_truncated_file_gives_the_same_part(tmp_path: Path, caplog: pytest.LogCa
 
 
 class Endless(Reader):
-    """A video of any length that takes no time to decode, cut into spans of `span` frames."""
+    """A video of any length that takes no time to decode, in spans of `span` frames."""
 
     fps = 1.0
 
@@ -171,7 +173,7 @@ class Endless(Reader):
 
 @contextlib.contextmanager
 def counted_frames() -> Iterator[Callable[[], int]]:
-    """How many resized frames exist, whoever holds them."""
+    """Counts the resized frames that exist anywhere."""
     alive, lock, plain = [0], threading.Lock(), read_ahead.resize
 
     def died() -> None:
@@ -191,7 +193,7 @@ def counted_frames() -> Iterator[Callable[[], int]]:
 
 
 def settled(value: Callable[[], int]) -> int:
-    """A counter once it has stood still for a while."""
+    """The value of a counter after it has stopped changing for a while."""
     seen = -1
     while seen != (seen := value()):
         time.sleep(0.03)
@@ -203,11 +205,13 @@ def settled(value: Callable[[], int]) -> int:
     st.integers(0, 400), st.integers(1, 120), st.integers(2, 40), st.integers(1, 8),
     st.lists(st.integers(0, 400), max_size=2),
 )  # fmt: skip
-def test_frames_that_wait_are_bounded_and_in_order(
+def test_waiting_frames_are_bounded_and_in_order(
     total: int, span: int, room: int, workers: int, pauses: list[int]
 ) -> None:
-    """Spans shorter and longer than the room, any number of threads, a caller that stops now and then: what exists at a
-    time is at most `room` frames a thread and the one that the caller has."""  # fmt: skip
+    """At most `room` frames per thread exist at a time, besides the caller's one.
+
+    Spans are shorter or longer than the room, the number of threads varies, and the caller pauses now and then.
+    """
     with counted_frames() as alive, pytest.MonkeyPatch.context() as patch:
         patch.setattr(read_ahead, "_WAITING_BYTES", room * 3 * 8 * 8)
         frames = read_resized(Endless(total, span), np.arange(total), 8, workers, "bounded")
@@ -232,7 +236,7 @@ def test_a_folder_of_images_is_bounded(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_all_threads_read_at_once() -> None:
-    """Threads wait for each other at their first frames: one that read alone would not get past."""
+    """Threads wait for each other at their first frames, so a single reading thread would not continue."""
     barrier = threading.Barrier(4, timeout=10)
 
     class Together(Endless):
@@ -270,7 +274,7 @@ def test_closing_ends_the_threads() -> None:
         time.sleep(0.02)
 
 
-def test_errors_come_in_their_turn() -> None:
+def test_errors_are_raised_in_order() -> None:
     class Broken(Endless):
         def frames(self, indices: np.ndarray) -> Iterator[np.ndarray]:
             for frame in super().frames(indices):
@@ -295,7 +299,7 @@ def test_a_decoder_that_hangs_is_an_error() -> None:
 
 
 def test_the_caller_may_be_slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Waiting for the caller is not a hang."""
+    """A reader that waits for the caller does not count as hung."""
     monkeypatch.setattr(read_ahead, "_WAITING_BYTES", 8 * 3 * 8 * 8)
     frames = read_resized(Endless(60, span=60), np.arange(60), 8, 1, "x", stall_seconds=0.3)
     count = 0
@@ -307,7 +311,7 @@ def test_the_caller_may_be_slow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_interrupt_ends_the_command(tmp_path: Path) -> None:
-    """Ctrl-C while threads read and one waits: one line, status 130, no threads left to wait for."""
+    """Ctrl-C while threads read gives one line and status 130, and no thread delays the exit."""
     path = tmp_path / "a.mp4"
     write_clip(path, 20, fps=24, width=320, height=240)
     code = (
@@ -320,7 +324,7 @@ def test_an_interrupt_ends_the_command(tmp_path: Path) -> None:
         "    for batch in clip.batches(4, 384, workers=2):\n"
         "        print('reading', flush=True)\n"
         "        time.sleep(0.2)\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a suite in the background ignores it
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # SIGINT is ignored if the tests run in the background
         "run_command(main)\n"
     )
     process = subprocess.Popen(

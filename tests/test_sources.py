@@ -1,4 +1,4 @@
-"""What is often given for a checkpoint and is none is named, with what to do."""
+"""Files and folders that are often confused with a checkpoint are refused with advice."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def files(folder: Path, *names: str) -> Path:
         ),
         (lambda d: files(d, "model-Q4_K_M.gguf"), "is a GGUF file, which cannot be read"),
         (lambda d: files(d, "m.gguf") / "m.gguf", "is a GGUF file, which cannot be read"),
-        (lambda d: files(d, "m.safetensors") / "m.safetensors", "is a file of weights: give the folder"),
+        (lambda d: files(d, "m.safetensors") / "m.safetensors", "is a file of weights: give its folder"),
         (lambda d: files(d, "m.bin") / "m.bin", "m.bin is a pickle, which can run code"),
         (lambda d: files(d, "m.ckpt") / "m.ckpt", "m.ckpt is a pickle, which can run code"),
         (lambda d: files(d, "m.txt") / "m.txt", "is a file, not a checkpoint folder"),
@@ -48,7 +48,7 @@ def files(folder: Path, *names: str) -> Path:
         (lambda d: d / ("n" * 300), "cannot be read (File name too long)"),
     ],
 )
-def test_what_is_no_checkpoint(make: Callable[[Path], Path], message: str, tmp_path: Path) -> None:
+def test_common_mistakes(make: Callable[[Path], Path], message: str, tmp_path: Path) -> None:
     path = make(tmp_path)
     with pytest.raises(UserError) as e:
         find_checkpoint(path)
@@ -69,8 +69,8 @@ def test_a_part_of_an_orbax_checkpoint(checkpoint: Path, tmp_path: Path) -> None
         find_checkpoint(tmp_path / "orbax" / "params")
 
 
-def test_checkpoints_with_odd_company(copied: Path) -> None:
-    """A whole model stays one, whatever lies beside it."""
+def test_checkpoints_with_other_files(copied: Path) -> None:
+    """A complete model is accepted whatever other files its folder has."""
     files(copied, "adapter_config.json", "metrics.jsonl", "checkpoints/1/x", "model.gguf", "training_args.bin")
     assert find_checkpoint(copied) == copied
 

@@ -1,4 +1,4 @@
-"""Commands as processes: closed and full standard streams, locales, Ctrl-C, limits of the system."""
+"""Commands in processes of their own: closed and full standard streams, locales, Ctrl-C and system limits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 
 def shell(line: str, body: str = HELLO, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[bytes]:
-    """`line` in a shell, where $COMMAND runs `body` under run_command."""
+    """Runs `line` in a shell, in which $COMMAND runs `body` under run_command."""
     program = f"import sys\nfrom xl2jax.system.terminal import run_command\ndef main():\n {body}\nrun_command(main)"
     variables = os.environ | {"PYTHON": sys.executable, "PROGRAM": program, "PYTHONPATH": str(ROOT)} | (env or {})
     line = line.replace("$COMMAND", '"$PYTHON" -c "$PROGRAM"')
@@ -36,13 +36,13 @@ def test_open_streams() -> None:
 
 
 @pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full", "2> >(exit 0)"])
-def test_a_lost_stderr_loses_no_answer(redirection: str) -> None:
+def test_an_unusable_stderr_does_not_lose_the_answer(redirection: str) -> None:
     run = shell(f"$COMMAND {redirection}", f"import time; time.sleep(0.2); {HELLO}; print('more', file=sys.stderr)")
     assert (run.returncode, run.stdout) == (0, b"caf\xc3\xa9\n")
 
 
 @pytest.mark.parametrize(("redirection", "reason"), [(">&-", b"closed"), (">/dev/full", b"No space left on device")])
-def test_a_lost_answer_is_an_error(redirection: str, reason: bytes) -> None:
+def test_an_unusable_stdout_is_an_error(redirection: str, reason: bytes) -> None:
     run = shell(f"$COMMAND {redirection}", "print('x')")
     assert run.returncode == 2
     assert run.stderr.startswith(b"error: standard output ")
@@ -50,24 +50,24 @@ def test_a_lost_answer_is_an_error(redirection: str, reason: bytes) -> None:
     assert run.stderr.count(b"\n") == 1
 
 
-def test_a_reader_that_went_away() -> None:
+def test_a_closed_pipe() -> None:
     run = shell("$COMMAND | true; exit ${PIPESTATUS[0]}", "import time; time.sleep(0.2); print('x' * 10**6)")
     assert (run.returncode, run.stderr) == (128 + signal.SIGPIPE, b"")
 
 
-def test_files_do_not_take_the_place_of_closed_streams(tmp_path: Path) -> None:
-    """The first file that a process opens gets the number of a closed stream, and its messages with it."""
+def test_files_do_not_get_descriptors_of_closed_streams(tmp_path: Path) -> None:
+    """The first file that a process opens must not get the descriptor of a closed stream, and with it its messages."""
     run = shell(
         f"$COMMAND >&- 2>&- <&-; cat {tmp_path}/f", f"f = open('{tmp_path}/f', 'w'); print('x', file=sys.stderr)"
     )
     assert run.stdout == b""
 
 
-def test_text_under_a_locale_that_knows_ascii_alone() -> None:
+def test_text_in_an_ascii_locale() -> None:
     body = "from xl2jax.system.terminal import argument_text; print(argument_text(sys.argv[1]))"
     run = shell("$COMMAND $'caf\\xc3\\xa9 \\xe4\\xb8\\xad'", body, C_LOCALE)
     assert (run.returncode, run.stdout.decode()) == (0, "café 中\n")
-    assert argument_text("caf\udce9") == "caf\udce9"  # Latin-1 stays what the question's own check refuses
+    assert argument_text("caf\udce9") == "caf\udce9"  # Latin-1 stays as it is, and `check_unicode` refuses it
 
 
 def infer(*flags: object, redirection: str = "") -> subprocess.CompletedProcess[str]:
@@ -89,7 +89,7 @@ def test_streams_are_checked_before_anything_slow() -> None:
 
 @pytest.mark.parametrize("seconds", [0.05, 0.3, 0.6, 1.2])
 def test_ctrl_c_at_any_time_is_one_line(seconds: float) -> None:
-    """Also while modules are imported: what they raise then may be another error."""
+    """This includes the time of imports, when modules may raise another error."""
     program = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -111,8 +111,8 @@ runpy.run_path('infer.py', run_name='__main__')"""
     assert (process.returncode, last) == (130, "interrupted") or (process.returncode, last[:6]) == (2, "error:")
 
 
-def test_ctrl_c_that_a_callback_drops_is_noticed() -> None:
-    """JAX has a callback in the garbage collector; Python ignores what such callbacks raise."""
+def test_ctrl_c_in_a_callback_is_noticed() -> None:
+    """JAX has a callback in the garbage collector, and Python ignores exceptions of such callbacks."""
     body = """import gc, signal, time
  signal.signal(signal.SIGINT, signal.default_int_handler)
  gc.callbacks.append(lambda phase, _: phase == 'start' and gc.callbacks.pop() and signal.raise_signal(signal.SIGINT))
@@ -135,12 +135,12 @@ def test_ctrl_c_that_a_callback_drops_is_noticed() -> None:
         (ValueError("a fault of the program"), None),
     ],
 )
-def test_what_the_machine_refuses_is_one_line(error: Exception, words: str | None) -> None:
+def test_errors_of_the_machine_are_one_line(error: Exception, words: str | None) -> None:
     line = explain(error)
     assert (line is None) if words is None else (line is not None and words in line)
 
 
-def test_a_platform_that_is_not_there() -> None:
+def test_a_platform_that_is_not_available() -> None:
     program = "from xl2jax.system.terminal import run_command\nfrom xl2jax.system.backend import start_backend\nrun_command(start_backend)"
     env = os.environ | {"JAX_PLATFORMS": "cuda", "PYTHONPATH": str(ROOT)}
     run = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=False)
@@ -149,15 +149,13 @@ def test_a_platform_that_is_not_there() -> None:
     assert "Traceback" not in run.stderr
 
 
-def test_programs_are_kept_where_the_user_has_not_said_otherwise(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_programs_are_cached_unless_the_user_set_it_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import jax
 
     mine = jax.config.jax_compilation_cache_dir
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     start_backend()
-    assert jax.config.jax_compilation_cache_dir == mine  # the suite's own setting
+    assert jax.config.jax_compilation_cache_dir == mine  # the setting of the tests
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(jax.config, "update", lambda name, value: updates.update({name: value}))
     updates: dict[str, object] = {}
@@ -170,18 +168,18 @@ def test_programs_are_kept_where_the_user_has_not_said_otherwise(
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     updates.clear()
-    start_backend()  # says that nothing is kept, and goes on
+    start_backend()  # warns that nothing is cached, and continues
     assert updates == {}
 
 
 def twice(env: dict[str, str], command: list[str]) -> list[dict[str, int]]:
-    """What two runs of a command that prints {"programs": ...} say of it."""
+    """The counts of two runs of a command that prints {"programs": ...}."""
     env = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"} | env
     runs = [subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True) for _ in range(2)]
     return [json.loads(run.stdout)["programs"] for run in runs]
 
 
-def test_a_second_run_reads_kept_programs(tmp_path: Path) -> None:
+def test_a_second_run_reads_cached_programs(tmp_path: Path) -> None:
     program = """
 import json
 from xl2jax.system.backend import program_count, start_backend

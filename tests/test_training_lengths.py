@@ -1,4 +1,4 @@
-"""What is known of media, weights and lengths between the starts of a run: by content, not by name or place."""
+"""Fingerprints and stored lengths depend on the contents of files, not on their names or folders."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from training_runs import turns
 
-from xl2jax.checkpoint.convert import main as convert
+from xl2jax.commands.convert import main as convert
 from xl2jax.config import PRESETS
 from xl2jax.testing import make_checkpoint
 from xl2jax.training.batches import Length, Probe
@@ -22,8 +22,8 @@ from xl2jax.training.lengths import Lengths, Measured, differences, measure, rea
 from xl2jax.training.records import Record, read_records
 
 
-def test_media_are_told_apart_by_content(tmp_path: Path) -> None:
-    """Not by name, place or time; a byte changed anywhere in a small file, a frame replaced, a file cut off."""
+def test_media_fingerprints_depend_on_content(tmp_path: Path) -> None:
+    """Names, folders and times do not matter. A changed byte, a replaced frame and a cut file are noticed."""
     (tmp_path / "a").write_bytes(bytes(range(256)) * 40)
     shutil.copyfile(tmp_path / "a", tmp_path / "b")
     os.utime(tmp_path / "b", (1, 1))
@@ -50,10 +50,10 @@ def test_media_are_told_apart_by_content(tmp_path: Path) -> None:
     assert media_fingerprint(frames) != before
 
 
-def test_weights_are_told_apart_by_content(
+def test_weights_fingerprints_depend_on_content(
     checkpoint: Path, tmp_path: Path, command: Callable[..., tuple[int, str, str]]
 ) -> None:
-    """A copy, one in other shards, one in which a single layer was trained, one of another seed."""
+    """A copy and other shards have the same fingerprint; one trained layer or another seed changes it."""
     before = weights_fingerprint(checkpoint)
     assert weights_fingerprint(Path(shutil.copytree(checkpoint, tmp_path / "copy"))) == before
     tensors = load_file(checkpoint / "model.safetensors")
@@ -86,7 +86,7 @@ def test_weights_are_told_apart_by_content(
 
 @pytest.fixture
 def media(tmp_path: Path) -> Path:
-    """Three files and a text; `measuring` calls a file that begins with `bad` one that cannot be read."""
+    """Three files and a text. For `measuring`, a file that begins with `bad` cannot be read."""
     folder = tmp_path / "media"
     folder.mkdir()
     for name in "abc":
@@ -98,7 +98,7 @@ def media(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def measuring(tmp_path: Path) -> Callable[[Path], tuple[Measured, list[str]]]:
-    """A start of a run on the data of a folder: what it measures, and which samples it had to look at."""
+    """Starts a run on the data of a folder. Returns the measurement, and the samples that it had to open."""
     output = tmp_path / "out"
     output.mkdir()
 
@@ -125,7 +125,7 @@ def measuring(tmp_path: Path) -> Callable[[Path], tuple[Measured, list[str]]]:
 type Measuring = Callable[..., tuple[Measured, list[str]]]
 
 
-def test_lengths_are_kept_by_content(media: Path, measuring: Measuring) -> None:
+def test_lengths_are_stored_by_content(media: Path, measuring: Measuring) -> None:
     first, opened = measuring(media)
     assert opened == ["a", "b", "c", "text"]
     assert [x.record.id for x in first.samples] == opened
@@ -134,17 +134,17 @@ def test_lengths_are_kept_by_content(media: Path, measuring: Measuring) -> None:
     assert samples_digest(again.samples) == samples_digest(first.samples)
     moved = Path(shutil.copytree(media, media.with_name("elsewhere")))
     shutil.rmtree(media)
-    there, opened = measuring(moved)
+    again, opened = measuring(moved)
     assert opened == []
-    assert samples_digest(there.samples) == samples_digest(first.samples)
+    assert samples_digest(again.samples) == samples_digest(first.samples)
     relative, opened = measuring(Path(os.path.relpath(moved)))
     assert opened == []
     assert samples_digest(relative.samples) == samples_digest(first.samples)
     assert measuring(moved, "other sampling")[1] == ["a", "b", "c", "text"]
 
 
-def test_what_cannot_be_used_is_tried_again_at_each_start(media: Path, measuring: Measuring) -> None:
-    """Missing, then there; unreadable, then mended; nothing is remembered but what could be used."""
+def test_unusable_samples_are_tried_again_at_each_start(media: Path, measuring: Measuring) -> None:
+    """Files that were missing or unreadable are measured when they are restored: only usable samples are stored."""
     kept = (media / "b").read_bytes()
     (media / "b").unlink()
     (media / "c").write_bytes(b"bad")
@@ -161,8 +161,8 @@ def test_what_cannot_be_used_is_tried_again_at_each_start(media: Path, measuring
     assert measuring(media)[0].cut == 1
 
 
-def test_a_file_that_was_replaced_is_looked_at_again(media: Path, measuring: Measuring) -> None:
-    """Of the same name, size and time of change; what became of all samples is told by name."""
+def test_a_replaced_file_is_measured_again(media: Path, measuring: Measuring) -> None:
+    """The new file has the same name, size and time. The message names all samples that changed."""
     before, _ = measuring(media)
     times = (media / "b").stat()
     (media / "new").write_bytes(b"B" * 10)
@@ -178,12 +178,12 @@ def test_a_file_that_was_replaced_is_looked_at_again(media: Path, measuring: Mea
     assert samples_digest(before.samples) != samples_digest(now.samples)
     (media / "d.json").write_text(json.dumps(rows[::-1]))
     turned, _ = measuring(media)
-    assert differences(now.stored, turned.stored) == "they stand in another order"
+    assert differences(now.stored, turned.stored) == "their order changed"
     assert samples_digest(turned.samples) != samples_digest(now.samples)
 
 
 @pytest.mark.parametrize("damage", ["", "[]", '{"settings": 3}', '{"settings": "s", "media": {}, "samples": [[1]]}'])
-def test_damaged_lengths_are_measured_anew(
+def test_damaged_lengths_are_measured_again(
     media: Path, measuring: Measuring, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
     file = media.with_name("out") / "lengths.json"
@@ -191,6 +191,6 @@ def test_damaged_lengths_are_measured_anew(
     whole = json.loads(file.read_text())
     file.write_text(damage)
     assert measuring(media)[1] == ["a", "b", "c", "text"]
-    assert "all samples are looked at again" in caplog.text
+    assert "all samples are measured again" in caplog.text
     assert json.loads(file.read_text()) == whole
     assert Lengths.model_validate(whole)

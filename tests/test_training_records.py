@@ -1,4 +1,4 @@
-"""Training records: what is read of JSON, JSON lines and YAML, what is malformed, whatever the files hold."""
+"""Training records from JSON, JSON lines and YAML: well-formed, malformed and arbitrary files."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_sampling_strategies(tmp_path: Path, strategy: str, expected: list[str])
     assert [r.id for r in read_records(path, 0).records] == expected
 
 
-def test_random_sampling_follows_the_seed(tmp_path: Path) -> None:
+def test_random_sampling_depends_on_the_seed(tmp_path: Path) -> None:
     path = written(tmp_path, [{"conversations": turns("Hi", "Ho")} for _ in range(100)], "random:10%")
     chosen = [tuple(r.id for r in read_records(path, seed).records) for seed in (0, 0, 1)]
     assert chosen[0] == chosen[1] != chosen[2]
@@ -73,8 +73,8 @@ GOOD = {"id": "good", "conversations": turns("Hi", "Ho")}
     ("row", "message"),
     [
         ({"video": "a.mp4", "conversations": turns("What?", "That.")}, "does not start with <image>"),
-        ({"conversations": turns("<image>What?", "That.")}, "<image> without a video"),
-        ({"video": "a.mp4", "conversations": turns("<image><image>", "x")}, "2 times <image>"),
+        ({"conversations": turns("<image>What?", "That.")}, "contains <image> but has no video or image"),
+        ({"video": "a.mp4", "conversations": turns("<image><image>", "x")}, "contains <image> 2 times"),
         ({"conversations": turns("What?")}, "has no answer"),
         ({"conversations": [{"from": "gpt", "value": "x"}, {"from": "human", "value": "y"}]}, "turn 1 is from gpt"),
         ({"conversations": [*turns("a", "b"), {"from": "gpt", "value": "c"}]}, "turn 3 is from gpt, expected human"),
@@ -94,8 +94,8 @@ GOOD = {"id": "good", "conversations": turns("Hi", "Ho")}
         (None, "should be an object"),
     ],
 )
-def test_a_malformed_record_is_left_out_and_named(tmp_path: Path, row: Any, message: str) -> None:
-    """The others stay, in lists and in lines; alone it is an error."""
+def test_a_malformed_record_is_skipped_and_reported(tmp_path: Path, row: Any, message: str) -> None:
+    """A malformed record is skipped, in JSON and in JSONL. If it is the only one, that is an error."""
     path = written(tmp_path, [GOOD, row])
     (tmp_path / "b.jsonl").write_text(f"{json.dumps(GOOD)}\n{json.dumps(row)}\n")
     for file, name in ((path, "a.json"), (tmp_path / "b.jsonl", "b.jsonl")):
@@ -117,14 +117,14 @@ def test_a_malformed_record_is_left_out_and_named(tmp_path: Path, row: Any, mess
 def test_a_line_that_is_not_json_is_one_malformed_record(tmp_path: Path, line: str | bytes) -> None:
     data = line if isinstance(line, bytes) else line.encode()
     (tmp_path / "b.jsonl").write_bytes(json.dumps(GOOD).encode() + b"\n" + data + b"\n" + json.dumps(GOOD).encode())
-    found = read_records(tmp_path / "b.jsonl", 0)
-    assert len(found.records) == 2
-    assert len(found.malformed) == 1
-    assert "b.jsonl: record 1: not JSON" in found.malformed[0]
+    result = read_records(tmp_path / "b.jsonl", 0)
+    assert len(result.records) == 2
+    assert len(result.malformed) == 1
+    assert "b.jsonl: record 1: not JSON" in result.malformed[0]
 
 
-def test_lines_end_at_newlines_alone(tmp_path: Path) -> None:
-    """U+2028, U+0085 and the like are characters that JSON text may hold as they are."""
+def test_only_newlines_end_lines(tmp_path: Path) -> None:
+    """JSON text may contain U+2028, U+0085 and similar characters, which do not end a line."""
     text = "one\u2028two\u0085three\u2029four\x1c"
     row = json.dumps({"conversations": turns(text, text)}, ensure_ascii=False)
     (tmp_path / "b.jsonl").write_text(f"{row}\r\n\n{row}", encoding="utf-8")
@@ -135,7 +135,7 @@ def test_lines_end_at_newlines_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [".", "./", "sub/..", "..", "/", "sub", "sub/deep/"])
 def test_a_folder_of_media_is_no_video(tmp_path: Path, name: str) -> None:
-    """Pictures that lie beside the data are not frames: the media root, what holds it, what holds other videos."""
+    """The media root, its parents and folders of other videos are no videos: images in them are not frames."""
     rows = [
         {"id": "bad", "video": name, "conversations": turns("<image>", "x")},
         {"id": "frames", "video": "sub/frames", "conversations": turns("<image>", "x")},
@@ -182,7 +182,7 @@ def test_bad_files(tmp_path: Path, name: str, text: str, message: str) -> None:
         read_records(tmp_path / "nowhere.yaml", 0)
 
 
-# Anything that JSON can say, and text that comes near a record.
+# Arbitrary JSON values, and values that resemble a record.
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
@@ -205,10 +205,10 @@ near_records = st.fixed_dictionaries(
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(near_records | json_values, max_size=4), st.binary(max_size=20), st.integers(0, 10**6), st.booleans())
-def test_any_data_is_records_or_one_line(
+def test_any_data_gives_records_or_one_line(
     tmp_path: Path, rows: list[Any], noise: bytes, place: int, lines: bool
 ) -> None:
-    """Whatever the files hold: every record is read or named, or one UserError says what is wrong."""
+    """For any file contents, every record is read or reported, or one UserError says what is wrong."""
     text = "\n".join(map(json.dumps, rows)) if lines else json.dumps(rows)
     data = text.encode()
     place %= len(data) + 1
@@ -218,11 +218,11 @@ def test_any_data_is_records_or_one_line(
     (tmp_path / "d.yaml").write_bytes(b"datasets: [{json_path: " + path.name.encode() + b"}]" + noise)
     for file in (path, tmp_path / "d.yaml"):
         try:
-            found = read_records(file, 0)
+            result = read_records(file, 0)
         except UserError:
             continue
-        assert found.records
-        assert all("\n" not in x for x in found.malformed)
-        for record in found.records:
+        assert result.records
+        assert all("\n" not in x for x in result.malformed)
+        for record in result.records:
             assert len(record.turns) >= 2
             assert 0 < record.scale <= 1e6

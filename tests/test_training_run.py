@@ -1,4 +1,4 @@
-"""Whole runs of train.py: learning, stopping, resuming, exporting; on several devices and processes; full disks."""
+"""Whole runs of train.py: learning, stopping, resuming and exporting; several devices and processes; full disks."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from safetensors.numpy import load_file, save_file
 from training_runs import ANSWERS, QUESTION, board, last_line, metrics, whole_checkpoints, write_data
 
 import train
-from xl2jax.checkpoint.convert import main as convert
 from xl2jax.commands import infer
+from xl2jax.commands.convert import main as convert
+from xl2jax.commands.train import parse
 from xl2jax.config import PRESETS
 from xl2jax.testing import make_checkpoint
 from xl2jax.training import run as run_module
-from xl2jax.training.config import parse
-from xl2jax.training.identity import FREE
+from xl2jax.training.identity import MAY_DIFFER
 from xl2jax.training.state import Checkpoints
 from xl2jax.training.step import Steps
 from xl2jax.training.telemetry import Telemetry
@@ -46,7 +46,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Wider than the tiny one: DTS norms over a single channel of similar frames magnify rounding a thousandfold."""
+    """Wider than tiny, whose DTS norms over a single channel of similar frames amplify rounding errors 1,000-fold."""
     folder = tmp_path_factory.mktemp("checkpoints") / "wide"
     tiny = PRESETS["tiny"]
     vision, llm = dataclasses.replace(tiny.vision, width=64, layers=2), dataclasses.replace(tiny.llm, layers=2)
@@ -68,20 +68,23 @@ type Start = Callable[..., subprocess.Popen[str]]
 
 @pytest.fixture(scope="module")
 def programs() -> dict[str, Steps]:
-    """Those that runs with the same settings share."""
+    """Compiled programs, which runs with the same settings share."""
     return {}
 
 
 @pytest.fixture
 def trained(
-    checkpoint: Path, data: Path, command: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch,
+    checkpoint: Path,
+    data: Path,
+    command: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
     programs: dict[str, Steps],
-) -> Trained:  # fmt: skip
-    """Runs train.py in this process, for what it prints; its programs are made once."""
+) -> Trained:
+    """Runs train.py in this process and returns its output. Programs are compiled once."""
 
     def run(output: Path, *flags: object, file: str = "four.json", status: int = 0) -> str:
         argv = arguments(checkpoint, data / file, output, *flags)
-        shaping = {k: v for k, v in dataclasses.asdict(parse(argv)).items() if k not in FREE}
+        shaping = {k: v for k, v in dataclasses.asdict(parse(argv)).items() if k not in MAY_DIFFER}
         settings = f"{file} {shaping}"
 
         def compiled(*x: Any) -> Steps:
@@ -100,7 +103,7 @@ def trained(
 
 @pytest.fixture
 def start(checkpoint: Path, data: Path) -> Iterator[Start]:
-    """Starts train.py in a process of its own."""
+    """Starts train.py in another process."""
     running = []
 
     def run(
@@ -114,10 +117,10 @@ def start(checkpoint: Path, data: Path) -> Iterator[Start]:
         env = os.environ | {
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu",
         }  # fmt: skip
-        if "--coordinator" in flags:  # cached CPU programs order their collectives otherwise than fresh ones
+        if "--coordinator" in flags:  # cached CPU programs order their collectives differently from new ones
             env.pop("JAX_COMPILATION_CACHE_DIR", None)
         program = ["-c", f"import signal, train\n{code}\ntrain.run_command(train.main)"]
-        if core is not None:  # not preexec_fn: JAX warns of any fork
+        if core is not None:  # preexec_fn would fork, of which JAX warns
             program = ["-c", _PINNED, str(core), *program]
         process = subprocess.Popen(
             [sys.executable, *program, *arguments(checkpoint, data / file, output, *flags)], cwd=ROOT, env=env,
@@ -140,8 +143,11 @@ def finished(process: subprocess.Popen[str], status: int = 0) -> str:
 
 @pytest.fixture
 def signal_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, int], None]]:
-    """Has a run in this process get a signal when the numbers of a step are there."""
-    step, before = Telemetry.step, signal.signal(signal.SIGINT, signal.default_int_handler)  # (else it may be ignored)
+    """Sends a signal to a run in this process when the metrics of a step are logged."""
+    step, before = (
+        Telemetry.step,
+        signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # it may be ignored otherwise
 
     def at(number: int, sent: int) -> None:
         def stepped(log: Telemetry, done: int, *rest: Any) -> None:
@@ -156,7 +162,7 @@ def signal_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, int], 
 
 
 def steps_done(process: subprocess.Popen[str], output: Path, steps: int) -> None:
-    """Waits until a run has done so many steps."""
+    """Waits until a run has logged a number of steps."""
     path = output / "metrics.jsonl"
     while not path.exists() or path.read_bytes().count(b"\n") < steps:
         assert process.poll() is None, process.communicate()[0][-3000:]
@@ -173,11 +179,19 @@ Checkpoints.save = lambda *x: (save(*x), os.kill(os.getpid(), signal.SIGKILL))
 
 
 def test_learns_stops_resumes_exports_and_answers(
-    trained: Trained, start: Start, signal_at: Callable[[int, int], None], data: Path, checkpoint: Path, tmp_path: Path,
+    trained: Trained,
+    start: Start,
+    signal_at: Callable[[int, int], None],
+    data: Path,
+    checkpoint: Path,
+    tmp_path: Path,
     command: Callable[..., tuple[int, str, str]],
-) -> None:  # fmt: skip
-    """A run that is stopped by SIGTERM, then by Ctrl-C, killed in the middle of a save and moved, with its data and
-    the checkpoint it began from, to places that are spelt relatively: bit for bit what a straight run gives."""
+) -> None:
+    """An interrupted run gives bit for bit the result of an uninterrupted one.
+
+    It is stopped by SIGTERM, then by Ctrl-C, then killed during a save. Then the run, its data and its checkpoint move
+    to other folders, which are given as relative paths.
+    """
     trained(tmp_path / "straight", *LEARN, "--export", tmp_path / "straight-out", file="two.json")
     one, output = metrics(tmp_path / "straight"), tmp_path / "stopped"
     signal_at(4, signal.SIGTERM)
@@ -193,16 +207,16 @@ def test_learns_stops_resumes_exports_and_answers(
     finished(start(output, *LEARN, file="two.json", code=KILLED_IN_A_SAVE), -signal.SIGKILL)
     newest = whole_checkpoints(output)[-1]
     assert newest in (8, 12)
-    with open(output / "metrics.jsonl", "a") as f:  # rows of steps that were never saved, one of them torn
+    with open(output / "metrics.jsonl", "a") as f:  # rows of steps that were not saved, one of them incomplete
         f.write('{"step": 29, "loss": 0}\n{"step": 4')
     moved = tmp_path / "moved"
     output.rename(moved)
     shutil.copytree(data, tmp_path / "data")
     shutil.copytree(checkpoint, tmp_path / "checkpoint")
-    here = Path(os.path.relpath(tmp_path))
+    relative = Path(os.path.relpath(tmp_path))
     out = trained(
-        here / "moved", *LEARN, "--export", here / "out", "--workers", 1, "--keep", 1, "--data",
-        here / "data" / "two.json", "--checkpoint", here / "checkpoint", file="two.json",
+        relative / "moved", *LEARN, "--export", relative / "out", "--workers", 1, "--keep", 1, "--data",
+        relative / "data" / "two.json", "--checkpoint", relative / "checkpoint", file="two.json",
     )  # fmt: skip
     assert f"resumed from step {newest}" in out
     assert [p.name for p in (moved / "checkpoints").iterdir()] == ["30"]
@@ -230,8 +244,10 @@ def test_learns_stops_resumes_exports_and_answers(
 def test_adapters_train_resume_and_merge_into_the_checkpoint(
     trained: Trained, checkpoint: Path, tmp_path: Path
 ) -> None:
-    """bfloat16 compute: what is frozen is exported as it was, bit for bit, not as the compute copy has it; what trains
-    is kept in float32. A part whose rate is 0 stays, the others follow a constant rate behind the warm-up."""
+    """With bfloat16 compute, frozen weights are exported bit for bit, and trained ones are kept in float32.
+
+    Parameters with a learning rate of 0 do not change; the others have a constant rate after the warm-up.
+    """
     flags = (
         "--global-batch", 4, "--epochs", 6, "--learning-rate", 1e-2, "--save-every", 3, "--lora-rank", 4, "--keep", 9,
         "--compute-dtype", "bfloat16", "--train", "projector.*", "--rates", "projector.fc1.*=0",
@@ -262,15 +278,18 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def reference(trained: Trained, single: Path) -> Path:
-    """A run on one device, once for the module: its checkpoints after both steps, what it exported."""
+    """A run on one device, shared by the module: its checkpoints after both steps, and its export."""
     if not (single / "out").exists():
         trained(single / "run", *SHORT, "--save-every", 1, "--export", single / "out", file="eight.json")
     return single
 
 
 def same_training(a: Path, b: Path, checkpoint: Path) -> None:
-    """Losses and parameters equal to 1e-5. Adam turns a gradient of 0 plus rounding into a whole step, so what was
-    learnt is compared over all parameters."""
+    """Losses and parameters agree to 1e-5.
+
+    The change is compared over all parameters together, because Adam turns a gradient of 0 with a rounding error into a
+    whole step.
+    """
     for x, y in zip(metrics(a / "run"), metrics(b / "run"), strict=True):
         assert y["loss"] == pytest.approx(x["loss"], rel=1e-5)
         assert y["grad_norm"] == pytest.approx(x["grad_norm"], rel=1e-4)
@@ -294,11 +313,18 @@ PACKED = ("--packing", "--max-length", 96, "--global-batch", 4)  # eight samples
     ],
 )
 def test_every_mesh_trains_as_one_device(
-    trained: Trained, start: Start, single: Path, tmp_path: Path, checkpoint: Path, mesh: tuple[int, int],
+    trained: Trained,
+    start: Start,
+    single: Path,
+    tmp_path: Path,
+    checkpoint: Path,
+    mesh: tuple[int, int],
     flags: tuple[object, ...],
-) -> None:  # fmt: skip
-    """Eight devices, as copies, slices and columns at once; rows that hold two samples train as rows of one. (Slower:
-    copies alone, slices alone, and rows of one sample in two micro-batches.)"""
+) -> None:
+    """Eight devices with all mesh axes give the result of one device; packed rows train as separate rows do.
+
+    The slow cases have only the data axis, only the fsdp axis, and two micro-batches of rows with one sample.
+    """
     fsdp, tensor = mesh
     parts = ("--fsdp", fsdp, "--tensor", tensor, "--export", tmp_path / "out")
     process = start(tmp_path / "run", *SHORT, *flags, *parts, file="eight.json", devices=8)
@@ -318,11 +344,11 @@ Telemetry.step = lambda *x: (time.sleep(0.5), step(*x))
 
 
 def test_two_processes_train_save_and_resume(trained: Trained, start: Start, tmp_path: Path, checkpoint: Path) -> None:
-    """SIGTERM to one of two processes: both save the same step. One process goes on; two export what it saved."""
+    """After SIGTERM to one of two processes both save the same step. One process resumes; two export the result."""
     flags = ("--global-batch", 8, "--epochs", 16, "--train", "llm.*", "--keep", 9)
     alone = (*flags, "--micro-batch", 8)
 
-    # One core each: with more, the CPU backend may run independent collectives of a program in any order.
+    # One core each, because with more the CPU backend may run independent collectives in any order.
     cores = sorted(os.sched_getaffinity(0))
 
     def both(*more: object, code: str = "") -> list[subprocess.Popen[str]]:
@@ -331,8 +357,8 @@ def test_two_processes_train_save_and_resume(trained: Trained, start: Start, tmp
             address = f"127.0.0.1:{s.getsockname()[1]}"
         return [
             start(
-                tmp_path / "run", *flags, "--coordinator", address, "--processes", 2, "--process", i, "--micro-batch", 4,
-                *more, file="eight.json", core=cores[i % len(cores)], code=code,
+                tmp_path / "run", *flags, "--coordinator", address, "--processes", 2, "--process", i,
+                "--micro-batch", 4, *more, file="eight.json", core=cores[i % len(cores)], code=code,
             )
             for i in range(2)
         ]  # fmt: skip
@@ -353,10 +379,10 @@ def test_two_processes_train_save_and_resume(trained: Trained, start: Start, tmp
     same_training(tmp_path / "single", tmp_path, checkpoint)
 
 
-def test_what_cannot_be_saved_ends_in_one_line(
+def test_a_failed_save_gives_one_line(
     trained: Trained, single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a full disk; the checkpoint before stays as it was, and the run goes on from it where there is room."""
+    """On a full disk the earlier checkpoint is unchanged, and the run resumes from it when there is space."""
     shutil.copytree(reference(trained, single) / "run", tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")
     kept = {p: p.read_bytes() for p in (tmp_path / "run" / "checkpoints" / "1").rglob("*") if p.is_file()}
@@ -396,9 +422,14 @@ def test_not_a_number_stops_the_run(trained: Trained, tmp_path: Path) -> None:
 
 
 def test_a_run_with_other_settings_or_samples_is_refused(
-    trained: Trained, single: Path, data: Path, tmp_path: Path, checkpoint: Path, command: Callable[..., tuple[int, str, str]]
-) -> None:  # fmt: skip
-    """By name, before any weight is loaded: settings, weights, samples that vanished, changed or appeared."""
+    trained: Trained,
+    single: Path,
+    data: Path,
+    tmp_path: Path,
+    checkpoint: Path,
+    command: Callable[..., tuple[int, str, str]],
+) -> None:
+    """The error names changed settings, weights and samples before any weight is loaded."""
     shutil.copytree(reference(trained, single) / "run", tmp_path / "run")
     shutil.copytree(data, tmp_path / "data")
     kept = (tmp_path / "run" / "lengths.json").read_bytes()
@@ -430,9 +461,9 @@ def test_a_run_with_other_settings_or_samples_is_refused(
     records.append({**records[1], "id": "new", "conversations": [
         {"from": "human", "value": QUESTION}, {"from": "gpt", "value": "New."}]})  # fmt: skip
     (videos / "eight.json").write_text(json.dumps(records))
-    said = line(ck=other)
+    message = line(ck=other)
     assert (
-        "the samples are not those that this run began with: 2 vanished (s3, s7), 2 changed (s0, s4), 1 appeared (new)"
-        in said
+        "the samples have changed since this run began: 2 vanished (s3, s7), 2 changed (s0, s4), 1 appeared (new)"
+        in message
     )
-    assert "put them back as they were or choose another --output" in said
+    assert "restore them or choose another --output" in message

@@ -1,4 +1,4 @@
-"""A run of train.py before, between and around its steps: plans, refusals, what is skipped, signals, locks, logs."""
+"""train.py around its steps: the plan, refused flags, skipped samples, signals, locks and logs."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ from xl2jax.training.step import Metrics, TrainState
 from xl2jax.training.telemetry import Telemetry
 
 
-def test_what_the_first_process_finds_out_is_known_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A value, or the error that ends all of them: no process waits for one that has gone."""
+def test_all_processes_get_the_result_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All processes get the value, or all end with the error: none waits for one that has ended."""
     sent: list[Any] = []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     for work, expected in ((lambda: ["some", {"value": 3}], ["some", {"value": 3}]), (lambda: None, None)):
@@ -50,7 +50,7 @@ def test_what_the_first_process_finds_out_is_known_to_all(monkeypatch: pytest.Mo
 
 
 def _of_both(monkeypatch: pytest.MonkeyPatch, sent: list[Any], work: Callable[[], Any]) -> list[Any]:
-    """What `from_main` gives in the first process and then in the second, which gets what the first sent."""
+    """The results of `from_main` in the first process, and in the second, which receives what the first sent."""
     results = []
     for index in range(2):
         monkeypatch.setattr(jax, "process_index", lambda index=index: index)
@@ -82,7 +82,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_dry_run_reads_no_weights_and_no_media(
     tmp_path: Path, checkpoint: Path, command: Callable[..., tuple[int, str, str]]
 ) -> None:
-    (tmp_path / "d.json").write_text(json.dumps(rows()))  # the videos are not there
+    (tmp_path / "d.json").write_text(json.dumps(rows()))  # the videos do not exist
     shutil.copytree(checkpoint, tmp_path / "ck", ignore=shutil.ignore_patterns("*.safetensors"))
     flags = ("--checkpoint", tmp_path / "ck", "--data", tmp_path / "d.json", "--output", tmp_path / "o", "--dry-run")
     status, out, err = command(train.main, *flags, "--preset", "stage2", "--global-batch", 2)
@@ -118,28 +118,30 @@ def test_validate_data_reports(
 
 def test_refusals(data: Path, tmp_path: Path, checkpoint: Path, copied: Path, refused: Callable[..., str]) -> None:
     def refuse(*flags: object, ck: Path = checkpoint, file: Path = data / "four.json") -> str:
-        # The plan may have been printed by then: only stderr's last line counts here.
+        # The plan may have been printed before, so only the last line of stderr counts.
         return refused(train.main, "--checkpoint", ck, "--data", file, "--output", tmp_path / "o", *flags)
 
     assert "no such file" in refuse(file=tmp_path / "none.yaml")
     assert "no such checkpoint folder" in refuse(ck=tmp_path / "none")
     assert "--global-batch must be 1 or more" in refuse("--global-batch", 0)
     assert "not a multiple of 3" in refuse("--global-batch", 4, "--micro-batch", 3)
-    assert "go together" in refuse("--coordinator", "localhost:1")
+    assert "must be given together" in refuse("--coordinator", "localhost:1")
     assert "PATTERN=RATE" in refuse("--rates", "vision")
     assert "matches no parameter" in refuse("--train", "vission.*")
     (tmp_path / "exists").mkdir()
     assert "already exists" in refuse("--export", tmp_path / "exists")
     (tmp_path / "file").write_text("")
-    assert "cannot be made (Not a directory)" in refuse("--export", tmp_path / "file" / "deep" / "out")
-    assert "cannot be made (File name too long)" in refuse("--export", tmp_path / ("x" * 300))
+    assert "cannot be created (Not a directory)" in refuse("--export", tmp_path / "file" / "deep" / "out")
+    assert "cannot be created (File name too long)" in refuse("--export", tmp_path / ("x" * 300))
     if not os.access("/proc", os.W_OK):
         assert "/proc (not a folder that can be written to)" in refuse("--export", "/proc/out")
     assert "max frames must be from 4" in refuse("--max-frames", 3)
 
 
-def test_late_refusals(data: Path, tmp_path: Path, copied: Path, command: Callable[..., tuple[int, str, str]]) -> None:
-    """Those that come behind the printed plan."""
+def test_refusals_after_the_plan(
+    data: Path, tmp_path: Path, copied: Path, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    """Errors that occur after the plan was printed."""
 
     def line(*flags: object, ck: Path = copied, file: Path = data / "four.json") -> str:
         status, _, err = command(
@@ -150,7 +152,7 @@ def test_late_refusals(data: Path, tmp_path: Path, copied: Path, command: Callab
         return err.strip().splitlines()[-1]
 
     (tmp_path / "gone.json").write_text(json.dumps(rows()))
-    assert "not one sample can be used" in line(file=tmp_path / "gone.json")
+    assert "no sample can be used" in line(file=tmp_path / "gone.json")
     make_checkpoint(tmp_path / "other", PRESETS["tiny"])
     (copied / "model.safetensors").unlink()
     assert "no safetensors file" in line()
@@ -161,11 +163,14 @@ def test_late_refusals(data: Path, tmp_path: Path, copied: Path, command: Callab
     assert "cannot be written" in line("--output", tmp_path / "file" / "o")
 
 
-def test_what_is_skipped_is_said_at_every_start(
-    data: Path, tmp_path: Path, checkpoint: Path, command: Callable[..., tuple[int, str, str]],
+def test_skipped_samples_are_reported_at_every_start(
+    data: Path,
+    tmp_path: Path,
+    checkpoint: Path,
+    command: Callable[..., tuple[int, str, str]],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    """With its number and name, malformed or unreadable, until it is put right; --strict skips nothing."""
+) -> None:
+    """Malformed and unreadable samples are named and skipped until they are repaired; with --strict they are errors."""
     (tmp_path / "data").mkdir()
     for i in (0, 1):
         shutil.copyfile(data / f"{i}.mp4", tmp_path / "data" / f"{i}.mp4")
@@ -207,21 +212,21 @@ def test_what_is_skipped_is_said_at_every_start(
     assert "skipped" not in err
 
 
-def test_samples_that_fail_in_training_are_counted_or_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A file that vanished since the start leaves its place empty; with --strict it ends the run."""
+def test_samples_that_fail_during_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The place of a file that vanished after the start stays empty; with --strict the run ends."""
     config = dataclasses.replace(TRAINING["stage4"], checkpoint="c", data=tmp_path, output=tmp_path)
     read = [{"failed": ["s1: gone.mp4: no such file"], "samples": ["s0"]}]
     step = run_module._Step(3, Metrics(*[jnp.float32(1)] * 4), read, 10, 1e9)  # type: ignore[arg-type]
     with telemetry(tmp_path) as log:
-        run_module._look_at(step, log, config)
+        run_module._record(step, log, config)
         assert "skipped sample s1: gone.mp4: no such file (1 so far)" in caplog.text
         with pytest.raises(UserError, match="--strict: 1 samples cannot be used: sample s1: gone.mp4"):
-            run_module._look_at(step, log, dataclasses.replace(config, strict=True))
+            run_module._record(step, log, dataclasses.replace(config, strict=True))
     assert [row["step"] for row in metrics(tmp_path)] == [3]
 
 
-def test_signals_are_noticed_wherever_they_arrive() -> None:
-    """Ctrl-C inside a callback whose exceptions are dropped, as JAX's for the garbage collector; handlers come back."""
+def test_signals_are_noticed_in_callbacks() -> None:
+    """Ctrl-C works in a callback whose exceptions Python drops. Afterwards the handlers are restored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler), signal.getsignal(signal.SIGTERM)
     try:
         with Signals() as signals:
@@ -237,7 +242,7 @@ def test_signals_are_noticed_wherever_they_arrive() -> None:
             assert (signals.status, signals.name) == (143, "SIGTERM")
         assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
         assert signal.getsignal(signal.SIGTERM) == before[1]
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell's background has it
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as for a background job of a shell
         with Signals() as signals:
             signal.raise_signal(signal.SIGINT)
             assert not signals.stop_after(1)
@@ -246,10 +251,10 @@ def test_signals_are_noticed_wherever_they_arrive() -> None:
 
 
 def test_several_processes_agree_through_the_preemption_service(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIGTERM is the service's, which is asked at every step; Ctrl-C is handed to it."""
-    asked: list[int] = []
+    """JAX's preemption service handles SIGTERM and is asked at every step; Ctrl-C is passed on to it."""
+    queried: list[int] = []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda n: asked.append(n) or n == 3)
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda n: queried.append(n) or n == 3)
     terms: list[int] = []
     before = [signal.signal(signal.SIGINT, signal.default_int_handler)]
     before.append(signal.signal(signal.SIGTERM, lambda number, _: terms.append(number)))
@@ -261,17 +266,20 @@ def test_several_processes_agree_through_the_preemption_service(monkeypatch: pyt
             assert not signals.stop_after(2)
             assert signals.stop_after(3)
             assert signals.status == 130
-        assert asked == [1, 2, 3]
+        assert queried == [1, 2, 3]
     finally:
         signal.signal(signal.SIGINT, before[0])
         signal.signal(signal.SIGTERM, before[1])
 
 
-def test_ctrl_c_before_there_are_steps(
-    data: Path, tmp_path: Path, checkpoint: Path, command: Callable[..., tuple[int, str, str]],
+def test_ctrl_c_before_the_first_step(
+    data: Path,
+    tmp_path: Path,
+    checkpoint: Path,
+    command: Callable[..., tuple[int, str, str]],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    """While the data is looked at: one line, and the folder is free again."""
+) -> None:
+    """A signal while the data is measured gives one line, and releases the folder."""
     presses = iter([signal.SIGINT])
     monkeypatch.setattr(batches, "open_media", lambda *x: [signal.raise_signal(n) for n in presses])
     flags = ("--checkpoint", checkpoint, "--data", data / "four.json", "--output", tmp_path / "o", "--global-batch", 4)
@@ -286,7 +294,7 @@ def test_ctrl_c_before_there_are_steps(
         pass
 
 
-def test_a_folder_is_one_runs_alone(tmp_path: Path) -> None:
+def test_a_folder_belongs_to_one_run(tmp_path: Path) -> None:
     with locked(tmp_path / "o"):
         line = re.escape(f"another run uses this folder (process {os.getpid()} on ")
         with pytest.raises(UserError, match=line), locked(tmp_path / "o"):
@@ -315,8 +323,8 @@ def telemetry(output: Path, first: int = 0) -> Telemetry:
     return Telemetry(output, 9, first, show=True, tensorboard=True, wandb=None, config={})
 
 
-def test_logs_go_on_from_the_checkpoint(tmp_path: Path) -> None:
-    """Steps behind it vanish from both logs, torn and foreign rows too."""
+def test_logs_resume_from_the_checkpoint(tmp_path: Path) -> None:
+    """Later steps are removed from both logs, and so are incomplete and foreign rows."""
     with telemetry(tmp_path) as log:
         for step in range(1, 5):
             log.step(step, {"loss": float(step), "learning_rate": 0.1, "grad_norm": 1.0}, 10, 1e9)
@@ -330,8 +338,8 @@ def test_logs_go_on_from_the_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("log", ["metrics", "board"])
-def test_a_full_disk_under_the_logs_is_one_line(tmp_path: Path, log: str) -> None:
-    """No thread that dies in silence, no queue that fills up: the step that cannot be logged says so."""
+def test_a_full_disk_for_the_logs_gives_one_line(tmp_path: Path, log: str) -> None:
+    """A step that cannot be logged raises an error at once; nothing waits in another thread."""
     with telemetry(tmp_path) as t:
         if log == "metrics":
             t._file.close()
@@ -343,9 +351,7 @@ def test_a_full_disk_under_the_logs_is_one_line(tmp_path: Path, log: str) -> Non
             t.step(1, {"loss": 1.0, "learning_rate": 0.1, "grad_norm": 1.0}, 10, 1e9)
 
 
-def test_a_checkpoint_that_has_no_room_is_refused_before_it_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_without_disk_space_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = TrainState(jnp.int32(1), {"a": jnp.ones((1000,))}, {"m": jnp.ones((1000,))})  # type: ignore[arg-type]
     with Checkpoints(tmp_path, 2) as checkpoints:
         assert checkpoints.latest is None
@@ -363,7 +369,7 @@ def test_a_checkpoint_that_has_no_room_is_refused_before_it_is_written(
         assert (checkpoints.latest, checkpoints.identity()) == (2, {"k": "w"})
     (tmp_path / "checkpoints" / "2" / "_CHECKPOINT_METADATA").write_text('{"custom_metadata": {"k": [1]}}')
     with (
-        pytest.raises(UserError, match="2: .*remove it to go on from the one before"),
+        pytest.raises(UserError, match="2: .*remove it to resume from the checkpoint before"),
         Checkpoints(tmp_path, 2) as checkpoints,
     ):
         checkpoints.identity()

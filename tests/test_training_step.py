@@ -1,4 +1,4 @@
-"""Gradients, accumulation, packing, adapters and the optimizer, against each other and float64."""
+"""Gradients, accumulation, packing, adapters and the optimizer, compared with each other and with float64."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 import xl2jax
-from xl2jax.checkpoint.param_names import flatten
 from xl2jax.config import VideoXL2Config
 from xl2jax.errors import UserError
-from xl2jax.models.layers import LoRAConfig
+from xl2jax.models.lora import LoRAConfig
+from xl2jax.models.param_tree import flatten
 from xl2jax.ops.dense import dense_attention, padded_attention
 from xl2jax.training.config import PRESETS, TrainConfig, trained_names
 from xl2jax.training.loss import IGNORE, TokenBatch
@@ -40,7 +40,7 @@ def params(model: xl2jax.Model) -> Params:
 
 @pytest.fixture(scope="module")
 def batch(model: xl2jax.Model) -> tuple[np.ndarray, TokenBatch]:
-    """Two samples in rows of 40: 4 frames and 20 tokens of text, no frames and 12 tokens."""
+    """Two samples in rows of 40 tokens: one with 4 frames and 20 tokens of text, one with 12 tokens of text."""
     rng = np.random.default_rng(0)
     v = model.config.visual_tokens
     pixels = rng.integers(0, 256, (2, 4, 70, 70, 3), np.uint8)
@@ -68,12 +68,12 @@ FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive
 
 @pytest.fixture(scope="module")
 def micro(model: xl2jax.Model) -> object:
-    """Loss sum and gradients of all parameters."""
+    """The loss sum and the gradients of all parameters."""
     config = StepConfig(model.config, None, "float32", True)
     return jax.jit(lambda params, *batch: gradients(config, params, {}, *batch), compiler_options=FAST_COMPILE)
 
 
-def test_sums_of_rows_and_of_a_packed_row_are_those_of_the_batch(micro, params, batch) -> None:  # type: ignore[no-untyped-def]
+def test_rows_and_packed_rows_add_up_to_the_batch(micro, params, batch) -> None:  # type: ignore[no-untyped-def]
     whole: Sums = micro(params, *batch)
     alone = [jnp.asarray([[True], [False]]), jnp.asarray([[False], [True]])]
     parts = [
@@ -100,7 +100,7 @@ def test_sums_of_rows_and_of_a_packed_row_are_those_of_the_batch(micro, params, 
     assert float(unseparated.loss) != pytest.approx(float(whole.loss), rel=1e-4)
 
 
-def test_adapters_start_as_nothing_and_merge_exactly(model: xl2jax.Model, params: Params, batch, micro) -> None:  # type: ignore[no-untyped-def]
+def test_adapters_start_at_zero_and_merge_exactly(model: xl2jax.Model, params: Params, batch, micro) -> None:  # type: ignore[no-untyped-def]
     lora = LoRAConfig(rank=4, alpha=8.0)
     shapes = parameter_shapes(model.config, lora)
     names = trained_names(settings(lora_rank=4), list(shapes))
@@ -112,7 +112,7 @@ def test_adapters_start_as_nothing_and_merge_exactly(model: xl2jax.Model, params
     config = StepConfig(model.config, lora, "float32", True)
     run = jax.jit(lambda adapters, *batch: gradients(config, adapters, params, *batch), compiler_options=FAST_COMPILE)
     plain: Sums = micro(params, *batch)
-    # Without segments, as rows of one sample are: that changes nothing but the program.
+    # Rows with one sample have no segments. Only the program differs.
     alone = (batch[0], batch[1]._replace(segment=None))
     start: Sums = run(zero, *alone)
     assert float(start.loss) == pytest.approx(float(plain.loss), rel=1e-5)
@@ -132,8 +132,8 @@ def test_adapters_start_as_nothing_and_merge_exactly(model: xl2jax.Model, params
     assert float(run(adapters, *alone).loss) != pytest.approx(float(plain.loss), rel=1e-3)
 
 
-def test_update_is_adamw_in_float64() -> None:
-    """Three steps of clip, AdamW, part rates, warm-up and cosine, written out."""
+def test_update_agrees_with_adamw_in_float64() -> None:
+    """Three steps with clipping, AdamW, rates by parameter, warm-up and cosine, compared with plain NumPy."""
     rng = np.random.default_rng(0)
     shapes = {"vision.a.kernel": (3, 4), "llm.b.kernel": (4,), "llm.b.bias": (5,)}
     config = settings(
@@ -168,7 +168,7 @@ def test_update_is_adamw_in_float64() -> None:
 
 
 def moved(model: xl2jax.Model, params: Params, batch: tuple[np.ndarray, TokenBatch], dtype: str) -> np.ndarray:
-    """How far each weight of the LLM is from where it was after 200 steps on one batch at the preset's rate."""
+    """The change of each LLM weight after 200 steps on one batch at the preset's learning rate."""
     steps = 200
     config = settings(warmup=0.0, schedule="constant", compute_dtype=dtype)
     assert config.learning_rate == PRESETS["stage4"].learning_rate == 1e-5
@@ -192,16 +192,16 @@ def moved(model: xl2jax.Model, params: Params, batch: tuple[np.ndarray, TokenBat
 
 
 def test_bfloat16_compute_moves_weights_as_far_as_float32(model, params, batch) -> None:  # type: ignore[no-untyped-def]
-    """Weights kept in bfloat16 would not move: a step of 1e-5 is far below half of their spacing."""
+    """Weights stored in bfloat16 would not change: a step of 1e-5 is far below half of their spacing."""
     text = (batch[0][1:], TokenBatch(*(x[1:, :12] for x in batch[1])))
     exact, got = (moved(model, params, text, dtype) for dtype in ("float32", "bfloat16"))
-    assert 1e-3 < exact.mean() < 2e-3  # 200 steps of 1e-5, where a word of the vocabulary is in the batch
+    assert 1e-3 < exact.mean() < 2e-3  # 200 steps of 1e-5, except for embeddings of words that are not in the batch
     assert got.mean() == pytest.approx(exact.mean(), rel=0.05)
     assert (got > 0).mean() == pytest.approx((exact > 0).mean(), abs=0.01)
 
 
 def test_the_second_moment_reaches_its_value() -> None:
-    """After 3,000 steps of one gradient g it is (1 - 0.999^3000) g^2; kept in bfloat16 it would stop at half of that."""
+    """After 3,000 steps with gradient g it is (1 - 0.999^3000) g^2; in bfloat16 it would stop at half of that."""
     params = {"llm.a.kernel": jnp.ones((3, 4))}
     config = settings(clip_norm=100.0)
     tx, schedule = optimizer(config, list(params), 3000), learning_rate(config, 3000)
@@ -215,8 +215,8 @@ def test_the_second_moment_reaches_its_value() -> None:
     assert np.allclose(second, (1 - 0.999**3000) * np.square(gradient["llm.a.kernel"]), rtol=1e-3)
 
 
-def test_rates_follow_the_schedule() -> None:
-    """Warm-up over 3 of 10 steps, then constant or a cosine to 0."""
+def test_learning_rates_follow_the_schedule() -> None:
+    """The rate rises over 3 of 10 steps, then it is constant or a cosine to 0."""
     constant = learning_rate(settings(learning_rate=0.3, warmup=0.25, schedule="constant"), 10)
     assert np.allclose([constant(i) for i in range(10)], [0, 0.1, 0.2, *[0.3] * 7])
     cosine = learning_rate(settings(learning_rate=0.3, warmup=0.25), 10)
@@ -228,7 +228,7 @@ def test_rates_follow_the_schedule() -> None:
 
 
 def test_padding_to_even_lengths_changes_nothing() -> None:
-    """What cuDNN is given for the gradient of 729 patches: values and gradients against plain attention."""
+    """The padded inputs that cuDNN gets for 729 patches have the values and gradients of plain attention."""
     q, k, v, weight = (jax.random.normal(jax.random.key(i), (2, 7, 3, 8)) for i in range(4))
 
     def value(attention: Callable[..., jax.Array], *x: jax.Array) -> jax.Array:
@@ -272,7 +272,7 @@ def test_presets_and_patterns(model: xl2jax.Model) -> None:
 
 
 def test_parameters_are_split_where_they_should_be() -> None:
-    """On the released sizes every large array is split over fsdp and, in the LLM, over tensor."""
+    """With the released sizes every large array is split over fsdp and, in the LLM, over tensor."""
     config = xl2jax.PRESETS["video-xl-2"]
     mesh = jax.sharding.AbstractMesh((1, 2, 2), ("data", "fsdp", "tensor"))
     shapes = parameter_shapes(config, LoRAConfig(64))
@@ -299,7 +299,7 @@ def test_mesh_refuses_what_does_not_divide() -> None:
 
 
 def test_training_operations(model: xl2jax.Model) -> None:
-    """Three forward passes' worth where everything trains; nothing behind a frozen encoder but passing gradients on."""
+    """If everything trains, a step costs three forward passes. A frozen encoder has no backward pass."""
     config: VideoXL2Config = xl2jax.PRESETS["video-xl-2"]
     names = list(parameter_shapes(config, None))
     of = {part: {n for n in names if n.startswith(part)} for part in ("vision", "dts", "projector", "llm")}

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from xl2jax.checkpoint.param_names import flatten
 from xl2jax.commands import verify
 from xl2jax.evaluation.case import Case
 from xl2jax.evaluation.verify import LIMITS, compare, dense_outputs
+from xl2jax.models.param_tree import flatten
 
 
 def check_all_there(report: dict[str, Any], folder: Path, *, trained: bool) -> None:

@@ -16,12 +16,13 @@ from safetensors.numpy import load_file
 
 from xl2jax.errors import UserError
 from xl2jax.testing import write_clip
-from xl2jax.video.clip import FrameSampling, PyAVReader, open_reader, open_video, sample_indices
-from xl2jax.video.frame_sampling import chosen_frames
+from xl2jax.video.clip import open_reader, open_video
+from xl2jax.video.frame_sampling import FrameSampling, chosen_frames, sample_indices
 from xl2jax.video.read_ahead import resize
+from xl2jax.video.readers import PyAVReader
 
 
-def test_sampling_is_upstreams(goldens: Path) -> None:
+def test_sampling_equals_upstreams(goldens: Path) -> None:
     cases = json.loads((goldens / "frame_sampling.json").read_text())
     assert len(cases) > 100
     for case in cases:
@@ -37,23 +38,25 @@ def test_sampling_is_upstreams(goldens: Path) -> None:
     st.integers(1, 200_000), st.floats(1, 120), st.sampled_from([None, 0.1, 0.5, 1, 2]), st.sampled_from([None, 1, 4]),
     st.integers(4, 1000),
 )  # fmt: skip
-def test_sampling_properties(total: int, video_fps: float, fps: float | None, max_fps: int | None, most: int) -> None:
-    indices, times = sample_indices(total, video_fps, fps, max_fps, most)
-    chosen = chosen_frames(total, video_fps, FrameSampling(fps, max_fps, most))
+def test_sampling_properties(
+    total: int, video_fps: float, fps: float | None, max_fps: int | None, max_frames: int
+) -> None:
+    indices, times = sample_indices(total, video_fps, fps, max_fps, max_frames)
+    chosen = chosen_frames(total, video_fps, FrameSampling(fps, max_fps, max_frames))
     assert len(chosen) >= 4
     assert chosen[: len(indices)].tolist() == indices.tolist()
     if fps is None:
-        assert len(indices) == most // 4 * 4
+        assert len(indices) == max_frames // 4 * 4
     assert len(indices) == len(times)
     assert len(indices) % 4 == 0
-    assert len(indices) <= most
+    assert len(indices) <= max_frames
     if len(indices):
         assert indices[0] == 0
         assert indices[-1] < total
         assert (np.diff(indices) >= 0).all()
 
 
-def test_preprocessing_is_upstreams(goldens: Path) -> None:
+def test_preprocessing_equals_upstreams(goldens: Path) -> None:
     for name, expected in load_file(goldens / "preprocess.safetensors").items():
         height, width = map(int, name.split("x"))
         y, x, c = np.ogrid[:height, :width, :3]
@@ -71,7 +74,7 @@ def test_repeated_indices_and_batches(clip: Path) -> None:
 
 
 def turned(path: Path, quarter_turns: int, tmp_path: Path) -> Path:
-    """The clip with a display matrix in its track header."""
+    """A copy of the clip with a display matrix in its track header."""
     one, minus = 0x10000, 0xFFFF0000
     matrix = {1: (0, one, 0, minus, 0, 0, 0, 0, 0x40000000), 2: (minus, 0, 0, 0, minus, 0, 0, 0, 0x40000000)}
     raw = path.read_bytes()
@@ -89,7 +92,7 @@ def test_rotation(quarter_turns: int, backend: Any, clip: Path, tmp_path: Path) 
     assert np.array_equal(frame, np.rot90(upright, -quarter_turns))
 
 
-def test_decord_says_what_it_cannot_read(tmp_path: Path) -> None:
+def test_decord_refuses_what_it_cannot_read(tmp_path: Path) -> None:
     write_clip(tmp_path / "small.mp4", 2, fps=10, width=64, height=48)
     with pytest.raises(UserError, match="decord cannot read frames of this size or rotation; use the pyav"):
         list(open_video(turned(tmp_path / "small.mp4", 1, tmp_path), backend="decord").batches(4, 32))
@@ -105,8 +108,8 @@ def test_short_clip_repeats_its_last_frame(tmp_path: Path) -> None:
     assert np.array_equal(batch[2], batch[3])
 
 
-def test_cut_off_file_gives_what_is_there(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A file whose index promises more than there is: whole groups, and the last good time."""
+def test_a_cut_off_file_gives_its_first_part(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A file that is shorter than its index gives whole groups, and a warning with the last good time."""
     path = tmp_path / "whole.mp4"
     write_clip(path, 20, fps=10, width=96, height=64)
     with (
@@ -131,7 +134,7 @@ def test_cut_off_file_gives_what_is_there(tmp_path: Path, caplog: pytest.LogCapt
     assert "cut off" in caplog.text
 
 
-def test_damage_in_the_middle_costs_a_few_frames(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_damage_in_the_middle_loses_a_few_frames(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "whole.mp4"
     write_clip(path, 20, fps=10, width=192, height=128)
     raw = bytearray(path.read_bytes())
@@ -145,7 +148,7 @@ def test_damage_in_the_middle_costs_a_few_frames(tmp_path: Path, caplog: pytest.
     assert len(frames) == 200
     good = np.concatenate(list(open_video(tmp_path / "good.mp4", config).batches(8, 32)))
     assert np.array_equal(frames[:80], good[:80])
-    assert np.abs(frames[199].astype(int) - good[199]).mean() < 20  # still in step
+    assert np.abs(frames[199].astype(int) - good[199]).mean() < 20  # the frames are still aligned
 
 
 def test_folder_of_frames(tmp_path: Path) -> None:
@@ -167,7 +170,7 @@ def write_audio(path: Path) -> None:
 
 
 @pytest.mark.parametrize("backend", ["pyav", "decord"])
-def test_files_that_hold_no_video(backend: Any, tmp_path: Path) -> None:
+def test_files_without_a_video(backend: Any, tmp_path: Path) -> None:
     (tmp_path / "text.mp4").write_text("this is no video\n" * 50)
     with pytest.raises(UserError, match="not a video that"):
         open_video(tmp_path / "text.mp4", backend=backend)

@@ -1,4 +1,4 @@
-"""What is no video is refused in one line, at once; what is damaged is read as far as it goes, or refused."""
+"""Files that are no videos are refused with one line. Damaged videos are read as far as possible, or refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ from PIL import Image
 
 from xl2jax.errors import UserError
 from xl2jax.video import containers
-from xl2jax.video.clip import FrameSampling, PyAVReader, open_video
+from xl2jax.video.clip import open_video
+from xl2jax.video.frame_sampling import FrameSampling
+from xl2jax.video.readers import PyAVReader
 
 ALL = FrameSampling(fps=25, max_fps=None)
 
@@ -40,11 +42,11 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_pipe_a_device_a_socket(tmp_path: Path) -> None:
-    """None of them is opened: a pipe without a writer would block for ever."""
+    """They are not opened: a pipe without a writer would block for ever."""
     os.mkfifo(tmp_path / "pipe.mp4")
     assert "pipe.mp4: is a pipe, a device or a socket" in refusal(tmp_path / "pipe.mp4")
     assert "/dev/zero: is a pipe, a device or a socket" in refusal("/dev/zero")
-    with socket.socket(socket.AF_UNIX) as server, contextlib.chdir(tmp_path):  # (its name must be short)
+    with socket.socket(socket.AF_UNIX) as server, contextlib.chdir(tmp_path):  # the name of a socket must be short
         server.bind("s.mp4")
         assert "is a pipe, a device or a socket" in refusal("s.mp4")
     (tmp_path / "frames").mkdir()
@@ -54,7 +56,7 @@ def test_a_pipe_a_device_a_socket(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("address", ["https://example.com/a.mp4", "rtsp://10.0.0.1:554/x", "s3://bucket/v.mp4"])
 def test_an_address(address: str) -> None:
-    """`Path` makes one slash of two; the line has it whole."""
+    """`Path` merges two slashes into one; the message has the whole address."""
     for path in (address, Path(address)):
         assert refusal(path).startswith(f"{address}: is an address")
 
@@ -73,21 +75,21 @@ def test_names_that_look_like_addresses(plain: Path, tmp_path: Path) -> None:
             shutil.copy(plain, name)
             clip = open_video(name, ALL)
             assert sum(map(len, clip.batches(16, 32))) == 48
-            if name.isprintable():  # (decord takes no name that is not UTF-8, and says so)
+            if name.isprintable():  # decord refuses names that are not UTF-8
                 assert open_video(name, ALL, backend="decord").reader.total == 50
 
 
-def test_names_that_no_file_has(tmp_path: Path) -> None:
+def test_impossible_file_names(tmp_path: Path) -> None:
     assert "no such video" in refusal(tmp_path / "missing.mp4")
     assert "no such video" in refusal(tmp_path / "a\0b.mp4")
     assert "File name too long" in refusal(tmp_path / ("a" * 5000))
-    assert "no video is named" in refusal("")
+    assert "no video is given" in refusal("")
     (tmp_path / "file").touch()
     assert "no such video" in refusal(tmp_path / "file" / "a.mp4")
 
 
 def test_a_playlist_opens_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither other local files nor the network, which is shut even to formats that may be opened."""
+    """Playlists open no other files, and no format may use the network."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0.2)
         address = f"http://127.0.0.1:{server.getsockname()[1]}/a.ts"
@@ -112,7 +114,7 @@ def test_an_unknown_codec(plain: Path, tmp_path: Path) -> None:
 
 @contextlib.contextmanager
 def another_user() -> Iterator[None]:
-    """Root may read everything."""
+    """Skipped for root, which may read everything."""
     root = os.geteuid() == 0
     if root:
         os.seteuid(65534)
@@ -125,7 +127,7 @@ def another_user() -> Iterator[None]:
 
 @pytest.fixture
 def open_folder(tmp_path: Path) -> Iterator[Path]:
-    """A folder that every user may enter."""
+    """A folder that every user may read."""
     folder = Path(f"/tmp/xl2jax-test-{os.getpid()}")
     folder.mkdir()
     folder.chmod(0o755)
@@ -151,7 +153,7 @@ def test_no_permission(plain: Path, open_folder: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_file_that_vanishes(workers: int, plain: Path, tmp_path: Path) -> None:
-    """Between opening and reading; also when something else takes its place."""
+    """The file vanishes, or is replaced, between opening and reading."""
     shutil.copy(plain, tmp_path / "a.mp4")
     clip = open_video(tmp_path / "a.mp4", ALL)
     (tmp_path / "a.mp4").unlink()
@@ -166,7 +168,7 @@ def test_a_file_that_vanishes(workers: int, plain: Path, tmp_path: Path) -> None
         next(clip.batches(4, 8, workers=workers))
 
 
-def test_a_folder_says_what_it_holds(plain: Path, tmp_path: Path) -> None:
+def test_a_folder_without_images(plain: Path, tmp_path: Path) -> None:
     assert "no file ends in .bmp, .jpeg" in refusal(tmp_path)
     shutil.copy(plain, tmp_path / "holiday.mp4")
     assert "holds no frames (it holds a video, holiday.mp4: name that file" in refusal(tmp_path)
@@ -181,7 +183,7 @@ def test_a_folder_says_what_it_holds(plain: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", ["ts", "m2ts", "mpg", "vob", "asf", "wmv", "gif", "webp"])
 def test_formats_that_decord_reads_wrongly(suffix: str, tmp_path: Path) -> None:
-    """Told by the format, whatever the name."""
+    """The format counts, not the name."""
     path = write_video(tmp_path / f"a.{suffix}", constant(50), BY_SUFFIX[suffix])
     line = refusal(path.rename(tmp_path / "a.mp4"), backend="decord")
     assert re.search("decord gives wrong frames of .* files, or none; use --video-backend pyav", line)
@@ -195,7 +197,7 @@ def test_formats_that_decord_reads(suffix: str, tmp_path: Path) -> None:
     assert np.array_equal(next(one.batches(48, 32)), next(two.batches(48, 32)))
 
 
-def test_what_decord_miscounts(tmp_path: Path) -> None:
+def test_files_whose_frames_decord_miscounts(tmp_path: Path) -> None:
     b_frames = write_video(tmp_path / "a.avi", constant(50), BY_SUFFIX["avi"], encoder={"bf": "2"})
     assert "decord gives wrong frames of avi files with B-frames" in refusal(b_frames, backend="decord")
     muxer = {"avoid_negative_ts": "disabled"}
@@ -206,7 +208,7 @@ def test_what_decord_miscounts(tmp_path: Path) -> None:
 def test_sizes_are_bounded(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(containers, "MAX_PIXELS", 64 * 48 - 1)
     assert "claims frames of 64 x 48 pixels, more than can be read" in refusal(plain)
-    # A small PNG that claims 100,000 x 100,000 pixels.
+    # A small PNG whose header states 100,000 x 100,000 pixels.
     header = struct.pack(">II5B", 100_000, 100_000, 8, 2, 0, 0, 0)
     Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
     raw = (tmp_path / "0.png").read_bytes()
@@ -217,8 +219,8 @@ def test_sizes_are_bounded(plain: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert "0.png: not an image that can be read" in refusal(tmp_path)
 
 
-def test_damaged_frames_are_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Each tenth frame of a video of key frames is lost: one line counts them, whoever reads."""
+def test_damaged_frames_give_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """If every tenth frame is damaged, one warning counts them, with every way of reading."""
     path = write_video(tmp_path / "a.mkv", constant(100), BY_SUFFIX["mkv"], encoder={"g": "1"})
     raw = path.read_bytes()
     for i, packet in enumerate(packets(path)):
@@ -231,12 +233,12 @@ def test_damaged_frames_are_one_line(tmp_path: Path, caplog: pytest.LogCaptureFi
         assert len(frames) == 100
         (record,) = caplog.records
         assert (
-            "10 of 100 frames are damaged (the first at 0.1 s), the next good one stands in for each" in record.message
+            "10 of 100 frames are damaged (the first at 0.1 s); each is replaced by the next good one" in record.message
         )
 
 
 def damaged(raw: bytes, rng: random.Random) -> bytes:
-    """Flipped bits, lost or zeroed or doubled blocks, a cut, another code or number in a header."""
+    """Damages bytes: flips bits, removes, zeroes or doubles blocks, cuts the end, or changes a header."""
     data = bytearray(raw)
     near = min(len(data), 1500) if rng.random() < 0.5 else len(data)  # half the time in the header
 
@@ -269,7 +271,7 @@ def damaged(raw: bytes, rng: random.Random) -> bytes:
 
 
 def test_damaged_videos(tmp_path: Path) -> None:
-    """A fixed share of the thousands that were tried by hand: read, or refused in one line, and never for long."""
+    """Each damaged video is read, or refused with one line, within a time limit."""
     originals = {k.suffix: write_video(tmp_path / f"a.{k.suffix}", constant(30), k).read_bytes() for k in KINDS}
     originals["avif"] = originals["mp4"]
     originals["raw.h264"] = write_video(
@@ -295,8 +297,8 @@ def test_damaged_videos(tmp_path: Path) -> None:
     assert not [t for t in threading.enumerate() if t.name.startswith("read ") and not t.daemon]
 
 
-def test_whatever_pyav_raises_is_one_line(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyAV raises more than its own errors on damaged files."""
+def test_any_error_of_pyav_is_one_line(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On damaged files PyAV raises more types than its own errors."""
     for error in (AttributeError("x"), ValueError("a\nb"), OverflowError("x"), RuntimeError("x")):
 
         def failing(*_: Any, error: Exception = error, **__: Any) -> Any:

@@ -1,4 +1,4 @@
-"""How many frames a file shows, when, and which stream is the video: from real containers, some of which lie."""
+"""Frame counts, frame times and the choice of the video stream, for containers with right and wrong headers."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ from odd_videos import (
 from PIL import Image
 
 from xl2jax.errors import UserError
-from xl2jax.video.clip import FrameSampling, PyAVReader, frame_times, open_reader, open_video, sample_indices
-from xl2jax.video.frame_sampling import MAX_FRAMES
+from xl2jax.video.clip import open_reader, open_video
+from xl2jax.video.frame_sampling import MAX_FRAMES, FrameSampling, frame_times, sample_indices
 from xl2jax.video.index import _vp9_shown
+from xl2jax.video.readers import PyAVReader
 
 ALL = FrameSampling(fps=25, max_fps=None)
 
@@ -40,11 +41,11 @@ def numbers_read(path: Path, indices: list[int]) -> list[int]:
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.suffix)
 def test_every_container(kind: Kind, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Frames, rate, length and times of a plain recording, read through, with jumps and in threads."""
+    """Frames, rate, length and times of a plain recording, read sequentially, with seeks and in threads."""
     path = write_video(tmp_path / f"plain.{kind.suffix}", constant(50), kind, encoder={"g": "12"})
     reader = PyAVReader(path)
     assert reader.total == 50
-    assert reader.fps == pytest.approx(25, rel=0.05)  # (Ogg's first frame is 1 ms long)
+    assert reader.fps == pytest.approx(25, rel=0.05)  # in Ogg the first frame is 1 ms long
     assert reader.duration == pytest.approx(2.0, abs=0.08)
     assert numbers_read(path, [0, 7, 8, 8, 31, 49]) == [0, 7, 8, 8, 31, 49]
     clip = open_video(path, ALL)
@@ -53,7 +54,7 @@ def test_every_container(kind: Kind, tmp_path: Path, caplog: pytest.LogCaptureFi
     for workers in (0, 2):
         (batch,) = clip.batches(48, 32, workers=workers)
         assert [number_of(frame) for frame in batch] == list(range(48))
-    assert ("not believed" in caplog.text) == (kind.suffix == "ogv")
+    assert ("is used instead" in caplog.text) == (kind.suffix == "ogv")
     assert "cut off" not in caplog.text
 
 
@@ -61,8 +62,8 @@ RECORDED = ["webm", "mkv", "flv", "asf", "ogv", "mov", "mp4", "ts", "wmv", "vp9.
 
 
 @pytest.mark.parametrize("suffix", RECORDED)
-def test_packets_that_came_when_they_came(suffix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Whatever rate the container states, frames are spread over all of the recording and told their own times."""
+def test_irregular_frame_times(suffix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """For any stated rate, frames are spread over the whole recording and get their presentation times."""
     times = recorded(200)
     path = write_video(tmp_path / f"recorded.{suffix}", times, BY_SUFFIX[suffix])
     clip = open_video(path)
@@ -70,37 +71,37 @@ def test_packets_that_came_when_they_came(suffix: str, tmp_path: Path, caplog: p
     assert clip.reader.total == 200
     assert clip.reader.fps == pytest.approx(200 / times[-1], rel=0.05)
     assert clip.times[-1] > 0.85 * times[-1]
-    # (The muxer of Ogg writes every time of VP8 but the first a frame early.)
+    # The Ogg muxer writes all VP8 times but the first one frame too early.
     expected = [times[max(i - 1, 0)] if suffix == "ogv" else times[i] for i in clip.indices]
     assert clip.times == pytest.approx(expected, abs=0.1)
     assert all(type(t) is float and t == round(t, 1) for t in clip.times)
-    assert len([r for r in caplog.records if "not believed" in r.message]) == (suffix not in ("mov", "mp4"))
-    assert len([r for r in caplog.records if "own times are told" in r.message]) == 1
+    assert len([r for r in caplog.records if "is used instead" in r.message]) == (suffix not in ("mov", "mp4"))
+    assert len([r for r in caplog.records if "is given presentation times" in r.message]) == 1
 
 
 def test_a_browsers_recording(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write_recorder_webm(tmp_path / "recorder.webm")
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
-        assert stream.guessed_rate == 1000  # what a reader that believed the container would take
+        assert stream.guessed_rate == 1000  # a reader that trusted the container would use this rate
         assert container.duration is None
     clip = open_video(path)
     times = recorded(125)
     assert clip.duration == pytest.approx(times[-1], abs=0.1)
     assert clip.times[-1] == pytest.approx(times[clip.indices[-1]], abs=0.1)
     assert clip.indices[-1] > 115
-    line = next(r.message for r in caplog.records if "not believed" in r.message)
+    line = next(r.message for r in caplog.records if "is used instead" in r.message)
     assert re.search(r"recorder.webm: the container states 1000 frames .* 125 frames last 11.\d s", line)
 
 
-def test_a_rate_is_believed_within_five_percent(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Matroska states a rate of 25 whatever the times are."""
-    for step, believed in ((1.04, True), (1.08, False)):
+def test_the_stated_rate_is_used_within_five_percent(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Matroska states a rate of 25 for any frame times."""
+    for step, is_used in ((1.04, True), (1.08, False)):
         caplog.clear()
         path = write_video(tmp_path / "a.mkv", [step * t for t in constant(100)], BY_SUFFIX["mkv"])
         rate = open_reader(path).fps
-        assert rate == (25 if believed else pytest.approx(25 / step, rel=0.01))
-        assert ("not believed" in caplog.text) != believed
+        assert rate == (25 if is_used else pytest.approx(25 / step, rel=0.01))
+        assert ("is used instead" in caplog.text) != is_used
 
 
 def vfr(path: Path) -> tuple[Path, list[float]]:
@@ -109,7 +110,7 @@ def vfr(path: Path) -> tuple[Path, list[float]]:
 
 
 def test_variable_rate(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Upstream's choice of frames, their own times; upstream's times on request."""
+    """Frames are chosen as upstream does, with presentation times or, on request, upstream's times."""
     path, times = vfr(tmp_path / "vfr.mp4")
     with av.open(str(path)) as container:
         rate = float(container.streams.video[0].average_rate or 0)
@@ -129,7 +130,7 @@ def test_variable_rate(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None
     assert not caplog.records
 
 
-def test_times_near_upstreams_stay_upstreams(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_small_differences_keep_upstreams_times(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     times = [t + (0.8 if i >= 50 else 0) for i, t in enumerate(constant(100))]
     path = write_video(tmp_path / "a.mp4", times, BY_SUFFIX["mp4"])
     clip = open_video(path, FrameSampling(fps=5, max_fps=None))
@@ -139,14 +140,15 @@ def test_times_near_upstreams_stay_upstreams(tmp_path: Path, caplog: pytest.LogC
 
 
 def test_avi_counts_dropped_frames(tmp_path: Path) -> None:
-    """AVI stores no times, but an empty chunk for each frame that was dropped."""
+    """AVI stores no times, but it has an empty chunk for each dropped frame."""
     times = [*constant(25), *constant(25, 3.0)]
-    # With B-frames the chunks stand in decoding order: the frames that are held back lie on the other side of the gap.
+    # With B-frames the chunks are in decoding order, so the reordered frames lie on the other side of the gap.
     for name, kind, encoder, delayed in (
-        ("plain", BY_SUFFIX["avi"], {}, []), ("mjpeg", BY_SUFFIX["mjpeg.avi"], {}, []),
+        ("plain", BY_SUFFIX["avi"], {}, []),
+        ("mjpeg", BY_SUFFIX["mjpeg.avi"], {}, []),
         ("b-frames", BY_SUFFIX["avi"], {"bf": "2"}, [25]),
         ("h264", Kind("avi", "libx264", "avi", ticks=25), {}, [25, 26]),
-    ):  # fmt: skip
+    ):
         path = write_video(tmp_path / f"{name}.avi", times, kind, encoder=encoder)
         clip = open_video(path, ALL)
         assert clip.duration == pytest.approx(4.0)
@@ -164,7 +166,7 @@ def test_a_stream_without_times_keeps_its_rate(tmp_path: Path, caplog: pytest.Lo
 
 
 def test_two_recordings_in_one_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """MPEG-TS files can be put end to end: times begin anew in the middle."""
+    """MPEG-TS files can be concatenated: times then restart in the middle."""
     one = write_video(tmp_path / "one.ts", constant(50, 5.0), BY_SUFFIX["ts"]).read_bytes()
     two = write_video(tmp_path / "two.ts", constant(50), BY_SUFFIX["ts"]).read_bytes()
     (tmp_path / "both.ts").write_bytes(one + two)
@@ -183,8 +185,7 @@ LATE = ["mp4", "mov", "mkv", "webm", "flv", "asf", "ts", "mpg", "ogv"]
 
 @pytest.mark.parametrize("suffix", LATE)
 def test_a_late_start(suffix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Times count from the first frame. A whole file is not called cut off, a cut one is where the format states a
-    length."""  # fmt: skip
+    """Times count from the first frame. Only cut files are reported as cut off, if their format states a length."""
     muxer = {"movflags": "faststart"} if suffix in ("mp4", "mov") else {}
     path = write_video(tmp_path / f"late.{suffix}", constant(150, 10.0), BY_SUFFIX[suffix], muxer=muxer)
     clip = open_video(path)
@@ -192,7 +193,7 @@ def test_a_late_start(suffix: str, tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert clip.duration == pytest.approx(6.0, abs=0.1)
     assert numbers_read(path, [0, 50, 149]) == [0, 50, 149]
     assert "cut off" not in caplog.text
-    if suffix not in ("ts", "mpg", "ogv", "asf"):  # (FFmpeg believes no length of a cut ASF file)
+    if suffix not in ("ts", "mpg", "ogv", "asf"):  # FFmpeg ignores the length of a cut ASF file
         raw = path.read_bytes()
         cut = tmp_path / f"cut.{suffix}"
         cut.write_bytes(raw[: len(raw) * 4 // 5])
@@ -202,7 +203,7 @@ def test_a_late_start(suffix: str, tmp_path: Path, caplog: pytest.LogCaptureFixt
 
 @pytest.mark.parametrize("suffix", ["ts", "mpg", "asf", "mov", "mp4"])
 def test_negative_times(suffix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """mp4 and mov hide what lies before zero, with an edit list that begins between two key frames."""
+    """mp4 and mov hide frames before time zero with an edit list that begins between two key frames."""
     muxer = {"avoid_negative_ts": "disabled"}
     path = write_video(tmp_path / f"early.{suffix}", constant(100, -2.0), BY_SUFFIX[suffix], muxer=muxer)
     expected = [number_of(frame) for frame in sequential(path)]
@@ -215,10 +216,10 @@ def test_negative_times(suffix: str, tmp_path: Path, caplog: pytest.LogCaptureFi
 
 
 def test_hidden_packets_are_no_frames(tmp_path: Path) -> None:
-    """VP8 and VP9 have frames that are only referred to; in some files they have packets of their own."""
+    """VP8 and VP9 have frames that are never shown; in some files these have packets of their own."""
     vp8 = write_video(tmp_path / "a.webm", constant(40), BY_SUFFIX["webm"])
     vp9 = write_video(tmp_path / "b.webm", constant(40), BY_SUFFIX["vp9.webm"], encoder={"g": "1"})
-    for path, show in ((vp8, 0x10), (vp9, 0x02)):  # the bit that says so (in VP9's key frames)
+    for path, show in ((vp8, 0x10), (vp9, 0x02)):  # the bit that shows a frame (in VP9's key frames)
         originals = packets(path)
         hidden = {i: bytes([originals[i][0] & ~show, *originals[i][1:]]) for i in (7, 20, 21, 33)}
         edited = write_edited(path, tmp_path / f"hidden.{path.name}", hidden)
@@ -234,11 +235,11 @@ def test_hidden_packets_are_no_frames(tmp_path: Path) -> None:
 def test_packets_of_vp9() -> None:
     key, hidden_key, again = b"\x82rest", b"\x80rest", b"\x88"
     assert [_vp9_shown(memoryview(p)) for p in (key, hidden_key, again)] == [True, False, True]
-    profile_3 = [b"\xb1rest", b"\xb2rest", b"\xb0rest", b"\xb4"]  # (its header is a bit longer)
+    profile_3 = [b"\xb1rest", b"\xb2rest", b"\xb0rest", b"\xb4"]  # its header is one bit longer
     assert [_vp9_shown(memoryview(p)) for p in profile_3] == [True, False, False, True]
 
     def superframe(*frames: bytes) -> memoryview:
-        marker = 0xC0 | len(frames) - 1  # sizes have one byte
+        marker = 0xC0 | len(frames) - 1  # each size has one byte
         return memoryview(b"".join(frames) + bytes([marker, *map(len, frames), marker]))
 
     assert _vp9_shown(superframe(hidden_key, key))
@@ -248,7 +249,7 @@ def test_packets_of_vp9() -> None:
 
 
 def test_a_frame_shown_again(tmp_path: Path) -> None:
-    """VP9 has packets of one byte that show an earlier frame."""
+    """VP9 has one-byte packets that show an earlier frame."""
     path = write_video(tmp_path / "a.webm", constant(20), BY_SUFFIX["vp9.webm"], encoder={"g": "1"})
     longer = write_edited(path, tmp_path / "longer.webm", {}, append=b"\x88")
     assert len(sequential(longer)) == open_reader(longer).total == 21
@@ -261,7 +262,7 @@ def size_read(path: Path, backend: Any = "pyav") -> tuple[int, int]:
 
 
 def test_the_best_stream(tmp_path: Path) -> None:
-    """The one that decord takes: of mp4's the one of more bits, where nothing tells them apart the first."""
+    """As decord does: in mp4 the stream with the higher bit rate, and among equals the first."""
     mp4 = write_video(tmp_path / "two.mp4", constant(50), BY_SUFFIX["mp4"], streams=2)
     assert size_read(mp4) == size_read(mp4, "decord") == (128, 96)
     mkv = write_video(tmp_path / "two.mkv", constant(50), BY_SUFFIX["mkv"], streams=2)
@@ -279,7 +280,7 @@ def test_a_track_of_depth_is_not_the_video(tmp_path: Path) -> None:
 
 
 def test_an_alpha_plane_is_not_the_video(tmp_path: Path) -> None:
-    """A moving AVIF keeps transparency as a second track, here one of more bits than the colours have."""
+    """An animated AVIF stores transparency as a second track, here with a higher bit rate than the colours."""
     noise = np.random.default_rng(0).integers(0, 256, (20, 48, 64, 1), np.uint8)
     images = [Image.fromarray(np.concatenate([picture(i, (64, 48)), noise[i]], axis=2), "RGBA") for i in range(20)]
     path = tmp_path / "alpha.avif"
@@ -287,7 +288,7 @@ def test_an_alpha_plane_is_not_the_video(tmp_path: Path) -> None:
     with av.open(str(path)) as container:
         best = container.streams.best("video")
         assert best is not None
-        assert best.codec_context.pix_fmt == "gray"  # what FFmpeg takes
+        assert best.codec_context.pix_fmt == "gray"  # FFmpeg would choose this stream
     assert numbers_read(path, list(range(20))) == list(range(20))
 
 
@@ -322,7 +323,7 @@ def test_a_cover_picture_is_not_the_video(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("frames", "wanted"), [(50, 24), (50, 50), (50, 26), (3, 16), (1, 8), (50, 200)])
 def test_uniform(frames: int, wanted: int, tmp_path: Path) -> None:
-    """Exactly that many frames (whole groups of them), evenly spread: a short video repeats frames."""
+    """Exactly the wanted number of frames (in whole groups), evenly spread; a short video repeats frames."""
     path = write_video(tmp_path / "a.mp4", constant(frames), BY_SUFFIX["mp4"])
     clip = open_video(path, FrameSampling(fps=None, max_fps=1, max_frames=wanted))
     expected = np.linspace(0, frames - 1, wanted).astype(int)[: wanted // 4 * 4]

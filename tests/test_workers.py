@@ -1,4 +1,4 @@
-"""Work in several processes or threads: order, a bounded number ahead, failures and Ctrl-C."""
+"""Process and thread pools: order, bounded work ahead, failures and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def square(x: int) -> int:
     return x * x
 
 
-def test_results_are_in_order_and_few_are_worked_ahead() -> None:
+def test_results_are_in_order_and_work_ahead_is_bounded() -> None:
     taken = []
 
     def arguments() -> Iterator[int]:
@@ -35,12 +35,12 @@ def test_results_are_in_order_and_few_are_worked_ahead() -> None:
     assert list(results) == [x * x for x in range(1, 20)]
 
 
-def test_what_a_call_raises_is_raised_here() -> None:
+def test_an_exception_of_a_call_is_raised() -> None:
     with pytest.raises(ValueError, match="-1 is negative"):
         list(in_processes(1, square, [3, -1, 4]))
 
 
-def test_a_killed_process_is_one_line_and_no_endless_wait() -> None:
+def test_a_killed_process_gives_one_line() -> None:
     with pytest.raises(UserError, match="a worker process was killed"):
         list(in_processes(2, square, [1, 100, 2, 3]))
 
@@ -50,12 +50,12 @@ def interrupted(x: int) -> int:
     return x
 
 
-def test_ctrl_c_is_the_parents_matter() -> None:
-    """A terminal sends it to every process; the workers end what they do."""
+def test_workers_ignore_ctrl_c() -> None:
+    """A terminal sends Ctrl-C to every process; the workers finish their current call."""
     assert list(in_processes(1, interrupted, [1, 2])) == [1, 2]
 
 
-def test_threads_give_results_in_order_and_drop_what_was_not_begun() -> None:
+def test_threads_give_results_in_order_and_cancel_pending_calls() -> None:
     assert list(in_threads(3, square, range(9))) == [x * x for x in range(9)]
     begun, go = [], threading.Event()
 

@@ -1,4 +1,4 @@
-"""What tests of training runs share: their data, and readers of what a run leaves."""
+"""Shared by the tests of training runs: their data, and readers of a run's output."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def whole_checkpoints(output: Path) -> list[int]:
 
 
 def board(folder: Path) -> dict[tuple[str, int], float]:
-    """TensorBoard's last value of each (name, step), as its loader sees it: a start drops the steps from its own on."""
+    """The last value of each (name, step), as TensorBoard loads it: a new start discards later steps."""
     values: dict[tuple[str, int], float] = {}
     for path in sorted(folder.iterdir()):
         data = path.read_bytes()
@@ -56,8 +56,10 @@ def board(folder: Path) -> dict[tuple[str, int], float]:
 
 
 def write_data(folder: Path) -> Path:
-    """Four real files that look different, each with its own answer: lists of the first and the last, of all, and of
-    eight samples for batches of 8."""
+    """Writes four files that look different, each with its own answer.
+
+    The lists contain the first and the last file, all files, and eight samples for batches of 8.
+    """
     for i in range(4):
         write_clip(folder / f"{i}.mp4", 20, fps=1 + i, width=32 + 32 * i, height=64)
     (folder / "two.json").write_text(json.dumps(rows()[::3]))

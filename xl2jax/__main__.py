@@ -11,8 +11,8 @@ from xl2jax.system.terminal import run_command
 COMMANDS = {
     "infer": ("xl2jax.commands.infer", "main", "answers questions about a video"),
     "demo-clip": ("xl2jax.commands.demo_clip", "main", "writes a video for a first try, with questions about it"),
-    "train": ("xl2jax.training.run", "main", "fine-tunes the model"),
-    "convert": ("xl2jax.checkpoint.convert", "main", "converts checkpoints between PyTorch and Orbax"),
+    "train": ("xl2jax.commands.train", "main", "fine-tunes the model"),
+    "convert": ("xl2jax.commands.convert", "main", "converts checkpoints between PyTorch and Orbax"),
     "verify": ("xl2jax.commands.verify", "main", "compares every stage with upstream's tensors"),
     "plan": ("xl2jax.commands.plan", "main", "predicts memory and time of a video"),
     "needle": ("xl2jax.commands.needle", "main", "measures whether answers survive sparse reading"),

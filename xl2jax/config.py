@@ -1,4 +1,4 @@
-"""Sizes of the networks: frozen dataclasses, upstream's config.json in both directions, presets."""
+"""Sizes of the networks: frozen dataclasses, reading and writing of upstream's config.json, and presets."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from xl2jax.errors import UserError
-from xl2jax.system.schema import Schema, check, is_file, leaves_folder, read_json, shown
+from xl2jax.system.schema import Schema, check, is_file, path_problem, quoted, read_json
 
 FRAMES_PER_GROUP = 4
-"""Frames that DTS merges into one group (spec of the released model: two temporal strides of 2)."""
+"""Frames that DTS merges into one group: it has two temporal strides of 2."""
 
 VISION_FOLDER = "vision_tower"
-"""Folder beside config.json that holds the vision tower's own config.json."""
+"""Name of the folder beside config.json that holds the vision tower's config.json."""
 
 _SO400M_NAME = "siglip-so400m-patch14-384"
 
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """SigLIP vision tower. `layers` counts the stored layers; the last one is never run."""
+    """SigLIP vision tower. `layers` counts the stored layers; the last one is not used."""
 
     width: int
     mlp_width: int
@@ -60,7 +60,7 @@ class LLMConfig:
 
 @dataclasses.dataclass(frozen=True)
 class VideoXL2Config:
-    """The whole model. `grid` is the side of the feature map after resampling (24 as released)."""
+    """The whole model. `grid` is the side of the feature map after resampling (24 in the released model)."""
 
     vision: VisionConfig
     llm: LLMConfig
@@ -76,12 +76,12 @@ class VideoXL2Config:
     def from_hf(cls, folder: str | Path) -> VideoXL2Config:
         """Reads upstream's `config.json` (a Qwen2 config with `mm_*` fields).
 
-        The vision sizes come from the folder that `mm_vision_tower` names beside config.json, or,
-        where that is SigLIP-SO400M's hub name, from the released figures.
+        The vision sizes come from the config.json in the folder that `mm_vision_tower` names. If it names
+        SigLIP-SO400M on the hub instead, the sizes are those of that model.
 
         Raises:
-          UserError: no config.json, not JSON, a field is missing, has a wrong type, is out of bounds or asks for
-            what the model lacks; sizes that contradict each other.
+          UserError: config.json is missing or not JSON; a field is missing, has a wrong type, is out of bounds or asks
+            for something that is not implemented; or sizes contradict each other.
         """
         folder = Path(folder)
         path = folder / "config.json"
@@ -89,7 +89,7 @@ class VideoXL2Config:
             raise UserError(f"{path}: no such file (a checkpoint folder holds config.json)")
         raw = read_json(path, dict[str, Any])
         if raw.get("mm_vision_tower") is None:
-            kind = shown(raw.get("model_type", "unknown"))
+            kind = quoted(raw.get("model_type", "unknown"))
             raise UserError(f"{path}: not a Video-XL-2 checkpoint (model_type {kind}, no mm_vision_tower)")
         if raw.get("quantization_config") is not None:
             raise UserError(
@@ -111,7 +111,7 @@ class VideoXL2Config:
         return config
 
     def _contradictions(self) -> list[str]:
-        """What is wrong with sizes that are each within their bounds."""
+        """The contradictions between sizes that are each within their bounds."""
         v, t = self.vision, self.llm
         problems = {
             f"vision width {v.width} is not a multiple of its {v.heads} heads": v.width % v.heads,
@@ -121,14 +121,14 @@ class VideoXL2Config:
             f"{t.heads} heads are not a multiple of {t.kv_heads} KV heads": t.heads % t.kv_heads,
             f"head width {t.head_width} is odd": t.head_width % 2,
             f"pool stride {self.pool_stride} does not fit grid {self.grid}": self.pool_stride > self.grid,
-            f"{self._matrices():.1e} parameters are more than the {_MOST_PARAMETERS:.1e} that are read": (
-                self._matrices() > _MOST_PARAMETERS
+            f"{self._matrices():.1e} parameters are more than the limit of {_MAX_PARAMETERS:.1e}": (
+                self._matrices() > _MAX_PARAMETERS
             ),
         }
         return [text for text, wrong in problems.items() if wrong]
 
     def _matrices(self) -> int:
-        """Elements of all matrices and kernels: nearly all parameters."""
+        """Number of elements of all matrices and kernels, which is nearly all parameters."""
         v, t = self.vision, self.llm
         embeddings = (1 if t.tied_embeddings else 2) * t.vocab * t.width + v.patch_grid**2 * v.width
         vision = v.run_layers * (4 * v.width**2 + 2 * v.width * v.mlp_width) + 3 * v.patch_size**2 * v.width
@@ -137,7 +137,7 @@ class VideoXL2Config:
         return embeddings + vision + dts + projector + t.layers * (attention + 3 * t.width * t.mlp_width)
 
     def to_hf(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(config.json, vision_tower/config.json) in upstream's fields: `from_hf` reads them back."""
+        """The contents of config.json and of vision_tower/config.json in upstream's format, which `from_hf` reads."""
         v, t = self.vision, self.llm
         return {
             "architectures": ["LlavaQwenForCausalLM"],
@@ -180,7 +180,7 @@ class VideoXL2Config:
         }
 
 
-_MOST_PARAMETERS = 2**40
+_MAX_PARAMETERS = 2**40
 _Size = Annotated[int, Field(ge=1, le=2**20)]
 _Layers = Annotated[int, Field(ge=1, le=1024)]
 _Side = Annotated[int, Field(ge=1, le=2**14)]
@@ -237,7 +237,7 @@ def _llm_config(fields: _ModelFields, where: Path) -> LLMConfig:
     rope = fields.rope_parameters or fields.rope_scaling or _Rope()
     kind = rope.rope_type or rope.type or "default"
     if kind != "default":
-        raise UserError(f"{where}: RoPE scaling {shown(kind)} is not supported")
+        raise UserError(f"{where}: RoPE scaling {quoted(kind)} is not supported")
     width, heads = fields.hidden_size, fields.num_attention_heads
     if fields.head_dim is None and width % heads:
         raise UserError(f"{where}: hidden_size {width} does not divide into {heads} heads")
@@ -256,19 +256,19 @@ def _llm_config(fields: _ModelFields, where: Path) -> LLMConfig:
 
 
 def vision_config_path(folder: Path, name: str) -> Path | None:
-    """The config.json of the vision tower that `mm_vision_tower` names, where it lies below the checkpoint folder."""
+    """Path of the config.json in the folder `name` (from `mm_vision_tower`), or None if it is not in `folder`."""
     path = folder / name / "config.json"
-    return path if leaves_folder(name) is None and is_file(path) else None
+    return path if path_problem(name) is None and is_file(path) else None
 
 
 def _vision_config(folder: Path, name: str) -> VisionConfig:
     path = vision_config_path(folder, name)
     if path is None:
-        # An absolute path of the machine that trained the model ends in the tower's public name.
+        # On the machine that trained the model this was an absolute path that ends in the tower's public name.
         if PurePosixPath(name).name == _SO400M_NAME:
             return SIGLIP_SO400M
         raise UserError(
-            f"{folder / 'config.json'}: mm_vision_tower {shown(name)} is neither SigLIP-SO400M "
+            f"{folder / 'config.json'}: mm_vision_tower {quoted(name)} is neither SigLIP-SO400M "
             f"({_SO400M_NAME}) nor a folder with config.json below this one"
         )
     raw = read_json(path, dict[str, Any])
@@ -291,18 +291,18 @@ PRESETS: Mapping[str, VideoXL2Config] = {
         vision=SIGLIP_SO400M,
         llm=LLMConfig(vocab=152064, width=3584, mlp_width=18944, layers=28, heads=28, kv_heads=4, head_width=128),
     ),
-    # Released image geometry (144 visual tokens a group), small networks: runs anywhere.
+    # Small networks with the released image geometry (144 visual tokens a group). Runs on any machine.
     "small": VideoXL2Config(
         vision=VisionConfig(width=64, mlp_width=128, layers=3, heads=4, image_size=384, patch_size=14),
         llm=LLMConfig(vocab=512, width=128, mlp_width=352, layers=4, heads=4, kv_heads=2, head_width=32),
     ),
-    # The bundled checkpoint: trained on `xl2jax.recipes.demo.datasets`, 16 visual tokens a group.
+    # The bundled checkpoint, trained on `xl2jax.recipes.demo.datasets`. It has 16 visual tokens a group.
     "demo": VideoXL2Config(
         vision=VisionConfig(width=96, mlp_width=288, layers=4, heads=4, image_size=56, patch_size=7),
         llm=LLMConfig(vocab=512, width=256, mlp_width=640, layers=6, heads=4, kv_heads=2, head_width=64),
         grid=8,
     ),
-    # Everything small: tests.
+    # The smallest model, for tests.
     "tiny": VideoXL2Config(
         vision=VisionConfig(width=32, mlp_width=48, layers=3, heads=2, image_size=70, patch_size=14),
         llm=LLMConfig(vocab=512, width=64, mlp_width=96, layers=3, heads=4, kv_heads=2, head_width=16),

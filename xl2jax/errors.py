@@ -1,6 +1,8 @@
-"""The one exception that a user can cause."""
+"""The one exception that a user can cause, and the wording that error messages share."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -8,3 +10,26 @@ class UserError(Exception):
 
     Command lines print it without a traceback and exit with status 2.
     """
+
+
+def first_line(error: Exception, otherwise: str | None = None) -> str:
+    """The first line of an exception's message; for a system error, the system's own words without the file name.
+
+    `otherwise` stands for an empty message; by default it is the type of the exception.
+    """
+    text = str(getattr(error, "strerror", None) or error).strip()
+    return shorten(text.splitlines()[0] if text else otherwise or type(error).__name__, 200)
+
+
+def shorten(value: object, limit: int = 120) -> str:
+    """A value from a file or a library on one printable line of at most `limit` characters."""
+    text = " ".join(str(value).split())
+    text = text if text.isprintable() else repr(text)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def listing(names: Iterable[str], limit: int = 6) -> str:
+    """`a, b, c (+4 more)`."""
+    names = list(names)
+    more = f" (+{len(names) - limit} more)" if len(names) > limit else ""
+    return ", ".join(map(shorten, names[:limit])) + more

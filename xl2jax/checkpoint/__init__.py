@@ -1,1 +1,1 @@
-"""Checkpoints: where they come from, how they are read and written, and the names of parameters on both sides."""
+"""Checkpoints: finding, reading, writing and converting them, and the parameter names in both layouts."""

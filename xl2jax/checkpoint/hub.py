@@ -1,4 +1,4 @@
-"""Checkpoints of the Hugging Face hub, through its own cache: what is in the cache needs no network."""
+"""Downloads checkpoints from the Hugging Face hub into its cache. Cached checkpoints need no network."""
 
 from __future__ import annotations
 
@@ -9,46 +9,47 @@ from pathlib import Path
 
 from xl2jax.checkpoint.orbax_folder import MANIFEST
 from xl2jax.checkpoint.safetensors_io import PICKLED, refuse_pickles
-from xl2jax.errors import UserError
+from xl2jax.errors import UserError, first_line, shorten
 
 logger = logging.getLogger(__name__)
 
 _TIMEOUT = 10.0  # seconds
 _NEEDED = ["*.json", "*.safetensors", "*.txt", "*.jinja", "params/*"]
 _NOT_NEEDED = ["*/*.safetensors", "*/*.txt"]
-"""Weights of subfolders are other models or other formats (original/, onnx/, checkpoint-500/)."""
+"""Weights in subfolders belong to other models or formats (original/, onnx/, checkpoint-500/)."""
 
 
 def download(repo: str, revision: str | None = None) -> Path:
-    """The folder, in the hub's cache, of a repository: downloaded, or as it is there where the hub cannot be asked.
+    """Downloads a repository and returns its folder in the hub's cache. If the hub fails, a cached copy is used.
 
-    Only what is needed is downloaded, and nothing at all where the weights are pickles. `revision` is a branch, a tag
-    or a commit; by default the main branch.
+    Only needed files are downloaded, and nothing if the weights are pickles. `revision` is a branch, a tag or a commit,
+    by default the main branch.
 
-    Raises UserError, with what to do, where there is no such repository or revision, where it may not be read, or
-    where the hub cannot be reached and the cache has no whole copy.
+    Raises:
+      UserError: the repository or the revision does not exist or may not be read, or the hub cannot be reached and the
+        cache has no complete copy. The message says what to do.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import RevisionNotFoundError
 
     name = repo if revision is None else f"{repo}@{revision}"
     try:
-        # One request that is tried once: huggingface_hub tries others again for 20 seconds where there is no network.
+        # This request is tried only once. huggingface_hub retries others for 20 seconds if there is no network.
         about = HfApi().model_info(repo, revision=revision, timeout=_TIMEOUT)
         _refuse_unsafe(name, [file.rfilename for file in about.siblings or []])
     except (UserError, RevisionNotFoundError) as e:
         raise e if isinstance(e, UserError) else UserError(f"{name}: {_advice(repo, e)}") from e
-    except Exception as e:  # huggingface_hub raises many unrelated types: HTTP, OS, its own
+    except Exception as e:  # huggingface_hub raises many unrelated types
         advice = _advice(repo, e)
         return _cached(name, repo, revision, advice)
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=_NEEDED, ignore_patterns=_NOT_NEEDED))
     except Exception as e:
-        raise UserError(f"{name}: the download stopped: {_advice(repo, e)}; what is there is kept") from e
+        raise UserError(f"{name}: the download stopped: {_advice(repo, e)}; the files so far are kept") from e
 
 
 def _cached(name: str, repo: str, revision: str | None, advice: str) -> Path:
-    """The copy in the cache. `advice`: why the hub itself is of no use."""
+    """The copy in the cache. `advice` says why the hub could not be used, and what to do."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
 
@@ -62,11 +63,12 @@ def _cached(name: str, repo: str, revision: str | None, advice: str) -> Path:
         raise UserError(f"{name}: no such folder, not in the hub's cache, and {advice}") from None
     if not any(Path(folder).glob("*.safetensors")) and not Path(folder, MANIFEST).is_file():
         raise UserError(f"{name}: the copy in the hub's cache has no weights, and {advice}")
-    logger.warning("%s: the copy in the hub's cache is used, since the hub was not asked (%s)", name, advice)
+    logger.warning("%s: the copy in the hub's cache is used, because the hub could not be used (%s)", name, advice)
     return Path(folder)
 
 
 def _refuse_unsafe(name: str, files: list[str]) -> None:
+    """Raises UserError unless the repository has weights that are not pickles."""
     if MANIFEST in files or any(fnmatch.fnmatch(f, "*.safetensors") for f in files):
         return
     pickled = [f for f in files for pattern in PICKLED if fnmatch.fnmatch(f, pattern)]
@@ -76,33 +78,28 @@ def _refuse_unsafe(name: str, files: list[str]) -> None:
 
 
 def _advice(repo: str, error: Exception) -> str:
-    """What happened and what to do, from an error of huggingface_hub."""
+    """Describes an error of huggingface_hub, and says what to do."""
     from huggingface_hub import constants, errors
 
     page = f"{constants.ENDPOINT}/{repo}"
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return f"HF_HUB_OFFLINE is set: unset it, or run `hf download {repo}` where there is a network"
+        return f"HF_HUB_OFFLINE is set: unset it, or run `hf download {repo}` with a network"
     if isinstance(error, errors.GatedRepoError):
         return f"the repository is gated: accept its conditions at {page}, then log in with `hf auth login`"
     if isinstance(error, errors.RepositoryNotFoundError):
         return (
-            f"the hub knows no {repo}, or it is private: check the name, "
-            "and log in with `hf auth login` if it is one that you may read"
+            f"the hub has no repository {repo}, or it is private: check the name, "
+            "and log in with `hf auth login` if you have access to it"
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return f"the repository has no such revision: see {page}/tree/main for its branches and tags"
     if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code
-        said = _first_line(error.server_message) if error.server_message else "no reason given"
-        todo = "log in again with `hf auth login`" if status in (401, 403) else "try again later"
-        return f"the hub answers {status} ({said}): {todo}"
+        reason = shorten(error.server_message or "no reason given", 200)
+        advice = "log in again with `hf auth login`" if status in (401, 403) else "try again later"
+        return f"the hub answers {status} ({reason}): {advice}"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"no space is left for the hub's cache {constants.HF_HUB_CACHE}: set HF_HOME to another disk"
     if isinstance(error, PermissionError):
         return f"the hub's cache {constants.HF_HUB_CACHE} cannot be written: set HF_HOME to another folder"
-    reason = _first_line(str(error)) or type(error).__name__
-    return f"the hub cannot be reached ({reason}): check the network, and run the same command again"
-
-
-def _first_line(text: str) -> str:
-    return (text.strip().splitlines() or [""])[0][:200]
+    return f"the hub cannot be reached ({first_line(error)}): check the network, and run the same command again"

@@ -1,9 +1,9 @@
-"""The Orbax model folder, in which every tensor has a checksum.
+"""Reads and writes the Orbax model folder, which stores a checksum for every tensor.
 
-config.json, vision_tower/config.json    upstream's own
-tokenizer.json, ...                      upstream's own
-params/                                  the Orbax checkpoint, one array per tensor of a layer
-unused.safetensors                       tensors that upstream stores and never reads
+config.json, vision_tower/config.json    copies of upstream's files
+tokenizer.json, ...                      copies of upstream's files
+params/                                  the Orbax checkpoint; each layer has its own arrays
+unused.safetensors                       tensors that upstream stores but never uses
 xl2jax.json                              {"format": 2, "dtype": "bfloat16", "checksums": {name: digits}}
 """
 
@@ -26,20 +26,20 @@ from flax import traverse_util
 
 from xl2jax.checkpoint.array_checks import checksum
 from xl2jax.checkpoint.param_names import Entry, entries
-from xl2jax.checkpoint.safetensors_io import DTYPE_NAMES, DTYPES, ShardWriter, TensorFolder, listing
+from xl2jax.checkpoint.safetensors_io import DTYPE_NAMES, DTYPES, ShardWriter, TensorFolder
 from xl2jax.config import VideoXL2Config
-from xl2jax.errors import UserError
+from xl2jax.errors import UserError, first_line, listing
 from xl2jax.system.schema import Schema, is_file, read_json, require_readable, unreadable
 from xl2jax.system.terminal import machine_fault
 
 logger = logging.getLogger(__name__)
 
 PARAMS, UNUSED, MANIFEST = "params", "unused.safetensors", "xl2jax.json"
-_BATCH_BYTES = 64 << 20  # arrays that Orbax writes, or reads, at a time
+_BATCH_BYTES = 64 << 20  # Orbax reads and writes arrays of about this size together
 
 
 class Manifest(Schema):
-    """xl2jax.json. Format 1 had no checksums."""
+    """The contents of xl2jax.json. Format 1 had no checksums."""
 
     format: Literal[1, 2]
     dtype: Literal["float32", "bfloat16", "float16"]
@@ -47,11 +47,12 @@ class Manifest(Schema):
 
 
 def is_orbax(folder: Path) -> bool:
+    """Whether a checkpoint folder is an Orbax model folder."""
     return is_file(folder / MANIFEST)
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Raises UserError where it is not one that this version reads."""
+    """Reads xl2jax.json. Raises UserError if it is damaged or has an unknown format."""
     manifest = read_json(folder / MANIFEST, Manifest)
     if manifest.format != 1 and manifest.checksums is None:
         raise UserError(f"{folder / MANIFEST}: checksums: is missing; convert the checkpoint again")
@@ -59,14 +60,15 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def unused_tensors(folder: Path) -> TensorFolder:
-    """The tensors that upstream stores and never reads."""
+    """The tensors that upstream stores but never uses."""
     return TensorFolder(folder, [folder / UNUSED] if is_file(folder / UNUSED) else [])
 
 
 class OrbaxFolder:
     """Reads tensors of an Orbax model folder, after checking all names and shapes.
 
-    Raises UserError where it is not whole. With `verify` also where a tensor is not what was written.
+    Raises:
+      UserError: the folder is incomplete; with `verify`, also if the checksum of a tensor differs.
     """
 
     def __init__(self, folder: Path, config: VideoXL2Config, *, verify: bool = True):
@@ -80,8 +82,8 @@ class OrbaxFolder:
         self._checksums = manifest.checksums if verify else None
         if verify and manifest.checksums is None:
             logger.info(
-                "%s: has no checksums (an earlier version converted it), so that damage goes unnoticed: "
-                "convert it again to have them",
+                "%s: has no checksums because an earlier version converted it, so damage is not noticed: "
+                "convert it again to add them",
                 folder,
             )
 
@@ -92,7 +94,7 @@ class OrbaxFolder:
         try:
             for folder, _, files in os.walk(self._path, onerror=refuse):
                 for name in files:
-                    require_readable(Path(folder, name))  # of a pipe Orbax would read for ever
+                    require_readable(Path(folder, name))  # Orbax would wait for ever on a pipe
         except FileNotFoundError as e:
             raise self._damaged(e) from e
         except OSError as e:
@@ -103,11 +105,11 @@ class OrbaxFolder:
         try:
             metadata = ocp.pytree_metadata(self._path).metadata
             if not isinstance(metadata, dict):
-                raise ValueError("nothing says which arrays it has")
+                raise ValueError("it has no list of arrays")
             stored = traverse_util.flatten_dict(metadata, sep=".")
             shapes = {name: tuple(leaf.shape) for name, leaf in stored.items()}
             dtypes = {name: np.dtype(leaf.dtype) for name, leaf in stored.items()}
-        except Exception as e:  # Orbax raises what its storage raises
+        except Exception as e:  # Orbax raises many types, depending on its storage
             raise machine_fault(e) or self._damaged(e) from e
         wanted = {e.name: e.shape for e in self.entries}
         problems = [n for n in shapes if n not in wanted]
@@ -118,13 +120,16 @@ class OrbaxFolder:
         return dtypes
 
     def read(self, parts: Sequence[Entry]) -> list[np.ndarray]:
-        """Some tensors, as they are stored. Cheap in the order of `entries`: a call of Orbax costs 50 to 200 ms."""
+        """Reads tensors in their stored dtype. Reading in the order of `entries` is fastest.
+
+        A call of Orbax takes 50 to 200 ms, so the tensors that follow are read together with those asked for.
+        """
         if any(e.name not in self._ahead for e in parts):
             self._ahead = self._load(self._with_next(parts))
         return [self._ahead.pop(e.name) for e in parts]
 
     def _with_next(self, parts: Sequence[Entry]) -> list[Entry]:
-        """`parts` and those behind them in the table, as long as all have no more than _BATCH_BYTES."""
+        """`parts` and the entries after them, as long as they have at most `_BATCH_BYTES` together."""
         together = list(parts)
         size = sum(map(self._nbytes, together))
         for entry in self.entries[self.entries.index(together[-1]) + 1 :]:
@@ -152,28 +157,24 @@ class OrbaxFolder:
         return arrays
 
     def verify_unused(self) -> None:
-        """Raises UserError where a tensor that upstream never reads is damaged."""
+        """Raises UserError if a tensor that upstream never uses is damaged."""
         files = unused_tensors(self.folder)
         for name in files.shapes:
             self._verify(name, files.read(name))
 
     def _verify(self, name: str, array: np.ndarray) -> None:
         if self._checksums is not None and self._checksums.get(name) != checksum(array):
-            raise UserError(f"{self.folder}: {name} is damaged (its checksum is another); convert the checkpoint again")
+            raise UserError(f"{self.folder}: {name} is damaged (its checksum differs); convert the checkpoint again")
 
     def _damaged(self, error: Exception) -> UserError:
-        return UserError(f"{self._path}: not a whole Orbax checkpoint ({_first_line(error)}); convert it again")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        return UserError(f"{self._path}: not a whole Orbax checkpoint ({first_line(error)}); convert it again")
 
 
 class _ClosedLoops:
-    """A `sys.unraisablehook` that keeps quiet what follows the first error of a damaged checkpoint.
+    """A `sys.unraisablehook` that hides the errors which follow the first error of a damaged checkpoint.
 
-    Orbax reads many tensors at once. When one of them fails it closes its event loop, and each of the others that ends
-    later prints a traceback from a thread of its own, which no caller can catch.
+    Orbax reads many tensors at once. When one read fails, Orbax closes its event loop, and every read that ends later
+    prints a traceback from its own thread, where no caller can catch it.
     """
 
     def __init__(self, hook: Callable[[Any], Any]):
@@ -185,7 +186,7 @@ class _ClosedLoops:
 
 
 def ignore_closed_loops() -> None:
-    """Has such errors ignored from now on, in this process."""
+    """Installs `_ClosedLoops` in this process."""
     if not isinstance(sys.unraisablehook, _ClosedLoops):
         sys.unraisablehook = _ClosedLoops(sys.unraisablehook)
 
@@ -195,7 +196,7 @@ _FLOATS = [DTYPES[code] for code in DTYPE_NAMES.values()]
 
 @contextlib.contextmanager
 def _system_errors() -> Iterator[None]:
-    """What Orbax raises where the disk is full or the like, as the OSError that the system gave."""
+    """Turns an error that Orbax raises, for example on a full disk, into the OSError of the system."""
     try:
         yield
     except OSError:
@@ -204,11 +205,11 @@ def _system_errors() -> Iterator[None]:
         code = re.search(r"os_error_code='(\d+)'", str(e))
         if code is not None:
             raise OSError(int(code[1]), os.strerror(int(code[1]))) from e
-        raise OSError(0, _first_line(e)) from e
+        raise OSError(0, first_line(e)) from e
 
 
 class OrbaxWriter:
-    """Fills an Orbax model folder, whose config and tokenizer files are copied by others."""
+    """Writes the tensors of an Orbax model folder. Config and tokenizer files are copied elsewhere."""
 
     def __init__(self, folder: Path, dtype: str):
         self._folder, self._path, self._dtype = folder, (folder / PARAMS).absolute(), dtype
@@ -217,6 +218,7 @@ class OrbaxWriter:
         ignore_closed_loops()
 
     def write(self, name: str, array: np.ndarray) -> None:
+        """Adds a tensor."""
         self._checksums[name] = checksum(array)
         self._batch[name] = array
         if sum(a.nbytes for a in self._batch.values()) >= _BATCH_BYTES:
@@ -228,7 +230,7 @@ class OrbaxWriter:
         self._batch = {}
 
     def write_unused(self, files: TensorFolder, names: list[str]) -> None:
-        """Copies tensors that upstream never reads."""
+        """Copies the named tensors, which upstream never uses."""
         if not names:
             return
         with ShardWriter(self._folder / UNUSED, [(n, files.shapes[n], files.dtypes[n]) for n in names]) as out:
@@ -238,6 +240,7 @@ class OrbaxWriter:
                 out.write(name, array)
 
     def finish(self) -> None:
+        """Completes the Orbax checkpoint and writes xl2jax.json."""
         if self._batch:
             self._flush()
         with _system_errors():

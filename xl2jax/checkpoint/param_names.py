@@ -1,4 +1,4 @@
-"""The table between upstream's PyTorch parameter names and ours, in both directions."""
+"""The conversion table between the parameter names of upstream's PyTorch model and of this model."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ import re
 from collections.abc import Callable
 
 import einops
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from xl2jax.config import VideoXL2Config
-from xl2jax.models.layers import LoRAConfig
+from xl2jax.models.param_tree import flatten
 from xl2jax.models.video_xl2 import abstract_model
 
 type Shape = tuple[int, ...]
@@ -22,7 +21,7 @@ type Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """How a stored PyTorch array becomes ours, and back. Both are permutations: bit-exact."""
+    """Converts a PyTorch array to the layout of this model, and back. Both directions only permute axes, bit by bit."""
 
     to_jax: Callable[[np.ndarray], np.ndarray]
     to_torch: Callable[[np.ndarray, VideoXL2Config], np.ndarray]
@@ -47,8 +46,8 @@ _VISION = "model.vision_tower.vision_tower.vision_model"
 _SAE = "model.sae"
 _LLM = "model.layers.{i}"
 
-# (our dotted name, upstream's name, transform). Braces stand for a layer ({i}), a DTS stage ({s},
-# whose three modules upstream numbers 3s, 3s + 1, 3s + 2), and a choice ({x}).
+# (dotted name, upstream's name, values of {x}, transform). {i} is a layer, and {s} a DTS stage, whose three modules
+# upstream numbers {s0} = 3s, {s1} = 3s + 1 and {s2} = 3s + 2.
 _TABLE: tuple[tuple[str, str, tuple[str, ...], Transform], ...] = (
     ("vision.patch_embedding.kernel", f"{_VISION}.embeddings.patch_embedding.weight", (), PATCH),
     ("vision.patch_embedding.bias", f"{_VISION}.embeddings.patch_embedding.bias", (), SAME),
@@ -92,13 +91,13 @@ _UNUSED = re.compile(
 
 
 def is_unused(torch_name: str, config: VideoXL2Config) -> bool:
-    """Whether upstream stores this tensor without ever reading it in the forward pass."""
+    """Whether upstream stores this tensor but never uses it in the forward pass."""
     return bool(_UNUSED.search(torch_name)) or (config.llm.tied_embeddings and torch_name == "lm_head.weight")
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One tensor of one layer: `name` with the layer number in it, `param` the stacked parameter."""
+    """One tensor of one layer. `name` contains the layer number; `param` is the name of the stacked parameter."""
 
     name: str
     param: str
@@ -109,21 +108,8 @@ class Entry:
     transform: Transform
 
 
-def flatten(params: nnx.State) -> dict[str, jax.Array]:
-    """Parameters by dotted name, e.g. `llm.layers.q.kernel`, in tree order."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(params))
-    return {".".join(str(k.key) for k in path): leaf for path, leaf in leaves}
-
-
-def unflatten(params: dict[str, jax.Array], config: VideoXL2Config, lora: LoRAConfig | None = None) -> nnx.State:
-    """The inverse of `flatten`."""
-    state = nnx.state(abstract_model(config, jnp.float32, lora))
-    names = list(flatten(state))
-    treedef = jax.tree.structure(state)
-    return jax.tree.unflatten(treedef, [params[name] for name in names])
-
-
 def _patterns() -> list[tuple[re.Pattern[str], str, Transform]]:
+    """The table with all values of {x} filled in: (pattern of the dotted name, upstream's name, transform)."""
     rows = []
     for ours, theirs, choices, transform in _TABLE:
         for choice in choices or ("",):
@@ -135,7 +121,7 @@ def _patterns() -> list[tuple[re.Pattern[str], str, Transform]]:
 
 @functools.cache
 def entries(config: VideoXL2Config) -> tuple[Entry, ...]:
-    """Every tensor of a checkpoint of this config, layer by layer."""
+    """Every tensor of a checkpoint with this config, layer by layer."""
     patterns = _patterns()
     out = []
     for param, leaf in flatten(nnx.state(abstract_model(config, jnp.float32))).items():
@@ -143,14 +129,14 @@ def entries(config: VideoXL2Config) -> tuple[Entry, ...]:
         for layer in range(leaf.shape[0]) if stacked else (None,):
             name = param if layer is None else param.replace(".layers.", f".layers.{layer}.")
             shape = leaf.shape[1:] if stacked else leaf.shape
-            found = [(m, theirs, tr) for p, theirs, tr in patterns if (m := p.fullmatch(name))]
-            if len(found) != 1:
-                raise AssertionError(f"{len(found)} rows of the name table match {name}")
-            match, theirs, transform = found[0]
+            matches = [(m, theirs, tr) for p, theirs, tr in patterns if (m := p.fullmatch(name))]
+            if len(matches) != 1:
+                raise AssertionError(f"{len(matches)} rows of the name table match {name}")
+            match, theirs, transform = matches[0]
             numbers = {k: int(v) for k, v in match.groupdict().items()}
             stage = 3 * numbers.get("s", 0)
             torch_name = theirs.format(i=numbers.get("i"), s0=stage, s1=stage + 1, s2=stage + 2)
-            # A zero-stride array stands in for the tensor: shapes without memory.
+            # A zero-stride array has the tensor's shape but takes no memory.
             torch_shape = transform.to_torch(np.broadcast_to(np.int8(0), shape), config).shape
             out.append(Entry(name, param, layer, shape, torch_name, torch_shape, transform))
     return tuple(out)

@@ -1,4 +1,4 @@
-"""The parameters of a checkpoint of either layout, by dotted name, layers stacked."""
+"""Reads the parameters of a checkpoint in either layout, by dotted name and with stacked layers."""
 
 from __future__ import annotations
 
@@ -10,30 +10,35 @@ import numpy as np
 from flax import nnx
 
 from xl2jax.checkpoint.orbax_folder import OrbaxFolder, is_orbax
-from xl2jax.checkpoint.param_names import Entry, unflatten
+from xl2jax.checkpoint.param_names import Entry
 from xl2jax.checkpoint.safetensors_io import DTYPE_NAMES, DTYPES, cast
 from xl2jax.checkpoint.torch_folder import TorchCheckpoint
 from xl2jax.config import VideoXL2Config
+from xl2jax.models.param_tree import unflatten
 from xl2jax.system.terminal import byte_bar
 
 
 def load_params(
     folder: Path, dtype: str | None = None, *, progress: bool = False, verify: bool = True
 ) -> tuple[VideoXL2Config, nnx.State]:
-    """Parameters from either layout, layers stacked, on the default device. See `ParamReader`."""
+    """The config and the parameters of a checkpoint, on the default device. See `ParamReader`."""
     config = VideoXL2Config.from_hf(folder)
     params = {n: jnp.asarray(array) for n, array in read_params(folder, dtype, progress=progress, verify=verify)}
     return config, unflatten(params, config)
 
 
 class ParamReader:
-    """The parameters of a checkpoint of either layout by dotted name, layers stacked: opened and checked once.
+    """Reads parameters by dotted name, with stacked layers, from a checkpoint that is opened and checked once.
 
-    `dtype`: `float32`, `bfloat16`, `float16`, or None for the stored one. `verify`: compare what is read from an Orbax
-    folder with the checksums that its conversion kept. Host memory holds one stacked parameter and its layers at a time.
+    Host memory holds one stacked parameter and its layers at a time.
 
-    Raises UserError for a checkpoint that is not whole, and in `read` for a tensor that is damaged, not finite, or too
-    large for `dtype`.
+    Args:
+      folder: a checkpoint in either layout.
+      dtype: `float32`, `bfloat16`, `float16`, or None for the stored dtype.
+      verify: whether tensors of an Orbax folder are compared with their checksums.
+
+    Raises:
+      UserError: the checkpoint is incomplete; in `read`, a tensor is damaged, not finite or too large for `dtype`.
     """
 
     def __init__(self, folder: Path, dtype: str | None = None, *, verify: bool = True):
@@ -55,22 +60,29 @@ class ParamReader:
 
     @property
     def names(self) -> list[str]:
+        """Dotted names of all parameters."""
         return list(self._parts)
 
     def nbytes(self, name: str) -> int:
+        """Bytes of a parameter in `dtype`."""
         return sum(int(np.prod(e.shape)) for e in self._parts[name]) * self._itemsize
 
     def read(self, name: str) -> np.ndarray:
+        """One parameter in `dtype`; layers are stacked along the first axis."""
         parts = self._parts[name]
         arrays = self._source(parts)
         return arrays[0] if parts[0].layer is None else np.stack(arrays)
 
 
 def read_params(
-    folder: Path, dtype: str | None = None, *, progress: bool = False, wanted: Callable[[str], bool] = lambda _: True,
+    folder: Path,
+    dtype: str | None = None,
+    *,
+    progress: bool = False,
+    wanted: Callable[[str], bool] = lambda _: True,
     verify: bool = True,
-) -> Iterator[tuple[str, np.ndarray]]:  # fmt: skip
-    """(dotted name, array) of the wanted parameters. See `ParamReader`."""
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields (dotted name, array) of the parameters whose name is `wanted`. See `ParamReader`."""
     reader = ParamReader(folder, dtype, verify=verify)
     names = [n for n in reader.names if wanted(n)]
     with byte_bar("load", sum(map(reader.nbytes, names)), progress) as bar:

@@ -1,11 +1,11 @@
-"""Folders of safetensors files: an index over many shards, reading and writing a tensor at a time."""
+"""Reads and writes folders of safetensors files, one tensor at a time."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Literal
@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from xl2jax.checkpoint.array_checks import is_finite
-from xl2jax.errors import UserError
+from xl2jax.errors import UserError, first_line, listing, shorten
 from xl2jax.system.schema import NameBelow, Schema, is_file, read_json, require_readable, unreadable
 
 INDEX = "model.safetensors.index.json"
@@ -31,12 +31,12 @@ DTYPES = {
 }
 type DtypeName = Literal["float32", "bfloat16", "float16"]
 DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-"""Dtypes that parameters may have, and their names in safetensors files."""
+"""The dtypes of parameters, and their names in safetensors files."""
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 type Stored = tuple[str, tuple[int, ...], str]
-"""Name, shape and dtype (`F32`, `BF16`, `F16`) of a stored tensor."""
+"""Name, shape and dtype (a key of `DTYPES`) of a stored tensor."""
 
 
 class _Index(Schema):
@@ -44,15 +44,15 @@ class _Index(Schema):
 
 
 class TensorFolder:
-    """The tensors of a checkpoint folder by name: shapes and dtypes first, data on demand.
+    """The tensors of a checkpoint folder by name. Opening it reads shapes and dtypes, and `read` reads a tensor.
 
     Raises:
-      UserError: no safetensors file, pickled weights only, a shard that is missing or outside the folder, a truncated
-        file or one whose header lies, a pipe or a device, a tensor in two files or not where the index says.
+      UserError: there is no safetensors file, or only pickles; a shard is missing, outside the folder, truncated, or a
+        pipe or a device; its header is wrong; a tensor is in two files, or not in the file that the index names.
     """
 
     def __init__(self, folder: str | Path, files: list[Path] | None = None):
-        """`files` overrides the choice of files: the index's, or else every *.safetensors."""
+        """Opens `files`; by default the files in the index, or every *.safetensors file if there is no index."""
         self.folder = Path(folder)
         self.file_of: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -70,7 +70,7 @@ class TensorFolder:
                         part = f.get_slice(name)
                         self.shapes[name], self.dtypes[name] = tuple(part.get_shape()), str(part.get_dtype())
             except SafetensorError as e:
-                raise UserError(f"{path}: not a whole safetensors file ({shorten(str(e))}); fetch it again") from None
+                raise UserError(f"{path}: not a whole safetensors file ({first_line(e)}); download it again") from None
             except OSError as e:
                 raise unreadable(path, e) from None
         if duplicates:
@@ -104,22 +104,24 @@ class TensorFolder:
         return files
 
     def nbytes(self, name: str) -> int:
+        """Bytes of a tensor as it is stored."""
         size = DTYPES[self.dtypes[name]].itemsize if self.dtypes[name] in DTYPES else 8
         return math.prod(self.shapes[name]) * size
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor. The file is opened for it alone, so no mapped page outlives the call."""
+        """Reads one tensor. The file is closed afterwards, so that its mapped pages do not stay in memory."""
         try:
             with safe_open(self.file_of[name], framework="np") as f:
                 return f.get_tensor(name)
         except (SafetensorError, OSError) as e:
-            raise UserError(f"{self.file_of[name]}: cannot read {shorten(name)} ({shorten(str(e))})") from None
+            raise UserError(f"{self.file_of[name]}: cannot read {shorten(name)} ({first_line(e)})") from None
 
 
 def cast(array: np.ndarray, dtype: str, where: str) -> np.ndarray:
-    """A floating-point array as `float32`, `bfloat16` or `float16`, contiguous.
+    """Converts a floating-point array to a contiguous one in `float32`, `bfloat16` or `float16`.
 
-    Raises UserError, with the name `where`, where it holds NaN or infinity, or a number that is too large for `dtype`.
+    Raises:
+      UserError: the array holds NaN, infinity or a number that is too large for `dtype`. `where` begins the message.
     """
     target = DTYPES[DTYPE_NAMES[dtype]]
     with np.errstate(over="ignore", invalid="ignore"):
@@ -135,31 +137,18 @@ def cast(array: np.ndarray, dtype: str, where: str) -> np.ndarray:
 
 
 def refuse_pickles(names: list[str]) -> str:
-    """Why pickled weights are not read, and what to do."""
+    """The message that pickled weights are not read, and what to do."""
     return (
         f"{listing(names)} is a pickle, which can run code when it is read; "
         "save the model as safetensors (model.save_pretrained(dir, safe_serialization=True)) and try again"
     )
 
 
-def listing(names: Iterable[str], limit: int = 6) -> str:
-    """`a, b, c (+4 more)`."""
-    names = list(names)
-    more = f" (+{len(names) - limit} more)" if len(names) > limit else ""
-    return ", ".join(map(shorten, names[:limit])) + more
-
-
-def shorten(name: str) -> str:
-    """A name that others chose, fit for a line of an error message."""
-    name = name if name.isprintable() else repr(name)
-    return name if len(name) <= 120 else f"{name[:117]}..."
-
-
 class ShardWriter:
-    """Writes one safetensors file a tensor at a time, in the order given."""
+    """Writes one safetensors file, a tensor at a time. Peak memory is one tensor."""
 
     def __init__(self, path: Path, tensors: list[Stored], metadata: dict[str, str] | None = None):
-        """`tensors`: everything that the file will hold, in order."""
+        """`tensors` are all tensors of the file, in the order in which they will be written."""
         header: dict[str, object] = {"__metadata__": metadata or {"format": "pt"}}
         offset = 0
         for name, shape, dtype in tensors:

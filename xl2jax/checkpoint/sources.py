@@ -1,4 +1,4 @@
-"""Where a checkpoint is: a folder, or a repository of the hub. What is something else is named."""
+"""Finds a checkpoint, which is a folder or a repository on the hub, and names common mistakes."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ _HUB_ID = re.compile(r"([A-Za-z0-9][\w.\-]*/[\w.\-]+)(?:@([\w.\-/]+))?")
 
 
 def find_checkpoint(source: str | Path) -> Path:
-    """The folder of a checkpoint: `source` itself, or that of a hub id, `org/name` or `org/name@revision`.
+    """The folder of a checkpoint. `source` is a folder or a hub id, `org/name` or `org/name@revision`.
 
-    A folder wins over a hub id of the same name. Raises UserError where there is neither, and where it is not a
-    checkpoint but something that is often taken for one.
+    If both a folder and a hub id match, the folder is used.
+
+    Raises:
+      UserError: neither exists, or the folder is something else that is often confused with a checkpoint.
     """
     path, hub_id = Path(source), _HUB_ID.fullmatch(str(source))
     try:
         os.stat(path)
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a name that no file can have
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: not a possible file name
         if hub_id is None:
             raise UserError(f"{source}: no such checkpoint folder") from None
         from xl2jax.checkpoint.hub import download
@@ -42,7 +44,7 @@ def find_checkpoint(source: str | Path) -> Path:
 
 
 def _refuse_others(path: Path) -> None:
-    """Raises UserError, with what to do, for what is known and no checkpoint."""
+    """Raises UserError, with advice, if `path` is a known kind of file or folder that is not a checkpoint."""
     if not path.is_dir():
         raise UserError(f"{path}: {_of_file(path.name)}")
     try:
@@ -70,9 +72,10 @@ def _refuse_others(path: Path) -> None:
 
 
 def _of_file(name: str) -> str:
+    """The message for a file that was given instead of a folder."""
     suffix = Path(name).suffix or name
     if suffix == ".safetensors":
-        return "is a file of weights: give the folder that it is in, with its config.json"
+        return "is a file of weights: give its folder, which must also contain config.json"
     if suffix == ".gguf":
         return "is a GGUF file, which cannot be read: give the model as its authors released it (safetensors)"
     if f"*{suffix}" in PICKLED:

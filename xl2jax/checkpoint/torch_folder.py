@@ -1,4 +1,4 @@
-"""Upstream's checkpoint layout: config.json, tokenizer files and safetensors shards, read and written."""
+"""Reads and writes upstream's checkpoint layout: config.json, tokenizer files and safetensors shards."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from xl2jax.checkpoint.orbax_folder import is_orbax, unused_tensors
-from xl2jax.checkpoint.param_names import Entry, entries, flatten, is_unused
+from xl2jax.checkpoint.param_names import Entry, entries, is_unused
 from xl2jax.checkpoint.safetensors_io import (
     DTYPE_NAMES,
     DTYPES,
@@ -26,10 +26,10 @@ from xl2jax.checkpoint.safetensors_io import (
     Stored,
     TensorFolder,
     cast,
-    listing,
 )
 from xl2jax.config import VISION_FOLDER, VideoXL2Config, vision_config_path
-from xl2jax.errors import UserError
+from xl2jax.errors import UserError, listing
+from xl2jax.models.param_tree import flatten
 from xl2jax.system.atomic import replacing_folder
 from xl2jax.system.schema import is_file, read_json
 from xl2jax.system.terminal import byte_bar
@@ -42,7 +42,11 @@ _SHARD_BYTES = 4 << 30
 
 
 class TorchCheckpoint:
-    """A PyTorch-layout folder checked against its config: every problem found is in one error."""
+    """A folder in the PyTorch layout.
+
+    Raises:
+      UserError: the tensors do not fit config.json. The message lists all problems.
+    """
 
     def __init__(self, folder: Path):
         self.config = VideoXL2Config.from_hf(folder)
@@ -63,16 +67,19 @@ class TorchCheckpoint:
         problems = [
             f"{len(names)} {what}: {listing(names)}"
             for what, names in (
-                ("missing", missing), ("unknown", unknown), ("misshapen", misshapen), ("not floating point", odd),
+                ("missing", missing),
+                ("unknown", unknown),
+                ("misshapen", misshapen),
+                ("not floating point", odd),
             )
             if names
-        ]  # fmt: skip
+        ]
         if problems:
             raise UserError(f"{folder}: the weights do not fit config.json; " + "; ".join(problems))
         self.stored_dtypes = Counter(self.files.dtypes[n] for n in known)
 
     def dtype(self, wanted: str | None) -> str:
-        """`wanted`, or the one dtype that all tensors are stored in."""
+        """`wanted`, or by default the stored dtype. Raises UserError if tensors are stored in several dtypes."""
         if wanted is not None:
             return wanted
         stored = list(self.stored_dtypes)
@@ -84,12 +91,13 @@ class TorchCheckpoint:
         )
 
     def read(self, entry: Entry, dtype: str) -> np.ndarray:
+        """One tensor in the layout of this model."""
         array = entry.transform.to_jax(self.files.read(entry.torch_name))
         return cast(array, dtype, f"{self.files.folder}: {entry.torch_name}")
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """config.json, the vision tower's config and the tokenizer files."""
+    """Copies config.json, the vision tower's config and the tokenizer files to the folder `target`."""
     for name in ("config.json", *_COMPANIONS):
         if is_file(source / name):
             shutil.copyfile(source / name, target / name)
@@ -112,18 +120,28 @@ def write_torch(
     shard_bytes: int = _SHARD_BYTES,
     progress: bool = False,
 ) -> None:
-    """Writes upstream's layout: config.json, safetensors shards, an index when there are several.
+    """Writes upstream's layout: config.json, safetensors shards, and an index if there are several shards.
 
-    `read(entry)` gives our array of one tensor in `dtype`. `companions` is the checkpoint folder (either layout)
-    that config, tokenizer files and unused tensors are copied from; without it config.json is made from `config`.
+    Args:
+      target: the folder to create.
+      config: the sizes of the model.
+      read: gives the array of one tensor in this model's layout and in `dtype`.
+      dtype: `float32`, `bfloat16` or `float16`.
+      companions: a checkpoint folder in either layout, from which config, tokenizer files and unused tensors are
+        copied. Without it config.json is written from `config`, and there is no tokenizer.
+      shard_bytes: largest size of a shard, unless a single tensor is larger.
+      progress: whether a progress bar is shown.
+
+    Raises:
+      UserError: `target` exists or cannot be written.
     """
     code = DTYPE_NAMES[dtype]
     items: list[tuple[Stored, Callable[[], np.ndarray]]] = []
     for e in entries(config):
         items.append(((e.torch_name, e.torch_shape, code), functools.partial(_as_torch, read, e, config)))
-    kept, names = _unused_of(companions)
+    unused, names = _unused_of(companions)
     for n in names:
-        items.append(((n, kept.shapes[n], kept.dtypes[n]), functools.partial(kept.read, n)))
+        items.append(((n, unused.shapes[n], unused.dtypes[n]), functools.partial(unused.read, n)))
     sizes = [math.prod(s) * DTYPES[d].itemsize for (_, s, d), _ in items]
     shards: list[list[int]] = [[]]
     used = 0
@@ -133,16 +151,16 @@ def write_torch(
             used = 0
         shards[-1].append(i)
         used += size
-    with replacing_folder(target, sum(sizes)) as place, byte_bar("write", sum(sizes), progress) as bar:
+    with replacing_folder(target, sum(sizes)) as folder, byte_bar("write", sum(sizes), progress) as bar:
         if companions is not None:
-            copy_companions(companions, place)
+            copy_companions(companions, folder)
         else:
-            _write_configs(config, place)
-        _set_torch_dtype(place / "config.json", dtype)
+            _write_configs(config, folder)
+        _set_torch_dtype(folder / "config.json", dtype)
         weight_map = {}
         for number, shard in enumerate(shards, 1):
             name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            with ShardWriter(place / name, [items[i][0] for i in shard]) as out:
+            with ShardWriter(folder / name, [items[i][0] for i in shard]) as out:
                 for i in shard:
                     stored, tensor = items[i]
                     out.write(stored[0], tensor())
@@ -150,12 +168,12 @@ def write_torch(
                     bar.update(sizes[i])
         if len(shards) > 1:
             _write_json(
-                place / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(weight_map.items()))}
+                folder / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(weight_map.items()))}
             )
 
 
 def write_params(target: Path, config: VideoXL2Config, params: nnx.State, *, companions: Path) -> None:
-    """Float32 parameters in memory as upstream's layout, with the companions of the checkpoint they came from."""
+    """Writes float32 parameters in upstream's layout, with config and tokenizer of the checkpoint `companions`."""
     stored = {name: np.asarray(x) for name, x in flatten(params).items()}
 
     def read(entry: Entry) -> np.ndarray:
@@ -165,12 +183,12 @@ def write_params(target: Path, config: VideoXL2Config, params: nnx.State, *, com
 
 
 def _unused_of(companions: Path | None) -> tuple[TensorFolder, list[str]]:
-    """The tensors of a checkpoint that upstream stores and never reads, in either layout."""
+    """The files and names of the tensors of a checkpoint in either layout that upstream stores but never uses."""
     if companions is None:
         return TensorFolder(Path(), []), []
     if is_orbax(companions):
-        kept = unused_tensors(companions)
-        return kept, list(kept.shapes)
+        unused = unused_tensors(companions)
+        return unused, list(unused.shapes)
     torch = TorchCheckpoint(companions)
     return torch.files, torch.unused
 
@@ -179,11 +197,11 @@ def _as_torch(read: Callable[[Entry], np.ndarray], entry: Entry, config: VideoXL
     return entry.transform.to_torch(read(entry), config)
 
 
-def _write_configs(config: VideoXL2Config, place: Path) -> None:
+def _write_configs(config: VideoXL2Config, folder: Path) -> None:
     llm, vision = config.to_hf()
-    (place / VISION_FOLDER).mkdir()
-    _write_json(place / "config.json", llm)
-    _write_json(place / VISION_FOLDER / "config.json", vision)
+    (folder / VISION_FOLDER).mkdir()
+    _write_json(folder / "config.json", llm)
+    _write_json(folder / VISION_FOLDER / "config.json", vision)
 
 
 def _set_torch_dtype(path: Path, dtype: str) -> None:

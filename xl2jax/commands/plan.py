@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import tyro
 from flax import nnx
 
-from xl2jax.checkpoint.param_names import flatten
 from xl2jax.checkpoint.sources import find_checkpoint
 from xl2jax.commands.flags import BilevelFlags, PrefillFlags
 from xl2jax.config import FRAMES_PER_GROUP, PRESETS, VideoXL2Config
@@ -30,38 +29,14 @@ from xl2jax.errors import UserError
 from xl2jax.inference import flops, memory, prefill
 from xl2jax.inference.bilevel import BilevelConfig
 from xl2jax.inference.layout import VideoLayout
+from xl2jax.models.param_tree import flatten
 from xl2jax.models.video_xl2 import abstract_model
 from xl2jax.prompt import PREFIX, PromptTokenizer, time_text
-from xl2jax.system.backend import MEMORY_FRACTION, start_backend
+from xl2jax.system.backend import start_backend
+from xl2jax.system.cards import DEVICES
 
 VISION_SHARE, PREFILL_SHARE, DECODE_SHARE = 0.47, 0.56, 0.6
 """Of the datasheet's matrix rate, the same, and of its bandwidth: what the table in the README comes to."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Device:
-    """A device: MiB of memory as its driver reports it; dense bf16 operations and bytes a second by its datasheet."""
-
-    memory_mib: int
-    matrix_rate: float
-    bandwidth: float
-
-    @property
-    def available(self) -> float:
-        """Bytes that XLA has there under the commands' setting, which is what `infer.py` counts with."""
-        return MEMORY_FRACTION * ((self.memory_mib << 20) - _CONTEXT_BYTES)
-
-
-DEVICES = {
-    "h200": Device(143_771, 989e12, 4.8e12),
-    "h100": Device(81_559, 989e12, 3.35e12),
-    "a100-80g": Device(81_920, 312e12, 2.0e12),
-    "a100-40g": Device(40_960, 312e12, 1.56e12),
-    "rtx4090": Device(24_564, 165e12, 1.0e12),
-}
-
-_CONTEXT_BYTES = 460 << 20
-"""What a CUDA context takes before XLA counts what is free (read on an H100: 79.2 of 79.65 GiB are left)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +46,7 @@ class PlanArgs:
     frames: int = 1024
     checkpoint: str | None = None
     """Folder or hub id; by default the released sizes."""
-    device: Literal["h200", "h100", "a100-80g", "a100-40g", "rtx4090", "here"] = "here"
+    device: Literal["h200", "h100", "a100-80g", "a100-40g", "l40", "rtx4090", "here"] = "here"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     seconds_per_frame: float = 1.0
     prefill: tyro.conf.OmitArgPrefixes[PrefillFlags] = PrefillFlags()  # noqa: RUF009 (frozen)

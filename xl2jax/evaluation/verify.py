@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xl2jax.checkpoint.param_names import Entry, entries, flatten
+from xl2jax.checkpoint.param_names import Entry, entries
 from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.errors import UserError
 from xl2jax.evaluation.case import Case, case_pixels
@@ -32,6 +32,7 @@ from xl2jax.inference.cache import KVArray, unpack
 from xl2jax.inference.layout import PrefillConfig, natural_ranges
 from xl2jax.inference.network import Network
 from xl2jax.models.layers import rope_tables, rotate
+from xl2jax.models.param_tree import flatten
 from xl2jax.models.video_xl2 import pad_to_groups
 from xl2jax.training.loss import IGNORE, TokenBatch, token_loss
 

@@ -24,7 +24,6 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from xl2jax.checkpoint.param_names import flatten
 from xl2jax.checkpoint.params import load_params
 from xl2jax.checkpoint.sources import find_checkpoint
 from xl2jax.config import FRAMES_PER_GROUP, VideoXL2Config
@@ -38,6 +37,7 @@ from xl2jax.inference.offload import to_host
 from xl2jax.inference.prefill import PrefillPlan, make_plan
 from xl2jax.inference.selection import Chunk, RelevanceConfig, check_bilevel, choose_context
 from xl2jax.inference.video_cache import THUMBNAIL_SIZE, CacheConfig, WatchedVideo, thumbnail_places
+from xl2jax.models.param_tree import flatten
 from xl2jax.prompt import PREFIX, PromptTokenizer, Suffix, Turn, suffix
 from xl2jax.video.clip import Backend, Clip, FrameSampling, open_video
 from xl2jax.video.read_ahead import default_workers, resize

@@ -8,8 +8,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from xl2jax.checkpoint.safetensors_io import listing
-from xl2jax.errors import UserError
+from xl2jax.errors import UserError, listing
 from xl2jax.system.schema import Schema, read_json
 
 _Count = Annotated[int, Field(ge=1, le=2**20)]

@@ -17,9 +17,9 @@ from pydantic import Field, field_validator
 from safetensors import SafetensorError, safe_open
 
 from xl2jax.checkpoint.array_checks import checksum
-from xl2jax.checkpoint.safetensors_io import DTYPES, ShardWriter, Stored, shorten
+from xl2jax.checkpoint.safetensors_io import DTYPES, ShardWriter, Stored
 from xl2jax.config import FRAMES_PER_GROUP
-from xl2jax.errors import UserError
+from xl2jax.errors import UserError, shorten
 from xl2jax.inference import compiled
 from xl2jax.inference.api import Model
 from xl2jax.inference.bilevel import BilevelConfig

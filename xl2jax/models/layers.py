@@ -1,8 +1,7 @@
-"""Shared by several networks: stacked layers, low-rank adapters, rotary positions."""
+"""What several networks share: stacked layers and rotary positions."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -48,30 +47,6 @@ def scan_layers[C, Y](
         step = jax.checkpoint(step, prevent_cse=False)
     carry, outputs = jax.lax.scan(step, carry, (params, jnp.arange(layers, dtype=jnp.int32)))
     return carry, outputs
-
-
-@dataclasses.dataclass(frozen=True)
-class LoRAConfig:
-    """Low-rank adapters (arXiv 2106.09685), whose outputs are scaled by `alpha / rank`."""
-
-    rank: int = 64
-    alpha: float = 16.0
-
-
-class LoRALinear(nnx.Linear):
-    """A linear layer plus `alpha / rank * (x A) B`, A [n, rank], B [rank, m], B zero at first."""
-
-    def __init__(self, n: int, m: int, lora: LoRAConfig, *, use_bias: bool, param_dtype: Any, rngs: nnx.Rngs):
-        super().__init__(n, m, use_bias=use_bias, param_dtype=param_dtype, rngs=rngs)
-        # Uniform within 1 / sqrt(n), the initialisation of peft.
-        init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-        self.lora_a = nnx.Param(init(rngs.params(), (n, lora.rank), param_dtype))
-        self.lora_b = nnx.Param(jnp.zeros((lora.rank, m), param_dtype))
-        self.lora_scale = lora.alpha / lora.rank
-
-    def __call__(self, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
-        low = inputs @ self.lora_a[...] @ self.lora_b[...]
-        return super().__call__(inputs, *args, **kwargs) + low * self.lora_scale
 
 
 def rope_tables(

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xl2jax.config import LLMConfig
-from xl2jax.models.layers import LoRAConfig, LoRALinear, rope_tables, rotate, scan_layers, stack_layers
+from xl2jax.models.layers import rope_tables, rotate, scan_layers, stack_layers
+from xl2jax.models.lora import LoRAConfig, LoRALinear
 from xl2jax.ops.precision import accumulator, product
 
 type Attend[S] = Callable[[S, jax.Array, jax.Array, jax.Array, jax.Array], tuple[S, jax.Array]]

@@ -9,7 +9,7 @@ from flax import nnx
 
 from xl2jax.config import VideoXL2Config
 from xl2jax.models.dts import DTS, resample
-from xl2jax.models.layers import LoRAConfig
+from xl2jax.models.lora import LoRAConfig
 from xl2jax.models.projector import Projector, average_pool
 from xl2jax.models.qwen2 import Qwen2
 from xl2jax.models.siglip import VisionTower

@@ -1,1 +1,1 @@
-"""The process and what surrounds it: files, streams, signals, worker processes, devices."""
+"""The process and its environment: files, standard streams, signals, worker processes and devices."""

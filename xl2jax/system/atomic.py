@@ -1,8 +1,8 @@
-"""Files and folders that appear whole or not at all: written beside their place, flushed to the disk, then renamed.
+"""Writes files and folders that appear complete or not at all.
 
-What is unfinished has a name of its own, `.{name}.incomplete-{host}-{process}-{random}`, so that two writers never
-share one. It vanishes when its writer fails; what a writer that was killed left behind is removed by the next one that
-writes to the same place.
+They are written under a temporary name beside their target, flushed to the disk, then renamed. The temporary name,
+`.{name}.incomplete-{host}-{process}-{random}`, is unique to each writer. It is removed if the writer fails. If a writer
+is killed, the next one with the same target removes what is left.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from pathlib import Path
 
 from xl2jax.errors import UserError
 
-_TOKEN = secrets.token_hex(4)  # tells this process from an earlier one that had the same number
+_TOKEN = secrets.token_hex(4)  # distinguishes this process from an earlier one with the same id
 _NUMBERS = itertools.count()
 _HOST = os.uname().nodename.replace("/", "")
 
+_EXISTS = "already exists; choose another place or remove it first"
 _REASONS = {
     errno.ENOSPC: "no space left on the disk; nothing was kept",
     errno.EDQUOT: "the disk quota is used up; nothing was kept",
@@ -31,86 +32,108 @@ _REASONS = {
     errno.EROFS: "cannot be written (the file system is read-only)",
     errno.ENOENT: "cannot be written (no such folder)",
     errno.ENOTDIR: "cannot be written (a part of the path is not a folder)",
-    errno.EEXIST: "already exists; choose another place or remove it first",
-    errno.ENOTEMPTY: "already exists; choose another place or remove it first",
+    errno.EEXIST: _EXISTS,
+    errno.ENOTEMPTY: _EXISTS,
     errno.EISDIR: "is a folder, not a file; choose another name",
 }
 
 
 @contextlib.contextmanager
 def replacing_file(path: Path, *, need_bytes: int = 0) -> Iterator[Path]:
-    """A path to write a file to, which takes the place of `path` when the block ends well, else vanishes.
+    """Gives a temporary path to write to. It replaces `path` when the block succeeds, and is removed otherwise.
 
-    The file at `path`, if there is one, is whole at every moment: the old one or the new one. Of two writers at once
-    the last wins. A symbolic link at `path` stays: the file that it points to is replaced.
+    At every moment `path` is the complete old file or the complete new one. If two processes write at once, the last
+    one wins. If `path` is a symbolic link, its target is replaced and the link stays.
 
-    Raises UserError if there is a folder, a pipe or a device at `path`, or if it cannot be written there, or if fewer
-    than `need_bytes` are free.
+    Raises:
+      UserError: `path` is a folder, a pipe or a device, it cannot be written, or fewer than `need_bytes` are free.
     """
-    with _beside(path, need_bytes) as (place, beside):
-        _refuse_irregular(place)
-        yield beside
-        _sync(beside)
-        beside.replace(place)
+    with _temporary(path, need_bytes) as (target, temporary):
+        _refuse_irregular(target)
+        yield temporary
+        _sync(temporary)
+        temporary.replace(target)
 
 
 @contextlib.contextmanager
 def replacing_folder(path: Path, need_bytes: int = 0) -> Iterator[Path]:
-    """An empty folder to fill, which becomes `path` when the block ends well, else vanishes.
+    """Gives a new empty folder to fill. It becomes `path` when the block succeeds, and is removed otherwise.
 
-    Folders above `path` are made. Raises UserError if `path` exists, also if another process made it meanwhile, or if
-    it cannot be written there, or if fewer than `need_bytes` are free.
+    Parent folders are created.
+
+    Raises:
+      UserError: `path` exists (or another process creates it meanwhile), it cannot be written, or fewer than
+        `need_bytes` are free.
     """
-    if os.path.lexists(path):
-        raise UserError(f"{path}: {_REASONS[errno.EEXIST]}")
-    with _beside(path, need_bytes, parents=True) as (place, beside):
-        beside.mkdir()
-        yield beside
-        for folder, _, files in os.walk(beside):
+    refuse_existing(path)
+    with _temporary(path, need_bytes, parents=True) as (target, temporary):
+        temporary.mkdir()
+        yield temporary
+        for folder, _, files in os.walk(temporary):
             for name in files:
                 _sync(Path(folder, name))
             _sync_folder(Path(folder))
-        if os.path.lexists(place):  # os.replace would take the place of an empty folder
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(place))
-        beside.replace(place)
+        if os.path.lexists(target):  # os.replace would overwrite an empty folder
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+        temporary.replace(target)
 
 
 def check_file_target(path: Path) -> None:
-    """Raises UserError where `replacing_file` would, as far as that can be known: before hours of work."""
-    with _beside(path) as (place, beside):
-        _refuse_irregular(place)
-        beside.touch(exist_ok=False)
-        beside.unlink()
+    """Raises UserError if `replacing_file` would, as far as that can be known before the work begins."""
+    with _temporary(path) as (target, temporary):
+        _refuse_irregular(target)
+        temporary.touch(exist_ok=False)
+        temporary.unlink()
+
+
+def check_folder_target(path: Path) -> None:
+    """Raises UserError if `replacing_folder` would, as far as that can be known. Creates nothing."""
+    refuse_existing(path)
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        pass
+    except OSError as e:
+        raise UserError(f"{path}: cannot be created ({e.strerror})") from None
+    parent = next(p for p in path.absolute().parents if os.path.exists(p))
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: cannot be created in {parent} (not a folder that can be written to)")
+
+
+def refuse_existing(path: Path) -> None:
+    """Raises UserError if `path` is already a file, a folder or a link."""
+    if os.path.lexists(path):
+        raise UserError(f"{path}: {_EXISTS}")
 
 
 @contextlib.contextmanager
-def _beside(path: Path, need_bytes: int = 0, *, parents: bool = False) -> Iterator[tuple[Path, Path]]:
-    """Where `path` is with all links followed, and a unique name beside it.
+def _temporary(path: Path, need_bytes: int = 0, *, parents: bool = False) -> Iterator[tuple[Path, Path]]:
+    """Gives `path` with all links resolved, and a unique temporary name beside it.
 
-    What has that name when the block fails is removed. An OSError becomes a UserError.
+    If the block fails, the file or folder with the temporary name is removed. An OSError becomes a UserError.
     """
-    place = Path(os.path.realpath(path))
-    beside = place.parent / f"{_prefix(place)}{_HOST}-{os.getpid()}-{_TOKEN}.{next(_NUMBERS)}"
+    target = Path(os.path.realpath(path))
+    temporary = target.parent / f"{_prefix(target)}{_HOST}-{os.getpid()}-{_TOKEN}.{next(_NUMBERS)}"
     try:
         if parents:
-            _make_folder(place.parent)
-        free = shutil.disk_usage(place.parent).free
+            _make_folder(target.parent)
+        free = shutil.disk_usage(target.parent).free
         if free < need_bytes:
             raise UserError(f"{path}: needs {need_bytes / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free there")
-        _remove_leftovers(place)
-        yield place, beside
-        _sync_folder(place.parent)
+        _remove_leftovers(target)
+        yield target, temporary
+        _sync_folder(target.parent)
     except BaseException as e:
-        _remove(beside)
+        _remove(temporary)
         if isinstance(e, OSError):
-            raise UserError(f"{path}: {_reason(e, place, beside)}") from e
+            raise UserError(f"{path}: {_reason(e, target, temporary)}") from e
         raise
 
 
-def _reason(error: OSError, place: Path, beside: Path) -> str:
-    """What happened, in words. A file that is neither the target nor a folder above it is named."""
+def _reason(error: OSError, target: Path, temporary: Path) -> str:
+    """The reason for the failure. It names the file, unless that is the target or one of its parents."""
     about = str(error.filename or "")
-    if not about.startswith(str(beside)) and not str(place).startswith(about):
+    if not about.startswith(str(temporary)) and not str(target).startswith(about):
         return f"cannot be written ({about}: {error.strerror})"
     return _REASONS.get(error.errno or 0, f"cannot be written ({error.strerror or error})")
 
@@ -132,11 +155,11 @@ def _refuse_irregular(path: Path) -> None:
 
 
 def _prefix(path: Path) -> str:
-    return f".{path.name[:40]}.incomplete-"  # a name may have 255 bytes: the long ones are cut
+    return f".{path.name[:40]}.incomplete-"  # file names are limited to 255 bytes
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Removes what writers of `path` that were killed left beside it; those of writers that still run are left alone."""
+    """Removes temporary files of earlier writers of `path` that were killed, but not those of running writers."""
     prefix = f"{_prefix(path)}{_HOST}-"
     for name in os.listdir(path.parent):
         if name.startswith(prefix) and not _is_running(*name.removeprefix(prefix).partition("-")[::2]):
@@ -149,11 +172,11 @@ def _is_running(process: str, token: str) -> bool:
     try:
         os.kill(int(process), 0)
     except PermissionError:
-        return True  # somebody else's
+        return True  # a process of another user
     except (ProcessLookupError, OverflowError):
         return False
     except ValueError:
-        return True  # not a name of ours
+        return True  # not a name that this module made
     return True
 
 
@@ -164,13 +187,13 @@ def _remove(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Waits until the bytes are on the disk: a full disk may say so only now."""
+    """Waits until the bytes are on the disk. A full disk may be reported only here."""
     with open(path, "rb") as f:
         os.fsync(f.fileno())
 
 
 def _sync_folder(path: Path) -> None:
-    """The same for names. Not every file system can, and none loses what was written before because of it."""
+    """Waits until a folder's names are on the disk. Errors are ignored: not every file system supports this."""
     with contextlib.suppress(OSError):
         number = os.open(path, os.O_RDONLY)
         try:

@@ -1,6 +1,6 @@
-"""The device that commands run on, made ready before JAX first touches it: its memory, and programs kept between runs.
+"""Starts JAX for a command: the memory that XLA may use, and the cache of compiled programs.
 
-The library itself sets none of this: whoever imports it decides for their own process.
+Only commands call this. A program that imports the library keeps its own JAX settings.
 """
 
 from __future__ import annotations
@@ -15,37 +15,38 @@ from pathlib import Path
 
 import jax
 
-from xl2jax.errors import UserError
+from xl2jax.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
 MEMORY_FRACTION = 0.95
-"""Share of a GPU's memory that commands let XLA have; the rest is for CUDA's own context and libraries."""
+"""Share of a GPU's memory that commands let XLA use. CUDA's context and libraries need the rest."""
 
-KEPT_PROGRAM_BYTES = 4 << 30
-"""Size that kept programs may have together; those that were not used for longest go first."""
+PROGRAM_CACHE_BYTES = 4 << 30
+"""Limit on the size of the cache of compiled programs. JAX evicts the least recently used ones."""
 
 _MEMORY_SETTINGS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
 
 def start_backend(*, keep_programs: bool = True) -> jax.Device:
-    """Starts JAX's backend for a command, and says once what was chosen. Returns the default device.
+    """Starts JAX's backend for a command, logs what was chosen and returns the default device.
 
-    A setting of the user's own (JAX's environment variables, or its configuration) is left as it is.
+    Settings that the user made (in JAX's environment variables or its configuration) are not changed.
 
-    Raises UserError where the platform that JAX_PLATFORMS names is not there.
+    Raises:
+      UserError: the platform that JAX_PLATFORMS names is not available.
     """
     by_user = [name for name in _MEMORY_SETTINGS if name in os.environ]
     if not by_user:
         os.environ["XLA_CLIENT_MEM_FRACTION"] = str(MEMORY_FRACTION)
     try:
         device = jax.devices()[0]
-    except (RuntimeError, AssertionError) as e:  # JAX asserts where a platform has no device
-        asked = os.environ.get("JAX_PLATFORMS") or jax.config.jax_platforms or "any"
-        reason = (str(e).strip() or "it has no device here").splitlines()[0]
+    except (RuntimeError, AssertionError) as e:  # JAX raises AssertionError if a platform has no device
+        requested = os.environ.get("JAX_PLATFORMS") or jax.config.jax_platforms or "any"
+        reason = first_line(e, "it has no device here")
         raise UserError(
-            f"JAX cannot start on the platform {asked} ({reason}); install jax[cuda12] for NVIDIA GPUs, or choose "
-            "another with JAX_PLATFORMS (cpu is always there)"
+            f"JAX cannot start on the platform {requested} ({reason}); install jax[cuda12] for NVIDIA GPUs, or choose "
+            "another with JAX_PLATFORMS (cpu always works)"
         ) from None
     if device.platform == "gpu":
         source = f"set by {', '.join(by_user)}" if by_user else "XLA_CLIENT_MEM_FRACTION changes it"
@@ -57,9 +58,9 @@ def start_backend(*, keep_programs: bool = True) -> jax.Device:
 
 
 def _keep_programs(device: jax.Device) -> None:
-    """Has JAX keep compiled programs in a folder of the user's cache, of bounded size."""
+    """Lets JAX store compiled programs in the user's cache folder, up to `PROGRAM_CACHE_BYTES`."""
     if jax.config.jax_compilation_cache_dir is not None or not jax.config.jax_enable_compilation_cache:
-        return  # the user's own setting
+        return  # the user made this setting
     folder = _cache_home() / "xl2jax" / "programs" / (_cpu_kind() if device.platform == "cpu" else device.platform)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -69,8 +70,8 @@ def _keep_programs(device: jax.Device) -> None:
         logger.warning("compiled programs are not kept: %s cannot be written (%s)", folder, e.strerror)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_compilation_cache_max_size", KEPT_PROGRAM_BYTES)
-    # Everything is kept, small programs too: a second run of the same command compiles nothing.
+    jax.config.update("jax_compilation_cache_max_size", PROGRAM_CACHE_BYTES)
+    # Small programs are stored too, so that a second run of the same command compiles nothing.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     logger.info("compiled programs are kept in %s", folder)
@@ -82,7 +83,7 @@ def _cache_home() -> Path:
 
 
 def _cpu_kind() -> str:
-    """Names the instruction sets of this CPU: a home folder may be shared by machines that differ in them."""
+    """A name for the instruction sets of this CPU. Machines that share a home folder may differ in them."""
     try:
         flags = re.search(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
         known = flags.group(1) if flags else platform.processor()
@@ -92,7 +93,7 @@ def _cpu_kind() -> str:
 
 
 class ProgramCount:
-    """Programs that this process compiled, and those that it read from kept ones."""
+    """Counts the programs that this process compiled and those that it read from the cache."""
 
     def __init__(self) -> None:
         self.requested = self.from_cache = 0
@@ -112,5 +113,5 @@ class ProgramCount:
 
 @functools.cache
 def program_count() -> ProgramCount:
-    """The process's own counter, from the first call on."""
+    """The counter of this process, which starts at the first call."""
     return ProgramCount()

@@ -1,4 +1,4 @@
-"""Work in several processes or threads."""
+"""Runs a function over many arguments in several processes or threads."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 
 from xl2jax.errors import UserError
 
-KILLED = "a worker process was killed; where memory ran out, fewer workers or processes need less of it"
+KILLED = "a worker process was killed; if memory ran out, use fewer workers or processes"
 
 
 def in_threads[A, R](threads: int, function: Callable[[A], R], arguments: Iterable[A]) -> Generator[R]:
-    """function(argument) for each argument, in order. What was not begun when the caller closes this is dropped."""
+    """Yields function(argument) for each argument, in order. Closing the generator cancels pending calls."""
     with ThreadPoolExecutor(threads) as pool:
         try:
             yield from pool.map(function, arguments)
@@ -25,12 +25,12 @@ def in_threads[A, R](threads: int, function: Callable[[A], R], arguments: Iterab
 
 
 def in_processes[A, R](processes: int, function: Callable[[A], R], arguments: Iterable[A]) -> Generator[R]:
-    """function(argument) for each argument, in order, from spawned processes that work a few arguments ahead.
+    """Yields function(argument) for each argument, in order, from spawned processes that work a few arguments ahead.
 
-    `function` is pickled once a process, each argument once. What a call raises is raised here.
+    `function` is pickled once per process, and each argument once. An exception of a call is raised here.
 
     Raises:
-      UserError: a process was killed (multiprocessing.Pool would wait for it for ever).
+      UserError: a process was killed. (multiprocessing.Pool would wait for it for ever.)
     """
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _begin, (function,))
     ahead: deque[Future[R]] = deque()
@@ -48,12 +48,12 @@ def in_processes[A, R](processes: int, function: Callable[[A], R], arguments: It
 
 
 def ignore_interrupts(*_: object) -> None:
-    """For worker processes: a terminal sends Ctrl-C to them too, and it is their parent who decides what follows."""
+    """Makes a worker process ignore Ctrl-C, which a terminal also sends to workers. Their parent process handles it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 _function: Callable[[Any], Any]
-"""What this worker process was started for."""
+"""The function that this worker process runs."""
 
 
 def _begin(function: Callable[[Any], Any]) -> None:

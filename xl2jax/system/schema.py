@@ -1,8 +1,8 @@
-"""The one reader of JSON and YAML that others wrote: regular files only, bounded, checked against a schema.
+"""Reads untrusted JSON and YAML: regular files of bounded size, checked against a schema.
 
-A schema is a `Schema` class (or any type that pydantic knows). Whatever is wrong with a file (not there, no permission,
-a pipe, too large, not UTF-8, nested too deeply, NaN, a number of thousands of digits, a field that is missing or has the
-wrong type) ends in one UserError that names the file and the field.
+A schema is a subclass of `Schema`, or any type that pydantic knows. Everything that can be wrong with a file (missing,
+unreadable, a pipe, too large, not UTF-8, nested too deeply, NaN, a number with thousands of digits, a field that is
+missing or has the wrong type) raises one UserError that names the file and the field.
 """
 
 from __future__ import annotations
@@ -18,35 +18,35 @@ import pydantic
 import pydantic_core
 import yaml
 
-from xl2jax.errors import UserError
+from xl2jax.errors import UserError, shorten
 
 SMALL_FILE = 64 << 20
-"""Bytes that a file of settings, an index or a selection file may have."""
+"""Default limit on the bytes of a file: enough for settings, an index or a selection file."""
 
 
 class Schema(pydantic.BaseModel):
-    """Fields that a file must have, of exactly these types. Fields that are not named are ignored."""
+    """The fields of a file, with strict types. Further fields in the file are ignored."""
 
     model_config = pydantic.ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
 
 
 def read_bytes(path: Path, *, max_bytes: int | None = SMALL_FILE) -> bytes:
-    """The bytes of a regular file. Raises UserError where there is none, or where it is larger than `max_bytes`."""
+    """The bytes of a regular file. Raises UserError if it cannot be read or is larger than `max_bytes`."""
     try:
         require_regular(path)
         with open(path, "rb") as f:
             size = os.fstat(f.fileno()).st_size
             if max_bytes is not None and size > max_bytes:
-                raise UserError(f"{path}: has {size:,} bytes, more than the {max_bytes:,} that such a file may have")
+                raise UserError(f"{path}: has {size:,} bytes, more than the limit of {max_bytes:,} for such a file")
             return f.read()
     except OSError as e:
         raise unreadable(path, e) from None
 
 
 def require_regular(path: Path) -> None:
-    """Raises UserError unless `path` is a file that can be read to its end: a pipe or a device would block.
+    """Raises UserError unless `path` is a regular file: reading a pipe or a device might block.
 
-    Raises OSError where it cannot be looked at.
+    Raises OSError if the file's status cannot be read.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
         kind = "a folder" if path.is_dir() else "a pipe or a device"
@@ -54,9 +54,9 @@ def require_regular(path: Path) -> None:
 
 
 def require_readable(path: Path) -> None:
-    """Raises UserError unless `path` is a regular file, and OSError where it cannot be opened.
+    """Raises UserError unless `path` is a regular file, and OSError if it cannot be opened.
 
-    For files that a library opens: safetensors says "No such file" where there is no permission.
+    Used before a library opens the file: safetensors reports "No such file" for a missing permission.
     """
     require_regular(path)
     with open(path, "rb"):
@@ -64,9 +64,9 @@ def require_readable(path: Path) -> None:
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is a regular file at `path`. Raises UserError where something else is, or where it cannot be seen.
+    """Whether there is a regular file at `path`. Raises UserError for anything but a file, and without permission.
 
-    `Path.is_file` says False of a file in a folder that may not be looked into.
+    `Path.is_file` returns False for a file in a folder without permission.
     """
     try:
         require_regular(path)
@@ -77,10 +77,10 @@ def is_file(path: Path) -> bool:
     return True
 
 
-def leaves_folder(name: str) -> str | None:
-    """Why a file's name that was read from a file is not one of something below a folder; None where it is.
+def path_problem(name: str) -> str | None:
+    """Why an untrusted name does not lie below a folder, or None if it does.
 
-    The name alone counts: in the hub's cache all files are links to elsewhere.
+    Links are not resolved: in the hub's cache every file is a link to another folder.
     """
     parts = PurePosixPath(name).parts
     if not parts:
@@ -93,17 +93,17 @@ def leaves_folder(name: str) -> str | None:
 
 
 def _below_folder(name: str) -> str:
-    if (reason := leaves_folder(name)) is not None:
+    if (reason := path_problem(name)) is not None:
         raise ValueError(reason)
     return name
 
 
 type NameBelow = Annotated[str, pydantic.AfterValidator(_below_folder)]
-"""The name of a file below the folder of the file that it was read from."""
+"""A file name in a file, which must lie below the folder of that file."""
 
 
 def unreadable(path: str | Path, error: OSError) -> UserError:
-    """The error for a file that the operating system does not give."""
+    """The error for a file that the operating system cannot read."""
     reasons: dict[type[OSError], str] = {
         FileNotFoundError: "no such file",
         PermissionError: "no permission to read it",
@@ -113,7 +113,7 @@ def unreadable(path: str | Path, error: OSError) -> UserError:
 
 
 def parse_json[T](data: bytes | str, schema: type[T], where: str | Path) -> T:
-    """JSON text as a `schema`. `where` names it in the error."""
+    """Parses JSON text as a `schema`. `where` names its source in errors."""
     try:
         raw = pydantic_core.from_json(data, allow_inf_nan=False)
     except ValueError as e:
@@ -122,12 +122,12 @@ def parse_json[T](data: bytes | str, schema: type[T], where: str | Path) -> T:
 
 
 def read_json[T](path: Path, schema: type[T], *, max_bytes: int | None = SMALL_FILE) -> T:
-    """A JSON file as a `schema`."""
+    """Reads a JSON file as a `schema`."""
     return parse_json(read_bytes(path, max_bytes=max_bytes), schema, path)
 
 
 def read_yaml[T](path: Path, schema: type[T]) -> T:
-    """A YAML file as a `schema`."""
+    """Reads a YAML file as a `schema`."""
     try:
         raw = yaml.safe_load(read_bytes(path, max_bytes=256 << 10).decode("utf-8"))
     except RecursionError:
@@ -139,7 +139,7 @@ def read_yaml[T](path: Path, schema: type[T]) -> T:
 
 
 def check[T](raw: Any, schema: type[T], where: str | Path) -> T:
-    """A parsed value as a `schema`: the first few fields that are wrong are named."""
+    """Converts a parsed value to a `schema`. The error names the first few wrong fields."""
     try:
         return _adapter(schema).validate_python(raw, strict=True)
     except pydantic.ValidationError as e:
@@ -148,17 +148,17 @@ def check[T](raw: Any, schema: type[T], where: str | Path) -> T:
         raise UserError(f"{where}: nested too deeply") from None
 
 
-_adapter: Callable[[Any], Any] = functools.cache(pydantic.TypeAdapter)  # (making one takes longer than its checks)
+_adapter: Callable[[Any], Any] = functools.cache(pydantic.TypeAdapter)  # creating an adapter takes longer than using it
 
 
 def problems(error: pydantic.ValidationError, limit: int = 3) -> str:
-    """What is wrong, by field: `a.b: should be a valid integer, not 'x'`."""
+    """The validation errors by field, such as `a.b: should be a valid integer, not 'x'`."""
     errors = error.errors(include_url=False)
     out = []
     for e in errors[:limit]:
         place = ".".join(str(part)[:60] for part in e["loc"])
         message = _MESSAGES.get(e["type"], e["msg"].removeprefix("Value error, ").removeprefix("Input "))
-        given = "" if e["type"] == "missing" or isinstance(e["input"], (dict, list)) else f", not {shown(e['input'])}"
+        given = "" if e["type"] == "missing" or isinstance(e["input"], (dict, list)) else f", not {quoted(e['input'])}"
         out.append(f"{place}: {message}{given}" if place else f"{message}{given}")
     more = f"; and {len(errors) - limit} more" if len(errors) > limit else ""
     return "; ".join(out) + more
@@ -167,9 +167,9 @@ def problems(error: pydantic.ValidationError, limit: int = 3) -> str:
 _MESSAGES = {"missing": "is missing", "model_type": "should be an object", "dict_type": "should be an object"}
 
 
-def shown(value: Any) -> str:
-    """A value that others wrote, as an error message shows it: short and printable."""
+def quoted(value: Any) -> str:
+    """An untrusted value in the short, printable form that error messages use."""
     if not isinstance(value, (str, int, float, bool, type(None))):
-        return f"a {type(value).__name__}"  # its parts may be many: aliases in YAML multiply
+        return f"a {type(value).__name__}"  # it may have very many parts: aliases in YAML multiply
     text = repr(value) if not isinstance(value, int) or abs(value) < 1 << 64 else "a very large number"
-    return text if len(text) <= 60 else text[:57] + "..."
+    return shorten(text, 60)

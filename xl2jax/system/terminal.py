@@ -1,7 +1,7 @@
-"""What command lines share: standard streams that may be closed or full, logs, errors as one line, Ctrl-C.
+"""Shared by all commands: safe standard streams, logging, one-line errors and Ctrl-C.
 
-Nothing heavy is imported here: a command imports its own modules inside the function that `run_command` calls, so that
-Ctrl-C ends it in one line then too.
+This module imports nothing heavy. A command imports its own modules inside the function that `run_command` calls, so
+that Ctrl-C during the imports also ends it with one line.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from xl2jax.errors import UserError
+from xl2jax.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -39,20 +39,20 @@ def byte_bar(label: str, total: int, show: bool) -> tqdm:
 
 
 def setup_logging() -> None:
-    """xl2jax's own messages on stderr; other libraries only when something is wrong."""
+    """Sends the messages of xl2jax to stderr, and only warnings and errors of other libraries."""
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s", force=True)
     logging.getLogger("xl2jax").setLevel(logging.INFO)
-    # Orbax logs warnings about its own deprecations through absl, and the tracebacks of errors that it raises as well.
+    # Through absl, Orbax logs its own deprecations, and the tracebacks of errors that it raises anyway.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    # Of a damaged checkpoint it reads the other tensors too, and nobody asks for their errors.
+    # When a checkpoint is damaged, Orbax's other pending reads fail too, and asyncio logs their errors.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module="orbax")
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Runs a command's main function and exits. Every error that a user or the machine can cause is one line.
+    """Runs a command's main function and exits. Errors that a user or the machine causes are printed as one line.
 
-    Exit status: what `main` returns; 2 for an error; 130 after Ctrl-C; 141 where the reader of stdout went away.
+    The exit status is what `main` returns, 2 after an error, 130 after Ctrl-C, and 141 if the reader of stdout is gone.
     """
     with _standard_streams(), _Interrupts() as interrupts:
         try:
@@ -80,7 +80,7 @@ def _run(main: Callable[[], int | None], interrupts: _Interrupts) -> int:
     except Exception as e:
         interrupts.ignore()
         line = explain(e)
-        if interrupts.asked:
+        if interrupts.received:
             print("interrupted", file=sys.stderr)
             return INTERRUPTED
         if line is None:
@@ -90,29 +90,28 @@ def _run(main: Callable[[], int | None], interrupts: _Interrupts) -> int:
 
 
 def explain(error: Exception) -> str | None:
-    """One line for an error that a user or the machine causes; None for one that is a fault of the program."""
-    text = str(error)
-    first_line = text.splitlines()[0] if text else type(error).__name__
+    """One line for an error that a user or the machine causes, or None for a fault of the program."""
+    text, reason = str(error), first_line(error)
     if isinstance(error, UserError):
         return text
     if type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError"):
         if "RESOURCE_EXHAUSTED" in text:
-            return f"out of memory on the device ({first_line}); use fewer frames"
+            return f"out of memory on the device ({reason}); use fewer frames"
         return None
     number = getattr(error, "errno", None)
     if isinstance(error, MemoryError) or number == errno.ENOMEM or "Cannot allocate memory" in text:
-        return f"out of host memory ({first_line}): free some, or raise the limit of this process (ulimit -v)"
+        return f"out of host memory ({reason}): free some, or raise the limit of this process (ulimit -v)"
     if "can't start new thread" in text or number == errno.EAGAIN:
-        return f"the system lets this process start no more threads ({first_line}): raise its limit (ulimit -u)"
+        return f"the system lets this process start no more threads ({reason}): raise its limit (ulimit -u)"
     if number in (errno.EMFILE, errno.ENFILE):
-        return f"too many files are open ({first_line}): raise the limit of this process (ulimit -n)"
+        return f"too many files are open ({reason}): raise the limit of this process (ulimit -n)"
     return None
 
 
 def machine_fault(error: BaseException) -> UserError | None:
-    """The error to raise in place of "this file is damaged" where it was the machine that ran short.
+    """The error to raise instead of "this file is damaged" if the machine ran out of memory, threads or files.
 
-    Libraries wrap what the system says, so the causes of an error are looked at too.
+    Libraries wrap system errors, so the causes of an error are examined too.
     """
     cause: BaseException | None = error
     while cause is not None:
@@ -128,14 +127,14 @@ def machine_fault(error: BaseException) -> UserError | None:
 
 
 class OutputError(UserError):
-    """stdout cannot be written: what a command has to say would be lost."""
+    """stdout cannot be written, so the result of a command would be lost."""
 
 
 _CLOSED = "standard output is closed: the answer could not be written anywhere"
 
 
 class _Output(io.RawIOBase):
-    """Writes to a file descriptor. Where that fails, `on_error` is told; it may raise."""
+    """Writes to a file descriptor. If that fails, `on_error` is called, which may raise."""
 
     def __init__(self, descriptor: int, on_error: Callable[[OSError], None], *, refuses: bool = False):
         self._descriptor, self._on_error, self._refuses = descriptor, on_error, refuses
@@ -170,22 +169,22 @@ def stdin_is_closed() -> bool:
 
 
 def require_stdout() -> None:
-    """Raises UserError, before anything slow is done, where an answer could not be written."""
+    """Raises UserError if an answer could not be written. To be called before slow work."""
     if stdout_is_closed():
         raise OutputError(_CLOSED)
 
 
 class _Text(io.TextIOWrapper):
-    """UTF-8, whatever the locale says."""
+    """A text stream that is used with UTF-8 in every locale."""
 
     closed_at_start = False
 
 
 @contextlib.contextmanager
 def _standard_streams() -> Iterator[None]:
-    """stdout and stderr in UTF-8. What goes to a stderr that is closed or full is lost; a stdout that is, is an error.
+    """Makes stdout and stderr UTF-8. A closed or full stderr is ignored; a closed or full stdout is an error.
 
-    Closed descriptors are opened on the null device: else the next file that is opened would take their number.
+    Closed descriptors are opened on the null device, because the next opened file would otherwise get their number.
     """
     before = sys.stdout, sys.stderr
     closed = {n: _is_closed(n) for n in (0, 1, 2)}
@@ -196,10 +195,10 @@ def _standard_streams() -> Iterator[None]:
                 os.dup2(null, descriptor)
                 os.close(null)
 
-    def lost(_: OSError) -> None:
+    def ignore(_: OSError) -> None:
         pass
 
-    def refused(e: OSError) -> None:
+    def refuse(e: OSError) -> None:
         if isinstance(e, BrokenPipeError):
             raise e
         raise OutputError(f"standard output cannot be written ({e.strerror})") from None
@@ -209,13 +208,18 @@ def _standard_streams() -> Iterator[None]:
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
     sys.stderr = _Text(
-        io.BufferedWriter(_Output(2, lost)), encoding="utf-8", errors="backslashreplace", line_buffering=True,
+        io.BufferedWriter(_Output(2, ignore)),
+        encoding="utf-8",
+        errors="backslashreplace",
+        line_buffering=True,
         write_through=True,
-    )  # fmt: skip
+    )
     out = _Text(
-        io.BufferedWriter(_Output(1, refused, refuses=closed[1])), encoding="utf-8", errors="surrogateescape",
+        io.BufferedWriter(_Output(1, refuse, refuses=closed[1])),
+        encoding="utf-8",
+        errors="surrogateescape",
         line_buffering=os.isatty(1),
-    )  # fmt: skip
+    )
     out.closed_at_start = closed[1]
     sys.stdout = out
     if sys.stdin is not None and hasattr(sys.stdin, "reconfigure"):
@@ -238,9 +242,9 @@ def _is_closed(descriptor: int) -> bool:
 
 
 def argument_text(text: str) -> str:
-    """A command-line argument as the UTF-8 that it was written in, also where the locale knows ASCII alone.
+    """Decodes a command-line argument as UTF-8, also in an ASCII locale.
 
-    Bytes that are not UTF-8 stay lone surrogates, which are refused where the text is used.
+    Bytes that are not UTF-8 stay lone surrogates; `prompt.check_unicode` refuses them.
     """
     if not any("\ud800" <= c <= "\udfff" for c in text):
         return text
@@ -251,21 +255,22 @@ def argument_text(text: str) -> str:
 
 
 class _Interrupts:
-    """Has Ctrl-C noticed also where the exception that it raises is lost.
+    """Handles Ctrl-C where a KeyboardInterrupt would be lost.
 
-    Python drops it in callbacks (JAX has one in the garbage collector) and hands it to `sys.unraisablehook`. Modules
-    that are being imported print it, or turn it into other errors: it waits until they are there.
+    In callbacks (JAX has one in the garbage collector) Python drops the exception and calls `sys.unraisablehook`.
+    Modules that are being imported may print it or turn it into another error. In both cases the signal is raised again
+    shortly afterwards.
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.received = False
         self._ignored = False
         self._timer: threading.Timer | None = None
 
     def __enter__(self) -> _Interrupts:
         self._hook, self._handler = sys.unraisablehook, signal.getsignal(signal.SIGINT)
         sys.unraisablehook = self._on_dropped
-        if self._handler is signal.default_int_handler:  # else it is ignored, or somebody else's
+        if self._handler is signal.default_int_handler:  # otherwise the signal is ignored or already handled
             signal.signal(signal.SIGINT, self._on_signal)
         return self
 
@@ -284,22 +289,22 @@ class _Interrupts:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._ignored:
             return
-        self.asked = True
+        self.received = True
         while frame is not None:
             if frame.f_code.co_filename.startswith("<frozen importlib"):
-                self._ask_again()
+                self._raise_again()
                 return
             frame = frame.f_back
         raise KeyboardInterrupt
 
     def _on_dropped(self, dropped: sys.UnraisableHookArgs) -> None:
         if dropped.exc_type is not None and issubclass(dropped.exc_type, KeyboardInterrupt):
-            self._ask_again()
+            self._raise_again()
         else:
             self._hook(dropped)
 
-    def _ask_again(self) -> None:
-        """Raises the signal again in a moment, from another thread: where it is now it would be lost again."""
+    def _raise_again(self) -> None:
+        """Raises the signal again after a moment, from another thread: raised right here it would be lost again."""
         self._timer = threading.Timer(0.05, _thread.interrupt_main)
         self._timer.daemon = True
         self._timer.start()

@@ -1,1 +1,1 @@
-"""Training: batches, loss, optimizer, the loop. Upstream trains with dense causal attention, and so does this."""
+"""Training: data, loss, optimizer and the loop. As upstream, it uses dense causal attention."""

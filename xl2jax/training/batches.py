@@ -1,11 +1,11 @@
-"""Which samples stand together in which batch: a plan made before training, from lengths alone.
+"""Plans which samples form which batch, before training begins and from the lengths of the samples only.
 
-The plan is a pure function of the lengths, the seed and the sizes, so the position in the data is one
-number, and a run resumed on other worker processes goes on with the same batches.
+The plan is a pure function of lengths, seed and batch sizes. The position in the data is therefore a single number, and
+a run that resumes with other worker processes continues with the same batches.
 
-The samples of a step have similar lengths: a window of the shuffled samples is sorted by length and cut into
-steps, which are shuffled again. A step is cut into micro-batches, what the devices take at once: `rows` rows of
-one shape. Which samples a step holds does not depend on the devices.
+The samples of a step have similar lengths: windows of the shuffled samples are sorted by length and cut into steps, and
+the steps are shuffled again. A step consists of micro-batches, each of `rows` rows of one shape, which the devices
+process at once. The samples of a step do not depend on the number of devices.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from xl2jax.prompt import PromptTokenizer
 from xl2jax.system.process_pool import in_processes, in_threads
 from xl2jax.training.records import Record
 from xl2jax.training.samples import open_media, read_frames, sample_tokens, unusable
-from xl2jax.video.clip import FrameSampling
+from xl2jax.video.frame_sampling import FrameSampling
 
-_TOKEN_UNIT = 64  # lengths of rows are multiples of this
-_WINDOW = 32  # steps sorted by length together
+_TOKEN_UNIT = 64  # row lengths are multiples of this
+_WINDOW = 32  # number of steps whose samples are sorted by length together
 
 
 @dataclasses.dataclass(frozen=True)
 class Length:
-    """What a sample takes: groups of 4 frames, and tokens."""
+    """The size of a sample: groups of 4 frames, and tokens."""
 
     groups: int
     tokens: int
@@ -39,17 +39,17 @@ class Length:
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """Lengths of all records, None for those that cannot be used, with the reason by record number."""
+    """The length of each record, or None if it cannot be used; `problems` then has the reason by record number."""
 
     lengths: tuple[Length | None, ...]
     problems: dict[int, str]
     cut: frozenset[int]
-    """Numbers of the records that are longer than the limit."""
+    """Numbers of the records that are longer than the limit and are cut."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MicroBatch:
-    """Rows of record numbers (several in a row only when packed), and the shape that all are padded to."""
+    """Rows of record numbers, and the shape to which all rows are padded. Only packed rows hold several records."""
 
     rows: tuple[tuple[int, ...], ...]
     groups: int
@@ -57,15 +57,23 @@ class MicroBatch:
 
 
 def probe_records(
-    records: Sequence[Record], sampling: FrameSampling, tokenizer: PromptTokenizer, visual_tokens: int, max_length: int,
-    *, threads: int, workers: int = 0, progress: bool = False, decode_size: int | None = None,
-) -> Probe:  # fmt: skip
-    """Opens every record's media for its length; with `decode_size` it reads all frames as well.
+    records: Sequence[Record],
+    sampling: FrameSampling,
+    tokenizer: PromptTokenizer,
+    visual_tokens: int,
+    max_length: int,
+    *,
+    threads: int,
+    workers: int = 0,
+    progress: bool = False,
+    decode_size: int | None = None,
+) -> Probe:
+    """Measures every record by opening its media. With `decode_size` it also reads all frames at that size.
 
-    In `workers` processes, or in `threads` threads of this one.
+    The work runs in `workers` processes, or with 0 in `threads` threads of this process.
     """
     probe = _RecordProbe(sampling, tokenizer, visual_tokens, max_length, decode_size)
-    label = "look at the data" if decode_size is None else "read the data"
+    label = "measure the data" if decode_size is None else "read the data"
     results = in_processes(workers, probe, records) if workers else in_threads(threads, probe, records)
     with contextlib.closing(results):
         answers = list(tqdm(results, label, len(records), disable=not progress, unit="sample"))
@@ -78,7 +86,7 @@ def probe_records(
 
 @dataclasses.dataclass(frozen=True)
 class _RecordProbe:
-    """A record's length and whether it was cut, or why it cannot be used."""
+    """Gives a record's length and whether it is cut, or the reason why it cannot be used."""
 
     sampling: FrameSampling
     tokenizer: PromptTokenizer
@@ -101,10 +109,10 @@ class _RecordProbe:
 def plan_epoch(
     lengths: Sequence[Length], batch: int, rows: int, seed: int, epoch: int, *, pack_to: int | None = None
 ) -> list[list[MicroBatch]]:
-    """The steps of one epoch, each a list of micro-batches: every sample once.
+    """The steps of one epoch, each a list of micro-batches. Every sample occurs once.
 
-    A step has `batch` rows, the last of an epoch maybe fewer; `rows` of them make a micro-batch, the last maybe
-    with empty rows. `pack_to` fills a row with several samples, up to that many tokens.
+    A step has `batch` rows; the last step of an epoch may have fewer. A micro-batch has `rows` rows; some rows of the
+    last micro-batch may be empty. With `pack_to`, a row holds several samples with at most that many tokens together.
     """
     rng = np.random.default_rng([seed, epoch])
     order = [int(i) for i in rng.permutation(len(lengths))]
@@ -129,7 +137,7 @@ def plan_epoch(
 
 
 def _packed(window: list[int], lengths: Sequence[Length], limit: int) -> list[tuple[int, ...]]:
-    """First fit, longest samples first."""
+    """Packs samples into rows of at most `limit` tokens: first fit, beginning with the longest sample."""
     bins: list[tuple[int, list[int]]] = []
     for i in reversed(window):
         tokens = lengths[i].tokens

@@ -1,8 +1,8 @@
-"""Scalars for TensorBoard, written by the caller's own thread.
+"""Writes scalars for TensorBoard in the caller's thread.
 
-tensorboardX's SummaryWriter hands them to a thread, which dies in silence where the disk is full; its queue then fills
-up and the caller waits for ever. Two of its writers that begin in one second share a file. Here are its messages and
-checksums only.
+tensorboardX's SummaryWriter writes in another thread, which dies silently when the disk is full; its queue then fills
+up and the caller waits for ever. Also, two writers that start in the same second share a file. This module therefore
+uses only the message formats and the checksum of tensorboardX.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from tensorboardX.record_writer import masked_crc32c
 
 
 class Board:
-    """An event file in `folder`. Raises OSError where it cannot be written."""
+    """An event file in `folder`. Raises OSError if it cannot be written."""
 
     def __init__(self, folder: Path, first: int):
-        """TensorBoard forgets what earlier files of the folder say about steps from `first` on."""
+        """TensorBoard discards the values of steps from `first` on that earlier files in the folder contain."""
         folder.mkdir(exist_ok=True)
-        now = time.time_ns()  # TensorBoard reads the files in the order of their names
+        now = time.time_ns()  # TensorBoard reads files in the order of their names
         name = f"events.out.tfevents.{now // 10**9}.{now % 10**9:09}.{os.uname().nodename}"
         self._file = open(folder / name, "xb")  # noqa: SIM115 (closed by `close`)
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
@@ -31,6 +31,7 @@ class Board:
         self._write(step=first, session_log=start)
 
     def add(self, step: int, values: dict[str, float]) -> None:
+        """Writes the scalars of a step."""
         scalars = [summary_pb2.Summary.Value(tag=f"train/{name}", simple_value=x) for name, x in values.items()]
         self._write(step=step, summary=summary_pb2.Summary(value=scalars))
 

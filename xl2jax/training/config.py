@@ -1,19 +1,19 @@
-"""What a training run is: one flat dataclass, its presets, its checks."""
+"""The configuration of a training run: one flat dataclass with presets and checks."""
 
 from __future__ import annotations
 
 import dataclasses
 import fnmatch
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import tyro
 
 from xl2jax.errors import UserError
-from xl2jax.models.layers import LoRAConfig
+from xl2jax.models.lora import LoRAConfig
+from xl2jax.system.atomic import check_folder_target
 from xl2jax.video.frame_sampling import FrameSampling, FrameTimes
 
 type Preset = Literal["stage1", "stage2", "stage3", "stage4"]
@@ -21,45 +21,45 @@ type Preset = Literal["stage1", "stage2", "stage3", "stage4"]
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Fine-tunes Video-XL-2. The defaults shown are those of the preset."""
+    """Fine-tunes Video-XL-2. The defaults shown here are those of the preset."""
 
     checkpoint: str
-    """PyTorch folder, Orbax folder or hub id to start from."""
+    """Checkpoint to start from: a PyTorch folder, an Orbax folder or a hub id."""
     data: Path
-    """YAML of data sets, or one JSON list of records."""
+    """YAML file that lists data sets, or one JSON file of records."""
     output: Path
-    """Folder of checkpoints and logs. A run found there is continued."""
+    """Folder for checkpoints and logs. If it holds a run, that run is continued."""
     preset: Preset = "stage4"
-    """stage1: DTS alone (upstream's reconstruction loss is not public: here through the language loss);
-    stage2: projector alone; stage3: everything, <= 16 frames; stage4: everything, <= 150 frames."""
+    """stage1 trains DTS (with the language loss, as upstream's reconstruction loss is not public); stage2 trains the
+    projector; stage3 trains everything on up to 16 frames; stage4 trains everything on up to 150 frames."""
     media_root: Path | None = None
-    """Where media paths start; by default the folder of each JSON file."""
+    """Folder that media paths are relative to; by default the folder of each JSON file."""
 
     fps: float = 1.0
     max_fps: int | None = 4
     max_frames: int = 150
     frame_times: FrameTimes = "auto"
-    """auto tells the model the frames' own times where they differ from frame number / rate; upstream never does."""
+    """upstream gives the model frame number / rate; auto gives it presentation times if the two differ."""
     max_length: int = 6000
-    """Most tokens of a sample; the end beyond them is cut off."""
+    """Limit on the tokens of a sample; the rest is cut off."""
     packing: bool = False
-    """Several samples in one row, up to --max-length."""
+    """Packs several samples into one row of up to --max-length tokens."""
 
     train: tuple[str, ...] | None = None
-    """Name patterns of parameters that train, e.g. 'dts.*' 'projector.*'. All by default; with --lora-rank, none
-    but the adapters."""
+    """Name patterns of the parameters to train, e.g. 'dts.*' 'projector.*'. By default all parameters train, or with
+    --lora-rank only the adapters."""
     freeze: tuple[str, ...] = ()
-    """Name patterns that do not, whatever --train says."""
+    """Name patterns of parameters that do not train; they override --train."""
     lora_rank: int = 0
-    """Rank of adapters on the LLM's linear layers, which are then frozen themselves (upstream: 64). 0: none."""
+    """Rank of LoRA adapters on the LLM's linear layers, which are then frozen (upstream: 64). 0: no adapters."""
     lora_alpha: float = 16.0
 
     learning_rate: float = 1e-5
     rates: tuple[str, ...] = ()
-    """PATTERN=RATE: peak learning rates of parts, e.g. 'vision.*=2e-6'. The last that matches counts."""
+    """PATTERN=RATE: peak learning rates of some parameters, e.g. 'vision.*=2e-6'. The last match applies."""
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup: float = 0.03
-    """Share of the steps over which the rate rises from 0."""
+    """Share of the steps during which the learning rate rises from 0."""
     weight_decay: float = 0.0
     b1: float = 0.9
     b2: float = 0.999
@@ -67,68 +67,70 @@ class TrainConfig:
     clip_norm: float = 1.0
     epochs: int = 1
     max_steps: int | None = None
-    """Stops (and plans the schedule) earlier than the epochs would."""
+    """Limit on the number of steps. The learning rate schedule ends there too."""
     global_batch: int = 256
-    """Samples (rows, where packed) of an optimizer step."""
+    """Samples (with --packing: rows) of an optimizer step."""
     micro_batch: int = 1
-    """Rows that a device takes at a time; the rest of --global-batch is accumulated."""
+    """Rows that a device processes at once. Gradients are accumulated until --global-batch is reached."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of the forward and backward pass, and of what is frozen. What trains, its gradients' sum and its optimizer state
-    are float32: in bfloat16 a step of these rates is less than half the distance to the next number."""
+    """dtype of the forward and backward passes and of frozen parameters. Trained parameters, their gradients and their
+    optimizer state are always float32: in bfloat16 most steps would round to no change."""
     remat: bool = True
-    """Recomputes each layer in the backward pass."""
+    """Recomputes the activations of each layer in the backward pass."""
     seed: int = 0
 
     fsdp: int | None = None
-    """Devices over which parameters are split; all that --tensor leaves by default."""
+    """Number of devices over which parameters are split; by default all devices divided by --tensor."""
     tensor: int = 1
     coordinator: str | None = None
-    """HOST:PORT of process 0, where several processes train together."""
+    """HOST:PORT of process 0, if several processes train together."""
     processes: int | None = None
     process: int | None = None
 
     workers: int = 0
-    """Processes that look at the data before training and read ahead; 0: threads of the training process."""
+    """Processes that measure the data before training and read it during training; 0 uses threads of this process."""
     threads: int = 4
-    """Threads in each of them."""
+    """Threads in each of these processes."""
 
     save_every: int = 200
-    """Steps between checkpoints; the last step is always kept."""
+    """Steps between checkpoints. The last step is always saved."""
     keep: int = 2
-    """Newest checkpoints that stay."""
+    """Number of newest checkpoints to keep."""
     export: Path | None = None
-    """Folder to write the result to in the PyTorch layout; it must not exist."""
+    """Folder to which the result is written in the PyTorch layout; it must not exist."""
     export_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     tensorboard: bool = True
     compile_cache: bool = True
-    """Keeps compiled programs between runs, so that the next one starts sooner (not with --coordinator)."""
+    """Stores compiled programs, so that the next run starts sooner (not with --coordinator)."""
     wandb: str | None = None
-    """Project to log to."""
+    """Project on Weights & Biases to log to."""
 
     dry_run: bool = False
-    """Prints the plan and stops before weights or media are read."""
+    """Prints the plan and exits before weights or media are read."""
     strict: bool = False
-    """Refuses data of which a sample cannot be used, in place of skipping it."""
+    """Stops with an error if a sample cannot be used, instead of skipping it."""
     validate_data: bool = False
-    """Reads all data once, reports, and stops."""
+    """Reads all data once, prints a report and exits."""
 
     def sampling(self) -> FrameSampling:
+        """The rule by which frames are chosen."""
         return FrameSampling(self.fps, self.max_fps, self.max_frames, self.frame_times)
 
     @property
     def lora(self) -> LoRAConfig | None:
+        """The adapters to add, or None."""
         return LoRAConfig(self.lora_rank, self.lora_alpha) if self.lora_rank else None
 
     def check(self) -> None:
-        """Raises UserError for values that cannot be, before anything is read."""
+        """Raises UserError for invalid values. Reads no files."""
         self.sampling()
         at_least = {
             "max_length": 1, "lora_rank": 0, "epochs": 1, "global_batch": 1, "micro_batch": 1, "workers": 0,
             "threads": 1, "save_every": 1, "keep": 1, "seed": 0, "tensor": 1,
         }  # fmt: skip
-        for name, least in at_least.items():
-            if getattr(self, name) < least:
-                raise UserError(f"--{name.replace('_', '-')} must be {least} or more, not {getattr(self, name)}")
+        for name, minimum in at_least.items():
+            if getattr(self, name) < minimum:
+                raise UserError(f"--{name.replace('_', '-')} must be {minimum} or more, not {getattr(self, name)}")
         if self.max_steps is not None and self.max_steps < 1:
             raise UserError(f"--max-steps must be 1 or more, not {self.max_steps}")
         for name in ("learning_rate", "eps", "clip_norm", "lora_alpha"):
@@ -140,14 +142,14 @@ class TrainConfig:
         if not 0 <= self.weight_decay < math.inf:
             raise UserError(f"--weight-decay must be 0 or more, not {self.weight_decay}")
         self.part_rates()
-        given = [x is not None for x in (self.coordinator, self.processes, self.process)]
-        if any(given) and not all(given):
-            raise UserError("--coordinator, --processes and --process go together")
+        are_set = [x is not None for x in (self.coordinator, self.processes, self.process)]
+        if any(are_set) and not all(are_set):
+            raise UserError("--coordinator, --processes and --process must be given together")
         if self.export is not None:
-            _check_new_folder(self.export)
+            check_folder_target(self.export)
 
     def part_rates(self) -> list[tuple[str, float]]:
-        """(pattern, peak rate) pairs of `rates`."""
+        """`rates` as (pattern, peak learning rate) pairs. Raises UserError for a malformed entry."""
         out = []
         for text in self.rates:
             pattern, _, rate = text.rpartition("=")
@@ -161,24 +163,9 @@ class TrainConfig:
         return out
 
 
-def _check_new_folder(path: Path) -> None:
-    """Raises UserError unless a folder can be made there: asked before training, not behind it."""
-    try:
-        os.lstat(path)
-    except FileNotFoundError:
-        pass
-    except OSError as e:
-        raise UserError(f"{path}: cannot be made ({e.strerror})") from None
-    else:
-        raise UserError(f"{path}: already exists; choose another place or remove it first")
-    above = next(p for p in path.absolute().parents if os.path.exists(p))
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise UserError(f"{path}: cannot be made in {above} (not a folder that can be written to)")
-
-
 _EVERYTHING = TrainConfig(checkpoint=tyro.MISSING, data=tyro.MISSING, output=tyro.MISSING)
 
-# Stages 3 and 4: upstream's scripts. Stages 1 and 2 are not public; their rate is LLaVA's for alignment.
+# Stages 3 and 4 follow upstream's scripts. Stages 1 and 2 are not public; their learning rate is LLaVA's for alignment.
 PRESETS: Mapping[str, TrainConfig] = {
     "stage1": dataclasses.replace(
         _EVERYTHING, preset="stage1", max_frames=16, max_length=8192, train=("dts.*",), learning_rate=1e-3
@@ -191,38 +178,28 @@ PRESETS: Mapping[str, TrainConfig] = {
 }
 
 
-def parse(argv: Sequence[str]) -> TrainConfig:
-    """The command line: `--preset` first sets the defaults, other flags override them."""
-
-    @dataclasses.dataclass
-    class Chosen:
-        preset: Annotated[Preset, tyro.conf.arg(name="preset")] = "stage4"
-
-    chosen, _ = tyro.cli(Chosen, args=[a for a in argv if a not in ("-h", "--help")], return_unknown_args=True)
-    return tyro.cli(TrainConfig, prog="python train.py", args=list(argv), default=PRESETS[chosen.preset])
-
-
 def trained_names(config: TrainConfig, names: Sequence[str]) -> list[str]:
-    """The parameters that train, of all dotted names.
+    """Those of the dotted names whose parameters train.
 
-    Raises UserError for a pattern that matches nothing, or if nothing is left.
+    Raises:
+      UserError: a pattern matches no parameter, --train includes a weight that LoRA freezes, or nothing is left.
     """
 
     def matching(patterns: Sequence[str], flag: str) -> set[str]:
         out: set[str] = set()
         for pattern in patterns:
-            found = {n for n in names if fnmatch.fnmatchcase(n, pattern)}
-            if not found:
+            matches = {n for n in names if fnmatch.fnmatchcase(n, pattern)}
+            if not matches:
                 raise UserError(f"{flag} {pattern!r} matches no parameter (names look like {names[0]})")
-            out |= found
+            out |= matches
         return out
 
     adapters = {n for n in names if n.rpartition(".")[2] in ("lora_a", "lora_b")}
-    based = {n.rpartition(".")[0] + ".kernel" for n in adapters}
+    adapted = {n.rpartition(".")[0] + ".kernel" for n in adapters}
     chosen = config.train if config.train is not None else (() if config.lora else ("*",))
     wanted = matching(chosen, "--train")
-    if wanted & based and config.train is not None:
-        raise UserError(f"--train reaches {min(wanted & based)}, which --lora-rank freezes")
+    if wanted & adapted and config.train is not None:
+        raise UserError(f"--train includes {min(wanted & adapted)}, which --lora-rank freezes")
     wanted = (wanted | adapters) - matching(config.freeze, "--freeze")
     matching([p for p, _ in config.part_rates()], "--rates")
     if not wanted:

@@ -1,8 +1,8 @@
-"""What a file or a checkpoint holds, as a short hash of its size and of a small part of its bytes.
+"""Fingerprints of files and checkpoints: short hashes of their size and of samples of their bytes.
 
-Names, places and times of change do not count: a copy has the same fingerprint, another file of the same name does
-not. The parts that are read are spread over the whole: a video is told from another in milliseconds, and a checkpoint
-of 16 GB in a second. A change only in bytes between these parts goes unnoticed.
+A fingerprint does not depend on the name, the folder or the modification time. A copy has the same fingerprint, and
+another file of the same name has a different one. The sampled bytes are spread over the whole file, so that hashing a
+video takes milliseconds and a checkpoint of 16 GB one second. A change between the sampled bytes is not noticed.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from xl2jax.checkpoint.orbax_folder import PARAMS, is_orbax, read_manifest
 from xl2jax.checkpoint.safetensors_io import TensorFolder
 from xl2jax.system.schema import require_regular
 
-_PARTS = 8  # parts of a file that are read, evenly spaced, the first and the last bytes among them
+_PARTS = 8  # number of samples of a file, evenly spaced, including its first and last bytes
 _PART_BYTES = 4096
-_ROWS = 4  # rows of a tensor that are read
+_ROWS = 4  # number of rows of a tensor that are hashed
 
 
 def digest(*values: Any) -> str:
-    """A short hash of bytes, and of other values as their `repr` tells them apart."""
+    """A short hash of values: of the bytes themselves, and of the `repr` of anything else."""
     out = hashlib.blake2b(digest_size=16)
     for value in values:
         data = value if isinstance(value, bytes) else repr(value).encode("utf-8", "backslashreplace")
@@ -36,26 +36,27 @@ def digest(*values: Any) -> str:
 
 
 def change_mark(path: Path) -> str:
-    """Changes whenever a file, or a file in a folder, is written or replaced; costs no reading.
+    """A hash that changes whenever a file, or a file in a folder, is written or replaced. It reads no contents.
 
-    Raises OSError or UserError where there is no such file.
+    Raises OSError or UserError if there is no such file.
     """
     return digest(*((name, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in _files(path)))
 
 
 def media_fingerprint(path: Path) -> str:
-    """Of a video, a picture or a folder of frames. Raises OSError or UserError where it cannot be read."""
+    """Fingerprint of a video, an image or a folder of frames. Raises OSError or UserError if it cannot be read."""
     return digest(*(x for name, _ in _files(path) for x in (name, _file_fingerprint(path / name))))
 
 
 def weights_fingerprint(folder: Path) -> str:
-    """Of the weights of a checkpoint folder.
+    """Fingerprint of the weights of a checkpoint folder.
 
-    PyTorch layout: name, shape and a few rows of every tensor, however they are split into files. Training changes
-    nearly every value of a tensor that trains, so the rows tell. Orbax layout: the checksums that were kept at
-    conversion, or the files where it kept none. The same weights in the other layout count as others.
+    In the PyTorch layout it covers name, shape and a few rows of every tensor, and does not depend on the shards. A few
+    rows suffice because training changes nearly every value of a tensor. In the Orbax layout it covers the stored
+    checksums, or the files if there are no checksums. The same weights have different fingerprints in the two layouts.
 
-    Raises UserError where the weights cannot be read.
+    Raises:
+      UserError: the weights cannot be read.
     """
     if is_orbax(folder):
         manifest = read_manifest(folder)
@@ -76,7 +77,7 @@ def weights_fingerprint(folder: Path) -> str:
 
 
 def _files(path: Path) -> list[tuple[str, os.stat_result]]:
-    """(name, status) of the files in a folder in the order of their names, or of one file, which is nameless."""
+    """(name, status) of the files in a folder, sorted by name; a single file has the name ""."""
     status = os.stat(path)
     if stat.S_ISDIR(status.st_mode):
         return [(e.name, e.stat()) for e in sorted(os.scandir(path), key=lambda e: e.name) if e.is_file()]
@@ -96,5 +97,5 @@ def _file_fingerprint(path: Path) -> bytes:
 
 
 def _spread(count: int, parts: int) -> list[int]:
-    """Up to `parts` of `count` numbers, evenly spaced, the first and the last among them."""
+    """Up to `parts` of the numbers below `count`, evenly spaced, including the first and the last."""
     return sorted({round(i * (count - 1) / (parts - 1)) for i in range(parts)}) if count else []

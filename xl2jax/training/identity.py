@@ -1,6 +1,7 @@
-"""What a run is, as far as its result follows from it: kept with every checkpoint, compared when the run goes on.
+"""The identity of a run: everything that its result depends on.
 
-Content counts, not place: the checkpoint, the data and the output folder may move, and paths may be spelt otherwise.
+It is stored with every checkpoint and compared when a run resumes. It covers contents and not paths: the checkpoint,
+the data and the output folder may move.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from xl2jax.training.fingerprint import digest, weights_fingerprint
 
 SAMPLES, ORDER = "samples", "order"
 
-# What may differ between the run that wrote a checkpoint and the one that goes on from it. Of paths the content counts.
-FREE = {
+# Settings that may differ when a run resumes. For paths, the contents are compared instead.
+MAY_DIFFER = {
     "output", "fsdp", "tensor", "coordinator", "processes", "process", "workers", "threads", "save_every", "keep",
     "export", "export_dtype", "tensorboard", "wandb", "dry_run", "validate_data", "preset", "micro_batch", "checkpoint",
     "data", "media_root", "strict", "compile_cache",
 }  # fmt: skip
-_WORDS = {
+_DESCRIPTIONS = {
     "weights": "other weights in --checkpoint",
     "model": "another config.json in --checkpoint",
     "tokenizer": "another tokenizer in --checkpoint",
@@ -35,8 +36,8 @@ _WORDS = {
 def settings_of(
     config: TrainConfig, model: VideoXL2Config, tokenizer: PromptTokenizer, checkpoint: Path
 ) -> dict[str, str]:
-    """All but the data. Reads a small part of the weights."""
-    settings = {k: str(v) for k, v in dataclasses.asdict(config).items() if k not in FREE}
+    """The identity without the data. Reads a small part of the weights."""
+    settings = {k: str(v) for k, v in dataclasses.asdict(config).items() if k not in MAY_DIFFER}
     return {
         **settings,
         "format": "2",
@@ -47,13 +48,13 @@ def settings_of(
 
 
 def refuse_other_settings(output: Path, stored: Mapping[str, str], settings: Mapping[str, str]) -> None:
-    """Raises UserError that names what differs."""
+    """Raises UserError, which names the differences, if a stored identity differs from `settings`."""
     changed = [k for k in sorted(settings) if stored.get(k) != settings[k]]
     if changed:
-        what = ", ".join(_WORDS.get(k, f"{k} {stored.get(k)} -> {settings[k]}") for k in changed)
-        raise UserError(f"{output}: holds a run with other settings ({what}); choose another --output")
+        changes = ", ".join(_DESCRIPTIONS.get(k, f"{k} {stored.get(k)} -> {settings[k]}") for k in changed)
+        raise UserError(f"{output}: holds a run with other settings ({changes}); choose another --output")
 
 
 def order_digest(plan: Sequence[Sequence[MicroBatch]]) -> str:
-    """Of the samples of every step. Into how many micro-batches they are cut does not count."""
+    """Hash of the samples of every step. It does not depend on the size of the micro-batches."""
     return digest(*([row for micro in step for row in micro.rows if row] for step in plan))

@@ -1,8 +1,9 @@
-"""Which samples can be used and what each takes: looked at before the first step, kept in the output folder.
+"""Measures which samples can be used and how long they are, before the first step.
 
-`lengths.json` spares the next start most of the work. A length is kept by what its sample holds (its text, a
-fingerprint of its media), so the data may move to another folder, and a file that was replaced is looked at again. What
-cannot be used is not kept: each start tries it anew. Beside a checkpoint the file says which samples the run began with.
+The output folder keeps the lengths in `lengths.json`, so that the next start is fast. A length is stored under a hash
+of the sample's contents (its text, and a fingerprint of its media): the data may move to another folder, and a file
+that was replaced is measured again. Samples that cannot be used are not stored, so each start tries them again. For a
+run that resumes, the file also names the samples that the run began with.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Sample:
     record: Record
     length: Length
     content: str
-    """Hash of its text and its media."""
+    """Hash of the text and the media."""
 
 
 class _Media(Schema):
@@ -53,53 +54,60 @@ class _Entry(Schema):
 
 
 class Lengths(Schema):
-    """What lengths.json holds."""
+    """The contents of lengths.json."""
 
     settings: str
-    """Hash of all else that lengths follow from: how frames are sampled, the tokenizer."""
+    """Hash of the other inputs of a length: how frames are sampled, and the tokenizer."""
     media: dict[str, _Media]
-    """By path: `change_mark` when the fingerprint was taken."""
+    """By path: the fingerprint, and the `change_mark` at that time."""
     samples: list[_Entry]
-    """Those that can be used, in the order of the records."""
+    """The usable samples, in the order of the records."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
+    """The result of `measure`."""
+
     samples: list[Sample]
     problems: list[str]
     """One line for each record that cannot be used."""
     cut: int
-    """Samples that are longer than the limit."""
+    """Number of samples that are longer than the limit."""
     stored: Lengths
 
 
 def read_lengths(output: Path) -> Lengths | None:
-    """What the last start kept, None where it kept nothing that can be read."""
+    """The lengths.json of an earlier start, or None if there is none or it cannot be read."""
     path = output / FILE
     if not path.exists():
         return None
     try:
         return read_json(path, Lengths, max_bytes=None)
     except UserError as e:
-        logger.warning("%s: all samples are looked at again", e)
+        logger.warning("%s: all samples are measured again", e)
         return None
 
 
 def write_lengths(output: Path, lengths: Lengths) -> None:
-    with replacing_file(output / FILE) as beside:
-        beside.write_text(lengths.model_dump_json() + "\n", encoding="utf-8")
+    """Writes lengths.json. Raises UserError if that fails."""
+    with replacing_file(output / FILE) as temporary:
+        temporary.write_text(lengths.model_dump_json() + "\n", encoding="utf-8")
 
 
 def measure(
-    records: Sequence[Record], settings: str, before: Lengths | None, probe: Callable[[list[Record]], Probe], threads: int
-) -> Measured:  # fmt: skip
-    """All records that can be used with their lengths: from `before` where it has them, from `probe` else."""
+    records: Sequence[Record],
+    settings: str,
+    before: Lengths | None,
+    probe: Callable[[list[Record]], Probe],
+    threads: int,
+) -> Measured:
+    """Measures all records. Known lengths come from `before`, the others from `probe`, which opens the media."""
     known = {x.content: x for x in before.samples} if before is not None and before.settings == settings else {}
-    media, problems = _look_at_media(records, {} if before is None else before.media, threads)
+    media, problems = _fingerprints(records, {} if before is None else before.media, threads)
     contents: dict[int, str] = {}
     for number, record in enumerate(records):
         if number not in problems:
-            fingerprint = "" if record.media is None else media[_place(record.media)].fingerprint
+            fingerprint = "" if record.media is None else media[_key(record.media)].fingerprint
             contents[number] = digest(record.kind, record.turns, record.scale, fingerprint)
     new = [number for number, content in contents.items() if content not in known]
     probed = probe([records[number] for number in new]) if new else Probe((), {}, frozenset())
@@ -124,14 +132,14 @@ def measure(
 
 
 def samples_digest(samples: Sequence[Sample]) -> str:
-    """Hash of what is trained on: contents and lengths, in their order."""
+    """Hash of the contents and lengths of the samples, in their order."""
     return digest(*((x.content, x.length) for x in samples))
 
 
 def differences(before: Lengths | None, now: Lengths) -> str:
-    """How the samples of a run changed, in words."""
+    """Describes how the samples of a run have changed."""
     if before is None:
-        return f"without {FILE} they cannot be named"
+        return f"without {FILE} the changes cannot be listed"
     old, new = (Counter((x.id, x.content) for x in lengths.samples) for lengths in (before, now))
     only_old, only_new = ([id for id, _ in (x - y).elements()] for x, y in ((old, new), (new, old)))
     changed = set(only_old) & set(only_new)
@@ -143,21 +151,21 @@ def differences(before: Lengths | None, now: Lengths) -> str:
     parts = [
         f"{len(ids)} {kind} ({', '.join(ids[:5])}{', ...' * (len(ids) > 5)})" for kind, ids in kinds.items() if ids
     ]
-    return ", ".join(parts) or "they stand in another order"
+    return ", ".join(parts) or "their order changed"
 
 
-def _place(media: Path) -> str:
+def _key(media: Path) -> str:
     return os.path.abspath(media)
 
 
-def _look_at_media(
+def _fingerprints(
     records: Sequence[Record], before: dict[str, _Media], threads: int
 ) -> tuple[dict[str, _Media], dict[int, str]]:
-    """Mark and fingerprint of all media by path, and why that of some records cannot be read, by record number."""
+    """Marks and fingerprints of all media by path; by record number, why the media of some records cannot be read."""
 
-    def look_at(path: Path) -> _Media | str:
+    def fingerprint(path: Path) -> _Media | str:
         try:
-            mark, known = change_mark(path), before.get(_place(path))
+            mark, known = change_mark(path), before.get(_key(path))
             if known is not None and known.mark == mark:
                 return known
             return _Media(mark=mark, fingerprint=media_fingerprint(path))
@@ -167,6 +175,6 @@ def _look_at_media(
             return str(e)
 
     paths = list(dict.fromkeys(r.media for r in records if r.media is not None))
-    looks = dict(zip(paths, in_threads(threads, look_at, paths), strict=True))
-    problems = {n: x for n, r in enumerate(records) if r.media is not None and isinstance(x := looks[r.media], str)}
-    return {_place(p): x for p, x in looks.items() if isinstance(x, _Media)}, problems
+    results = dict(zip(paths, in_threads(threads, fingerprint, paths), strict=True))
+    problems = {n: x for n, r in enumerate(records) if r.media is not None and isinstance(x := results[r.media], str)}
+    return {_key(p): x for p, x in results.items() if isinstance(x, _Media)}, problems

@@ -1,4 +1,4 @@
-"""Micro-batches as arrays, read ahead by grain in threads or worker processes."""
+"""Reads micro-batches as arrays. grain reads them ahead in threads or worker processes."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from xl2jax.training.batches import MicroBatch
 from xl2jax.training.loss import IGNORE
 from xl2jax.training.records import Record
 from xl2jax.training.samples import open_media, read_frames, sample_tokens, unusable
-from xl2jax.video.clip import FrameSampling
+from xl2jax.video.frame_sampling import FrameSampling
 
 
 class Arrays(TypedDict):
-    """One process's rows of a micro-batch. B rows, F frames, T tokens."""
+    """The rows of a micro-batch that one process reads. B rows, F frames, T tokens."""
 
     pixels: np.ndarray  # uint8 [B, F, size, size, 3]
-    ids: np.ndarray  # int32 [B, T], as the next two
+    ids: np.ndarray  # int32 [B, T]; see `TokenBatch` for this and the next three
     visual: np.ndarray
     labels: np.ndarray
-    segment: np.ndarray  # which sample of its row a token belongs to, -1 for padding
+    segment: np.ndarray
     samples: list[str]  # ids of the samples that were read
-    failed: list[str]  # "id: reason" of those that were not
+    failed: list[str]  # "id: reason" for each sample that could not be read
 
 
 @dataclasses.dataclass(frozen=True)
 class Loader:
-    """Reads the rows of one process. Picklable: worker processes hold a copy."""
+    """Reads the rows of one process. It is pickled into worker processes."""
 
     records: Sequence[Record]
     sampling: FrameSampling
@@ -45,7 +45,7 @@ class Loader:
     image_size: int
 
     def __call__(self, batch: MicroBatch) -> Arrays:
-        """A sample that cannot be read after all leaves its place empty."""
+        """Reads a micro-batch. The place of a sample that cannot be read stays empty."""
         shape, size = (len(batch.rows), batch.tokens), self.image_size
         frames = np.zeros((len(batch.rows), batch.groups * FRAMES_PER_GROUP, size, size, 3), np.uint8)
         ids, segment = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
@@ -58,20 +58,20 @@ class Loader:
                 try:
                     clip = open_media(record, self.sampling)
                     tokens = sample_tokens(record, clip, self.tokenizer, self.visual_tokens, self.max_length)
-                    own = read_frames(record, clip, size)
+                    pixels = read_frames(record, clip, size)
                 except Exception as e:
                     failed.append(f"{record.id}: {unusable(e)}")
                     continue
-                here = slice(t, t + len(tokens.ids))
-                if here.stop > batch.tokens or f + len(own) > frames.shape[1]:
+                columns = slice(t, t + len(tokens.ids))
+                if columns.stop > batch.tokens or f + len(pixels) > frames.shape[1]:
                     failed.append(f"{record.id}: longer than when training began; was the file changed?")
                     continue
-                ids[b, here], labels[b, here], segment[b, here] = tokens.ids, tokens.labels, number
+                ids[b, columns], labels[b, columns], segment[b, columns] = tokens.ids, tokens.labels, number
                 offset = f // FRAMES_PER_GROUP * self.visual_tokens
-                visual[b, here] = np.where(tokens.visual < 0, -1, tokens.visual + offset)
-                labels[b, t] = IGNORE  # nothing of this sample stands before its first token
-                frames[b, f : f + len(own)] = own
-                t, f = here.stop, f + len(own)
+                visual[b, columns] = np.where(tokens.visual < 0, -1, tokens.visual + offset)
+                labels[b, t] = IGNORE  # in a packed row, the token before belongs to another sample
+                frames[b, f : f + len(pixels)] = pixels
+                t, f = columns.stop, f + len(pixels)
                 samples.append(record.id)
         return Arrays(
             pixels=frames, ids=ids, visual=visual, labels=labels, segment=segment, samples=samples, failed=failed
@@ -81,15 +81,16 @@ class Loader:
 def read_ahead(
     plan: Sequence[MicroBatch], loader: Loader, start: int, *, process: int, processes: int, workers: int, threads: int
 ) -> Generator[Arrays]:
-    """This process's rows of `plan[start:]`, in order. To be closed: what was read ahead and not taken is then freed.
+    """Yields this process's rows of `plan[start:]`, in order. Close the generator to free what was read ahead.
 
-    `workers` processes each read with `threads` threads; 0 workers: threads of this process.
+    Reads in `workers` processes of `threads` threads each, or with 0 workers in threads of this process.
 
-    Raises UserError if one of the processes was killed.
+    Raises:
+      UserError: a worker process was killed.
     """
     rows = len(plan[0].rows) // processes
-    own = slice(process * rows, (process + 1) * rows)
-    local = [dataclasses.replace(m, rows=m.rows[own]) for m in plan[start:]]
+    local_rows = slice(process * rows, (process + 1) * rows)
+    local = [dataclasses.replace(m, rows=m.rows[local_rows]) for m in plan[start:]]
     data = grain.MapDataset.source(local).map(loader)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     stream = data.to_iter_dataset(options)

@@ -8,6 +8,7 @@ import einops
 import jax
 import jax.numpy as jnp
 
+from xl2jax.arithmetic import round_up
 from xl2jax.models.qwen2 import Qwen2
 from xl2jax.models.video_xl2 import VideoXL2
 from xl2jax.ops.dense import dense_attention
@@ -16,34 +17,33 @@ from xl2jax.training.sharding import split_batch
 IGNORE = -100
 """Label of a token that the loss does not count."""
 
-_LOSS_BLOCK = 256  # tokens of a row whose logits exist at a time
+_LOSS_BLOCK = 256  # logits are computed for this many tokens of each row at a time
 
 
 class TokenBatch(NamedTuple):
     """The tokens of B samples, padded at the end to T."""
 
     ids: jax.Array
-    """int32 [B, T]; what stands at visual tokens is not read."""
+    """int32 [B, T]. Values at the places of visual tokens are not used."""
     visual: jax.Array
-    """int32 [B, T]: which visual token of the sample's own video stands here, -1 for text."""
+    """int32 [B, T]: index into the visual tokens of the row, -1 for text."""
     labels: jax.Array
-    """int32 [B, T]: the token's own id where the loss counts it, else IGNORE."""
+    """int32 [B, T]: the id of a token that the loss counts, else IGNORE."""
     segment: jax.Array | None = None
-    """int32 [B, T], for rows that hold several samples: which one a token belongs to, -1 for padding.
-    None: one sample a row."""
+    """int32 [B, T] for packed rows: number of the sample within its row, -1 for padding. None: one sample a row."""
 
 
 def embeddings(llm: Qwen2, visual: jax.Array, tokens: TokenBatch) -> jax.Array:
-    """Visual tokens [B, N, D] at their places among the embedded text, [B, T, D]."""
-    own = jnp.take_along_axis(visual, jnp.maximum(tokens.visual, 0)[..., None], axis=1)
+    """Inserts visual tokens [B, N, D] into the embedded text. Returns [B, T, D]."""
+    inserted = jnp.take_along_axis(visual, jnp.maximum(tokens.visual, 0)[..., None], axis=1)
     is_text = tokens.visual < 0
-    return jnp.where(is_text[..., None], llm.embed_tokens(jnp.where(is_text, tokens.ids, 0)), own)
+    return jnp.where(is_text[..., None], llm.embed_tokens(jnp.where(is_text, tokens.ids, 0)), inserted)
 
 
 def hidden_states(model: VideoXL2, pixels: jax.Array, tokens: TokenBatch, *, remat: bool) -> jax.Array:
     """Pixels [B, F, H, W, 3] in [-1, 1] and tokens [B, T] -> normed hidden states [B, T, D].
 
-    Attention is dense and causal within a sample; padding stands behind everything that could see it.
+    Attention is dense and causal within a sample. Padding is at the end of a row, so no other token attends to it.
     """
     b, f = pixels.shape[:2]
     pixels = split_batch(pixels.reshape(b * f, *pixels.shape[2:]))
@@ -66,21 +66,21 @@ def hidden_states(model: VideoXL2, pixels: jax.Array, tokens: TokenBatch, *, rem
 def token_loss(
     model: VideoXL2, pixels: jax.Array, tokens: TokenBatch, *, remat: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-    """(sum of cross-entropies, labelled tokens), float32: their ratio is upstream's loss."""
+    """(sum of cross-entropies, number of labelled tokens), float32. Their ratio is upstream's loss."""
     return cross_entropies(model.llm, hidden_states(model, pixels, tokens, remat=remat), tokens.labels)
 
 
 def cross_entropies(llm: Qwen2, hidden: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Normed hidden states [B, T, D], labels [B, T] -> (sum of cross-entropies, labelled tokens), float32.
+    """Normed hidden states [B, T, D], labels [B, T] -> (sum of cross-entropies, number of labelled tokens), float32.
 
-    Labels are shifted: the hidden state at t answers for the label at t + 1. Logits are made for a few
-    hundred tokens of each row at a time and again in the backward pass, never for the whole batch.
+    Labels are shifted: the hidden state at t predicts the label at t + 1. Logits never exist for the whole batch: they
+    are computed for a few hundred tokens of each row at a time, and recomputed in the backward pass.
     """
     hidden, labels = hidden[:, :-1], labels[:, 1:]
     block = min(_LOSS_BLOCK, labels.shape[1])
-    short = -labels.shape[1] % block
-    hidden = jnp.pad(hidden, ((0, 0), (0, short), (0, 0)))
-    labels = jnp.pad(labels, ((0, 0), (0, short)), constant_values=IGNORE)
+    padding = round_up(labels.shape[1], block) - labels.shape[1]
+    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
+    labels = jnp.pad(labels, ((0, 0), (0, padding)), constant_values=IGNORE)
 
     @jax.checkpoint
     def of_block(xs: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -1,4 +1,4 @@
-"""What the processes of a run share: a folder that is one run's alone, and what the first process found out."""
+"""Coordination between processes: a lock on the output folder, and results of process 0 for all processes."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ LOCK = "run.lock"
 
 
 def is_main() -> bool:
+    """Whether this is process 0."""
     return jax.process_index() == 0
 
 
 def from_main[T](work: Callable[[], T]) -> T:
-    """What `work` gives in process 0, in every process; it runs nowhere else, and its UserError is raised in all."""
+    """Runs `work` in process 0 only, and returns its result, or raises its UserError, in every process."""
     if jax.process_count() == 1:
         return work()
     result: T | UserError | None = None
@@ -47,9 +48,10 @@ def from_main[T](work: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Makes `folder` and keeps other runs out of it; the lock vanishes with its process, however that ends.
+    """Creates `folder` and locks it against other runs. The lock ends with the process, even if it is killed.
 
-    Raises UserError if another run holds it, or if nothing can be written there.
+    Raises:
+      UserError: another run holds the lock, or the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -68,7 +70,9 @@ def locked(folder: Path) -> Iterator[None]:
         except OSError as e:
             if e.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
                 raise
-            logger.warning("%s: this file system has no locks; a second run on the folder would not be noticed", folder)
+            logger.warning(
+                "%s: this file system has no locks: a second run on this folder would not be refused", folder
+            )
         try:
             file.truncate()
             file.write(f"process {os.getpid()} on {os.uname().nodename}\n".encode())

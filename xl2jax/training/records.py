@@ -1,4 +1,4 @@
-"""Training records: upstream's YAML of JSON lists, read and checked before anything is trained.
+"""Reads and checks training records: upstream's YAML file, which lists JSON files.
 
     datasets:
       - json_path: talks.json            # relative to the YAML file
@@ -7,8 +7,8 @@
     [{"id": "7", "video": "talk.mp4", "scale": 1.0,
       "conversations": [{"from": "human", "value": "<image>\\nWho speaks?"}, {"from": "gpt", "value": "Ada."}]}]
 
-`image` in place of `video` is one picture; with neither the record is text. Media paths are relative to
-the media root, by default the folder of the JSON file. A file whose name ends in `.jsonl` has one record a line.
+With `image` in place of `video` the record has one image, and with neither it is text. Media paths are relative to the
+media root, which is by default the folder of the JSON file. A file with the suffix `.jsonl` has one record a line.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-from xl2jax.errors import UserError
+from xl2jax.errors import UserError, shorten
 from xl2jax.system.schema import Schema, check, parse_json, read_bytes, read_json, read_yaml
 
 IMAGE = "<image>"
 
 _ROLES = {"human": "user", "gpt": "assistant"}
-_SHOWN = 80  # characters of an id that messages show
+_ID_LENGTH = 80  # characters of an id that messages show
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One sample. `turns` are (user | assistant, text), the first without its leading `<image>`."""
+    """One sample. `turns` are (user | assistant, text) pairs, the first without its leading `<image>`."""
 
     id: str
-    """Names the sample in messages; several may have the same."""
+    """Names the sample in messages. Ids need not be unique."""
     kind: Literal["video", "image", "text"]
     media: Path | None
     turns: tuple[tuple[str, str], ...]
     scale: float
-    """Factor on the times of the frames."""
+    """Factor by which frame times are multiplied."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RecordSet:
-    """The records that are well formed, and one line for each that is not."""
+    """The well-formed records, and one line about each malformed one."""
 
     records: list[Record]
     malformed: list[str]
@@ -114,21 +114,21 @@ class _Row(Schema):
         places = sum(turn.value.count(IMAGE) for turn in self.conversations)
         if self.video is None and self.image is None:
             if places:
-                raise ValueError(f"{IMAGE} without a video or an image")
+                raise ValueError(f"contains {IMAGE} but has no video or image")
         elif not self.conversations[0].value.startswith(IMAGE):
             raise ValueError(f"the first human turn does not start with {IMAGE}")
         elif places > 1:
-            raise ValueError(f"{places} times {IMAGE}, expected one")
+            raise ValueError(f"contains {IMAGE} {places} times, expected once")
         return self
 
 
 def read_records(path: Path, seed: int, media_root: Path | None = None) -> RecordSet:
-    """All records that a YAML file (or one JSON file) names, in its order.
+    """All records of the data sets in a YAML file, or of one JSON file, in their order.
 
-    `random:N` draws with `seed` and the number of the data set. A record that is malformed is left out and named.
+    `random:N` draws with `seed` and the number of the data set. Malformed records are left out and reported.
 
     Raises:
-      UserError: a file is missing or malformed as a whole, or not one record is well formed.
+      UserError: a file is missing or malformed as a whole, or no record is well formed.
     """
     single = path.suffix in (".json", ".jsonl")
     sets = [_Set(json_path=path.name)] if single else read_yaml(path, _Sets).datasets
@@ -153,11 +153,11 @@ def read_records(path: Path, seed: int, media_root: Path | None = None) -> Recor
 
 
 def _rows(path: Path) -> list[Any]:
-    """The rows of a JSON or JSONL file. What stands for a line of JSONL that is not JSON is the error that says so."""
+    """The rows of a JSON or JSONL file. A JSONL line that is not JSON is replaced by its error."""
     if path.suffix != ".jsonl":
         return read_json(path, list[Any], max_bytes=None)
     rows: list[Any] = []
-    for line in io.BytesIO(read_bytes(path, max_bytes=None)):  # a line of JSONL ends at \n and nowhere else
+    for line in io.BytesIO(read_bytes(path, max_bytes=None)):  # only \n ends a line of JSONL
         if line.strip():
             try:
                 rows.append(parse_json(line, object, f"{path}: record {len(rows)}"))
@@ -166,14 +166,8 @@ def _rows(path: Path) -> list[Any]:
     return rows
 
 
-def _short(value: Any) -> str:
-    """One line that names something, whatever it is."""
-    text = " ".join(str(value).split())
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
-
-
 def _sampled(rows: list[Any], strategy: str, rng: random.Random, where: str) -> Iterator[tuple[int, Any]]:
-    """(index in the file, row) of the rows that a sampling strategy leaves."""
+    """(index in the file, row) of the rows that a sampling strategy selects."""
     indexed = list(enumerate(rows))
     if strategy == "all":
         return iter(indexed)
@@ -184,8 +178,9 @@ def _sampled(rows: list[Any], strategy: str, rng: random.Random, where: str) -> 
         if kind not in ("first", "end", "random") or not 0 <= value < math.inf or (share and value > 100):
             raise ValueError
     except ValueError:
+        text = shorten(strategy, _ID_LENGTH)
         raise UserError(
-            f"{where}: sampling_strategy {_short(strategy)!r} is none of all, first:N, end:N, random:N (N or N%)"
+            f"{where}: sampling_strategy {text!r} is none of all, first:N, end:N, random:N (N or N%)"
         ) from None
     count = math.ceil(len(rows) * value / 100) if share else int(value)
     if kind == "random":
@@ -194,23 +189,23 @@ def _sampled(rows: list[Any], strategy: str, rng: random.Random, where: str) -> 
 
 
 def _record(row: Any, index: int, root: Path, file: Path) -> Record:
-    """Raises UserError with what is wrong."""
+    """Converts a row. Raises UserError if it is malformed."""
     if isinstance(row, UserError):
         raise row
-    name = f" (id {_short(row['id'])})" if isinstance(row, dict) and "id" in row else ""
+    name = f" (id {shorten(row['id'], _ID_LENGTH)})" if isinstance(row, dict) and "id" in row else ""
     checked = check(row, _Row, f"{file}: record {index}{name}")
     kind: Literal["video", "image", "text"] = "video" if checked.video else "image" if checked.image else "text"
     media = checked.video or checked.image
     turns = [(_ROLES[turn.speaker], turn.value) for turn in checked.conversations]
     turns[0] = (turns[0][0], turns[0][1].removeprefix(IMAGE))
-    identifier = _short(index if checked.id is None else checked.id)
+    identifier = shorten(index if checked.id is None else checked.id, _ID_LENGTH)
     return Record(identifier, kind, None if media is None else root / media, tuple(turns), checked.scale)
 
 
 def _without_folders_of_media(records: list[Record], roots: set[Path]) -> tuple[list[Record], list[str]]:
-    """The records without those whose video is a media root or a folder that holds videos of other records.
+    """Removes records whose video is a media root or a folder that holds media of other records.
 
-    A video may be a folder of frames; these are folders by mistake, and pictures that lie there are not its frames.
+    A video may be a folder of frames. These folders were given by mistake: the images in them are not frames.
     """
     holders: set[str] = set()
 

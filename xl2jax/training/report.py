@@ -1,4 +1,4 @@
-"""The plan of a run as a table, and what reading all data found."""
+"""Tables for --dry-run (the plan of a run) and --validate-data (the state of the data)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from xl2jax.arithmetic import ceil_div
 from xl2jax.config import FRAMES_PER_GROUP, VideoXL2Config
 from xl2jax.training.batches import Probe
 from xl2jax.training.config import TrainConfig
@@ -20,7 +21,7 @@ _PARTS = ("vision", "dts", "projector", "llm")
 
 
 def _share(name: str, shape: tuple[int, ...], mesh: Mesh) -> float:
-    """Elements of a parameter on one device."""
+    """Number of elements of a parameter on one device."""
     split = math.prod(mesh.shape[a] for a in param_spec(name, shape, mesh) if a is not None)
     return math.prod(shape) / split
 
@@ -32,14 +33,17 @@ def memory_per_device(
     trained: Sequence[str],
     mesh: Mesh,
 ) -> dict[str, float]:
-    """Bytes by purpose. Activations are an estimate for the longest sample: what remat keeps, one layer's
-    intermediate values, and the logits of a block."""
+    """Bytes by purpose.
+
+    Activations are estimated for the longest sample: the values that remat stores, the intermediate values of one
+    layer, and the logits of one block of tokens.
+    """
     master, compute = jnp.dtype(MASTER).itemsize, jnp.dtype(config.compute_dtype).itemsize
-    own = {n: _share(n, s.shape, mesh) for n, s in shapes.items()}
-    training = sum(own[n] for n in trained)
+    local = {n: _share(n, s.shape, mesh) for n, s in shapes.items()}
+    training = sum(local[n] for n in trained)
     gradient = training * (2.0 if config.global_batch > config.micro_batch * batch_devices(mesh) else 1.0)
     return {
-        "frozen parameters": compute * (sum(own.values()) - training),
+        "frozen parameters": compute * (sum(local.values()) - training),
         "master parameters": master * training,
         "optimizer state": 2 * master * training,
         "gradients": master * gradient,
@@ -62,42 +66,46 @@ def _activations(config: TrainConfig, model: VideoXL2Config, itemsize: int) -> f
 
 
 def plan_report(
-    config: TrainConfig, step: StepConfig, shapes: Mapping[str, jax.ShapeDtypeStruct], trained: Sequence[str], mesh: Mesh,
+    config: TrainConfig,
+    step: StepConfig,
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    trained: Sequence[str],
+    mesh: Mesh,
     data: RecordSet,
-) -> str:  # fmt: skip
-    """Parameters by part, memory of a device, steps."""
+) -> str:
+    """The plan as text: parameters by part, memory per device, and steps."""
     lines = [f"{'part':24} {'parameters':>14} {'trained':>14}"]
     chosen = set(trained)
     total = {n: math.prod(s.shape) for n, s in shapes.items()}
     for part in _PARTS:
-        own = {n: size for n, size in total.items() if n.startswith(f"{part}.")}
-        lines.append(f"{part:24} {sum(own.values()):14,} {sum(s for n, s in own.items() if n in chosen):14,}")
+        sizes = {n: size for n, size in total.items() if n.startswith(f"{part}.")}
+        lines.append(f"{part:24} {sum(sizes.values()):14,} {sum(s for n, s in sizes.items() if n in chosen):14,}")
     everything, training = sum(total.values()), sum(total[n] for n in trained)
     lines.append(f"{'all':24} {everything:14,} {training:14,} ({training / everything:.1%})")
     memory = memory_per_device(config, step, shapes, trained, mesh)
-    lines += ["", "memory of a device"]
+    lines += ["", "memory per device"]
     lines += [f"{name:24} {size / 2**30:10.3f} GiB" for name, size in {**memory, "all": sum(memory.values())}.items()]
     micro = config.micro_batch * batch_devices(mesh)
     samples = len(data.records)
-    steps = config.epochs * math.ceil(samples / config.global_batch)
+    steps = config.epochs * ceil_div(samples, config.global_batch)
     steps = min(steps, config.max_steps or steps)
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     lines += [
         "",
         f"mesh                     {axes}",
-        f"samples                  {samples:,} (where all can be read{'; fewer rows when packed' * config.packing})",
+        f"samples                  {samples:,} (if all can be read{'; packing makes fewer rows' * config.packing})",
         f"step                     {config.global_batch} rows = {config.global_batch // micro} micro-batches of {micro}",
         f"steps                    {steps:,} in {config.epochs} epochs",
     ]
     if data.malformed:
-        lines.append(f"malformed records        {len(data.malformed):,} are skipped, such as {data.malformed[0]}")
+        lines.append(f"malformed records        {len(data.malformed):,} are skipped, for example {data.malformed[0]}")
     if config.preset == "stage1":
         lines.append("stage1                   trains DTS through the language loss (upstream's own is not public)")
     return "\n".join(lines)
 
 
 def data_report(records: Sequence[Record], malformed: Sequence[str], probe: Probe) -> str:
-    """What --validate-data found: of records that are well formed, and one line for each that is not."""
+    """The report of --validate-data: one line for each unusable record, then totals."""
     lines = [*malformed, *(f"sample {records[i].id}: {reason}" for i, reason in probe.problems.items())]
     good = [x for x in probe.lengths if x is not None]
     kinds = {k: sum(r.kind == k for r in records) for k in ("video", "image", "text")}

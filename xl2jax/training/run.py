@@ -1,4 +1,4 @@
-"""A training run from its configuration to its last checkpoint: mesh, data, steps, saves."""
+"""Runs training from its configuration to the last checkpoint: mesh, data, steps and saves."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import logging
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from xl2jax.errors import UserError
 from xl2jax.prompt import PromptTokenizer
 from xl2jax.system.backend import start_backend
 from xl2jax.training.batches import MicroBatch, Probe, plan_epoch, probe_records
-from xl2jax.training.config import TrainConfig, parse, trained_names
+from xl2jax.training.config import TrainConfig, trained_names
 from xl2jax.training.fingerprint import digest
 from xl2jax.training.identity import ORDER, SAMPLES, order_digest, refuse_other_settings, settings_of
 from xl2jax.training.lengths import Sample, differences, measure, read_lengths, samples_digest, write_lengths
@@ -43,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """What is known before weights and media are read."""
+    """Everything that is known before weights and media are read."""
 
     config: TrainConfig
     folder: Path
@@ -60,19 +59,14 @@ class _Run:
         return self.config.micro_batch * batch_devices(self.mesh)
 
 
-def main() -> int:
-    """The command."""
-    return train(parse(sys.argv[1:]))
-
-
 def train(config: TrainConfig) -> int:
-    """The whole run; the command's exit status."""
+    """Runs training. Returns the exit status of the command."""
     config.check()
     if config.coordinator is not None:
-        # On CPUs programs that are in flight together would mix up their collectives.
+        # On CPUs, collectives of programs that run at the same time would be mixed up.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
         jax.distributed.initialize(config.coordinator, config.processes, config.process)
-    # Kept CPU programs order their collectives otherwise than fresh ones: several processes would wait for each other.
+    # Cached CPU programs order their collectives differently from new ones, so several processes would deadlock.
     start_backend(keep_programs=config.compile_cache and config.coordinator is None)
     run = _prepare(config)
     if is_main():
@@ -83,13 +77,13 @@ def train(config: TrainConfig) -> int:
         return 0
     if config.validate_data:
         return _validate(run)
-    with contextlib.ExitStack() as held, jax.set_mesh(run.mesh):
-        from_main(lambda: held.enter_context(locked(config.output)))
+    with contextlib.ExitStack() as stack, jax.set_mesh(run.mesh):
+        from_main(lambda: stack.enter_context(locked(config.output)))
         return _train(run)
 
 
 def _prepare(config: TrainConfig) -> _Run:
-    """Everything that can be refused before media or weights are read."""
+    """Checks everything that can be checked before media or weights are read."""
     folder = find_checkpoint(config.checkpoint)
     model = VideoXL2Config.from_hf(folder)
     tokenizer = PromptTokenizer.load(folder, model.llm.vocab)
@@ -100,7 +94,7 @@ def _prepare(config: TrainConfig) -> _Run:
         _refuse_skipping(data.malformed)
     images = sum(r.kind == "image" for r in data.records)
     if images and is_main():
-        logger.info("%d image samples: one view each; upstream's anyres tiles (unires) are not implemented", images)
+        logger.info("%d image samples use one view each: upstream's anyres tiles (unires) are not implemented", images)
     shapes = parameter_shapes(model, config.lora)
     step = StepConfig(model, config.lora, config.compute_dtype, config.remat)
     run = _Run(config, folder, step, tokenizer, data, mesh, shapes, trained_names(config, list(shapes)))
@@ -115,7 +109,7 @@ def _prepare(config: TrainConfig) -> _Run:
 
 
 def _train(run: _Run) -> int:
-    """Reads what the output folder holds, measures the data, trains and exports."""
+    """Resumes what the output folder holds, measures the data, trains and exports."""
     config = run.config
     identity = settings_of(config, run.step.model, run.tokenizer, run.folder)
     with Checkpoints(config.output, config.keep) as checkpoints:
@@ -148,9 +142,16 @@ def _train(run: _Run) -> int:
 
 def _probe(run: _Run, records: list[Record], decode_size: int | None = None) -> Probe:
     return probe_records(
-        records, run.config.sampling(), run.tokenizer, run.step.model.visual_tokens, run.config.max_length,
-        threads=run.config.threads, workers=run.config.workers, progress=is_main(), decode_size=decode_size,
-    )  # fmt: skip
+        records,
+        run.config.sampling(),
+        run.tokenizer,
+        run.step.model.visual_tokens,
+        run.config.max_length,
+        threads=run.config.threads,
+        workers=run.config.workers,
+        progress=is_main(),
+        decode_size=decode_size,
+    )
 
 
 def _validate(run: _Run) -> int:
@@ -166,9 +167,10 @@ def _refuse_skipping(skipped: Sequence[str]) -> None:
 
 
 def _samples(run: _Run, before: dict[str, str] | None) -> list[Sample]:
-    """All samples that can be used. What is skipped is said; `before` is the identity of the run that goes on.
+    """All usable samples. Skipped ones are logged. `before` is the identity of the run that resumes, or None.
 
-    Raises UserError if none is left, if --strict allows no skipping, or if they are not those that the run began with.
+    Raises:
+      UserError: no sample can be used, --strict forbids skipping, or the samples of a run that resumes have changed.
     """
     config, data = run.config, run.data
     settings = digest(
@@ -183,17 +185,20 @@ def _samples(run: _Run, before: dict[str, str] | None) -> list[Sample]:
         logger.warning("skipped %s", line)
     if skipped:
         logger.warning(
-            "%d of %d samples are skipped: %d are malformed, %d cannot be read", len(skipped),
-            len(data.malformed) + len(data.records), len(data.malformed), len(measured.problems),
-        )  # fmt: skip
+            "%d of %d samples are skipped: %d are malformed, %d cannot be read",
+            len(skipped),
+            len(data.malformed) + len(data.records),
+            len(data.malformed),
+            len(measured.problems),
+        )
     if measured.cut:
-        logger.warning("%d samples are longer than %d tokens: cut", measured.cut, config.max_length)
+        logger.warning("%d samples are longer than %d tokens and are cut", measured.cut, config.max_length)
     if not measured.samples:
-        raise UserError(f"{config.data}: not one sample can be used")
+        raise UserError(f"{config.data}: no sample can be used")
     if before is not None and before.get(SAMPLES) != samples_digest(measured.samples):
         raise UserError(
-            f"{config.output}: the samples are not those that this run began with: "
-            f"{differences(stored, measured.stored)}; put them back as they were or choose another --output"
+            f"{config.output}: the samples have changed since this run began: "
+            f"{differences(stored, measured.stored)}; restore them or choose another --output"
         )
     if measured.stored != stored:
         write_lengths(config.output, measured.stored)
@@ -206,7 +211,7 @@ def _samples(run: _Run, before: dict[str, str] | None) -> list[Sample]:
 def _start(
     run: _Run, abstract: TrainState, tx: optax.GradientTransformation, checkpoints: Checkpoints
 ) -> tuple[TrainState, Params]:
-    """The state to begin or go on with, and what is frozen."""
+    """The initial or the restored state, and the frozen parameters."""
     trained = set(run.trained)
     resumed = checkpoints.latest is not None
     if resumed:
@@ -224,7 +229,7 @@ def _start(
 
 @dataclasses.dataclass
 class _Step:
-    """A step that the device was given; its numbers are looked at when the next one was given too."""
+    """A step that was dispatched. Metrics lag one step: they are read when the next step has been dispatched."""
 
     number: int
     metrics: Metrics
@@ -234,17 +239,25 @@ class _Step:
 
 
 def _steps(
-    run: _Run, plan: list[list[MicroBatch]], samples: Sequence[Sample], checkpoints: Checkpoints, identity: dict[str, str],
+    run: _Run,
+    plan: list[list[MicroBatch]],
+    samples: Sequence[Sample],
+    checkpoints: Checkpoints,
+    identity: dict[str, str],
     signals: Signals,
-) -> TrainState | None:  # fmt: skip
-    """All steps of the plan that are still to do; the state behind the last one, or None if the run was stopped."""
+) -> TrainState | None:
+    """Trains the remaining steps of the plan. Returns the last state, or None if a signal stopped the run."""
     config, model = run.config, run.step.model
     tx, schedule = optimizer(config, run.trained, len(plan)), learning_rate(config, len(plan))
     abstract = abstract_state({n: run.shapes[n] for n in run.trained}, tx, run.mesh)
     loader = Loader(
-        [x.record for x in samples], config.sampling(), run.tokenizer, model.visual_tokens, config.max_length,
+        [x.record for x in samples],
+        config.sampling(),
+        run.tokenizer,
+        model.visual_tokens,
+        config.max_length,
         model.vision.image_size,
-    )  # fmt: skip
+    )
     with (
         jax.default_matmul_precision("highest" if config.compute_dtype == "float32" else None),
         logging_redirect_tqdm(),
@@ -253,30 +266,40 @@ def _steps(
         one_step = Steps(run.step, tx, schedule, abstract)
         first, trained = int(state.step), set(run.trained)
         reading = read_ahead(
-            [m for step in plan for m in step], loader, sum(map(len, plan[:first])), process=jax.process_index(),
-            processes=jax.process_count(), workers=config.workers, threads=config.threads,
-        )  # fmt: skip
+            [m for step in plan for m in step],
+            loader,
+            sum(map(len, plan[:first])),
+            process=jax.process_index(),
+            processes=jax.process_count(),
+            workers=config.workers,
+            threads=config.threads,
+        )
         with (
             signals,
             contextlib.closing(reading) as arrays,
             Telemetry(
-                config.output, len(plan), first, show=is_main(), tensorboard=config.tensorboard, wandb=config.wandb,
+                config.output,
+                len(plan),
+                first,
+                show=is_main(),
+                tensorboard=config.tensorboard,
+                wandb=config.wandb,
                 config=identity,
             ) as telemetry,
-        ):  # fmt: skip
+        ):
             pending: _Step | None = None
             for number, micro in enumerate(plan[first:], first + 1):
                 used = [samples[i].length for m in micro for row in m.rows for i in row]
                 read: list[Arrays] = []
                 state, metrics = one_step(state, frozen, _on_devices(arrays, read, run), len(micro))
                 operations = sum(sample_flops(model, trained, x.groups, x.tokens) for x in used)
-                given = _Step(number, metrics, read, sum(x.tokens for x in used), operations)
+                dispatched = _Step(number, metrics, read, sum(x.tokens for x in used), operations)
                 if pending is not None:
-                    _look_at(pending, telemetry, config)
-                pending = given
+                    _record(pending, telemetry, config)
+                pending = dispatched
                 stopping = signals.stop_after(number)
                 if number % config.save_every == 0 or number == len(plan) or stopping:
-                    _look_at(given, telemetry, config)
+                    _record(dispatched, telemetry, config)
                     pending = None
                     checkpoints.save(state, identity)
                 if stopping:
@@ -288,9 +311,13 @@ def _steps(
     return state
 
 
-def _look_at(step: _Step, telemetry: Telemetry, config: TrainConfig) -> None:
-    """Waits for a step. Raises UserError where its loss is not a number, or where --strict allows no skipping: nothing
-    is saved from then on."""
+def _record(step: _Step, telemetry: Telemetry, config: TrainConfig) -> None:
+    """Waits for a step and logs its metrics.
+
+    Raises:
+      UserError: the loss or the gradient norm is not finite, or --strict forbids that a sample was skipped. The step is
+        not saved.
+    """
     failed = [failure for part in step.read for failure in part["failed"]]
     if config.strict:
         _refuse_skipping([f"sample {failure}" for failure in failed])
@@ -302,13 +329,13 @@ def _look_at(step: _Step, telemetry: Telemetry, config: TrainConfig) -> None:
         samples = ", ".join(s for part in step.read for s in part["samples"])
         raise UserError(
             f"step {step.number}: loss {values['loss']}, gradient norm {values['grad_norm']}; samples {samples}; "
-            f"the last checkpoint in {config.output} is as it was"
+            f"the last checkpoint in {config.output} is unchanged"
         )
     telemetry.step(step.number, values, step.tokens, step.operations)
 
 
 def _on_devices(arrays: Iterator[Arrays], read: list[Arrays], run: _Run) -> Iterator[tuple[jax.Array, TokenBatch]]:
-    """The next micro-batches on the mesh; `read` keeps what is known of them, without the frames."""
+    """Yields micro-batches on the mesh. Appends each one, without its frames, to `read`."""
     sharding = batch_sharding(run.mesh)
 
     def put(array: np.ndarray) -> jax.Array:

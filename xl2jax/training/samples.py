@@ -1,9 +1,9 @@
-"""From a record to model inputs: frames, token ids, label mask (upstream: train.py, preprocess_qwen).
+"""Converts a record to model inputs: frames, token ids and labels (upstream: train.py, preprocess_qwen).
 
-The conversation is tokenised piece by piece, as upstream does: role, newline, text, `<|im_end|>`, newline. The
-turn with the video is `<|im_start|>user\\n`, the video, a newline, then the text behind `<image>`. The loss
-counts the assistant's text with its `<|im_end|>\\n`, and, in all turns, `<|im_start|>`, `<|im_end|>` and the
-newline behind it. What looks like a control token in a turn's text is text: only the template makes turns.
+The conversation is tokenised piece by piece, as upstream does: role, newline, text, `<|im_end|>`, newline. The turn
+with the video consists of `<|im_start|>user\\n`, the video, a newline, and the text after `<image>`. The loss counts
+the assistant's text, and in all turns `<|im_start|>`, `<|im_end|>` and the newline after it. The name of a control
+token in the text of a turn is plain text; only the template contains control tokens.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from xl2jax.prompt import IM_END, IM_START, SYSTEM, PromptTokenizer, time_text
 from xl2jax.system.terminal import machine_fault
 from xl2jax.training.loss import IGNORE
 from xl2jax.training.records import Record
-from xl2jax.video.clip import Clip, FrameSampling, ImageReader, frame_times, open_video
+from xl2jax.video.clip import Clip, open_video
+from xl2jax.video.frame_sampling import FrameSampling, frame_times
+from xl2jax.video.image_files import ImageReader
 
 logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """One sample's columns of a TokenBatch, int32 [T]. `cut`: longer than the limit, its end was cut off."""
+    """One sample's columns of a TokenBatch, int32 [T]. `cut` says that the sample was longer than the limit."""
 
     ids: np.ndarray
     visual: np.ndarray
@@ -36,22 +38,25 @@ class Tokens:
 
 
 def group_times(clip: Clip, scale: float) -> list[float]:
-    """Seconds of each group's first frame, times the record's scale, rounded to a tenth."""
+    """Time of each group's first frame in seconds, multiplied by the record's scale, rounded to a tenth."""
     times = clip.times if scale == 1.0 else [round(t * scale, 1) for t in clip.times]
     return times[::FRAMES_PER_GROUP]
 
 
 def tokenise(
-    turns: Sequence[tuple[str, str]], times: Sequence[float | None], tokenizer: PromptTokenizer, visual_tokens: int,
+    turns: Sequence[tuple[str, str]],
+    times: Sequence[float | None],
+    tokenizer: PromptTokenizer,
+    visual_tokens: int,
     max_length: int,
-) -> Tokens:  # fmt: skip
+) -> Tokens:
     """Token ids, places of visual tokens and labels of a conversation.
 
-    `times` has one entry a group of frames: its time, or None for a picture, which has no time text.
-    Beyond `max_length` tokens the end is cut off, as upstream does.
+    `times` has one entry for each group of frames: its time, or None for an image, which has no time text. As upstream
+    does, tokens after the first `max_length` are cut off.
 
     Raises:
-      UserError: the cut leaves nothing of an answer.
+      UserError: the first `max_length` tokens contain no part of an answer.
     """
     start, end, newline = (tokenizer.encode(t) for t in (IM_START, IM_END, "\n"))
     ids: list[int] = []
@@ -84,15 +89,15 @@ def tokenise(
         add_turn(role, text, times if number == 0 else ())
     cut = len(ids) > max_length
     if answer_starts[0] >= max_length:
-        raise UserError(f"{len(ids)} tokens: the first {max_length} hold nothing of an answer")
+        raise UserError(f"{len(ids)} tokens: the first {max_length} contain no part of an answer")
     arrays = [np.asarray(x[:max_length], np.int32) for x in (ids, visual, labels)]
     return Tokens(arrays[0], arrays[1], arrays[2], cut)
 
 
 def unusable(error: Exception) -> str:
-    """Why a sample is skipped. What is the machine's fault, such as memory that ran out, is raised.
+    """The reason why a sample is skipped. Errors of the machine, such as running out of memory, are raised again.
 
-    A reader may raise what nobody thought of; the type of such an error is named, and its traceback is logged.
+    For an unexpected error of a reader, the reason names the type, and the traceback is logged at debug level.
     """
     if machine_fault(error) is not None:
         raise error
@@ -103,9 +108,10 @@ def unusable(error: Exception) -> str:
 
 
 def open_media(record: Record, sampling: FrameSampling) -> Clip | None:
-    """The frames of a record: a video file, a folder of frames (1 a second), a picture as 4 equal frames.
+    """Opens the media of a record: a video file, a folder of frames (1 a second), or an image as 4 equal frames.
 
-    Raises UserError where it cannot be opened.
+    Raises:
+      UserError: it cannot be opened.
     """
     if record.kind == "text":
         return None
@@ -122,7 +128,7 @@ def open_media(record: Record, sampling: FrameSampling) -> Clip | None:
 def sample_tokens(
     record: Record, clip: Clip | None, tokenizer: PromptTokenizer, visual_tokens: int, max_length: int
 ) -> Tokens:
-    """The tokens of an opened record."""
+    """The tokens of a record whose media are open."""
     times: list[float | None] = []
     if clip is not None:
         times = [None] if record.kind == "image" else list(group_times(clip, record.scale))
@@ -130,9 +136,10 @@ def sample_tokens(
 
 
 def read_frames(record: Record, clip: Clip | None, size: int) -> np.ndarray:
-    """uint8 [F, size, size, 3] of an opened record, all of it.
+    """All frames of a record whose media are open, uint8 [F, size, size, 3].
 
-    Raises UserError where a frame cannot be read: training does not go on with a part.
+    Raises:
+      UserError: some frame cannot be read. Training does not use a part of a video.
     """
     if clip is None:
         return np.zeros((0, size, size, 3), np.uint8)

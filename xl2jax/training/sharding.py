@@ -1,7 +1,7 @@
-"""Meshes, and where parameters and batches live on them.
+"""Meshes, and how parameters and batches are split over them.
 
-Axes: `data` (copies of the model), `fsdp` (parameters and optimizer state in slices, gathered a layer at a time),
-`tensor` (heads and MLP columns). Batches are split over data and fsdp together.
+The axes are `data` (copies of the model), `fsdp` (parameters and optimizer state are split, and gathered one layer at a
+time) and `tensor` (heads and MLP columns are split). Batches are split over `data` and `fsdp` together.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from xl2jax.errors import UserError
 
 BATCH_AXES = ("data", "fsdp")
 
-# Which axis of a kernel (counted from the end) the tensor axis splits: columns of what enters the heads and the
-# MLP, rows of what leaves them, words of the vocabulary.
+# The axis of a parameter (counted from the end) that `tensor` splits: columns of the projections into the heads and the
+# MLP, rows of the projections out of them, and entries of the vocabulary.
 _TENSOR = (
     (("*.layers.[qkv].kernel", "*.layers.gate.kernel", "*.layers.up.kernel", "*.layers.fc1.kernel"), -1),
     (("*.layers.[qkv].bias", "*.layers.fc1.bias", "*.layers.[qkv].lora_b", "*.gate.lora_b", "*.up.lora_b"), -1),
@@ -29,9 +29,10 @@ _TENSOR = (
 
 
 def make_mesh(fsdp: int | None, tensor: int) -> Mesh:
-    """A mesh over all devices; what `fsdp` and `tensor` leave is the data axis. fsdp None takes all that is left.
+    """A mesh over all devices. The data axis gets the devices that `fsdp` and `tensor` leave; fsdp None leaves none.
 
-    Raises UserError if the devices do not divide.
+    Raises:
+      UserError: the number of devices is not divisible by the axes.
     """
     devices = jax.device_count()
     if tensor < 1 or devices % tensor:
@@ -44,18 +45,21 @@ def make_mesh(fsdp: int | None, tensor: int) -> Mesh:
 
 
 def check_tensor(config: VideoXL2Config, tensor: int) -> None:
-    """Raises UserError unless heads and widths divide by the tensor axis."""
+    """Raises UserError unless the numbers of heads and the widths are divisible by the tensor axis."""
     v, t = config.vision, config.llm
     sizes = {
-        "KV heads": t.kv_heads, "LLM MLP width": t.mlp_width, "vision heads": v.heads, "vision MLP width": v.mlp_width,
-    }  # fmt: skip
+        "KV heads": t.kv_heads,
+        "LLM MLP width": t.mlp_width,
+        "vision heads": v.heads,
+        "vision MLP width": v.mlp_width,
+    }
     bad = [f"{n} {what}" for what, n in sizes.items() if n % tensor]
     if bad:
         raise UserError(f"--tensor {tensor} does not divide {', '.join(bad)}")
 
 
 def param_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """Where a parameter (dotted name) is split. Layers are never split; small vectors only by tensor."""
+    """How the parameter with a dotted name is split. The layer axis is never split, and vectors only over `tensor`."""
     spec: list[str | None] = [None] * len(shape)
     for patterns, axis in _TENSOR:
         if any(fnmatch.fnmatchcase(name, p) for p in patterns) and shape[axis] % mesh.shape["tensor"] == 0:
@@ -68,23 +72,27 @@ def param_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
 
 
 def param_sharding(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """The sharding of `param_spec`."""
     return NamedSharding(mesh, param_spec(name, shape, mesh))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array whose first axis is the batch."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def batch_devices(mesh: Mesh) -> int:
+    """Number of parts that a batch is split into."""
     return math.prod(mesh.shape[a] for a in BATCH_AXES)
 
 
 def split_batch(x: jax.Array) -> jax.Array:
-    """Keeps the leading axis split over the batch axes of the mesh in use; without a mesh, x itself."""
+    """Constrains the first axis to be split over the batch axes of the current mesh. Without a mesh it returns x."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not set(BATCH_AXES) <= set(mesh.axis_names):
         return x

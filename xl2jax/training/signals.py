@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C while steps are computed: the run saves the step that is under way, then stops."""
+"""Handles SIGTERM and Ctrl-C during training: the run saves the current step, then stops."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ _INTERRUPTED, _TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 
 
 class Signals:
-    """While it is entered, both are flags. An exception would be lost where it is raised inside a callback of a library,
-    such as JAX's for the garbage collector. A second Ctrl-C ends the process at once.
+    """A context in which both signals only set flags. A second Ctrl-C ends the process at once.
 
-    With several processes JAX's preemption service handles SIGTERM and tells all of them after which step they stop;
-    Ctrl-C in one of them is handed to it.
+    An exception would be lost if it were raised in a callback of a library, such as JAX's in the garbage collector.
+
+    With several processes, JAX's preemption service handles SIGTERM and decides for all processes after which step they
+    stop. Ctrl-C in one of them is passed on to the service.
     """
 
     def __init__(self) -> None:
@@ -25,7 +26,7 @@ class Signals:
     def __enter__(self) -> Signals:
         self._several = jax.process_count() > 1
         self._before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-        if self._before[signal.SIGINT] is not signal.SIG_IGN:  # as it is in a shell's background
+        if self._before[signal.SIGINT] is not signal.SIG_IGN:  # a shell ignores SIGINT for background jobs
             signal.signal(signal.SIGINT, self._interrupt)
         if not self._several:
             signal.signal(signal.SIGTERM, self._terminate)
@@ -46,16 +47,17 @@ class Signals:
         self._terminated = True
 
     def stop_after(self, step: int) -> bool:
-        """Whether the run stops after this step, the same in all processes. To be asked once a step, of every step."""
+        """Whether the run stops after this step; all processes agree. Must be called once for every step."""
         if self._several:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._interrupted or self._terminated
 
     @property
     def status(self) -> int:
-        """Exit status of a run that stopped."""
+        """Exit status of a run that a signal stopped."""
         return _INTERRUPTED if self._interrupted else _TERMINATED
 
     @property
     def name(self) -> str:
+        """The signal, for messages."""
         return "Ctrl-C" if self._interrupted else "SIGTERM"

@@ -1,4 +1,4 @@
-"""Making a TrainState on a mesh, keeping it on disk, and writing the result for PyTorch."""
+"""Creates a TrainState on a mesh, saves and restores it, and exports the result for PyTorch."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from xl2jax.checkpoint.orbax_folder import ignore_closed_loops
-from xl2jax.checkpoint.param_names import Entry, entries, flatten
+from xl2jax.checkpoint.param_names import Entry, entries
 from xl2jax.checkpoint.params import ParamReader, read_params
 from xl2jax.checkpoint.safetensors_io import DTYPE_NAMES, DTYPES
 from xl2jax.checkpoint.torch_folder import write_torch
 from xl2jax.config import VideoXL2Config
-from xl2jax.errors import UserError
-from xl2jax.models.layers import LoRAConfig
+from xl2jax.errors import UserError, first_line
+from xl2jax.models.lora import LoRAConfig
+from xl2jax.models.param_tree import flatten
 from xl2jax.models.video_xl2 import VideoXL2, abstract_model
 from xl2jax.system.schema import check
 from xl2jax.system.terminal import machine_fault
@@ -38,14 +39,14 @@ _CHECKPOINTS = "checkpoints"
 
 
 def parameter_shapes(config: VideoXL2Config, lora: LoRAConfig | None) -> dict[str, jax.ShapeDtypeStruct]:
-    """All parameters by dotted name, adapters included; costs no memory."""
+    """Shapes of all parameters by dotted name, including adapters. Allocates nothing."""
     return flatten(nnx.state(abstract_model(config, jnp.float32, lora)))  # type: ignore[return-value]
 
 
 def abstract_state(
     shapes: Mapping[str, jax.ShapeDtypeStruct], tx: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
-    """The TrainState of the named parameters as shapes with shardings: optimizer state lies as its parameter does."""
+    """The TrainState as shapes with shardings. The optimizer state of a parameter is split as the parameter is."""
     params = {
         n: jax.ShapeDtypeStruct(s.shape, jnp.dtype(MASTER), sharding=param_sharding(n, s.shape, mesh))
         for n, s in shapes.items()
@@ -62,12 +63,18 @@ def abstract_state(
 
 
 def load_parameters(
-    folder: Path, config: StepConfig, trained: Collection[str], mesh: Mesh, seed: int, wanted: Collection[str],
-    *, progress: bool,
-) -> Params:  # fmt: skip
-    """The `wanted` parameters, each put on the mesh in slices as it is read from a checkpoint; adapters are new.
+    folder: Path,
+    config: StepConfig,
+    trained: Collection[str],
+    mesh: Mesh,
+    seed: int,
+    wanted: Collection[str],
+    *,
+    progress: bool,
+) -> Params:
+    """Reads the `wanted` parameters of a checkpoint, and puts each on the mesh as it is read. Adapters are initialised.
 
-    What is `trained` is in `MASTER`, the rest in the compute dtype.
+    Parameters in `trained` have the dtype `MASTER`, the others the compute dtype.
     """
 
     def place(name: str, array: np.ndarray) -> jax.Array:
@@ -91,21 +98,24 @@ def load_parameters(
 
 
 def new_state(params: Params, tx: optax.GradientTransformation, abstract: TrainState) -> TrainState:
-    """Step 0; optimizer state is made in place on the mesh."""
+    """The state at step 0. The optimizer state is created on the mesh."""
     shardings = jax.tree.map(lambda s: s.sharding, abstract)
     opt_state = jax.jit(tx.init, out_shardings=shardings.opt_state)(params)
     return TrainState(jax.device_put(jnp.zeros((), jnp.int32), shardings.step), params, opt_state)
 
 
 class Checkpoints:
-    """The training checkpoints of a run: newest kept, written beside and renamed when whole (Orbax).
+    """The training checkpoints of a run, written by Orbax. Only the newest `keep` are kept.
 
-    What cannot be written raises UserError; the checkpoints that were there before stay.
+    A checkpoint appears under its name when it is complete.
+
+    Raises:
+      UserError: a checkpoint cannot be written. Earlier checkpoints are unchanged.
     """
 
     def __init__(self, output: Path, keep: int):
         self._folder = output / _CHECKPOINTS
-        # Orbax's threads log a traceback each of the error that is raised here.
+        # Each of Orbax's threads would log a traceback of the error that is raised here.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         ignore_closed_loops()
         with self._one_line():
@@ -119,19 +129,20 @@ class Checkpoints:
     def _one_line(self) -> Iterator[None]:
         try:
             yield
-        except Exception as e:  # Orbax raises what its storage raises
-            reason = "no space left on the disk" if "No space left on device" in str(e) else _first_line(e)
+        except Exception as e:  # Orbax raises many types, depending on its storage
+            reason = "no space left on the disk" if "No space left on device" in str(e) else first_line(e)
             raise machine_fault(e) or UserError(
-                f"{self._folder}: cannot be written ({reason}); the last whole checkpoint there is as it was"
+                f"{self._folder}: cannot be written ({reason}); the last complete checkpoint is unchanged"
             ) from e
 
     @property
     def latest(self) -> int | None:
+        """Step of the newest checkpoint, or None if there is none."""
         newest = self._checkpointer.latest
         return None if newest is None else newest.step
 
     def save(self, state: TrainState, identity: Mapping[str, Any]) -> None:
-        """Starts a save; the state may be donated as soon as this returns. `identity` is kept beside it."""
+        """Starts a save of the state and its identity. The state may be donated as soon as this returns."""
         self.wait()
         from_main(lambda: self._check_room(state))
         with self._one_line():
@@ -143,16 +154,16 @@ class Checkpoints:
         if free < need:
             raise UserError(
                 f"{self._folder}: a checkpoint needs {need / 1e9:.3f} GB, {free / 1e9:.3f} GB are free there; "
-                "the last whole checkpoint is as it was"
+                "the last complete checkpoint is unchanged"
             )
 
     def wait(self) -> None:
-        """Returns when the last save is whole on the disk."""
+        """Waits until the last save is complete on the disk."""
         with self._one_line():
             self._checkpointer.wait()
 
     def identity(self) -> dict[str, str] | None:
-        """What was kept beside the newest state; None where there is none."""
+        """The identity that was saved with the newest state, or None if there is no state."""
         newest = self._checkpointer.latest
         if newest is None:
             return None
@@ -161,7 +172,7 @@ class Checkpoints:
             return check(stored or {}, dict[str, str], where)
 
     def restore(self, abstract: TrainState) -> TrainState:
-        """The newest state, in slices on the mesh."""
+        """Reads the newest state onto the mesh."""
         newest = self._checkpointer.latest
         assert newest is not None
         with self._readable(newest.step):
@@ -173,9 +184,8 @@ class Checkpoints:
         try:
             yield where
         except Exception as e:
-            reason = _first_line(e)
             raise machine_fault(e) or UserError(
-                f"{where}: cannot be read ({reason}); remove it to go on from the one before"
+                f"{where}: cannot be read ({first_line(e)}); remove it to resume from the checkpoint before"
             ) from e
 
     def __enter__(self) -> Checkpoints:
@@ -187,24 +197,21 @@ class Checkpoints:
                 self._checkpointer.close()
         except UserError:
             if value is None:
-                raise  # else what is on its way says more
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise  # otherwise the exception in progress says more
 
 
 def merge_adapter(kernel: np.ndarray, a: np.ndarray, b: np.ndarray, lora: LoRAConfig) -> np.ndarray:
-    """Stacked kernels [L, n, m] with their adapters a [L, n, rank] and b [L, rank, m] added, float32."""
+    """Adds adapters a [L, n, rank] and b [L, rank, m] to stacked kernels [L, n, m]. Returns float32."""
     return kernel.astype(np.float32) + np.float32(lora.alpha / lora.rank) * (
         a.astype(np.float32) @ b.astype(np.float32)
     )
 
 
 def export(target: Path, config: StepConfig, params: Params, dtype: str, source: Path) -> None:
-    """Writes upstream's PyTorch layout: what trained from `params`, all else as `source` has it, adapters merged.
+    """Writes the model in upstream's PyTorch layout, with adapters merged into their weights.
 
-    Tokenizer and configs are those of `source`. Process 0 writes, all take part.
+    Trained parameters come from `params`; everything else, including config and tokenizer, from the checkpoint
+    `source`. Process 0 writes, but all processes must call this.
     """
     main = jax.process_index() == 0
     frozen = ParamReader(source, "float32") if main else None
@@ -215,7 +222,7 @@ def export(target: Path, config: StepConfig, params: Params, dtype: str, source:
         return np.asarray(whole)
 
     def stacked(name: str) -> np.ndarray | None:
-        """A parameter of all layers; only process 0 reads what did not train."""
+        """A parameter of all layers. Frozen parameters are read only in process 0."""
         if name in params:
             return gathered(name)
         base = name.removesuffix(".kernel")
@@ -227,19 +234,19 @@ def export(target: Path, config: StepConfig, params: Params, dtype: str, source:
             return array
         return merge_adapter(array, adapter[0], adapter[1], config.lora)
 
-    held: dict[str, np.ndarray | None] = {}  # one stacked parameter at a time
+    current: dict[str, np.ndarray | None] = {}  # holds one stacked parameter at a time
 
     def read(entry: Entry) -> np.ndarray:
-        if entry.param not in held:
-            held.clear()
-            held[entry.param] = stacked(entry.param)
-        array = held[entry.param]
+        if entry.param not in current:
+            current.clear()
+            current[entry.param] = stacked(entry.param)
+        array = current[entry.param]
         assert array is not None
         return (array if entry.layer is None else array[entry.layer]).astype(DTYPES[DTYPE_NAMES[dtype]])
 
     if main:
         write_torch(target, config.model, read, dtype, companions=source, progress=True)
-    else:  # in the order in which write_torch reads
+    else:  # takes part in gathering, in the order in which write_torch reads
         for name in dict.fromkeys(e.param for e in entries(config.model)):
             stacked(name)
     if jax.process_count() > 1:

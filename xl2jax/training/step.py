@@ -1,4 +1,4 @@
-"""One optimizer step as pure functions of a TrainState: gradients, their sum, the update."""
+"""An optimizer step as pure functions of a TrainState: gradients, their accumulation and the update."""
 
 from __future__ import annotations
 
@@ -14,54 +14,58 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from xl2jax.checkpoint.param_names import unflatten
 from xl2jax.config import VideoXL2Config
-from xl2jax.models.layers import LoRAConfig
+from xl2jax.models.lora import LoRAConfig
+from xl2jax.models.param_tree import unflatten
 from xl2jax.models.video_xl2 import VideoXL2, abstract_model, normalise
 from xl2jax.training.config import TrainConfig
 from xl2jax.training.loss import TokenBatch, token_loss
 
 MASTER = "float32"
-"""dtype of what trains, of its gradients and of its optimizer state, whatever the compute dtype is. Adam's steps at the
-presets' rates are smaller than half of bfloat16's spacing around a weight, and with b2 = 0.999 so are those of its
-second moment: in bfloat16 both would stand still."""
+"""dtype of trained parameters, of their gradients and of their optimizer state, for every compute dtype.
+
+At the presets' learning rates a step of Adam is smaller than half of bfloat16's spacing around a weight. With b2 =
+0.999 the same holds for its second moment. In bfloat16 both would round to no change.
+"""
 
 type Params = dict[str, jax.Array]
-"""Parameters by dotted name, layers stacked."""
+"""Parameters by dotted name, with stacked layers."""
 
 
 class TrainState(NamedTuple):
-    """Everything that a step changes. No step draws random numbers: data order follows from seed and position."""
+    """Everything that a step changes. A step draws no random numbers; the data order depends on the seed alone."""
 
     step: jax.Array
-    """int32: optimizer steps done."""
+    """int32: number of completed optimizer steps."""
     params: Params
-    """What trains, in `MASTER`."""
+    """The trained parameters, in `MASTER`."""
     opt_state: optax.OptState
 
 
 class Sums(NamedTuple):
-    """Added up over micro-batches."""
+    """Sums over micro-batches."""
 
     loss: jax.Array
     """Sum of the cross-entropies, float32."""
     tokens: jax.Array
-    """Labelled tokens."""
+    """Number of labelled tokens, float32."""
     grads: Params
     """Gradient of `loss`, in `MASTER`."""
 
 
 class Metrics(NamedTuple):
+    """Numbers of one step, float32 scalars."""
+
     loss: jax.Array
     grad_norm: jax.Array
-    """Before clipping."""
+    """Global norm before clipping."""
     learning_rate: jax.Array
     labelled_tokens: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
-    """What the step functions are compiled for."""
+    """The static configuration of the step functions."""
 
     model: VideoXL2Config
     lora: LoRAConfig | None
@@ -70,7 +74,10 @@ class StepConfig:
 
 
 def learning_rate(config: TrainConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0, then a cosine to 0 at `steps` (transformers' get_cosine_schedule_with_warmup)."""
+    """Linear warm-up from 0, then constant or a cosine to 0 at `steps`.
+
+    The cosine is that of transformers' get_cosine_schedule_with_warmup.
+    """
     warmup = math.ceil(config.warmup * steps)
     if config.schedule == "cosine":
         return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, max(steps, warmup + 1))
@@ -81,12 +88,12 @@ def learning_rate(config: TrainConfig, steps: int) -> optax.Schedule:
 
 
 def is_decayed(name: str) -> bool:
-    """Whether weight decay applies to a parameter: to matrices, not to biases and norms."""
+    """Whether weight decay applies to a parameter. It applies to matrices, not to biases and norms."""
     return name.endswith((".kernel", ".embedding", ".lora_a", ".lora_b"))
 
 
 def optimizer(config: TrainConfig, names: list[str], steps: int) -> optax.GradientTransformation:
-    """Global-norm clip, AdamW (decay on matrices only), per-part rates."""
+    """AdamW with clipping of the global norm, weight decay on matrices, and learning rates by parameter."""
     shares = dict.fromkeys(names, 1.0)
     for pattern, rate in config.part_rates():
         shares |= {n: rate / config.learning_rate for n in names if fnmatch.fnmatchcase(n, pattern)}
@@ -102,13 +109,13 @@ def optimizer(config: TrainConfig, names: list[str], steps: int) -> optax.Gradie
 
 
 def assemble(config: StepConfig, params: Params) -> VideoXL2:
-    """The model of dotted parameters (trained and frozen together)."""
+    """The model with the given parameters, trained and frozen ones together."""
     graphdef = nnx.graphdef(abstract_model(config.model, config.compute_dtype, config.lora))
     return nnx.merge(graphdef, unflatten(params, config.model, config.lora))
 
 
 def gradients(config: StepConfig, params: Params, frozen: Params, pixels: jax.Array, tokens: TokenBatch) -> Sums:
-    """Loss sum and gradients of one micro-batch. Pixels uint8 [B, F, H, W, 3]."""
+    """Loss sum and gradients of one micro-batch. Pixels are uint8 [B, F, H, W, 3]."""
 
     def loss_of(params: Params) -> tuple[jax.Array, jax.Array]:
         compute = {n: p.astype(config.compute_dtype) for n, p in (frozen | params).items()}
@@ -121,7 +128,7 @@ def gradients(config: StepConfig, params: Params, frozen: Params, pixels: jax.Ar
 def update(
     tx: optax.GradientTransformation, schedule: optax.Schedule, state: TrainState, sums: Sums
 ) -> tuple[TrainState, Metrics]:
-    """The optimizer step for the mean loss over all labelled tokens of the micro-batches in `sums`."""
+    """Updates the state by the gradient of the mean loss over all labelled tokens of the micro-batches in `sums`."""
     count = jnp.maximum(sums.tokens, 1.0)
     grads = {n: g / count for n, g in sums.grads.items()}
     norm = optax.global_norm(grads)
@@ -132,7 +139,7 @@ def update(
 
 
 class Steps:
-    """The functions above, jitted for one run on one mesh. States and sums are donated."""
+    """The functions above, jitted for one run on one mesh. States and sums are donated to the calls."""
 
     def __init__(
         self, config: StepConfig, tx: optax.GradientTransformation, schedule: optax.Schedule, abstract: TrainState
@@ -167,7 +174,7 @@ class Steps:
     def __call__(
         self, state: TrainState, frozen: Params, batches: Iterator[tuple[jax.Array, TokenBatch]], count: int
     ) -> tuple[TrainState, Metrics]:
-        """One optimizer step over the next `count` micro-batches (pixels, tokens)."""
+        """Runs one optimizer step over the next `count` micro-batches (pixels, tokens)."""
         if count == 1:
             return self._whole(state, frozen, *next(batches))
         so_far = self._zeros()

@@ -1,4 +1,4 @@
-"""What a run shows and writes: progress bar, metrics.jsonl, TensorBoard, wandb; operations for MFU."""
+"""Reports a run: progress bar, metrics.jsonl, TensorBoard and wandb. Counts operations for the MFU."""
 
 from __future__ import annotations
 
@@ -20,22 +20,17 @@ from xl2jax.config import VideoXL2Config
 from xl2jax.errors import UserError
 from xl2jax.inference import flops
 from xl2jax.system.atomic import replacing_file
+from xl2jax.system.cards import matrix_rate
 from xl2jax.system.schema import Schema, parse_json, read_bytes
 
 logger = logging.getLogger(__name__)
 
-# Dense bfloat16 operations a second by the vendor's datasheet.
-_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40": 181e12, "RTX 4090": 165e12}
-
-
-def peak_flops(device: jax.Device) -> float | None:
-    return next((rate for name, rate in _PEAK.items() if name in device.device_kind), None)
-
 
 def sample_flops(config: VideoXL2Config, trained: set[str], groups: int, tokens: int) -> float:
-    """Operations that one row takes forward and backward: what must be computed, not what is recomputed.
+    """Operations of the forward and backward pass of one sample, without recomputation.
 
-    A part whose parameters train costs its forward pass twice more, one that only passes gradients on once more.
+    The backward pass of a part costs as much as its forward pass for the gradients of activations, and as much again
+    for the gradient of its weights. A part that needs neither costs only its forward pass.
     """
     parts = {
         "vision": 4 * groups * flops.vision(config),
@@ -55,10 +50,11 @@ def sample_flops(config: VideoXL2Config, trained: set[str], groups: int, tokens:
 
 @contextlib.contextmanager
 def _one_line(output: Path) -> Iterator[None]:
+    """Turns an OSError into a one-line UserError."""
     try:
         yield
     except OSError as e:
-        raise UserError(f"{output}: the log cannot be written ({e.strerror}); the last checkpoint is as it was") from e
+        raise UserError(f"{output}: the log cannot be written ({e.strerror}); the last checkpoint is unchanged") from e
 
 
 class _Row(Schema):
@@ -66,7 +62,7 @@ class _Row(Schema):
 
 
 def _keep_steps(path: Path, last: int) -> None:
-    """Drops the rows of steps that were done after the checkpoint from which a run goes on, and torn ones."""
+    """Removes incomplete rows, and rows of steps after `last`, the checkpoint from which a run resumes."""
     if not path.exists():
         return
 
@@ -77,23 +73,31 @@ def _keep_steps(path: Path, last: int) -> None:
             return False
 
     rows = [row for row in read_bytes(path, max_bytes=None).split(b"\n") if is_kept(row)]
-    with replacing_file(path) as beside:
-        beside.write_bytes(b"".join(row + b"\n" for row in rows))
+    with replacing_file(path) as temporary:
+        temporary.write_bytes(b"".join(row + b"\n" for row in rows))
 
 
 class Telemetry:
-    """One process's view of a run; only process 0 shows and writes.
+    """Shows and logs the steps of a run. Only process 0 does so (`show`).
 
-    Raises UserError where a log cannot be written.
+    Raises:
+      UserError: a log cannot be written.
     """
 
     def __init__(
-        self, output: Path, total: int, first: int, *, show: bool, tensorboard: bool, wandb: str | None,
+        self,
+        output: Path,
+        total: int,
+        first: int,
+        *,
+        show: bool,
+        tensorboard: bool,
+        wandb: str | None,
         config: dict[str, Any],
-    ):  # fmt: skip
+    ):
         self._output = output
-        peak = peak_flops(jax.devices()[0])
-        self._peak = peak and peak * jax.device_count()
+        rate = matrix_rate(jax.devices()[0].device_kind)
+        self._peak = None if rate is None else rate * jax.device_count()
         self.skipped = 0
         self._bar = tqdm(
             total=total, initial=first, desc="train", unit="step", file=sys.stderr, disable=not show, dynamic_ncols=True
@@ -101,7 +105,9 @@ class Telemetry:
         self._file: TextIO | None = None
         self._board: Any = None
         self._wandb: Any = None
-        self._times: deque[tuple[float, float, float]] = deque(maxlen=20)  # (when, tokens, operations)
+        self._times: deque[tuple[float, float, float]] = deque(
+            maxlen=20
+        )  # (seconds, tokens, operations) of the last steps
         self._last = time.perf_counter()
         if not show:
             return
@@ -121,7 +127,7 @@ class Telemetry:
             self._wandb = module.init(project=wandb, dir=str(output), config=config, resume="allow")
 
     def step(self, step: int, metrics: dict[str, float], tokens: int, operations: float) -> None:
-        """`tokens` counts those that are not padding; `operations` those of all devices' rows."""
+        """Logs a step. `tokens` is its number of tokens without padding; `operations` is the sum over all devices."""
         now = time.perf_counter()
         self._times.append((now - self._last, tokens, operations))
         self._last = now
@@ -129,11 +135,11 @@ class Telemetry:
         row = {**metrics, "tokens_per_s": done / seconds}
         if self._peak:
             row["mfu"] = computed / seconds / self._peak
-        shown = {"loss": f"{row['loss']:.4f}", "lr": f"{row['learning_rate']:.2e}", "norm": f"{row['grad_norm']:.2f}"}
-        shown["tok/s"] = f"{row['tokens_per_s']:.0f}"
+        postfix = {"loss": f"{row['loss']:.4f}", "lr": f"{row['learning_rate']:.2e}", "norm": f"{row['grad_norm']:.2f}"}
+        postfix["tok/s"] = f"{row['tokens_per_s']:.0f}"
         if "mfu" in row:
-            shown["mfu"] = f"{row['mfu']:.0%}"
-        self._bar.set_postfix(shown, refresh=False)
+            postfix["mfu"] = f"{row['mfu']:.0%}"
+        self._bar.set_postfix(postfix, refresh=False)
         self._bar.update(1)
         with _one_line(self._output):
             if self._file is not None:
@@ -149,7 +155,7 @@ class Telemetry:
     def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self._bar.close()
         for log in (self._file, self._board):
-            with contextlib.suppress(OSError):  # (what a full disk did not take was said by `step`)
+            with contextlib.suppress(OSError):  # `step` has already reported a full disk
                 if log is not None:
                     log.close()
         if self._wandb is not None:

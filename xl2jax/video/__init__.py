@@ -1,1 +1,1 @@
-"""Frames and their times: which frames are taken, how files are read, how reading goes ahead of the model."""
+"""Video frames and their times: choosing frames, reading files, and decoding ahead of the model."""

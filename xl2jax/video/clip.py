@@ -1,4 +1,4 @@
-"""From a video file or a folder of images to the chosen RGB frames and their times."""
+"""Opens a video file or a folder of images, and gives the chosen RGB frames and their times."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 
+from xl2jax.arithmetic import round_up
 from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.errors import UserError
 from xl2jax.video.containers import require_video_path
@@ -21,27 +22,10 @@ from xl2jax.video.frame_sampling import (
     FrameTimes,
     chosen_frames,
     frame_times,
-    sample_indices,
 )
 from xl2jax.video.image_files import ImageReader, images_in
 from xl2jax.video.read_ahead import read_resized
 from xl2jax.video.readers import DecordReader, PyAVReader, Reader
-
-__all__ = [
-    "Backend",
-    "Clip",
-    "DecordReader",
-    "FrameSampling",
-    "FrameTimes",
-    "ImageReader",
-    "PyAVReader",
-    "Reader",
-    "frame_times",
-    "images_in",
-    "open_reader",
-    "open_video",
-    "sample_indices",
-]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +34,9 @@ type Backend = Literal["auto", "decord", "pyav"]
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """The chosen frames of an open video. `times[i]` is the time of frame i in seconds, as it is told to the model.
+    """The chosen frames of an open video. `times[i]` is the time of frame i in seconds, as the model reads it.
 
-    `len(indices)` is a multiple of 4: shorter clips repeat their last frame.
+    `len(indices)` is a multiple of 4: a shorter clip repeats its last frame.
     """
 
     path: Path
@@ -62,11 +46,11 @@ class Clip:
 
     @property
     def duration(self) -> float:
-        """Seconds."""
+        """Length of the whole video in seconds."""
         return self.reader.duration
 
     def check(self) -> None:
-        """Decodes the first chosen frame, so that a video without a readable frame is refused before a model is loaded.
+        """Decodes the first chosen frame. Called before a model is loaded, so that an unreadable video fails early.
 
         Raises:
           UserError: no frame can be read.
@@ -75,11 +59,13 @@ class Clip:
             raise UserError(f"{self.path}: no frame could be decoded")
 
     def batches(self, frames: int, size: int, *, workers: int = 0) -> Iterator[np.ndarray]:
-        """uint8 [frames, size, size, 3] at a time (a multiple of 4 frames), the last maybe shorter.
+        """Yields uint8 arrays [frames, size, size, 3]; the last one may be shorter. `frames` is a multiple of 4.
 
-        `workers` threads read and resize ahead of the caller; 0: as it asks.
-        A file that ends early gives the whole groups that could be read. What is damaged or missing is one warning.
-        Raises UserError if not one frame could be read.
+        With `workers` threads, frames are read and resized ahead of the caller; with 0, only when they are asked for.
+        If the file ends early, only whole groups of 4 frames are given. One warning names damaged and missing frames.
+
+        Raises:
+          UserError: no frame can be read.
         """
         out: list[np.ndarray] = []
         count = 0
@@ -95,30 +81,30 @@ class Clip:
         if count < len(self.indices) and count >= FRAMES_PER_GROUP:
             out = out[: len(out) // FRAMES_PER_GROUP * FRAMES_PER_GROUP]
         if out:
-            out += [out[-1]] * (-len(out) % FRAMES_PER_GROUP)
+            out += [out[-1]] * (round_up(len(out), FRAMES_PER_GROUP) - len(out))
             yield np.stack(out)
 
     def _warn_of_damage(self, count: int) -> None:
-        """One line for a file of which `count` chosen frames were read."""
-        what = []
+        """Logs one warning if some of the chosen frames are damaged, or if only `count` of them were read."""
+        problems = []
         damaged = np.isin(self.indices[:count], list(self.reader.damaged))
         if damaged.any():
             first = self.times[int(np.argmax(damaged))]
-            what.append(
-                f"{damaged.sum()} of {len(self.indices)} frames are damaged (the first at {first:.1f} s), the next good "
-                "one stands in for each"
+            problems.append(
+                f"{damaged.sum()} of {len(self.indices)} frames are damaged (the first at {first:.1f} s); each is "
+                "replaced by the next good one"
             )
         if count < len(self.indices):
-            what.append(
+            problems.append(
                 f"the file is damaged or cut off, last good frame at {self.times[count - 1]:.1f} s of "
                 f"{self.times[-1]:.1f} s"
             )
-        if what:
-            logger.warning("warning: %s: %s", self.path, "; ".join(what))
+        if problems:
+            logger.warning("warning: %s: %s", self.path, "; ".join(problems))
 
 
 def open_reader(path: Path, backend: Backend = "auto", folder_fps: float = 1.0, threads: int = 0) -> Reader:
-    """Opens a file with PyAV (`auto` is the same), or decord where it is named; a folder as images."""
+    """Opens a file with PyAV (`pyav` or `auto`) or decord, and a folder as images at `folder_fps`."""
     require_video_path(path)
     if path.is_dir():
         return ImageReader(images_in(path), folder_fps)
@@ -130,23 +116,28 @@ def open_reader(path: Path, backend: Backend = "auto", folder_fps: float = 1.0, 
 
 
 def open_video(
-    path: str | Path, config: FrameSampling | None = None, *, backend: Backend = "auto", folder_fps: float = 1.0,
+    path: str | Path,
+    config: FrameSampling | None = None,
+    *,
+    backend: Backend = "auto",
+    folder_fps: float = 1.0,
     threads: int = 0,
-) -> Clip:  # fmt: skip
-    """Opens a video and chooses its frames. Nothing is decoded: `Clip.check` does that for one frame.
+) -> Clip:
+    """Opens a video and chooses its frames. Decodes nothing; `Clip.check` decodes one frame.
 
     Args:
-      path: mp4, mkv, webm, mov, avi, gif, whatever FFmpeg reads, or a folder of images.
-      config: which frames; see `FrameSampling`.
-      backend: `pyav`, `decord` or `auto`, which is pyav.
-      folder_fps: frames a second of a folder of images.
-      threads: of the pyav decoder; 0 leaves it to FFmpeg. Where many files are read at once, 1 is fastest.
+      path: a file of any format that FFmpeg reads (mp4, mkv, webm, mov, avi, gif, ...), or a folder of images.
+      config: which frames to choose; see `FrameSampling`.
+      backend: `pyav`, `decord` or `auto`, which means pyav.
+      folder_fps: frame rate of a folder of images.
+      threads: threads of the pyav decoder; 0 lets FFmpeg choose. 1 is fastest when many files are read at once.
 
     Raises:
-      UserError: missing, not a regular file, unreadable, without video, of an unknown codec, or without frames.
+      UserError: the file is missing, not a regular file or unreadable, or it holds no video stream, no frames or an
+        unknown codec.
     """
     if not str(path):
-        raise UserError("no video is named")
+        raise UserError("no video is given")
     require_video_path(path)
     path, config = Path(path), config or FrameSampling()
     if not 0 < folder_fps < math.inf:
@@ -157,11 +148,11 @@ def open_video(
     if reader.fps <= 0:
         raise UserError(f"{path}: reports no frame rate")
     indices = chosen_frames(reader.total, reader.fps, config)
-    return Clip(path, reader, indices, _told_times(path, reader, indices, config.times))
+    return Clip(path, reader, indices, _model_times(path, reader, indices, config.times))
 
 
-def _told_times(path: Path, reader: Reader, indices: np.ndarray, times: FrameTimes) -> list[float]:
-    """Index / rate, or the frames' own times where one of the chosen frames lies further from it than half a second."""
+def _model_times(path: Path, reader: Reader, indices: np.ndarray, times: FrameTimes) -> list[float]:
+    """The times that the model reads: index / rate, or presentation times if the two differ by over half a second."""
     by_rate = frame_times(indices, reader.fps)
     if times == "upstream" or reader.seconds is None:
         return by_rate
@@ -170,8 +161,9 @@ def _told_times(path: Path, reader: Reader, indices: np.ndarray, times: FrameTim
     if difference <= TIMES_MAY_DIFFER:
         return by_rate
     logger.warning(
-        "warning: %s: the frame rate varies, so the frames' own times are told (up to %.1f s from frame number / rate, "
-        "which --frame-times upstream tells)",
-        path, difference,
-    )  # fmt: skip
+        "warning: %s: the frame rate varies: the model is given presentation times, which differ by up to %.1f s from "
+        "frame number / rate (--frame-times upstream gives the latter)",
+        path,
+        difference,
+    )
     return [round(float(s), 1) for s in seconds]

@@ -1,4 +1,4 @@
-"""Opening a video file with PyAV (FFmpeg): regular local files alone, the stream that holds the video, one-line errors."""
+"""Opens regular local video files with PyAV (FFmpeg) and finds the stream that holds the video."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from xl2jax.errors import UserError
+from xl2jax.errors import UserError, first_line
 from xl2jax.system.schema import unreadable
 from xl2jax.system.terminal import machine_fault
 
 logger = logging.getLogger(__name__)
 
 MAX_PIXELS = 1 << 27
-"""Most pixels of a frame or an image: a damaged header may claim any number."""
+"""Limit on the pixels of a frame or an image: a damaged header may state any number."""
 
-# Demuxers that read other files or the network, or that take names for patterns.
+# Demuxers that open other files or the network, or that treat the name as a pattern.
 _PLAYLISTS = {
     "alias_pix", "brender_pix", "concat", "concatf", "dash", "hls", "image2", "image2pipe", "imf", "lavfi", "mlv",
     "rtp", "rtsp", "sap", "sdp", "tty", "vobsub", "webm_dash_manifest",
 }  # fmt: skip
 _PLAYLIST_STARTS = (b"#EXTM3U", b"ffconcat", b"<MPD")
-_MAX_MOOV = 64 << 20  # bytes of an index of tracks
+_MAX_MOOV = 64 << 20  # limit on the bytes of an mp4 file's track index
 
 
 def require_video_path(path: str | Path) -> None:
-    """Raises UserError unless `path` is a regular file or a folder: a pipe, a device or a socket might block for ever."""
+    """Raises UserError unless `path` is a regular file or a folder. A pipe, a device or a socket might block."""
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
         if address := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):(/+)", str(path)):
-            slashes = "//" if len(address[2]) == 1 else ""  # pathlib makes one slash of two
-            whole = f"{address[1]}:{slashes}{str(path)[address.start(2) + bool(slashes) :]}"
-            raise UserError(f"{whole}: is an address; download the video and give the file") from None
+            slashes = "//" if len(address[2]) == 1 else ""  # pathlib merges two slashes into one
+            url = f"{address[1]}:{slashes}{str(path)[address.start(2) + bool(slashes) :]}"
+            raise UserError(f"{url}: is an address; download the video and give the file") from None
         raise UserError(f"{path}: no such video") from None
     except OSError as e:
         raise unreadable(path, e) from None
-    except ValueError as e:  # a name that no file can have
+    except ValueError as e:  # not a possible file name
         raise UserError(f"{str(path)!r}: no such video ({e})") from None
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise UserError(f"{path}: is a pipe, a device or a socket; write the video to a file first")
@@ -52,15 +52,17 @@ def require_video_path(path: str | Path) -> None:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """A PyAV container of a video file.
+    """Opens a video file as a PyAV container.
 
     Raises:
-      UserError: instead of whatever PyAV raises in the body, on damaged files also AttributeError, ValueError and more.
+      UserError: the file cannot be opened, or PyAV raised an error in the body of the `with` statement. On damaged
+        files PyAV raises AttributeError, ValueError and others besides its own errors.
     """
     import av
 
     require_video_path(path)
-    # An absolute path behind "file:" cannot be taken for a protocol ("x:y.mp4"); a playlist opens nothing else.
+    # "file:" and an absolute path keep FFmpeg from reading a name such as "x:y.mp4" as a protocol. The whitelists keep
+    # playlists from opening other files.
     options = {"protocol_whitelist": "file", "format_whitelist": _formats()}
     try:
         with av.open(f"file:{path.absolute()}", options=options) as container:
@@ -69,16 +71,16 @@ def opened(path: Path) -> Iterator[Any]:
         raise
     except Exception as e:
         if isinstance(e, OSError) and e.errno in (errno.ENOENT, errno.EACCES):
-            raise unreadable(path, OSError(e.errno, e.strerror)) from None  # Python's own class instead of PyAV's
+            raise unreadable(path, OSError(e.errno, e.strerror)) from None  # Python's class replaces PyAV's
         if machine_fault(e) is not None:
-            raise  # not the file's fault
+            raise  # the machine ran short; the file may be good
         logger.debug("%s: %r", path, e, exc_info=True)
-        raise UserError(f"{path}: not a video that can be read ({_playlist(path) or reason(e)})") from None
+        raise UserError(f"{path}: not a video that can be read ({_playlist(path) or first_line(e)})") from None
 
 
 @functools.cache
 def _formats() -> str:
-    """Names of the demuxers that may open a file, for FFmpeg's `format_whitelist`."""
+    """The demuxers that may open a file, as FFmpeg's `format_whitelist` expects them."""
     import av
 
     names = {name for names in av.formats_available for name in names.split(",")}
@@ -86,26 +88,21 @@ def _formats() -> str:
 
 
 def _playlist(path: Path) -> str | None:
+    """The advice to give if the file is a playlist, else None."""
     with contextlib.suppress(OSError), open(path, "rb") as f:
         if f.read(16).lstrip().startswith(_PLAYLIST_STARTS):
             return "a playlist: give a video file itself"
     return None
 
 
-def reason(error: Exception) -> str:
-    """An exception in a few words."""
-    text = str(getattr(error, "strerror", None) or error).strip() or type(error).__name__
-    return text.splitlines()[0]
-
-
 def video_stream(path: Path, container: Any) -> Any:
-    """The best video stream: no cover picture, no alpha plane or depth map.
+    """The best video stream that is not a cover picture, an alpha plane or a depth map.
 
-    Streams are ranked as decord's FFmpeg does: by frames (up to 5), then by bit rate. Where these say nothing, FFmpeg's
-    own choice stands.
+    Streams are ranked as in decord's FFmpeg: by the number of frames (counted up to 5), then by bit rate. Among equals
+    FFmpeg's own choice wins.
 
     Raises:
-      UserError: there is none, or FFmpeg does not know its codec, or its frames are too large.
+      UserError: the file has no such stream, FFmpeg does not know its codec, or its frames are too large.
     """
     from av.stream import Disposition as D
 
@@ -121,7 +118,7 @@ def video_stream(path: Path, container: Any) -> Any:
         raise UserError(f"{path}: holds a video of a codec that FFmpeg does not know")
     ranks = {s.index: (min(s.frames or 5, 5), s.codec_context.bit_rate or 0) for s in known}
     best = container.streams.best("video")
-    # max() takes the first of equals: FFmpeg's choice.
+    # max() returns the first of several equal streams, which the sort makes FFmpeg's choice.
     stream = max(sorted(known, key=lambda s: s.index != best.index), key=lambda s: ranks[s.index])
     if stream.codec_context.width * stream.codec_context.height > MAX_PIXELS:
         size = f"{stream.codec_context.width} x {stream.codec_context.height}"
@@ -130,9 +127,9 @@ def video_stream(path: Path, container: Any) -> Any:
 
 
 def _auxiliary_tracks(path: Path) -> set[int]:
-    """Track ids of alpha planes and depth maps in an ISO media file (mp4, mov, avif): FFmpeg does not tell them apart."""
+    """Track ids of alpha planes and depth maps in an ISO media file (mp4, mov, avif). FFmpeg does not mark them."""
     auxiliary = set()
-    with contextlib.suppress(OSError, struct.error, IndexError), open(path, "rb") as f:  # what is damaged stays out
+    with contextlib.suppress(OSError, struct.error, IndexError), open(path, "rb") as f:  # damaged boxes are ignored
         for kind, start, end in _boxes_of_file(f):
             if kind != b"moov" or end - start > _MAX_MOOV:
                 continue
@@ -149,7 +146,7 @@ def _auxiliary_tracks(path: Path) -> set[int]:
 
 
 def _boxes_of_file(f: Any) -> Iterator[tuple[bytes, int, int]]:
-    """Kind, first and last byte of what the boxes at the top of an ISO media file hold."""
+    """(kind, start, end) of the content of each top-level box of an ISO media file."""
     at, total = 0, os.fstat(f.fileno()).st_size
     while at + 8 <= total:
         f.seek(at)
@@ -167,7 +164,7 @@ def _boxes_of_file(f: Any) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _boxes(data: bytes, start: int, end: int, kind: bytes) -> Iterator[tuple[int, int]]:
-    """First and last byte of what the boxes of a kind hold."""
+    """(start, end) of the content of each box of one kind."""
     while start + 8 <= end:
         size, name = struct.unpack_from(">I4s", data, start)
         if size < 8:

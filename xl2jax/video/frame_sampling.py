@@ -1,4 +1,4 @@
-"""Which frames of a video are read, and which times the model is told. Upstream's rule; no file is opened here."""
+"""Upstream's rule for choosing frames and their times. This module opens no files."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from xl2jax.errors import UserError
 type FrameTimes = Literal["auto", "upstream"]
 
 MAX_FRAMES = 1 << 20
-"""Most frames that can be asked for."""
+"""Upper limit on `max_frames`."""
 
 TIMES_MAY_DIFFER = 0.5
-"""Seconds by which index / rate may differ from a frame's own time before the own times are told."""
+"""Limit in seconds: if index / rate differs more from presentation times, the model gets presentation times."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FrameSampling:
     """Which frames are read.
 
-    fps: frames a second. None takes exactly `max_frames` frames, evenly spread over the video (a shorter video repeats
-      frames); `max_fps` plays no part then.
-    max_fps: the rate to rise to while `max_frames` is not reached; None stays at `fps`.
-    max_frames: most frames. Beyond it they are spread evenly over the video.
-    times: `auto` tells the model a frame's index / rate, as upstream does, or the frames' own presentation times where
-      the two differ by more than half a second; `upstream` always tells index / rate.
+    fps: frames a second. None takes exactly `max_frames` frames, evenly spread over the video, and ignores `max_fps`;
+      a shorter video then repeats frames.
+    max_fps: for short videos the rate rises up to this one, as far as `max_frames` allows; None keeps `fps`.
+    max_frames: limit on the number of frames. A longer video is sampled evenly over its whole length.
+    times: `auto` gives the model a frame's index / rate, as upstream does, or presentation times if the two differ by
+      more than half a second; `upstream` always gives index / rate.
     """
 
     fps: float | None = 1.0
@@ -50,14 +50,14 @@ class FrameSampling:
 def sample_indices(
     total_frames: int, video_fps: float, fps: float | None = 1.0, max_fps: int | None = 4, max_frames: int = 256
 ) -> tuple[np.ndarray, list[float]]:
-    """Frame indices (a multiple of 4 of them) and their times in seconds, as upstream chooses them.
+    """Frame indices and their times in seconds, as upstream chooses them. Their number is a multiple of 4.
+
+    With fewer than 4 frames the result is empty, as upstream's is; `chosen_frames` repeats the last frame instead.
 
     Args:
-      total_frames: frames in the file.
-      video_fps: its average frame rate.
+      total_frames: number of frames in the file.
+      video_fps: average frame rate of the file.
       fps, max_fps, max_frames: see `FrameSampling`.
-
-    Fewer than 4 frames leave nothing, as upstream does; `chosen_frames` repeats the last one instead.
     """
     indices = _candidates(total_frames, video_fps, fps, max_fps, max_frames)
     indices = indices[: len(indices) // FRAMES_PER_GROUP * FRAMES_PER_GROUP]
@@ -65,7 +65,7 @@ def sample_indices(
 
 
 def chosen_frames(total_frames: int, video_fps: float, config: FrameSampling) -> np.ndarray:
-    """Ascending frame indices, a multiple of 4 and at least 4 of them: a shorter clip repeats its last frame."""
+    """Ascending frame indices. Their number is a multiple of 4, at least 4: a shorter clip repeats its last frame."""
     indices = _candidates(total_frames, video_fps, config.fps, config.max_fps, config.max_frames)
     if len(indices) >= FRAMES_PER_GROUP:
         return indices[: len(indices) // FRAMES_PER_GROUP * FRAMES_PER_GROUP]
@@ -73,12 +73,12 @@ def chosen_frames(total_frames: int, video_fps: float, config: FrameSampling) ->
 
 
 def frame_times(indices: np.ndarray, video_fps: float) -> list[float]:
-    """Index / rate in seconds, rounded to a tenth: the times that upstream tells the model."""
+    """Index / rate in seconds, rounded to a tenth: the times that upstream gives the model."""
     return [round(int(i) / video_fps, 1) for i in indices]
 
 
 def _candidates(total: int, video_fps: float, fps: float | None, max_fps: int | None, max_frames: int) -> np.ndarray:
-    """Indices before the tail is cut to whole groups."""
+    """The chosen indices, before they are cut to whole groups."""
 
     def spread() -> np.ndarray:
         return np.linspace(0, total - 1, max_frames).astype(np.int64)

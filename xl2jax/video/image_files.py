@@ -1,4 +1,4 @@
-"""Image files as RGB frames, one a file, and the folders that hold them."""
+"""Reads image files as RGB frames, and lists the images of a folder."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from xl2jax.errors import UserError
+from xl2jax.errors import UserError, first_line
 from xl2jax.system.schema import unreadable
 from xl2jax.system.terminal import machine_fault
-from xl2jax.video.containers import MAX_PIXELS, reason
+from xl2jax.video.containers import MAX_PIXELS
 from xl2jax.video.readers import SPAN_FRAMES, Reader
 
 _IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
@@ -25,7 +25,7 @@ _VIDEOS = {
 
 
 class ImageReader(Reader):
-    """Image files, one a frame, `fps` of them a second."""
+    """A sequence of image files, one per frame, at `fps` frames a second."""
 
     def __init__(self, files: Sequence[Path], fps: float):
         self._files = files
@@ -43,17 +43,17 @@ class ImageReader(Reader):
 
 
 def read_image(path: Path) -> np.ndarray:
-    """uint8 RGB [H, W, 3], upright. 16-bit grey is scaled to 8 bits; transparency is dropped.
+    """uint8 RGB [H, W, 3], rotated upright. 16-bit grey is scaled to 8 bits, and transparency is dropped.
 
     Raises:
-      UserError: no image, damaged, or larger than `MAX_PIXELS`.
+      UserError: the file is not an image, is damaged, or has more pixels than `MAX_PIXELS`.
     """
     try:
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise UserError(f"{path}: has {image.width} x {image.height} pixels, more than can be read")
             upright = ImageOps.exif_transpose(image)
-            if upright.mode == "I" or upright.mode.startswith("I;16"):  # Pillow would cut everything above 255 off
+            if upright.mode == "I" or upright.mode.startswith("I;16"):  # Pillow would clip values above 255
                 grey = np.clip(np.asarray(upright, np.float64), 0, 65535) / 257
                 return np.repeat(np.round(grey).astype(np.uint8)[..., None], 3, axis=2)
             return np.asarray(upright.convert("RGB"))
@@ -63,21 +63,21 @@ def read_image(path: Path) -> np.ndarray:
         raise
     except UnidentifiedImageError:
         raise UserError(f"{path}: not an image that can be read (its format is not known)") from None
-    except Exception as e:  # Pillow's decoders raise whatever a damaged file leads them to
+    except Exception as e:  # on damaged files Pillow's decoders raise errors of many types
         if machine_fault(e) is not None:
-            raise  # not the file's fault
-        raise UserError(f"{path}: not an image that can be read ({reason(e)})") from None
+            raise  # the machine ran short; the file may be good
+        raise UserError(f"{path}: not an image that can be read ({first_line(e)})") from None
 
 
 def images_in(folder: Path) -> list[Path]:
-    """The images of a folder in the natural order of their names ("2" before "10"). Hidden files are left out.
+    """The images of a folder in the natural order of their names ("2" before "10"), without hidden files.
 
     Raises:
-      UserError: the folder cannot be listed, or holds no images: the line says what it holds instead.
+      UserError: the folder cannot be listed, or holds no images. The message then says what it holds.
     """
 
     def natural(path: Path) -> tuple[list[tuple[int, int, str]], str]:
-        parts = re.split(r"([0-9]+)", path.name)  # ASCII alone: "²" is a digit to Unicode but not to int
+        parts = re.split(r"([0-9]+)", path.name)  # only ASCII digits: int() refuses "²", which Unicode calls a digit
         return [(0, int(s), "") if i % 2 else (1, 0, s) for i, s in enumerate(parts)], path.name
 
     try:
@@ -86,18 +86,18 @@ def images_in(folder: Path) -> list[Path]:
         raise unreadable(folder, e) from None
     images = sorted((p for p in files if p.suffix.lower() in _IMAGES), key=natural)
     if not images:
-        raise UserError(f"{folder}: holds no frames ({_what_it_holds(files)})")
+        raise UserError(f"{folder}: holds no frames ({_contents(files)})")
     return images
 
 
-def _what_it_holds(files: Sequence[Path]) -> str:
-    """What a folder without images holds, and what to do."""
+def _contents(files: Sequence[Path]) -> str:
+    """What a folder without images holds, and what to do about it."""
     videos = sorted(p.name for p in files if p.suffix.lower() in _VIDEOS)
     if videos:
-        what = f"a video, {videos[0]}" if len(videos) == 1 else f"{len(videos)} videos, such as {videos[0]}"
-        return f"it holds {what}: name that file instead of the folder"
+        text = f"a video, {videos[0]}" if len(videos) == 1 else f"{len(videos)} videos, such as {videos[0]}"
+        return f"it holds {text}: name that file instead of the folder"
     others = collections.Counter(p.suffix.lower() for p in files if p.suffix.lower() in _OTHER_IMAGES)
     if others:
-        what = ", ".join(f"{count} {suffix} files" for suffix, count in others.most_common())
-        return f"it holds {what}: convert them to .jpg or .png first"
+        text = ", ".join(f"{count} {suffix} files" for suffix, count in others.most_common())
+        return f"it holds {text}: convert them to .jpg or .png first"
     return f"no file ends in {', '.join(sorted(_IMAGES))}"

@@ -1,7 +1,7 @@
-"""What the packets of a video say, without decoding: how many frames are shown, when, and where decoding can begin.
+"""The index of a video, read from its packets without decoding: frame count, frame times, and key frames.
 
-This is the one reader of video time. A container states an average frame rate and a length, and may state them wrongly
-(recorders state 1,000 a second, or nothing); the packets carry a presentation time for every frame.
+A container states an average frame rate and a length, but both may be wrong: some recorders state 1,000 frames a
+second, or nothing. The packets carry a presentation time for every frame, so all times in this project come from them.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from xl2jax.video.containers import opened, video_stream
 
 logger = logging.getLogger(__name__)
 
-_RATES_AGREE = 0.05  # share by which a believed rate may differ from what the packets say
-_BACKWARD_SECONDS = 1.0  # a decoding time that jumps back by more than this begins a new recording in the same file
-_COUNTED_FROM_ZERO = ("matroska", "asf", "nut")  # formats whose length includes what lies before a late first frame
-_READ_THROUGH = ("mpeg", "ogg")  # formats in which FFmpeg gives frames other times after a jump than before
-_NO_LENGTH = ("mpegts", "mpeg")  # formats that state no length: FFmpeg takes it from the last packets
+_RATE_TOLERANCE = 0.05  # the stated frame rate is used if it is within this share of the rate of the packets
+_BACKWARD_SECONDS = 1.0  # where decoding times jump back by more than this, a new recording begins in the same file
+_COUNTED_FROM_ZERO = ("matroska", "asf", "nut")  # formats whose length includes the gap before a late first frame
+_NO_SEEK = ("mpeg", "ogg")  # formats in which FFmpeg changes the times of frames after a seek
+_NO_LENGTH = ("mpegts", "mpeg")  # formats that state no length: FFmpeg derives it from the last packets
 
 
 @dataclasses.dataclass(frozen=True)
 class VideoIndex:
     """The video stream of a file.
 
-    stream: its index in the container.
+    stream: index of the stream in the container.
     container: FFmpeg's name of the format.
-    total: frames that are shown.
-    rate: average frames a second. The container's where its packets agree within 5 %, the packets' own otherwise.
+    total: number of frames that are shown.
+    rate: average frames a second: the container's if it is within 5 % of the packets', else the packets'.
     duration: seconds from the first frame to the end of the last.
-    seconds: float64 [total], each frame's presentation time relative to the first; None where the file has no times.
-    numbers: presentation time in stream units -> frame number. Empty where times do not tell frames apart (AVI with
-      B-frames, raw streams, repeated times): decoded frames must then be counted.
-    keys: (number, presentation time) of the frames that decoding can begin at, ascending. Empty where `numbers` is, and
-      for formats that cannot be trusted after a jump.
+    seconds: float64 [total], presentation time of each frame relative to the first; None if the file has no times.
+    numbers: presentation time in stream units -> frame number. Empty if times do not identify frames (AVI with
+      B-frames, raw streams, repeated times); decoded frames must then be counted.
+    keys: (number, presentation time) of the key frames, ascending. Empty if `numbers` is, and for formats whose times
+      change after a seek.
     """
 
     stream: int
@@ -54,22 +54,23 @@ class VideoIndex:
 
 @dataclasses.dataclass
 class _Packets:
-    """Times of the shown packets in file order, in stream units."""
+    """Times of the packets of shown frames in file order, in stream units."""
 
     pts: list[int | None] = dataclasses.field(default_factory=list)
     dts: list[int | None] = dataclasses.field(default_factory=list)
     durations: list[int] = dataclasses.field(default_factory=list)
     keys: list[int] = dataclasses.field(default_factory=list)
     first: float = 0.0
-    """Earliest second in any stream, and latest."""
+    """Earliest time in any stream, in seconds."""
     last: float = 0.0
+    """Latest time in any stream, in seconds."""
 
 
 def read_index(path: Path) -> VideoIndex:
-    """Reads all packets of a video file. Says in a line each that the file is cut off and that its rate is not believed.
+    """Reads all packets of a video file. Warns if the file is cut off, and if the stated frame rate is not used.
 
     Raises:
-      UserError: unreadable, without video, or of an unknown codec.
+      UserError: the file is unreadable, holds no video or has an unknown codec.
     """
     import av
 
@@ -79,7 +80,7 @@ def read_index(path: Path) -> VideoIndex:
         name = container.format.name
         stated = float(stream.average_rate or stream.guessed_rate or 0)
         _warn_if_cut_off(path, name, packets, (container.duration or 0) / av.time_base)
-        # AVI stores no presentation times: with B-frames, FFmpeg's are guesses.
+        # AVI stores no presentation times. With B-frames FFmpeg can only guess them.
         trusted = name != "avi" or not stream.codec_context.has_b_frames
         base = stream.time_base or Fraction(1, av.time_base)
         base = Fraction(base.numerator, base.denominator)
@@ -108,7 +109,7 @@ def _read_packets(container: Any, stream: Any) -> _Packets:
                 if packet.is_keyframe and pts is not None:
                     packets.keys.append(pts)
     except av.FFmpegError:
-        pass  # cut off: what was counted can be read
+        pass  # the file is cut off: the packets so far can be read
     bases = {s.index: float(s.time_base) for s in container.streams if s.time_base is not None}
     packets.first = min((t * bases[s] for s, t in first.items() if s in bases), default=0.0)
     packets.last = max((t * bases[s] for s, t in last.items() if s in bases), default=0.0)
@@ -136,7 +137,7 @@ def _index(
         span = max(ticks) - min(ticks)
         last = packets.durations[ticks.index(max(ticks))] or (round(span / (total - 1)) if total > 1 else 0)
     if not ticks or (total > 1 and span == 0):
-        # One frame needs no rate.
+        # A single frame needs no rate.
         rate = stated or (1.0 if total == 1 else 0.0)
         return VideoIndex(stream, container, total, rate, total / rate if rate else 0.0, None, {}, [])
     duration = float((span + last) * time_base) or 1 / (stated or 1.0)
@@ -145,13 +146,15 @@ def _index(
     numbers: dict[int, int] = {}
     if pts and not restarts and len(set(pts)) == total:
         numbers = {t: i for i, t in enumerate(sorted(pts))}
-    keys = sorted((numbers[t], t) for t in packets.keys) if numbers and container not in _READ_THROUGH else []
+    keys = sorted((numbers[t], t) for t in packets.keys) if numbers and container not in _NO_SEEK else []
     return VideoIndex(stream, container, total, rate, duration, seconds, numbers, keys)
 
 
 def _continued(times: list[int | None], packets: _Packets, time_base: Fraction) -> tuple[list[int] | None, bool]:
-    """Times in file order, without the jumps back of files that were put together from several (MPEG-TS); whether there
-    were any. None where some are unknown."""  # fmt: skip
+    """Times in file order with backward jumps removed, and whether there were any jumps.
+
+    Concatenated MPEG-TS recordings restart their times. The result is None if a time is unknown.
+    """
     if not times or any(t is None for t in times):
         return None, False
     out: list[int] = []
@@ -172,8 +175,10 @@ def _continued(times: list[int | None], packets: _Packets, time_base: Fraction) 
 def _rate(
     path: Path, packets: _Packets, stated: float, total: int, duration: float, span: float, time_base: Fraction
 ) -> float:
-    """The container's rate where the packets agree with it, by presentation or by decoding times (of which mp4 makes its
-    average), else the packets' own, which is said."""  # fmt: skip
+    """The container's rate if it agrees with the packets, else the rate of the packets, with a warning.
+
+    Presentation times and decoding times both count: mp4 states the average of the latter.
+    """
     if total == 1:
         return stated or 1 / duration
     measured = [total / duration, (total - 1) / span]
@@ -181,13 +186,16 @@ def _rate(
     if len(decoded) == total and max(decoded) > min(decoded):
         last = packets.durations[decoded.index(max(decoded))]
         measured.append(total / float((max(decoded) - min(decoded) + last) * time_base))
-    if any(abs(stated / m - 1) <= _RATES_AGREE for m in measured):
+    if any(abs(stated / m - 1) <= _RATE_TOLERANCE for m in measured):
         return stated
     logger.warning(
-        "warning: %s: the container states %s, which is not believed: its %d frames last %.1f s, so %.4g frames a second "
-        "is used",
-        path, f"{stated:g} frames a second" if stated else "no frame rate", total, duration, measured[0],
-    )  # fmt: skip
+        "warning: %s: the container states %s, but its %d frames last %.1f s: %.4g frames a second is used instead",
+        path,
+        f"{stated:g} frames a second" if stated else "no frame rate",
+        total,
+        duration,
+        measured[0],
+    )
     return measured[0]
 
 
@@ -196,7 +204,7 @@ def _vp8_shown(data: memoryview) -> bool:
 
 
 def _vp9_shown(data: memoryview) -> bool:
-    """A superframe holds several frames: their sizes stand at its end."""
+    """Whether a packet shows a frame. A superframe holds several frames, whose sizes are stored at its end."""
     starts, last = [0], data[-1]
     if last & 0xE0 == 0xC0:
         frames, width = (last & 7) + 1, ((last >> 3) & 3) + 1
@@ -208,12 +216,15 @@ def _vp9_shown(data: memoryview) -> bool:
 
 
 def _vp9_frame_shown(first: int) -> bool:
-    shift = 1 if first & 0x30 == 0x30 else 0  # profile 3 has a bit more
+    shift = 1 if first & 0x30 == 0x30 else 0  # profile 3 has one bit more
     shows_earlier_frame, shown = first & (0x08 >> shift), first & (0x02 >> shift)
     return bool(shows_earlier_frame or shown)
 
 
-# Codecs whose packets may hold a frame that is only referred to.
+# Codecs whose packets may hold a frame that is never shown but that other frames refer to.
 _SHOWN: dict[str, Callable[[memoryview], bool]] = {
-    "vp8": _vp8_shown, "libvpx": _vp8_shown, "vp9": _vp9_shown, "libvpx-vp9": _vp9_shown,
-}  # fmt: skip
+    "vp8": _vp8_shown,
+    "libvpx": _vp8_shown,
+    "vp9": _vp9_shown,
+    "libvpx-vp9": _vp9_shown,
+}

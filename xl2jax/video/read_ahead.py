@@ -1,8 +1,8 @@
-"""Frames read and resized in threads, ahead of whoever encodes them, in order and in bounded memory.
+"""Reads and resizes frames in threads ahead of the encoder, in order and in bounded memory.
 
-Every thread reads runs of frames of its own (see `Reader.spans`). One window over all runs bounds what waits: a frame is
-read only once its place in the video lies less than the window's length beyond what the caller has taken. The frame that
-the caller waits for always lies within it, so that nothing can lock up.
+Each thread reads its own spans of frames (see `Reader.spans`). One window over all spans bounds the number of waiting
+frames: a frame is read only when its place is less than the window's length ahead of the next frame that the caller
+takes. That next frame always lies within the window, so there is no deadlock.
 """
 
 from __future__ import annotations
@@ -21,23 +21,25 @@ from xl2jax.errors import UserError
 from xl2jax.video.readers import Reader
 
 STALL_SECONDS = 120.0
-"""A decoder that gives no frame for so long has hung."""
+"""A decoder that gives no frame for this long counts as hung."""
 
-_WAITING_BYTES = 64 << 20  # resized frames that wait, for each thread
-_MOST_WORKERS = 8
+_WAITING_BYTES = 64 << 20  # limit on the resized frames that wait, per thread
+_MAX_WORKERS = 8
 
 
 def default_workers() -> int:
-    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, _MOST_WORKERS)
+    """One thread for each processor that this process may use, up to 8."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(processors, _MAX_WORKERS)
 
 
 def resize(frame: np.ndarray, size: int) -> np.ndarray:
-    """uint8 RGB [H, W, 3] -> [size, size, 3]: PIL bicubic, aspect ratio not kept."""
+    """Resizes uint8 RGB [H, W, 3] to [size, size, 3] with PIL's bicubic filter. The aspect ratio is not kept."""
     return np.asarray(Image.fromarray(frame).resize((size, size), Image.Resampling.BICUBIC))
 
 
 def _resized(reader: Reader, indices: np.ndarray, size: int) -> Generator[np.ndarray]:
-    """`reader`'s frames, resized. A reader yields the same array where an index repeats: it is resized once."""
+    """Resizes the frames of `reader`. A repeated index yields the same array again, which is resized only once."""
     previous, small = None, np.empty(0)
     for frame in reader.frames(indices):
         if frame is not previous:
@@ -46,7 +48,7 @@ def _resized(reader: Reader, indices: np.ndarray, size: int) -> Generator[np.nda
 
 
 class _Window:
-    """Frames on their way from the reading threads to the caller, by their place among all that are wanted."""
+    """Hands frames from the reading threads to the caller. A frame's place is its position among all wanted frames."""
 
     def __init__(self, length: int):
         self._length = length
@@ -58,12 +60,13 @@ class _Window:
         self._last_read = time.monotonic()
 
     def admit(self, place: int) -> bool:
-        """Waits until the frame of a place may be read. False: nobody wants it any more."""
+        """Waits until the frame at `place` may be read. Returns False if the caller has stopped."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or place < self._taken + self._length)
             return not self._closed
 
     def put(self, place: int, frame: np.ndarray) -> None:
+        """Stores the frame at `place` for the caller."""
         with self._changed:
             self._last_read = time.monotonic()
             if not self._closed:
@@ -71,17 +74,17 @@ class _Window:
                 self._changed.notify_all()
 
     def end(self, place: int, error: BaseException | None) -> None:
-        """There is no frame at a place: the file ended before it, or an error did."""
+        """Records that there is no frame at `place`: the file ended (`error` is None), or reading failed."""
         with self._changed:
             self._ends[place] = error
             self._changed.notify_all()
 
     def take(self, stall_seconds: float) -> np.ndarray | None:
-        """The next frame, or None where the file ended.
+        """The next frame, or None if the file ended.
 
         Raises:
           TimeoutError: no thread has read anything for `stall_seconds`.
-          BaseException: what the thread raised that was to read the frame.
+          BaseException: the error of the thread that was to read the frame.
         """
         place, waiting_since = self._taken, time.monotonic()
         with self._changed:
@@ -89,7 +92,7 @@ class _Window:
                 left = max(self._last_read, waiting_since) + stall_seconds - time.monotonic()
                 if left <= 0:
                     raise TimeoutError
-                self._changed.wait(min(left, 1.0))  # (now and then awake, for Ctrl-C)
+                self._changed.wait(min(left, 1.0))  # wakes up regularly so that Ctrl-C is noticed
             if place in self._frames:
                 self._taken += 1
                 self._changed.notify_all()
@@ -99,7 +102,7 @@ class _Window:
         return None
 
     def close(self) -> None:
-        """Ends the threads: each stops before its next frame."""
+        """Stops the threads: each ends before its next frame."""
         with self._changed:
             self._closed = True
             self._frames.clear()
@@ -109,13 +112,13 @@ class _Window:
 def read_resized(
     reader: Reader, indices: np.ndarray, size: int, workers: int, name: str, *, stall_seconds: float = STALL_SECONDS
 ) -> Iterator[np.ndarray]:
-    """uint8 [size, size, 3] for each of ascending `indices`; ends early where the file does.
+    """Yields uint8 [size, size, 3] for each of the ascending `indices`; ends early if the file does.
 
-    `workers` threads; 0 reads in the caller's own. At most 64 MiB of frames a thread wait for the caller. Threads end
-    when the iterator is closed.
+    Reads in `workers` threads; with 0, in the caller's own thread. At most 64 MiB of frames wait per thread. Closing
+    the iterator ends the threads.
 
     Raises:
-      UserError: what the reader raises, or that it has hung.
+      UserError: the reader raised it, or the decoder hangs.
     """
     if workers == 0:
         yield from _resized(reader, indices, size)
@@ -123,12 +126,12 @@ def read_resized(
     spans = reader.spans(indices)
     starts = np.cumsum([0, *map(len, spans)]).tolist()
     threads = min(workers, len(spans))
-    room = _WAITING_BYTES // (3 * size * size) - 1  # a thread keeps the frame that it made last
+    room = _WAITING_BYTES // (3 * size * size) - 1  # each thread also holds the frame that it made last
     window = _Window(threads * max(room, 1))
     numbers, lock = itertools.count(), threading.Lock()
 
     def read(span: np.ndarray, start: int) -> None:
-        """Reads a span whose first frame has the place `start`."""
+        """Reads a span whose first frame is at place `start`."""
         place = start
         try:
             with contextlib.closing(_resized(reader, span, size)) as frames:
@@ -139,7 +142,7 @@ def read_resized(
                         window.end(place, None)
                         return
                     window.put(place, frame)
-        except BaseException as e:  # given to the caller, in its turn
+        except BaseException as e:  # `take` raises it when the caller gets there
             window.end(place, e)
 
     def work() -> None:
@@ -150,7 +153,7 @@ def read_resized(
                 return
             read(spans[number], starts[number])
 
-    # Daemons: a decoder that hangs must not keep the process from ending.
+    # The threads are daemons, so that a hanging decoder does not keep the process from ending.
     try:
         for _ in range(threads):
             threading.Thread(target=work, daemon=True, name=f"read {name}").start()
@@ -163,7 +166,7 @@ def read_resized(
                     "video; try another --video-backend or repair the file"
                 ) from None
             if frame is None:
-                return  # the file ended early: what other threads may read is not in order any more
+                return  # the file ended early: frames of later spans would leave a gap
             yield frame
     finally:
         window.close()

@@ -1,6 +1,7 @@
-"""Readers of open videos: chosen frames as RGB arrays. PyAV (FFmpeg) reads everything, decord what it reads rightly.
+"""Readers of open videos, which give chosen frames as RGB arrays.
 
-Frame i is the i-th frame in presentation order. Frames are turned by the rotation metadata.
+PyAV (FFmpeg) reads every format; decord is accepted only for formats that it reads correctly. Frame i is the i-th frame
+in presentation order. Frames are rotated as the file's metadata says.
 """
 
 from __future__ import annotations
@@ -13,25 +14,25 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from xl2jax.errors import UserError
-from xl2jax.video.containers import MAX_PIXELS, opened, reason
+from xl2jax.errors import UserError, first_line
+from xl2jax.video.containers import MAX_PIXELS, opened
 from xl2jax.video.index import VideoIndex, read_index
 
 logger = logging.getLogger(__name__)
 
 SPAN_FRAMES = 16
-"""Fewest frames that a thread reads in one go."""
+"""A span that one thread reads has at least this many frames, except for the last."""
 
-_WORTH_A_SEEK = 16  # frames that a jump must save
+_MIN_SKIP = 16  # a seek must skip more frames than this to be worth its cost
 
 
 class Reader(Protocol):
     """An open video.
 
-    total: frames.
+    total: number of frames.
     fps: average frames a second.
-    seconds: float64 [total], the frames' own times relative to the first; None where they are index / fps.
-    damaged: numbers of the chosen frames that could not be decoded, for which the next good one stood in.
+    seconds: float64 [total], presentation times relative to the first frame; None if they are index / fps.
+    damaged: numbers of the chosen frames that could not be decoded and were replaced by the next good frame.
     """
 
     total: int
@@ -45,16 +46,16 @@ class Reader(Protocol):
         return self.total / self.fps
 
     def frames(self, indices: np.ndarray) -> Iterator[np.ndarray]:
-        """RGB uint8 [H, W, 3] for ascending indices, which may repeat. Ends early where the file is damaged."""
+        """Yields RGB uint8 [H, W, 3] for ascending indices, which may repeat. Ends early if the file is cut off."""
         ...
 
     def spans(self, indices: np.ndarray) -> list[np.ndarray]:
-        """Cuts indices into runs that several threads may read side by side."""
+        """Cuts indices into spans that several threads can read in parallel."""
         ...
 
 
 class _IndexedReader(Reader):
-    """A file whose packets were read: the index decides about counts and times, whoever decodes."""
+    """A file whose packets were read. Frame counts and times come from the index, whichever library decodes."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -67,22 +68,22 @@ class _IndexedReader(Reader):
 
 
 class PyAVReader(_IndexedReader):
-    """Reads through the file with PyAV (FFmpeg). Damaged packets are passed over."""
+    """Decodes with PyAV (FFmpeg). Damaged packets are skipped."""
 
     def __init__(self, path: Path, threads: int = 0):
-        """`threads` decode; 0: as many as FFmpeg likes."""
+        """`threads`: number of decoding threads; 0 lets FFmpeg choose."""
         super().__init__(path)
         self._threads = threads
-        self._stand_ins: set[int] = set()  # reading threads add to it
-        self.damaged = self._stand_ins
+        self._replaced: set[int] = set()  # reading threads add to it
+        self.damaged = self._replaced
         self._key_numbers = np.asarray([n for n, _ in self._index.keys], np.int64)
 
     def _key_before(self, number: int) -> int:
-        """Which key frame decoding up to `number` can begin at, -1 for none."""
+        """Position in `keys` of the last key frame up to frame `number`, or -1."""
         return int(np.searchsorted(self._key_numbers, number, side="right")) - 1
 
     def spans(self, indices: np.ndarray) -> list[np.ndarray]:
-        """Runs of frames, each begun by the first one wanted behind a key frame: no frame is decoded twice."""
+        """Spans that each begin with the first wanted frame after a key frame, so that no frame is decoded twice."""
         keys = np.searchsorted(self._key_numbers, indices, side="right")
         cuts, first = [], 0
         for i in np.flatnonzero(np.diff(keys)) + 1:
@@ -92,7 +93,7 @@ class PyAVReader(_IndexedReader):
         return np.split(indices, cuts)
 
     def frames(self, indices: np.ndarray) -> Iterator[np.ndarray]:
-        """Reads through, or jumps to a key frame where that leaves enough frames undecoded."""
+        """Decodes from the start, and seeks to a key frame wherever that skips enough frames."""
         keys, numbers = self._index.keys, self._index.numbers
         wanted = indices.tolist()
         done = 0
@@ -102,42 +103,42 @@ class PyAVReader(_IndexedReader):
             stream.codec_context.thread_count = self._threads
             stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
             seek = bool(keys)
-            at = sent = -1  # the last frame decoded, the last key frame that was jumped to
+            last = target = -1  # the last decoded frame, and the key frame of the last seek
             while done < len(wanted):
                 key = self._key_before(wanted[done]) if seek else -1
-                jumped = key > sent and keys[key][0] > max(at, 0) + _WORTH_A_SEEK
+                jumped = key > target and keys[key][0] > max(last, 0) + _MIN_SKIP
                 if jumped:
-                    sent = key
+                    target = key
                     container.seek(keys[key][1], stream=stream)
-                elif at >= 0:
+                elif last >= 0:
                     return  # the file ended
                 for count, frame in enumerate(_decoded(container, stream)):
                     number = count if not numbers or frame.pts is None else numbers.get(frame.pts, -1)
                     if jumped and number > keys[key][0]:
-                        break  # the container did not go where it was sent
-                    jumped, at = False, max(at, number)
+                        break  # the seek went beyond its target
+                    jumped, last = False, max(last, number)
                     image = _upright(frame) if wanted[done] <= number else None
                     while image is not None and done < len(wanted) and wanted[done] <= number:
                         if wanted[done] < number:
-                            self._stand_ins.add(wanted[done])
+                            self._replaced.add(wanted[done])
                         yield image
                         done += 1
                     if done == len(wanted):
                         return
-                    if seek and wanted[done] > at + _WORTH_A_SEEK:
+                    if seek and wanted[done] > last + _MIN_SKIP:
                         ahead = self._key_before(wanted[done])
-                        if ahead > sent and keys[ahead][0] > at + _WORTH_A_SEEK:
-                            break  # (a container may land before the key frame it was sent to: then read on)
+                        if ahead > target and keys[ahead][0] > last + _MIN_SKIP:
+                            break  # seek again; a seek may also end before its target, and then decoding goes on
                 else:
                     if not jumped:
                         return  # the file ended
-                if jumped:  # from here on the file is read through from its beginning
-                    seek, at = False, -1
+                if jumped:  # this file cannot be seeked: decode it from the beginning
+                    seek, last = False, -1
                     container.seek(0)
 
 
 def _decoded(container: Any, stream: Any) -> Iterator[Any]:
-    """Frames of all packets that decode, the buffered ones last."""
+    """The frames of all packets that can be decoded, including those that the decoder buffers."""
     import av
 
     packets = container.demux(stream)
@@ -155,16 +156,16 @@ def _decoded(container: Any, stream: Any) -> Iterator[Any]:
 
 
 def _upright(frame: Any) -> np.ndarray:
-    """RGB uint8 [H, W, 3], turned by the display rotation, which FFmpeg counts counter-clockwise."""
+    """RGB uint8 [H, W, 3], rotated by the display rotation, which FFmpeg counts counter-clockwise."""
     image = frame.to_ndarray(format="rgb24")
     return np.ascontiguousarray(np.rot90(image, (frame.rotation // 90) % 4)) if frame.rotation else image
 
 
 class DecordReader(_IndexedReader):
-    """Reads with decord: upstream's own reader. Its memory grows on long files. One thread reads at a time.
+    """Decodes with decord, which upstream uses. Its memory grows on long files, and it reads in one thread.
 
-    In these formats, and these alone, decord gives the frames that FFmpeg gives. It fails on some sizes (odd sides,
-    turned clips whose sides it cannot align), and says so.
+    Only in the formats below does decord give the same frames as FFmpeg. It raises an error for some frame sizes (odd
+    sides, and rotated clips whose sides it cannot align).
     """
 
     _FORMATS = ("mov,mp4", "matroska", "flv", "ogg", "avi")
@@ -178,12 +179,12 @@ class DecordReader(_IndexedReader):
         if not name.startswith(self._FORMATS) or (name == "avi" and not self._index.numbers):
             kind = "avi files with B-frames" if name == "avi" else f"{name} files"
             raise UserError(f"{path}: decord gives wrong frames of {kind}, or none; use --video-backend pyav")
-        # decord raises its own error, or RuntimeError for a file it cannot open.
+        # For a file that it cannot open, decord raises its own error or RuntimeError.
         try:
             self._reader = decord.VideoReader(str(path.absolute()), num_threads=1)
             count = len(self._reader)
         except Exception as e:
-            raise UserError(f"{path}: not a video that decord can read ({reason(e)}); pyav reads more") from None
+            raise UserError(f"{path}: not a video that decord can read ({first_line(e)}); pyav reads more") from None
         if count != self.total:
             raise UserError(
                 f"{path}: decord counts {count} frames where {self.total} are shown; use --video-backend pyav"
@@ -206,11 +207,11 @@ class DecordReader(_IndexedReader):
             yield from batch
 
     def _one_by_one(self, indices: np.ndarray) -> Iterator[np.ndarray]:
-        """The good frames of a batch that failed, up to the first bad one."""
+        """The frames of a batch that failed, up to the first bad one."""
         for i in indices:
             try:
                 frame = self._reader[int(i)].asnumpy()
             except Exception as e:
-                logger.info("decord stopped: %s", reason(e))
+                logger.info("decord stopped: %s", first_line(e))
                 return
             yield frame

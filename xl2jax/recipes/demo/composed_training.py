@@ -26,11 +26,11 @@ import optax
 from flax import nnx
 from tqdm import tqdm
 
-from xl2jax.checkpoint.param_names import flatten
 from xl2jax.checkpoint.params import load_params
 from xl2jax.checkpoint.torch_folder import write_params
 from xl2jax.errors import UserError
 from xl2jax.evaluation.scenes import group_frames, make_scene
+from xl2jax.models.param_tree import flatten
 from xl2jax.models.qwen2 import Qwen2
 from xl2jax.models.video_xl2 import VideoXL2, abstract_model, normalise
 from xl2jax.ops.dense import dense_attention

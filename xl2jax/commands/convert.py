@@ -1,0 +1,47 @@
+"""`xl2jax convert SRC DST`: converts a PyTorch checkpoint to Orbax, and back with `--reverse`."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from xl2jax.checkpoint.convert import orbax_to_torch, torch_to_orbax
+from xl2jax.checkpoint.orbax_folder import is_orbax
+from xl2jax.checkpoint.safetensors_io import DtypeName
+from xl2jax.checkpoint.sources import find_checkpoint
+from xl2jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Converts a Video-XL-2 checkpoint between the PyTorch layout and Orbax."""
+
+    src: Annotated[str, tyro.conf.Positional]
+    """Folder with config.json and safetensors files, or a hub id (with --reverse: an Orbax folder)."""
+    dst: Annotated[Path, tyro.conf.Positional]
+    """Folder to create; it must not exist."""
+    dtype: DtypeName | None = None
+    """dtype of the tensors in the result; by default the dtype of the source."""
+    reverse: bool = False
+    """Converts Orbax to the PyTorch layout."""
+    verify_checksums: bool = True
+    """Compares each tensor of an Orbax folder with the checksum that the folder stores for it."""
+
+
+def main() -> None:
+    args = tyro.cli(Args, prog="python -m xl2jax convert")
+    source = find_checkpoint(args.src)
+    if args.reverse != is_orbax(source):
+        kind = "is an Orbax checkpoint: add --reverse" if is_orbax(source) else "is not an Orbax checkpoint of xl2jax"
+        raise UserError(f"{source} {kind}")
+    if args.reverse:
+        orbax_to_torch(source, args.dst, args.dtype, progress=True, verify=args.verify_checksums)
+    elif not args.verify_checksums:
+        raise UserError("--no-verify-checksums has no effect without --reverse: leave it out")
+    else:
+        torch_to_orbax(source, args.dst, args.dtype, progress=True)
+    print(f"wrote {args.dst}", file=sys.stderr)

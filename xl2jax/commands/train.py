@@ -1,0 +1,29 @@
+"""The command line of train.py: a preset, and flags that override it."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+
+from xl2jax.training.config import PRESETS, Preset, TrainConfig
+from xl2jax.training.run import train
+
+
+def parse(argv: Sequence[str]) -> TrainConfig:
+    """The run that the flags describe: `--preset` sets the defaults, the other flags override them."""
+
+    @dataclasses.dataclass
+    class Chosen:
+        preset: Annotated[Preset, tyro.conf.arg(name="preset")] = "stage4"
+
+    chosen, _ = tyro.cli(Chosen, args=[a for a in argv if a not in ("-h", "--help")], return_unknown_args=True)
+    return tyro.cli(TrainConfig, prog="python train.py", args=list(argv), default=PRESETS[chosen.preset])
+
+
+def main() -> int:
+    """Trains; returns the exit status."""
+    return train(parse(sys.argv[1:]))

@@ -1,0 +1,25 @@
+"""The model's parameters as a dictionary by dotted name, and as the tree that Flax merges into modules."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from xl2jax.config import VideoXL2Config
+from xl2jax.models.lora import LoRAConfig
+from xl2jax.models.video_xl2 import abstract_model
+
+
+def flatten(params: nnx.State) -> dict[str, jax.Array]:
+    """Parameters by dotted name, e.g. `llm.layers.q.kernel`, in the order of the tree."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(params))
+    return {".".join(str(k.key) for k in path): leaf for path, leaf in leaves}
+
+
+def unflatten(params: dict[str, jax.Array], config: VideoXL2Config, lora: LoRAConfig | None = None) -> nnx.State:
+    """The inverse of `flatten`. Raises KeyError if a parameter of the model is missing."""
+    state = nnx.state(abstract_model(config, jnp.float32, lora))
+    names = list(flatten(state))
+    treedef = jax.tree.structure(state)
+    return jax.tree.unflatten(treedef, [params[name] for name in names])
