@@ -45,7 +45,7 @@ class Args:
     """Questions by content (colour_of, shape_of), by time (colour, shape), for a time (time), and about the whole
     video (exists, count, first)."""
     seed: int = 0
-    prefill: tyro.conf.OmitArgPrefixes[PrefillFlags] = PrefillFlags()  # noqa: RUF009 (frozen)
+    prefill: tyro.conf.OmitArgPrefixes[PrefillFlags] = dataclasses.field(default_factory=PrefillFlags)
     select_chunk_groups: int = 4
     """Groups (of 4 frames) in a selection chunk."""
     pool: int = 4

@@ -49,8 +49,8 @@ class PlanArgs:
     device: Literal["h200", "h100", "a100-80g", "a100-40g", "l40", "rtx4090", "here"] = "here"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     seconds_per_frame: float = 1.0
-    prefill: tyro.conf.OmitArgPrefixes[PrefillFlags] = PrefillFlags()  # noqa: RUF009 (frozen)
-    decode: tyro.conf.OmitArgPrefixes[BilevelFlags] = BilevelFlags()  # noqa: RUF009 (frozen)
+    prefill: tyro.conf.OmitArgPrefixes[PrefillFlags] = dataclasses.field(default_factory=PrefillFlags)
+    decode: tyro.conf.OmitArgPrefixes[BilevelFlags] = dataclasses.field(default_factory=BilevelFlags)
     cache_dtype: Literal["int8"] | None = None
     """Of the KV cache; --dtype by default."""
     offload: bool = False
