@@ -15,6 +15,7 @@ import pytest
 
 import xl2jax
 from xl2jax import FrameSampling, PrefillConfig, TokenSampling
+from xl2jax.arithmetic import ceil_div
 from xl2jax.errors import UserError
 from xl2jax.inference import bilevel, compiled, generate, memory, relevance, session
 from xl2jax.inference.generate import extend, sample
@@ -237,7 +238,7 @@ def test_threads_ask_one_video(model: xl2jax.Model, clip: Path) -> None:
 
 
 def test_bilevel_with_everything_dense_is_dense(model: xl2jax.Model, watched: xl2jax.WatchedVideo) -> None:
-    blocks = -(-watched.kv.layout.groups // 4)
+    blocks = ceil_div(watched.kv.layout.groups, 4)
     everything = xl2jax.BilevelConfig(top_chunks=blocks)
     a = model.ask(watched, "What happens?", max_new_tokens=16, bilevel=everything)
     b = model.ask(watched, "What happens?", max_new_tokens=16, bilevel=None)
@@ -249,7 +250,7 @@ def test_bilevel_with_everything_dense_is_dense(model: xl2jax.Model, watched: xl
 
 def test_chunks_are_reported(model: xl2jax.Model, watched: xl2jax.WatchedVideo) -> None:
     answer = model.ask(watched, "What happens?", max_new_tokens=1)
-    blocks = -(-watched.kv.layout.groups // 4)
+    blocks = ceil_div(watched.kv.layout.groups, 4)
     assert [c.number for c in answer.chunks] == list(range(1, blocks + 1))
     assert answer.chunks[0].dense
     assert answer.chunks[-1].dense

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import xl2jax
+from xl2jax.arithmetic import ceil_div
 from xl2jax.commands import infer, verify
 from xl2jax.config import PRESETS
 from xl2jax.errors import UserError
@@ -225,7 +226,7 @@ def test_options_never_need_more_on_a_gpu(groups: int, pool: int, quantized: boo
     plan = make_plan(layout, PrefillConfig(), "gpu")
 
     def need(quantized: bool, offload: bool) -> memory.MemoryNeed:
-        bilevel = BilevelConfig(4, pool, min(2, -(-groups // 4)))
+        bilevel = BilevelConfig(4, pool, min(2, ceil_div(groups, 4)))
         return memory.memory_need(
             config, plan, layout, bilevel, "bfloat16", "gpu", quantized=quantized, offload=offload
         )

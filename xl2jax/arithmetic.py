@@ -1,13 +1,18 @@
-"""Integer arithmetic that Python has no name for. Both functions also take arrays."""
+"""Integer arithmetic that Python has no name for. Both functions also take arrays of integers."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
 
-def ceil_div(n: int, divisor: int) -> int:
+if TYPE_CHECKING:
+    import jax
+
+
+def ceil_div[T: (int, jax.Array)](n: T, divisor: int) -> T:
     """n / divisor, rounded up."""
     return -(-n // divisor)
 
 
-def round_up(n: int, multiple: int) -> int:
+def round_up[T: (int, jax.Array)](n: T, multiple: int) -> T:
     """The smallest multiple of `multiple` that is not below n."""
     return ceil_div(n, multiple) * multiple

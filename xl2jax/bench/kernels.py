@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from xl2jax.arithmetic import ceil_div, round_up
 from xl2jax.config import PRESETS
 from xl2jax.inference.layout import PrefillConfig, Tokens, VideoLayout, natural_ranges
 from xl2jax.ops import mosaic
@@ -44,13 +45,10 @@ def video_queries(groups: int, window: int | None, multiple: int = 128) -> tuple
     """Ranges of every token of a video, visual tokens first; and the slots of its arena."""
     layout = VideoLayout(_PREFIX, (_TIMES,) * groups, PRESETS["video-xl-2"].visual_tokens)
 
-    def align(n: int) -> int:
-        return -(-n // multiple) * multiple
-
-    start = align(layout.global_tokens + _SUFFIX)
+    start = round_up(layout.global_tokens + _SUFFIX, multiple)
     tokens = natural_ranges(layout, _SUFFIX, start, PrefillConfig(_CHUNK, window))
     order = np.argsort(tokens.slot < start, kind="stable")
-    return jax.tree.map(lambda x: x[order], tokens), align(start + groups * layout.visual_tokens)
+    return jax.tree.map(lambda x: x[order], tokens), round_up(start + groups * layout.visual_tokens, multiple)
 
 
 def seconds(run: Callable[..., jax.Array], first: jax.Array, *rest: jax.Array, repeats: int = 5) -> float:
@@ -123,7 +121,7 @@ def prefill_row(groups: int, window: int, config: mosaic.KernelConfig | None, ce
     ranges = jax.tree.map(jnp.asarray, tokens.ranges.batched())
     row = jnp.zeros(1, jnp.int32)
     fold = _LLM.heads // _LLM.kv_heads
-    tiles = _LLM.kv_heads * -(-count * fold // mosaic.TILE)
+    tiles = _LLM.kv_heads * ceil_div(count * fold, mosaic.TILE)
     config = config or mosaic.choose_config(tiles, slots)
     folded = Ranges(*(jnp.pad(jnp.repeat(x, fold, axis=1), ((0, 0), (0, -count * fold % mosaic.TILE))) for x in ranges))
     live = int(mosaic.live_block_count(mosaic.tile_blocks(folded, config.block)).sum())
@@ -138,7 +136,7 @@ def prefill_row(groups: int, window: int, config: mosaic.KernelConfig | None, ce
 def dense_row(groups: int, ceiling: float) -> dict[str, Any]:
     """cuDNN's dense causal attention over as many tokens."""
     tokens = len(video_queries(groups, 3)[0].slot)
-    padded = -(-tokens // 128) * 128
+    padded = round_up(tokens, 128)
     q, k, v = arrays(padded, padded, 0)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     taken = seconds(lambda q, k, v: dense_attention(q, k, v, causal=True), q, k, v)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from xl2jax.arithmetic import ceil_div
 from xl2jax.errors import UserError
 from xl2jax.evaluation.scenes import make_scene
 from xl2jax.inference import memory
@@ -54,7 +55,7 @@ def write_long(path: Path, seconds: int, width: int, height: int) -> None:
     with tempfile.TemporaryDirectory() as scratch, replacing_file(path) as beside:
         piece = Path(scratch, "piece.mp4")
         _encode(piece, length, width, height)
-        _repeat(piece, beside, length, -(-seconds // length))
+        _repeat(piece, beside, length, ceil_div(seconds, length))
 
 
 def _encode(path: Path, length: int, width: int, height: int) -> None:

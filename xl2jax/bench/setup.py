@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from xl2jax.arithmetic import ceil_div
 from xl2jax.config import VideoXL2Config
 from xl2jax.inference import compiled, session
 from xl2jax.inference.bilevel import BilevelConfig
@@ -72,7 +73,7 @@ class Setup:
     @property
     def segments(self) -> int:
         """Segments of the video."""
-        return -(-self.layout.groups // self.plan.segment_groups)
+        return ceil_div(self.layout.groups, self.plan.segment_groups)
 
     def start(self) -> session.VideoPrefill:
         """A prefill that has the prefix."""

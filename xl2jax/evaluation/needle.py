@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from xl2jax.arithmetic import ceil_div
 from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.errors import UserError
 from xl2jax.evaluation.questions import NEEDLE_KINDS, TEMPLATES, Kind, Question, ask
@@ -141,7 +142,7 @@ def run_case(model: Model, case: Case, config: NeedleConfig) -> Iterator[Result]
             watched[dense] = model.watch(scene_clip(case.scene), None, prefill, cache=config.cache)
         bilevel, relevance = None, None
         if mode.kind in ("top", "random"):
-            blocks = -(-case.scene.groups // size)
+            blocks = ceil_div(case.scene.groups, size)
             bilevel = dataclasses.replace(config.bilevel, top_chunks=min(mode.chunks, blocks))
             relevance = RelevanceConfig("random" if mode.kind == "random" else "attention", config.scorer)
         for question in case.questions:

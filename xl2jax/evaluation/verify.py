@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from xl2jax.arithmetic import ceil_div
 from xl2jax.checkpoint.param_names import Entry, entries
 from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.errors import UserError
@@ -153,7 +154,7 @@ def train_rows(case: Case) -> Iterator[Row]:
     is_visual = np.zeros(len(ids), bool)
     is_visual[len(sample["prefix_ids"]) :][: len(group_ids)] = group_ids == pad
     visual = np.where(is_visual, np.cumsum(is_visual) - 1, -1)
-    if is_visual.sum() != -(-frames // FRAMES_PER_GROUP) * case.config.visual_tokens:
+    if is_visual.sum() != ceil_div(frames, FRAMES_PER_GROUP) * case.config.visual_tokens:
         raise UserError(f"{path}: group_ids hold {is_visual.sum()} visual tokens, not those of {frames} frames")
     labels = np.where(np.arange(len(ids)) >= len(ids) - answer, ids, IGNORE)
     tokens = TokenBatch(*(jnp.asarray(x, jnp.int32)[None] for x in (ids, visual, labels)))

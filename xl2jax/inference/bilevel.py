@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from xl2jax.arithmetic import ceil_div
 from xl2jax.errors import UserError
 from xl2jax.inference.cache import KVArray, KVCache, unpack
 from xl2jax.inference.layout import VideoLayout, bucket
@@ -46,7 +47,7 @@ class BilevelConfig:
 
     def blocks(self, layout: VideoLayout) -> int:
         """B, selection blocks of a video."""
-        return -(-layout.groups // self.select_chunk_groups)
+        return ceil_div(layout.groups, self.select_chunk_groups)
 
     def top(self, layout: VideoLayout) -> int:
         return min(2, self.blocks(layout)) if self.top_chunks is None else self.top_chunks
@@ -88,7 +89,7 @@ def blocks_of_units(units: Iterable[int], groups: int, select_chunk_groups: int)
     Unit u is groups 2u and 2u + 1; its block is u // (select_chunk_groups / 2) + 1. No unit at all
     makes every block dense.
     """
-    blocks = -(-groups // select_chunk_groups)
+    blocks = ceil_div(groups, select_chunk_groups)
     dense = np.zeros(blocks, bool)
     dense[[0, -1]] = True
     units = list(units)

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from xl2jax.arithmetic import ceil_div
 from xl2jax.config import LLMConfig
 from xl2jax.inference import bilevel, generate, prefill, relevance
 from xl2jax.inference.bilevel import GroupTable, MixedSource, PooledKV
@@ -134,7 +135,7 @@ def choose(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Group scores [Gcap] -> (block scores [Bcap], dense blocks [Bcap], dense groups [Gcap])."""
     by_block = relevance.block_scores(scores, groups, select_chunk_groups)
-    blocks = -(-groups // select_chunk_groups)
+    blocks = ceil_div(groups, select_chunk_groups)
     dense = bilevel.choose_blocks(by_block, blocks, top)
     return by_block, dense, dense[jnp.arange(scores.shape[0]) // select_chunk_groups]
 

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from xl2jax.arithmetic import ceil_div, round_up
 from xl2jax.errors import UserError
 from xl2jax.ops.ranges import Ranges
 
@@ -159,6 +160,6 @@ def dense_mask(layout: VideoLayout, suffix: int, config: PrefillConfig) -> np.nd
 
 def bucket(n: int, unit: int = 1) -> int:
     """`n` rounded up to a multiple of `unit` with three significant bits: at most a quarter more."""
-    units = max(-(-n // unit), 1)
+    units = max(ceil_div(n, unit), 1)
     step = 1 << max(units.bit_length() - 3, 0)
-    return -(-units // step) * step * unit
+    return round_up(units, step) * unit

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from xl2jax.arithmetic import ceil_div, round_up
 from xl2jax.inference.cache import KV, KVCache, rows, write
 from xl2jax.inference.layout import PrefillConfig, VideoLayout, bucket, token_ranges
 from xl2jax.models.qwen2 import Qwen2
@@ -82,17 +83,14 @@ def make_plan(
     """Buckets of a video's lengths. Steps are `default_steps` unless given; short videos have smaller ones."""
     default_groups, default_count = default_steps(platform)
     step_groups = min(step_groups or default_groups, bucket(layout.groups))
-    segment_steps = min(segment_steps or default_count, -(-layout.groups // step_groups))
+    segment_steps = min(segment_steps or default_count, ceil_div(layout.groups, step_groups))
     segment = step_groups * segment_steps
-    time_cap = -(-max(layout.time_lengths) // _TIME_UNIT) * _TIME_UNIT
+    time_cap = round_up(max(layout.time_lengths), _TIME_UNIT)
     prefix_cap = bucket(layout.prefix, _PREFIX_UNIT)
     groups = bucket(layout.groups, segment)
 
-    def align(n: int) -> int:
-        return -(-n // _SLOT_UNIT) * _SLOT_UNIT
-
-    # Room for a padded step behind the last time token.
-    visual_start = align(prefix_cap + (groups + step_groups) * time_cap)
+    # A padded step needs room behind the last time token.
+    visual_start = round_up(prefix_cap + (groups + step_groups) * time_cap, _SLOT_UNIT)
     return PrefillPlan(
         config=config,
         visual_tokens=layout.visual_tokens,
@@ -101,14 +99,14 @@ def make_plan(
         step_groups=step_groups,
         segment_steps=segment_steps,
         visual_start=visual_start,
-        slots=align(visual_start + groups * layout.visual_tokens),
+        slots=round_up(visual_start + groups * layout.visual_tokens, _SLOT_UNIT),
     )
 
 
 def steps(layout: VideoLayout, plan: PrefillPlan, time_ids: list[list[int]]) -> Step:
     """All steps of a video, stacked on a leading axis; whole segments, the last ones padded (numpy)."""
     g_step, v, cap = plan.step_groups, plan.visual_tokens, plan.time_cap
-    count = -(-layout.groups // plan.segment_groups) * plan.segment_steps
+    count = ceil_div(layout.groups, plan.segment_groups) * plan.segment_steps
     lengths = np.zeros(count * g_step, np.int64)
     lengths[: layout.groups] = layout.time_lengths
     valid = np.arange(count * g_step) < layout.groups

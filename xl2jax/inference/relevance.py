@@ -8,6 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from xl2jax.arithmetic import ceil_div
 from xl2jax.errors import UserError
 from xl2jax.inference.cache import KVCache, attend_text, unpack
 from xl2jax.inference.generate import SuffixIds
@@ -101,12 +102,12 @@ def attention_scores(
                 p = jnp.where(use, jnp.exp(jnp.where(use, scores * h**-0.5 - own_norm[..., None], 0.0)), 0.0)
                 return found + jax.ops.segment_sum(p.reshape(-1, block).T, to, num_segments=groups + 1)
 
-            found = jax.lax.fori_loop(0, -(-slots // block), to_block, jnp.zeros((groups + 1, rows * heads)))
+            found = jax.lax.fori_loop(0, ceil_div(slots, block), to_block, jnp.zeros((groups + 1, rows * heads)))
             found = found.reshape(groups + 1, rows, heads)
             found = found**2 if scorer.heads == "squared" else found
             return total + jnp.sum(found * share[row][:, None], axis=1)
 
-        total = jax.lax.fori_loop(first // rows, -(-end // rows), of_rows, jnp.zeros((groups + 1, heads)))[:groups]
+        total = jax.lax.fori_loop(first // rows, ceil_div(end, rows), of_rows, jnp.zeros((groups + 1, heads)))[:groups]
         return total.max(-1) if scorer.heads == "max" else total.mean(-1)
 
     def attend(state: Any, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[Any, jax.Array]:
@@ -125,7 +126,7 @@ def attention_scores(
 def block_scores(group_scores: jax.Array, groups: jax.Array, select_chunk_groups: int) -> jax.Array:
     """Scores of groups [Gcap] -> mean score of each selection block [Bcap]."""
     capacity = group_scores.shape[0]
-    blocks = -(-capacity // select_chunk_groups)
+    blocks = ceil_div(capacity, select_chunk_groups)
     index = jnp.arange(capacity)
     real = index < groups
     block = index // select_chunk_groups

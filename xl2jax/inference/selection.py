@@ -10,10 +10,11 @@ from typing import Literal
 
 import numpy as np
 
+from xl2jax.arithmetic import ceil_div
 from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.errors import UserError
 from xl2jax.inference import session
-from xl2jax.inference.bilevel import BilevelConfig
+from xl2jax.inference.bilevel import UNIT_GROUPS, BilevelConfig
 from xl2jax.inference.cache import KVCache
 from xl2jax.inference.generate import SuffixIds
 from xl2jax.inference.layout import VideoLayout
@@ -97,7 +98,7 @@ def choose_context(
             return session.whole_cache(kv), []
         bilevel = BilevelConfig(selection.select_chunk_groups, selection.pool, 0)
         check_bilevel(bilevel, kv.layout)
-        units = -(-kv.layout.groups // 2)
+        units = ceil_div(kv.layout.groups, UNIT_GROUPS)
         if any(not 0 <= u < units for u in selection.units):
             raise UserError(
                 f"{relevance.file}: selects unit {max(selection.units)}, the video has {units} as it was sampled"
@@ -131,5 +132,5 @@ def _chunks(video: WatchedVideo, size: int, dense: np.ndarray, scores: np.ndarra
             score=None if scores is None else float(scores[b]),
             dense=bool(dense[b]),
         )
-        for b in range(-(-video.kv.layout.groups // size))
+        for b in range(ceil_div(video.kv.layout.groups, size))
     ]

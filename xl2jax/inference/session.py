@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from xl2jax.arithmetic import round_up
 from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.errors import UserError
 from xl2jax.inference import compiled, memory, prefill
@@ -54,7 +55,7 @@ def encode(network: Network, plan: PrefillPlan, frames: np.ndarray) -> jax.Array
     """
     segment_frames = plan.segment_groups * FRAMES_PER_GROUP
     at_once = min(frames_at_once(network.platform), segment_frames)
-    missing = -(-segment_frames // at_once) * at_once - len(frames)
+    missing = round_up(segment_frames, at_once) - len(frames)
     if missing:
         frames = np.pad(frames, ((0, missing), (0, 0), (0, 0), (0, 0)))
     return compiled.encode(network, frames, frames_at_once=at_once)[: plan.segment_groups]

@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from xl2jax.arithmetic import ceil_div
 from xl2jax.ops.precision import accumulator, product
 from xl2jax.ops.ranges import NEGATIVE, Ranges
 
 
 def _tile_sizes(queries: int, slots: int) -> tuple[int, int]:
     """(queries, key slots) of a tile: equal tiles of at most 640 queries, a chunk as released is 576."""
-    tile = -(-queries // -(-queries // 640))
+    tile = ceil_div(queries, ceil_div(queries, 640))
     return tile, min(slots, 512 if tile >= 64 else 2048)
 
 
@@ -24,7 +25,7 @@ def attend_blockwise(
     """XLA: online softmax over the key blocks that some query of the tile sees; no [T, S] array."""
     b, t, n, h = q.shape
     tile, block = _tile_sizes(t, k.shape[2])
-    tiles = -(-t // tile)
+    tiles = ceil_div(t, tile)
 
     def to_tiles(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [B * tiles, tile, ...]
         x = jnp.pad(x, ((0, 0), (0, tiles * tile - t)) + ((0, 0),) * (x.ndim - 2))
@@ -145,7 +146,7 @@ def backward_blockwise(
     # The part of a score's gradient that all slots share.
     shared = d_lse - jnp.sum(d_out * out.astype(dtype), axis=-1)
     tile, block = _tile_sizes(t, k.shape[2])
-    tiles = -(-t // tile)
+    tiles = ceil_div(t, tile)
 
     def to_tiles(x: jax.Array) -> jax.Array:
         x = jnp.pad(x, ((0, 0), (0, tiles * tile - t)) + ((0, 0),) * (x.ndim - 2))

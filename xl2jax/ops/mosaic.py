@@ -27,6 +27,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from xl2jax.arithmetic import ceil_div, round_up
 from xl2jax.errors import UserError
 from xl2jax.ops.ranges import NEGATIVE, Ranges
 
@@ -70,14 +71,14 @@ def tile_blocks(ranges: Ranges, block: int, tile: int = TILE) -> jax.Array:
     def highest(x: jax.Array, where: jax.Array) -> jax.Array:
         return jnp.max(jnp.where(where, x, 0), axis=-1)
 
-    a = -(-highest(g_end, alive) // block)
+    a = ceil_div(highest(g_end, alive), block)
     a_full = jnp.where(any_alive, lowest(g_end, alive) // block, 0)
     any_seen = seen.any(-1)
     b = jnp.where(any_seen, jnp.maximum(lowest(v_lo, seen) // block, a), a)
-    c = jnp.where(any_seen, jnp.maximum(-(-highest(v_hi, seen) // block), b), b)
+    c = jnp.where(any_seen, jnp.maximum(ceil_div(highest(v_hi, seen), block), b), b)
     # Unmasked: inside the interval of every row that is alive.
     all_seen = (seen | ~alive).all(-1) & any_seen
-    b_full = jnp.clip(-(-highest(v_lo, seen) // block), b, c)
+    b_full = jnp.clip(ceil_div(highest(v_lo, seen), block), b, c)
     c_full = jnp.where(all_seen, jnp.clip(lowest(v_hi, seen) // block, b_full, c), b_full)
     return jnp.stack([jnp.minimum(a_full, a), a, b, b_full, c_full, c], axis=-1).astype(jnp.int32)
 
@@ -102,7 +103,7 @@ def attend_mosaic(
         raise UserError(f"attention 'mosaic': {reason}")
     group = heads // kv_heads
     folded = tokens * group
-    padded = -(-folded // TILE) * TILE
+    padded = round_up(folded, TILE)
     config = config or choose_config(batch * kv_heads * padded // TILE, slots)
 
     def fold(x: jax.Array) -> jax.Array:  # [B, T] -> [B, padded]
