@@ -125,15 +125,15 @@ def test_cache_of_something_else(
     other = tmp_path / "other.mp4"
     write_clip(other, 2, fps=10, width=64, height=48)
     assert "made from another video" in load(other, checkpoint)
-    assert "other sampling settings (max_frames 40 there, 44 here)" in load(clip, checkpoint, "--max-frames", 44)
-    assert "other prefill settings (window_chunks 3 there, 1 here)" in load(clip, checkpoint, "--window-chunks", 1)
+    assert "other sampling settings (max_frames was 40, now it is 44)" in load(clip, checkpoint, "--max-frames", 44)
+    assert "other prefill settings (window_chunks was 3, now it is 1)" in load(clip, checkpoint, "--window-chunks", 1)
     assert "made from dtype float32, not bfloat16" in load(clip, checkpoint, "--dtype", "bfloat16")
     weights = load_file(copied / "model.safetensors")
     weights["model.norm.weight"] = weights["model.norm.weight"] * 2
     save_file(weights, copied / "model.safetensors")
     assert "made from another checkpoint" in load(clip, copied)
     file.write_bytes(file.read_bytes()[:-50])
-    assert "not a whole video cache" in load(clip, checkpoint)
+    assert "not a complete video cache" in load(clip, checkpoint)
     save_file({"x": np.zeros(2, np.float32)}, file)
     assert "not a video cache" in load(clip, checkpoint)
 

@@ -128,7 +128,9 @@ def test_numbers_put_into_the_file_are_refused(saved: Path, load: Callable[[byte
     for _ in range(20):
         place = head + 4 * rng.randrange((len(data) - head) // 4)
         changed = data[:place] + struct.pack("<f", float("nan")) + data[place + 4 :]
-        with pytest.raises(UserError, match=f"cannot be used .the checksum of .*: {AGAIN}|its checksums are not whole"):
+        with pytest.raises(
+            UserError, match=f"cannot be used .the checksum of .*: {AGAIN}|its checksums are incomplete"
+        ):
             load(changed)
 
 
@@ -153,10 +155,10 @@ def test_fuzzed_cache_files(
         ({"duration": 1e999, "times": [0.0] * 148}, "not JSON"),
         ({"duration": 1, "times": []}, "times"),
         ({"duration": 1, "times": [0.0, 1.0, 2.0]}, "times"),
-        ({"duration": 1, "times": [0.0] * 5}, "should be of whole groups of 4 frames"),
+        ({"duration": 1, "times": [0.0] * 5}, "should hold whole groups of 4 frames"),
         ({"duration": 1, "times": ["0"] * 4}, "times.0: should be a valid number"),
-        ({"duration": 1, "times": [0.0] * 4}, "its tensors are not those of such a video"),
-        ({"duration": 1, "times": [10.0**300] * 148}, "its tensors are not those of such a video"),
+        ({"duration": 1, "times": [0.0] * 4}, "its tensors do not match its description of the video"),
+        ({"duration": 1, "times": [10.0**300] * 148}, "its tensors do not match its description of the video"),
         ("[" * 100_000, "not JSON"),
     ],
 )
@@ -179,7 +181,7 @@ def test_edited_metadata(about: Any, message: str, saved: Path, load: Callable[[
     ],
 )
 def test_edited_tensors(change: Callable[..., Any], saved: Path, load: Callable[[bytes], Any]) -> None:
-    with pytest.raises(UserError, match="its tensors are not those of such a video"):
+    with pytest.raises(UserError, match="its tensors do not match its description of the video"):
         load(rewritten(saved, change))
 
 
@@ -193,13 +195,13 @@ def test_files_that_are_no_cache_of_this_version(saved: Path, tmp_path: Path) ->
     old = rewritten(saved, lambda metadata, _: metadata.update(format="xl2jax video cache 1"))
     path = tmp_path / "old"
     path.write_bytes(old)
-    with pytest.raises(UserError, match=f"an earlier version made it.: {AGAIN}"):
+    with pytest.raises(UserError, match=f"made by an earlier version.: {AGAIN}"):
         check_cache_file(path)
     save_file({"x": np.zeros(2, np.float32)}, path)
     with pytest.raises(UserError, match="not a video cache of this version"):
         check_cache_file(path)
     save_file({"checksums": np.zeros(2, np.float32)}, path, {"format": "xl2jax video cache 3"})
-    with pytest.raises(UserError, match="its checksums are not whole"):
+    with pytest.raises(UserError, match="its checksums are incomplete"):
         check_cache_file(path)
     save_file({"x": np.zeros(2, np.float32)}, path, {"format": "xl2jax video cache 3"})
     with pytest.raises(UserError, match=AGAIN):
@@ -254,7 +256,7 @@ def test_two_that_save_to_one_file(
         (("--cache", "/dev/null"), "is a pipe or a device"),
         (("--cache", "/proc/x"), "cannot be written"),
         (("--plot", "{0}"), "is a folder, not a file; choose another name"),
-        (("--cache", "{0}/other"), "not a whole video cache"),
+        (("--cache", "{0}/other"), "not a complete video cache"),
     ],
 )
 def test_targets_and_sources_are_checked_before_anything_is_loaded(

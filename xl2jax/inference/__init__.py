@@ -1,17 +1,20 @@
 """From a video to answers, in the order in which the modules are used.
 
-layout        where every token stands, and what each query sees
-cache         the KV cache
-prefill       the video goes into the cache, chunk by chunk
-relevance     how much each group of frames matters to a question
-bilevel       chunks that matter stay dense, all others are pooled
-generate      the question behind the cache, and the tokens of the answer
-compiled      all of the above as compiled programs
-session       the one driver of these programs; api, verify, needle and the benchmarks call it
-selection     which chunks a question reads
-video_cache   a watched video
-store         its cache in a file
-offload       its cache in host memory
-memory, flops what it costs
-api           the Python interface
+layout           positions and slots of tokens, and what each query sees
+cache            the KV cache
+prefill          the video goes through the LLM into the cache, step by step
+relevance        how much each group of frames matters to a question
+bilevel          chunks that matter stay dense, and all others are pooled
+generate         runs the question behind the cache and decodes the answer
+network          config and parameters as the compiled programs take them
+compiled         all of the above as compiled programs
+session          the one driver of these programs; api, verify, needle and the benchmarks call it
+selection        which chunks a question reads
+selection_files  reads upstream's selection files
+video_cache      a watched video
+store            keeps its cache in a file
+offload          keeps its cache in host memory
+timeline         plots which chunks an answer read
+memory, flops    the memory and the operations that a video needs
+api              the Python interface
 """

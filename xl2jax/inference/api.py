@@ -42,8 +42,6 @@ from xl2jax.prompt import PREFIX, PromptTokenizer, Suffix, Turn, suffix
 from xl2jax.video.clip import Backend, Clip, FrameSampling, open_video
 from xl2jax.video.read_ahead import default_workers, resize
 
-_STREAM_TOKENS = 8  # decoded on the device between two looks at the answer
-
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
@@ -56,15 +54,15 @@ class Answer:
     new_tokens: int
     suffix_tokens: int
     context_tokens: int
-    """Tokens of the video as it was read for this answer."""
+    """Tokens of the cache that this answer read."""
     chunks: list[Chunk]
     timings: dict[str, float]
 
 
 class Model:
-    """A loaded checkpoint. See the module's docstring for its use.
+    """A loaded checkpoint. The module's docstring shows its use.
 
-    `implementation` is that of arena attention; "auto" chooses by the device and says so.
+    `implementation` names the implementation of arena attention. "auto" chooses one by the device and logs the choice.
     """
 
     def __init__(
@@ -108,18 +106,19 @@ class Model:
     ) -> WatchedVideo:  # fmt: skip
         """Reads, encodes and prefills a video.
 
-        `timings` of the result are seconds: `read`, spent waiting for frames, and `compute`, all others.
+        `timings` of the result holds seconds: `read` was spent waiting for frames, `compute` is all the rest.
 
         Args:
-          video: a file or a folder of images, or a clip that was opened (`sampling` and the like play no part then).
-          sampling: which frames.
+          video: a file, a folder of images, or an opened clip. `sampling`, `backend` and `folder_fps` have no effect
+            on an opened clip.
+          sampling: which frames are read.
           config: chunk size and window of the prefill.
           backend, folder_fps: see `open_video`.
-          bilevel: how questions will read it; checked, and counted in the memory, beforehand.
-          cache: in how many bits, and where, the KV is kept.
-          progress: shows a bar on stderr.
-          measure_stages: has `vision` and `prefill` in `timings` in place of `compute`, for which every stage is
-            waited for.
+          bilevel: how questions will read the video; the check of free memory counts what they will need.
+          cache: the precision of the KV, and in which memory it is kept.
+          progress: shows a progress bar on stderr.
+          measure_stages: puts `vision` and `prefill` into `timings` instead of `compute`. Every stage is waited for
+            then, which costs time.
 
         Raises:
           UserError: unreadable video, more frames than memory holds, or activations that are not finite.
@@ -160,7 +159,7 @@ class Model:
                 video_prefill.add(visual, len(frames) // FRAMES_PER_GROUP)
                 stages.end("prefill", video_prefill.cache)
                 if previous is not None:
-                    # One segment is computed while the next is read and copied; more would only hold memory.
+                    # One segment is computed while the next is read and copied. A third would only hold memory.
                     jax.block_until_ready(previous)
                 previous = visual
             kv = video_prefill.finish()
@@ -179,7 +178,7 @@ class Model:
         return self.adopt(watched)
 
     def adopt(self, video: WatchedVideo) -> WatchedVideo:
-        """Takes a video for one that this model watched: for a cache whose key says that it did."""
+        """Registers a video that was read from a cache file whose key names this model, and returns it."""
         self._videos.add(video)
         return video
 
@@ -188,7 +187,7 @@ class Model:
         return make_plan(layout, config, self.network.platform)
 
     def check_cache(self, cache: CacheConfig, bilevel: BilevelConfig | None) -> None:
-        """Raises UserError for a cache that this model, or the way that questions read it, cannot have."""
+        """Raises UserError where the cache settings do not suit the model's dtype or the way that questions read."""
         cache.check(self.dtype)
         if cache.offload and bilevel is None:
             raise UserError("offloaded KV is read with bi-level decoding only (dense decoding needs all of it)")
@@ -197,20 +196,20 @@ class Model:
         self, layout: VideoLayout, config: PrefillConfig, bilevel: BilevelConfig | None, cache: CacheConfig,
         *, loaded: bool = False,
     ) -> None:  # fmt: skip
-        """Raises UserError, with what would fit, where a video of this layout takes more memory than is free.
+        """Raises UserError where a video of this layout needs more memory than is free. The message says what fits.
 
-        `loaded`: it comes from a file, so that what is offloaded never sees the device.
+        `loaded`: the KV comes from a file, so that its offloaded part is never on the device.
         """
 
         def need(
             layout: VideoLayout, bilevel: BilevelConfig | None = bilevel, quantized: bool = cache.quantized,
             offload: bool = cache.offload,
         ) -> memory.MemoryNeed:  # fmt: skip
-            found = memory.memory_need(
+            estimate = memory.memory_need(
                 self.config, self.plan(layout, config), layout, bilevel, self.dtype, self.network.platform,
                 quantized=quantized, offload=offload,
             )  # fmt: skip
-            return dataclasses.replace(found, cache=found.kept) if loaded else found
+            return dataclasses.replace(estimate, cache=estimate.kept) if loaded else estimate
 
         options = memory.smaller_options(
             bilevel, layout.visual_tokens, quantized=cache.quantized, offload=cache.offload
@@ -219,7 +218,7 @@ class Model:
         memory.check_fits(layout, need, others, held=sum(v.device_bytes for v in list(self._videos)))
 
     def layout(self, time_ids: list[list[int]]) -> VideoLayout:
-        """Lengths of the tokens of a video, from the token ids of every group's time."""
+        """The layout of a video whose groups have these time tokens."""
         return VideoLayout(len(self._prefix), tuple(map(len, time_ids)), self.config.visual_tokens)
 
     # --- questions, many ---------------------------------------------------------------------
@@ -233,10 +232,10 @@ class Model:
         """Answers a question about a video that this model watched.
 
         Args:
-          max_new_tokens: most tokens of the answer.
-          sampling: greedy by default.
-          bilevel: which KV the answer reads; None for the whole dense cache.
-          relevance: how dense chunks are chosen under `bilevel`.
+          max_new_tokens: the answer is cut off at this many tokens.
+          sampling: how tokens are sampled; greedy by default.
+          bilevel: which KV the answer reads; None reads the whole dense cache.
+          relevance: how `bilevel` chooses the chunks that stay dense.
           history: earlier turns: (question, answer) pairs, or messages {"role": "user" | "assistant", "content": text}.
           on_text: called with each new piece of the answer.
 
@@ -288,13 +287,13 @@ class Model:
         )  # fmt: skip
 
     def chat(self, video: str | Path, question: str, frames: FrameSampling | None = None, **options: Any) -> str:
-        """One question about one video: `frames` as in `watch`, other options as for `ask`."""
+        """Answers one question about one video. `frames` is the `sampling` of `watch`; `options` are those of `ask`."""
         with self.watch(video, frames) as watched:
             return self.ask(watched, question, **options).text
 
 
 class _Stages:
-    """Seconds of vision and prefill, where they are measured: then each stage is waited for."""
+    """Measures the seconds of vision and prefill. Without `measured` no stage is waited for."""
 
     def __init__(self, measured: bool):
         self.measured = measured
@@ -323,7 +322,7 @@ def _timed[T](items: Iterator[T], timings: dict[str, float], name: str) -> Itera
 
 
 class _Streamer:
-    """Turns growing id lists into pieces of text, holding back half of a multi-byte character."""
+    """Turns growing id lists into pieces of text, holding back an incomplete multi-byte character."""
 
     def __init__(self, tokenizer: PromptTokenizer, stop: set[int], on_text: Callable[[str], None] | None):
         self._tokenizer, self._stop, self._on_text = tokenizer, stop, on_text
@@ -351,8 +350,8 @@ def load(
 ) -> Model:  # fmt: skip
     """Loads an Orbax folder (`xl2jax.checkpoint.convert`), a PyTorch folder or a hub id (`org/name` or `org/name@revision`).
 
-    `dtype` None keeps the stored one. `verify_checksums` compares each tensor of an Orbax folder with the checksum
-    that was kept when it was made. Raises UserError where the checkpoint cannot be used.
+    `dtype` None keeps the stored dtype. `verify_checksums` compares each tensor of an Orbax folder with the checksum
+    that the folder stores for it. Raises UserError where the checkpoint cannot be used.
     """
     folder = find_checkpoint(checkpoint)
     config = VideoXL2Config.from_hf(folder)

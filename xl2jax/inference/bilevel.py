@@ -1,11 +1,11 @@
-"""Bi-level KV: chunks that matter keep their dense KV, all others their pooled KV.
+"""Bi-level KV: selection blocks that matter to a question keep their dense KV, and all others get pooled KV.
 
-A selection block is `select_chunk_groups` consecutive groups; blocks are numbered 1..B, block 0 is the
-prefix. Blocks 0, 1 and B and the selected ones are dense. Of every other block the time tokens stay
-whole, and the visual keys and values of each group are averaged over windows of `pool` tokens (a
-remainder is dropped). Keys are averaged un-rotated, and the mixed cache gets new positions 0..M-1, so
-its keys are rotated anew. Upstream stores keys before rotation. Here they are stored after rotation, because prefill
-and dense decoding read them so, and this module undoes the rotation first.
+A selection block is `select_chunk_groups` consecutive groups. Blocks are numbered 1..B, and block 0 is the prefix.
+Blocks 0, 1 and B and the selected blocks are dense. In every other block the time tokens stay whole, and the visual
+keys and values of each group are averaged over `pool` consecutive tokens (a remainder is dropped). Keys are averaged
+un-rotated, and the mixed cache gets new positions 0..M-1, so that its keys are rotated anew. Upstream stores keys
+before rotation. Here they are stored after rotation, as prefill and dense decoding read them, and this module undoes
+the rotation first.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class BilevelConfig:
     select_chunk_groups: int = 4
     pool: int = 4
     top_chunks: int | None = None
-    """Blocks chosen by relevance; None for 2, or all of a video that has fewer."""
+    """How many blocks relevance chooses. None chooses 2, or all blocks of a video that has fewer."""
 
     def __post_init__(self) -> None:
         for name in ("select_chunk_groups", "pool"):
@@ -46,7 +46,7 @@ class BilevelConfig:
             raise UserError(f"top chunks must be 0 or more, not {self.top_chunks}")
 
     def blocks(self, layout: VideoLayout) -> int:
-        """B, selection blocks of a video."""
+        """B, the number of selection blocks of a video."""
         return ceil_div(layout.groups, self.select_chunk_groups)
 
     def top(self, layout: VideoLayout) -> int:
@@ -54,7 +54,7 @@ class BilevelConfig:
 
 
 class GroupTable(NamedTuple):
-    """The lengths of a video on the device: `time_lengths` [Gcap], of which `groups` count."""
+    """The lengths of a video on the device: `time_lengths` [Gcap], of which the first `groups` are real."""
 
     prefix: jax.Array
     time_lengths: jax.Array
@@ -68,7 +68,7 @@ def group_table(layout: VideoLayout, capacity: int) -> GroupTable:
 
 
 def slot_groups(table: GroupTable, cache: KVCache, visual_tokens: int) -> jax.Array:
-    """Group of each slot of a video's dense cache, int32 [S]; -1 where there is none."""
+    """The group of each slot of a video's dense cache, int32 [S]; -1 for slots that belong to no group."""
     slot = jnp.arange(cache.slots, dtype=jnp.int32)
     ends = table.prefix + jnp.cumsum(table.time_lengths, dtype=jnp.int32)
     time = jnp.searchsorted(ends, slot, side="right").astype(jnp.int32)
@@ -86,8 +86,8 @@ class PooledKV(NamedTuple):
 def blocks_of_units(units: Iterable[int], groups: int, select_chunk_groups: int) -> np.ndarray:
     """Dense blocks of upstream's selected units: boolean [B], entry b for block b + 1.
 
-    Unit u is groups 2u and 2u + 1; its block is u // (select_chunk_groups / 2) + 1. No unit at all
-    makes every block dense.
+    Unit u is groups 2u and 2u + 1; its block is u // (select_chunk_groups / 2) + 1. Without any unit every block is
+    dense, as upstream has it.
     """
     blocks = ceil_div(groups, select_chunk_groups)
     dense = np.zeros(blocks, bool)
@@ -110,7 +110,7 @@ def choose_blocks(scores: jax.Array, blocks: jax.Array, top: int) -> jax.Array:
 
 
 def pool_cache(cache: KVCache, table: GroupTable, *, visual_tokens: int, pool: int, theta: float) -> PooledKV:
-    """Pools every group of the video, a layer at a time."""
+    """Pools every group of the video, one layer at a time."""
     groups, v = table.time_lengths.shape[0], visual_tokens
     _, kv_heads, _, h = cache.shape
     kept = v // pool
@@ -144,7 +144,7 @@ def mixed_slots(layout: VideoLayout, dense_groups: int, config: BilevelConfig) -
 
 
 class MixedSource(NamedTuple):
-    """Where each slot [M] of a mixed cache comes from."""
+    """The source of each slot [M] of a mixed cache."""
 
     valid: jax.Array
     group: jax.Array
@@ -163,9 +163,9 @@ def mixed_source(
     table: GroupTable, dense: jax.Array, visual_start: jax.Array, *, visual_tokens: int, pool: int, slots: int,
     compact: bool = False,
 ) -> MixedSource:  # fmt: skip
-    """The index list of a mixed cache: natural order, groups `dense` [Gcap] whole, the others pooled.
+    """The source of each slot of a mixed cache in natural order, whose groups `dense` [Gcap] are whole.
 
-    `compact`: the video cache holds the visual tokens of the dense groups alone, one behind the other.
+    `compact`: the video cache holds the visual tokens of the dense groups only, one group behind the other.
     """
     v, kept = visual_tokens, visual_tokens // pool
     groups = table.time_lengths.shape[0]
@@ -199,7 +199,7 @@ def mixed_source(
 
 
 def mix(cache: KVCache, pooled: PooledKV, source: MixedSource, *, theta: float) -> KVCache:
-    """Gathers a mixed cache: slot = position, keys rotated to it. The video cache is only read."""
+    """Gathers a mixed cache. Each slot is its position, to which the key is rotated. The video cache stays as it is."""
     h = cache.shape[3]
     slots = source.slot.shape[0]
     dtype = accumulator(pooled.k.dtype)

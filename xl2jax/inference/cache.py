@@ -14,27 +14,27 @@ from xl2jax.ops.ranges import Ranges, first_slots, merge
 
 
 class QuantizedKV(NamedTuple):
-    """Keys or values in 8 bits: `values * scale`, a scale for each token and head."""
+    """Keys or values in 8 bits: `values * scale`, with a scale for each token and head."""
 
     values: jax.Array
     """int8 [..., K, S, H]"""
     scale: jax.Array
-    """[..., K, S]; its dtype is the one that is unpacked to."""
+    """[..., K, S]; unpacked keys and values have its dtype."""
 
 
 type KVArray = jax.Array | QuantizedKV
 
 
 def quantize(x: jax.Array) -> QuantizedKV:
-    """Symmetric: the largest magnitude along H becomes 127. No element is off by more than half a scale."""
+    """Quantises symmetrically: the largest magnitude along H becomes 127. The error is at most half a scale."""
     scale = (jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1) / 127).astype(x.dtype)
-    # The rounded scale is what will be multiplied with: divide by that one.
+    # Unpacking multiplies by the rounded scale, so the division uses the rounded scale too.
     steps = x.astype(jnp.float32) / jnp.where(scale == 0, 1, scale).astype(jnp.float32)[..., None]
     return QuantizedKV(jnp.clip(jnp.round(steps), -127, 127).astype(jnp.int8), scale)
 
 
 def unpack(x: KVArray) -> jax.Array:
-    """Keys or values as they are multiplied with."""
+    """Keys or values in the dtype of the computation."""
     if isinstance(x, QuantizedKV):
         return (x.values.astype(jnp.float32) * x.scale.astype(jnp.float32)[..., None]).astype(x.scale.dtype)
     return x
@@ -57,7 +57,7 @@ class KVCache(NamedTuple):
 
     @property
     def length(self) -> jax.Array:
-        """Tokens cached; the position of the next one."""
+        """The number of tokens in the cache, and the position of the next one."""
         return self.global_length + self.visual_length
 
     @property
@@ -68,7 +68,7 @@ class KVCache(NamedTuple):
 
     @property
     def dtype(self) -> np.dtype:
-        """What keys and values are multiplied in."""
+        """The dtype of keys and values once they are unpacked."""
         return np.dtype(self.k.scale.dtype if isinstance(self.k, QuantizedKV) else self.k.dtype)
 
     @property
@@ -83,9 +83,9 @@ def empty_cache(
     config: LLMConfig, slots: int, dtype: jax.typing.DTypeLike, visual_start: int | None = None, *,
     quantized: bool = False,
 ) -> KVCache:  # fmt: skip
-    """Zeros. The visual region starts at `visual_start`, by default behind the last slot.
+    """A cache of zeros. The visual region starts at `visual_start`, by default behind the last slot.
 
-    `quantized`: kept in 8 bits, unpacked to `dtype`.
+    `quantized` stores 8 bits, which are unpacked to `dtype`.
     """
     shape = (config.layers, config.kv_heads, slots, config.head_width)
     zero = jnp.int32(0)
@@ -100,9 +100,9 @@ def empty_cache(
 
 
 def write(cache: KV, layer: jax.Array, k: jax.Array, v: jax.Array, slot: jax.Array) -> KV:
-    """Puts k, v [T, K, H] into slots `slot ...` of one layer. The slots must exist."""
+    """Writes k, v [T, K, H] into one layer, from slot `slot` on. The slots must exist."""
 
-    zero = jnp.int32(0)  # all indices have one type, also where Python's numbers have 64 bits
+    zero = jnp.int32(0)  # indices must have one dtype, and with 64-bit JAX a Python integer is int64
     place = (layer, zero, slot, zero)
 
     def put(old: KVArray, new: jax.Array) -> KVArray:
@@ -119,7 +119,7 @@ def write(cache: KV, layer: jax.Array, k: jax.Array, v: jax.Array, slot: jax.Arr
 
 
 def rows(cache: KV, layer: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(k, v, row): the arguments of `arena_attention` that read one layer. A quantised one is unpacked for it."""
+    """(k, v, row): the arguments of `arena_attention` that read one layer. A quantised layer is unpacked."""
     k, v = cache
     if not isinstance(k, QuantizedKV):
         return k, unpack(v), layer[None]
@@ -143,7 +143,7 @@ def attend_text(
     q: jax.Array, k: jax.Array, v: jax.Array, context: KVCache, text: KV,
     text_length: jax.Array, layer: jax.Array, implementation: str,
 ) -> tuple[KV, jax.Array, jax.Array]:  # fmt: skip
-    """Tokens behind the video: they see all of `context`, the text before them, and each other causally.
+    """Attention of tokens behind the video. They see all of `context`, the text before them, and each other causally.
 
     q [T, N, H], k and v [T, K, H] rotated; `text` is the (k, v) of a cache holding `text_length` tokens.
     Returns (text with the new tokens written, out [T, N, H], lse [T, N]).
@@ -151,6 +151,6 @@ def attend_text(
     text = write(text, layer, k, v, text_length)
     ends = text_length + jnp.arange(1, q.shape[0] + 1, dtype=jnp.int32)
     ranges = first_slots(ends).batched()
-    own, own_lse = arena_attention(q[None], *rows(text, layer), ranges, implementation=implementation)
-    out, lse = merge([attend_all(q, context, layer, implementation), (own[0], own_lse[0])])
+    text_out, text_lse = arena_attention(q[None], *rows(text, layer), ranges, implementation=implementation)
+    out, lse = merge([attend_all(q, context, layer, implementation), (text_out[0], text_lse[0])])
     return text, out, lse

@@ -1,7 +1,7 @@
 """The compiled programs. Each takes the `Network`, whose config and choices are static.
 
 Shapes depend on buckets of lengths only, so another video or question of about the same length compiles nothing.
-Programs whose hidden states are of use to `verify` return them always: it checks the very programs that answer.
+Some programs return hidden states that only `verify` reads, so that it checks the same programs that answer questions.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from xl2jax.inference.relevance import AttentionScorer
 from xl2jax.models.video_xl2 import normalise
 
 COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
-"""XLA's own Triton products copy each scanned layer's weights first, and leave bias and GELU to kernels of their own.
-cuBLAS reads the weights in place and fuses both: on an H200 that halves a decode step and makes the vision tower an
-eighth faster. The option has no effect on other devices."""
+"""XLA's Triton matrix products first copy the weights of each scanned layer, and run bias and GELU as separate kernels.
+cuBLAS reads the weights in place and fuses both. On an H200 this halves the time of a decode step and makes the vision
+tower an eighth faster. The option has no effect on other devices."""
 
 _jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
 
@@ -48,8 +48,8 @@ def encode(network: Network, frames: jax.Array, *, frames_at_once: int) -> jax.A
 
 @jax.jit
 def checksum(x: jax.Array) -> jax.Array:
-    """uint32 over all bits of an array, for telling checkpoints apart: a changed or moved element changes it, but for
-    a chance of about 1 in 2**32."""
+    """A uint32 hash of all bits of an array, for telling checkpoints apart. A changed or moved element goes unnoticed
+    with a probability of about 1 in 2**32."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint32).reshape(-1)
     h = bits.astype(jnp.uint32) + jnp.arange(bits.size, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # MurmurHash3's finaliser
@@ -98,7 +98,7 @@ def mix(
     config: LLMConfig, cache: KVCache, pooled: PooledKV, table: GroupTable, dense: jax.Array,
     *, visual_tokens: int, pool: int, slots: int, compact: bool = False,
 ) -> tuple[KVCache, MixedSource]:  # fmt: skip
-    """The mixed cache whose groups `dense` [Gcap] are whole, in `slots` slots, and where each slot comes from."""
+    """The mixed cache of `slots` slots whose groups `dense` [Gcap] are whole, and the source of each slot."""
     source = bilevel.mixed_source(
         table, dense, cache.visual_start, visual_tokens=visual_tokens, pool=pool, slots=slots, compact=compact
     )
@@ -152,7 +152,7 @@ def ask(
 ) -> tuple[DecodeState, jax.Array]:
     """Runs the suffix behind `context` and samples the first token of the answer.
 
-    Returns the state that decoding goes on from, and the suffix's hidden states [T, D].
+    Returns the state that decoding continues from, and the hidden states of the suffix [T, D].
     """
     llm = network.model.llm
     text, hidden = generate.extend(llm, context, text, suffix.ids, suffix.end, implementation=network.implementation)
@@ -170,6 +170,6 @@ def decode(
     *,
     size: int,
 ) -> tuple[DecodeState, jax.Array, jax.Array]:
-    """Up to min(limit, size) further tokens: (state, ids [size], how many of them are new)."""
+    """Decodes up to min(limit, size) further tokens: (state, ids [size], number of new ids)."""
     llm = network.model.llm
     return generate.decode(llm, context, state, limit, stop, sampling, size=size, implementation=network.implementation)

@@ -1,4 +1,4 @@
-"""Floating-point operations that the networks need, a multiply-add counted as two. For MFU and for plans."""
+"""Floating-point operations of the networks, for MFU and for `xl2jax plan`. A multiply-add counts as two."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def dts_and_projector(config: VideoXL2Config) -> float:
 
 
 def llm_linear(config: LLMConfig) -> float:
-    """The decoder layers' linear maps on one token; no lm_head, no attention."""
+    """The decoder layers' linear maps on one token, without lm_head and attention."""
     c = config
     heads = c.heads * c.head_width
     return 2.0 * c.layers * (c.width * (2 * heads + 2 * c.kv_heads * c.head_width) + 3 * c.width * c.mlp_width)

@@ -15,7 +15,7 @@ from xl2jax.inference.cache import KV, KVCache, attend_text
 from xl2jax.models.qwen2 import Qwen2
 
 GREEDY_BELOW = 1e-4
-"""Temperatures below this one are greedy: quotients of logits would leave float32's range."""
+"""Lower temperatures are treated as greedy, since logits divided by them would leave float32's range."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class TokenSampling:
             raise UserError("temperature must be 0 or more, and top-p above 0 and at most 1")
 
     def traced(self) -> Sampling:
-        """As arguments of a compiled program: another temperature compiles nothing."""
+        """The settings as arguments of a compiled program, so that another temperature compiles nothing."""
         return Sampling(np.float32(self.temperature), np.float32(self.top_p))
 
 
@@ -55,22 +55,21 @@ class DecodeState(NamedTuple):
     """Everything that changes from token to token."""
 
     token: jax.Array
-    """int32 []: sampled, not yet cached."""
+    """int32 []: the token sampled last. Its keys and values are not cached yet."""
     text: KVCache
-    """Suffix and answer so far."""
+    """Keys and values of the suffix and of the answer so far."""
     key: jax.Array
     done: jax.Array
     finite: jax.Array
-    """Whether all logits so far were numbers; where they are not, decoding is done."""
+    """Whether all logits so far were finite. Decoding ends where they are not."""
 
 
 def extend(
     llm: Qwen2, context: KVCache, text: KVCache, ids: jax.Array, length: jax.Array, *, implementation: str
 ) -> tuple[KVCache, jax.Array]:
-    """Runs ids [T], of which `length` count, behind `context` and `text`.
+    """Runs ids [T], of which the first `length` are real, behind `context` and `text`.
 
-    Returns the text cache with them and the hidden states [T, D]. Neither cache is changed in place
-    unless donated.
+    Returns the text cache with them and the hidden states [T, D]. Neither cache is changed in place unless donated.
     """
     start = text.global_length
     positions = context.length + start + jnp.arange(ids.shape[0], dtype=jnp.int32)
@@ -93,7 +92,7 @@ def sample(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
         scaled = logits / sampling.temperature
         order = jnp.argsort(-scaled)
         p = jax.nn.softmax(scaled[order])
-        # Rounded sums must not drop a token where top_p is 1, and the first one stays where top_p rounds to 0.
+        # Rounding must not drop a token where top_p is 1, nor the first token where top_p rounds to 0.
         kept = (jnp.cumsum(p) - p < sampling.top_p) | (sampling.top_p >= 1)
         kept = kept.at[0].set(True)
         allowed = jnp.zeros_like(kept).at[order].set(kept)
@@ -106,16 +105,16 @@ def _next(
     llm: Qwen2, hidden: jax.Array, text: KVCache, key: jax.Array, stop: jax.Array, sampling: Sampling
 ) -> DecodeState:
     """The state behind one more token, sampled from a hidden state [D]."""
-    key, use = jax.random.split(key)
+    key, sample_key = jax.random.split(key)
     logits = llm.logits(hidden)
-    token, finite = sample(logits, use, sampling), jnp.all(jnp.isfinite(logits))
+    token, finite = sample(logits, sample_key, sampling), jnp.all(jnp.isfinite(logits))
     return DecodeState(token, text, key, jnp.any(token == stop) | ~finite, finite)
 
 
 def first_token(
     llm: Qwen2, text: KVCache, hidden: jax.Array, length: jax.Array, key: jax.Array, stop: jax.Array, sampling: Sampling
 ) -> DecodeState:  # fmt: skip
-    """Samples from the last valid row of a suffix's hidden states [T, D]."""
+    """Samples the first token of an answer from the suffix's hidden states [T, D], of which `length` are real."""
     return _next(llm, hidden[length - 1], text, key, stop, sampling)
 
 
@@ -123,19 +122,19 @@ def decode(
     llm: Qwen2, context: KVCache, state: DecodeState, limit: jax.Array, stop: jax.Array, sampling: Sampling,
     *, size: int, implementation: str,
 ) -> tuple[DecodeState, jax.Array, jax.Array]:  # fmt: skip
-    """Up to min(limit, size) further tokens, until one of `stop` [n] is sampled.
+    """Decodes up to min(limit, size) further tokens, until one of `stop` [n] is sampled.
 
-    Returns (state, ids [size], how many of them are new).
+    Returns (state, ids [size], number of new ids).
     """
 
     def unfinished(carry: tuple[DecodeState, jax.Array, jax.Array]) -> jax.Array:
         state, _, n = carry
         return ~state.done & (n < jnp.minimum(limit, size))
 
-    def one(carry: tuple[DecodeState, jax.Array, jax.Array]) -> tuple[DecodeState, jax.Array, jax.Array]:
+    def next_token(carry: tuple[DecodeState, jax.Array, jax.Array]) -> tuple[DecodeState, jax.Array, jax.Array]:
         state, ids, n = carry
         text, hidden = extend(llm, context, state.text, state.token[None], jnp.int32(1), implementation=implementation)
         state = _next(llm, hidden[0], text, state.key, stop, sampling)
         return state, ids.at[n].set(state.token), n + 1
 
-    return jax.lax.while_loop(unfinished, one, (state, jnp.zeros(size, jnp.int32), jnp.int32(0)))
+    return jax.lax.while_loop(unfinished, next_token, (state, jnp.zeros(size, jnp.int32), jnp.int32(0)))

@@ -1,4 +1,4 @@
-"""Where every token stands: positions, arena slots, and what each query sees.
+"""The layout of a video: the position and the arena slot of every token, and what each query sees.
 
 A video of G groups is, in natural order, `prefix, (time tokens, V visual tokens) per group, suffix`;
 positions count that order. The arena that keys and values live in puts the globals (prefix, then time
@@ -10,10 +10,10 @@ tokens) first and the visual tokens behind them, at slot `visual_start`. Then ea
     visual token, chunk c    globals before it         first visual of chunk max(c - w, 0)  own slot + 1
     time token               own slot + 1              first visual                         visuals before it
 
-(c counts chunks of `chunk_groups` groups, w = window_chunks, None for dense causal attention.) What is
-asked about the video later (suffix, answer) sees all of it, and lives in a cache of its own.
+Here c counts chunks of `chunk_groups` groups, and w is `window_chunks`. Dense causal attention (None) has v_lo = first
+visual for every query. The suffix and the answer see the whole video and have a cache of their own.
 
-With 2 groups of 1 time token (t) and 2 visual tokens (v), chunks of 1 group, window 0, prefix p:
+A small example has 2 groups of 1 time token (t) and 2 visual tokens (v), chunks of 1 group, window 0 and a prefix p:
 
     natural order       arena order
     p  t0 v0 v0 t1 v1 v1    slot    p t0 t1 | v0 v0 v1 v1
@@ -36,7 +36,7 @@ from xl2jax.ops.ranges import Ranges
 
 @dataclasses.dataclass(frozen=True)
 class PrefillConfig:
-    """Which visual tokens see which: `window_chunks` chunks before their own; None for dense."""
+    """A visual token sees its own chunk up to itself and `window_chunks` chunks before it; None is dense attention."""
 
     chunk_groups: int = 4
     window_chunks: int | None = 3
@@ -47,7 +47,7 @@ class PrefillConfig:
 
 
 class Tokens(NamedTuple):
-    """Where tokens stand, int32 [T]."""
+    """Positions, slots and ranges of tokens, int32 [T]."""
 
     position: Any
     """In natural order."""
@@ -60,15 +60,15 @@ def token_ranges(
     prefix: Any, time_lengths: Any, visual_tokens: int, visual_start: Any, config: PrefillConfig,
     group: Any, offset: Any, is_time: Any, xp: Any = np,
 ) -> Tokens:  # fmt: skip
-    """Positions, slots and ranges of tokens named by (group, offset in group, is_time).
+    """Positions, slots and ranges of tokens given by (group, offset in group, is_time).
 
     `time_lengths` [G] are the time tokens of each group; `offset` counts from the group's first time
-    token or first visual token. numpy, or jax.numpy inside a jitted function (`xp=jnp`).
+    token or first visual token. `xp` is numpy, or jax.numpy inside a jitted function.
     """
     v = visual_tokens
     ends = xp.cumsum(time_lengths)
     before = (ends - time_lengths)[group]  # time tokens of earlier groups
-    own_times = time_lengths[group]
+    times = time_lengths[group]
     global_slot = prefix + before + offset
     visual_slot = visual_start + group * v + offset
     if config.window_chunks is None:
@@ -76,9 +76,9 @@ def token_ranges(
     else:
         chunk = group // config.chunk_groups
         first_group = xp.maximum(chunk - config.window_chunks, 0) * config.chunk_groups
-    position = prefix + before + group * v + xp.where(is_time, offset, own_times + offset)
+    position = prefix + before + group * v + xp.where(is_time, offset, times + offset)
     ranges = Ranges(
-        g_end=xp.where(is_time, global_slot + 1, prefix + before + own_times),
+        g_end=xp.where(is_time, global_slot + 1, prefix + before + times),
         v_lo=xp.where(is_time, visual_start, visual_start + first_group * v),
         v_hi=xp.where(is_time, visual_start + group * v, visual_slot + 1),
     )
@@ -88,7 +88,7 @@ def token_ranges(
 
 @dataclasses.dataclass(frozen=True)
 class VideoLayout:
-    """Lengths of one video's tokens. `time_lengths[g]` time tokens stand before group g's V visuals."""
+    """Numbers of tokens of one video. Group g has `time_lengths[g]` time tokens, then V visual tokens."""
 
     prefix: int
     time_lengths: tuple[int, ...]
@@ -104,15 +104,15 @@ class VideoLayout:
 
     @property
     def tokens(self) -> int:
-        """Prefix and video; the position of the first suffix token."""
+        """Tokens of prefix and video, and the position of the first suffix token."""
         return self.global_tokens + self.groups * self.visual_tokens
 
 
 def natural_ranges(layout: VideoLayout, suffix: int, visual_start: int, config: PrefillConfig) -> Tokens:
-    """What `token_ranges` gives for all tokens in natural order, prefix and suffix included.
+    """Positions, slots and ranges of all tokens in natural order, prefix and suffix included.
 
-    The suffix is placed behind the other globals, as if it were kept in the same arena. For tests and
-    for reading: nothing here is N x N.
+    The suffix is placed behind the other globals, as if it were kept in the same arena. Tests, `verify` and counts of
+    operations use this.
     """
     times = np.asarray(layout.time_lengths, np.int64)
     v = layout.visual_tokens
@@ -159,7 +159,7 @@ def dense_mask(layout: VideoLayout, suffix: int, config: PrefillConfig) -> np.nd
 
 
 def bucket(n: int, unit: int = 1) -> int:
-    """`n` rounded up to a multiple of `unit` with three significant bits: at most a quarter more."""
+    """`n` rounded up to a multiple of `unit` with three significant bits, which adds at most a quarter."""
     units = max(ceil_div(n, unit), 1)
     step = 1 << max(units.bit_length() - 3, 0)
     return round_up(units, step) * unit

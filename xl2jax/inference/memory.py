@@ -1,4 +1,4 @@
-"""How much memory a video will take, and whether it is there."""
+"""How much memory a video will take, and whether that much is free."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ from xl2jax.inference.bilevel import BilevelConfig, mixed_slots
 from xl2jax.inference.layout import VideoLayout, bucket
 from xl2jax.inference.prefill import PrefillPlan, default_steps
 
-_WORKSPACE = 256 << 20  # XLA's temporaries and runtime, at least
+_WORKSPACE = 256 << 20
+"""Bytes for XLA's runtime and small temporaries."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryNeed:
-    """Bytes beyond the parameters."""
+    """Bytes that a video needs beside the parameters."""
 
     cache: int
-    """While the video is watched."""
+    """The dense KV while the video is watched."""
     kept: int
-    """Of the cache, while questions are asked: all of it, unless it is offloaded."""
+    """The part of it that stays on the device while questions are asked: all of it, unless the KV is offloaded."""
     pooled: int
     mixed: int
-    """With what is fetched for it, where the cache is offloaded."""
+    """The mixed KV, and the chunks that are fetched for it where the KV is offloaded."""
     workspace: int
 
     @property
@@ -42,7 +43,7 @@ class MemoryNeed:
 
 
 def slot_bytes(config: VideoXL2Config, dtype: jax.typing.DTypeLike, *, quantized: bool = False) -> int:
-    """Keys and values of one token in all layers."""
+    """Bytes of the keys and values of one token in all layers."""
     c, itemsize = config.llm, jnp.dtype(dtype).itemsize
     return 2 * c.layers * c.kv_heads * (c.head_width + itemsize if quantized else c.head_width * itemsize)
 
@@ -51,10 +52,10 @@ def memory_need(
     config: VideoXL2Config, plan: PrefillPlan, layout: VideoLayout, bilevel: BilevelConfig | None,
     dtype: jax.typing.DTypeLike, platform: str, *, quantized: bool = False, offload: bool = False,
 ) -> MemoryNeed:  # fmt: skip
-    """What the video cache and, where `bilevel` is given, its pooled and mixed copies take.
+    """The memory of the video cache and, where `bilevel` is given, of its pooled and mixed copies.
 
-    `quantized`, `offload`: see `CacheConfig`. A CPU is its own host: offloading moves the bytes, it frees none.
-    `platform`: "cpu" or "gpu".
+    `quantized` and `offload` are those of `CacheConfig`. `platform` is "cpu" or "gpu". On a CPU offloading frees
+    nothing, because the device is the host.
     """
     gpu = platform == "gpu"
     c, v, itemsize = config.llm, config.vision, jnp.dtype(dtype).itemsize
@@ -65,7 +66,7 @@ def memory_need(
         kept = plan.visual_start * kept_slot
     if bilevel is not None:
         pooled = plan.group_capacity * (plan.visual_tokens // bilevel.pool) * slot
-        # Chunks are scored on the video's own cache, or on an all-pooled one that is gone before the answer's is made.
+        # Chunks are scored on the dense cache, or on an all-pooled cache that is freed before the mixed one is made.
         dense = min((bilevel.top(layout) + 2) * bilevel.select_chunk_groups, layout.groups)
         mixed = mixed_slots(layout, dense, bilevel) * slot
         if offload:
@@ -77,7 +78,7 @@ def memory_need(
     # XLA materialises the scores of all heads of a frame; cuDNN does not.
     scores = 0 if gpu else 2 * v.heads * v.patch_grid**2 * 4
     vision = patches * ((2 * v.mlp_width + 8 * v.width) * itemsize + scores)
-    # One layer of the cache in float32 while it is pooled or gathered.
+    # One layer of the cache is in float32 while it is pooled or gathered.
     layer = 2 * plan.slots * c.kv_heads * c.head_width * 4 if bilevel is not None or quantized else 0
     prefill += layer if quantized else 0
     return MemoryNeed(cache, kept, pooled, mixed, _WORKSPACE + max(prefill, vision, layer))
@@ -86,7 +87,7 @@ def memory_need(
 def smaller_options(
     bilevel: BilevelConfig | None, visual_tokens: int, *, quantized: bool, offload: bool
 ) -> dict[str, tuple[BilevelConfig | None, bool, bool]]:
-    """What takes less memory, the least change first: infer.py's flags -> (bilevel, quantized, offload)."""
+    """Settings that need less memory: flags of infer.py -> (bilevel, quantized, offload), small changes first."""
     out: dict[str, tuple[BilevelConfig | None, bool, bool]] = {}
     if bilevel is not None and bilevel.pool < visual_tokens:
         pool = min(4 * bilevel.pool, visual_tokens)
@@ -101,7 +102,7 @@ def smaller_options(
 
 
 def available_bytes() -> int:
-    """Free memory of the default device: what XLA may still take there, or free host memory."""
+    """Free bytes of the default device: what XLA may still take there, or free host memory."""
     stats = jax.devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
@@ -109,7 +110,7 @@ def available_bytes() -> int:
     with contextlib.suppress(OSError, KeyError, ValueError), open("/proc/meminfo") as f:
         fields = dict(line.split(":", 1) for line in f)
         free.append(int(fields["MemAvailable"].split()[0]) << 10)
-    with contextlib.suppress(OSError, ValueError):  # a container's own limit; "max" is none
+    with contextlib.suppress(OSError, ValueError):  # the limit of a container; "max" means that there is none
         limit, used = (int(Path("/sys/fs/cgroup", n).read_text()) for n in ("memory.max", "memory.current"))
         free.append(limit - used)
     return min(free) if free else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -119,8 +120,11 @@ def check_fits(
     layout: VideoLayout, need_of: Callable[[VideoLayout], MemoryNeed], others: Mapping[str, MemoryNeed] | None = None,
     *, held: int = 0,
 ) -> None:  # fmt: skip
-    """Raises UserError if a video needs more than is free; says how many frames would fit, and which of `others`
-    (flags, and what the same video needs with them). `held`: bytes of other watched videos, which could be closed."""
+    """Raises UserError if a video needs more memory than is free.
+
+    The message says how many frames would fit, and with which of `others` (flags -> need of the same video) all would.
+    `held`: bytes of other watched videos, which could be closed.
+    """
     free, need = available_bytes(), need_of(layout)
     if need.total <= free:
         return
@@ -128,7 +132,7 @@ def check_fits(
     def fits(groups: int) -> bool:
         return need_of(dataclasses.replace(layout, time_lengths=layout.time_lengths[:groups])).total <= free
 
-    # Lengths are bucketed, but a longer video never needs less.
+    # Lengths are rounded up to buckets, but a longer video never needs less: bisection is right.
     groups = bisect.bisect_left(range(1, layout.groups), True, key=lambda g: not fits(g))
     frames = groups * FRAMES_PER_GROUP
     advice = [f"{frames} frames would fit (--max-frames {frames})" if frames else "not even 4 frames fit"]
@@ -143,7 +147,7 @@ def check_fits(
 
 
 def used_bytes() -> int:
-    """Memory in use now: on the device if it counts, else by this process."""
+    """Bytes in use now, on the device where it reports them, else by this process."""
     stats = jax.devices()[0].memory_stats()
     if stats and "bytes_in_use" in stats:
         return stats["bytes_in_use"]
@@ -155,7 +159,7 @@ def used_bytes() -> int:
 
 
 def peak_bytes() -> int:
-    """Most memory used so far: on the device if it counts, else by this process."""
+    """Bytes in use at the peak so far, on the device where it reports them, else by this process."""
     stats = jax.devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]
@@ -163,6 +167,6 @@ def peak_bytes() -> int:
 
 
 def host_peak_bytes() -> int:
-    """Most memory that this process has used so far."""
+    """Bytes of host memory that this process used at its peak so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak << 10

@@ -31,13 +31,13 @@ class Network:
     config: VideoXL2Config
     params: nnx.State
     implementation: str
-    """Of arena attention (see `xl2jax.ops.attention`)."""
+    """The implementation of arena attention (see `xl2jax.ops.attention`)."""
     platform: str
     """"cpu" or "gpu": where the parameters are."""
 
     @classmethod
     def create(cls, config: VideoXL2Config, params: nnx.State, implementation: str = "auto") -> Network:
-        """Decides the platform and, where `implementation` is "auto", the attention kernel, and says once which.
+        """Finds the platform and, where `implementation` is "auto", chooses the attention. The choice is logged once.
 
         Raises UserError for an implementation that does not exist.
         """
@@ -48,7 +48,7 @@ class Network:
 
     @property
     def dtype(self) -> str:
-        """Of the parameters, and so of activations and KV."""
+        """The dtype of the parameters, and so of activations and KV."""
         return str(jax.tree.leaves(self.params)[0].dtype)
 
     @property
@@ -57,7 +57,7 @@ class Network:
         return nnx.merge(_graphdef(self.config, self.dtype), self.params)
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
-        """float32 means float32: without this GPUs multiply in TF32."""
+        """Has products of float32 arrays computed in float32. By default GPUs compute them in TF32."""
         return jax.default_matmul_precision("highest" if self.dtype == "float32" else None)
 
     def not_finite(self, what: str) -> UserError:

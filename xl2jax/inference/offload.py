@@ -1,8 +1,8 @@
 """The dense visual KV of a watched video in host memory.
 
-Bi-level decoding reads little of it: the device keeps the prefix and the time tokens, the pooled KV, and, for each
-question, the chunks that were chosen. Prefill itself needs all of it on the device, so this begins when the video
-has been watched.
+Bi-level decoding reads little of it. The device keeps the prefix and the time tokens, the pooled KV and, for each
+question, the chosen chunks. Prefill needs all of it on the device, so offloading begins when the video has been
+watched.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _visual_of_layer(x: KVArray, layer: int | jax.Array, *, start: int) -> KVArr
 
 
 def empty_host(cache: KVCache, start: int) -> HostKV:
-    """Room for the visual region, which starts at slot `start` of `cache`."""
+    """Uninitialised arrays for the visual region, which starts at slot `start` of `cache`."""
 
     def empty(a: jax.Array) -> np.ndarray:
         return np.empty((*a.shape[:2], a.shape[2] - start, *a.shape[3:]), a.dtype)
@@ -47,13 +47,13 @@ def empty_host(cache: KVCache, start: int) -> HostKV:
 
 
 def to_host(cache: KVCache, start: int) -> tuple[KVCache, HostKV]:
-    """Splits a cache: (globals on the device, visual tokens on the host). Copied a layer at a time."""
+    """Splits a cache: (globals on the device, visual tokens on the host). Layers are copied one by one."""
     host = empty_host(cache, start)
     for layer in range(cache.shape[0]):
         for x, out in ((cache.k, host.k), (cache.v, host.v)):
             part = _visual_of_layer(x, layer, start=start)
-            for a, there in zip(jax.tree.leaves(part), jax.tree.leaves(out), strict=True):
-                there[layer] = np.asarray(a)
+            for a, target in zip(jax.tree.leaves(part), jax.tree.leaves(out), strict=True):
+                target[layer] = np.asarray(a)
     k, v = jax.tree.map(lambda a: a[:, :, :start], (cache.k, cache.v))
     return cache._replace(k=k, v=v), host
 
@@ -66,12 +66,12 @@ def _put_layer(pooled: PooledKV, layer: jax.Array, part: PooledKV) -> PooledKV:
 def pool_host(
     config: LLMConfig, cache: KVCache, host: HostKV, table: GroupTable, *, visual_tokens: int, pool: int
 ) -> PooledKV:
-    """`bilevel.pool_cache` of the whole video, one layer of it on the device at a time."""
+    """`bilevel.pool_cache` of an offloaded video. One layer of it is on the device at a time."""
     pooled: PooledKV | None = None
     for layer in range(config.layers):
         k, v = jax.tree.map(lambda a, i=layer: jnp.asarray(a[i : i + 1]), (host.k, host.v))
-        one = cache._replace(k=k, v=v, visual_start=jnp.int32(0))
-        part = compiled.pool_cache(config, one, table, visual_tokens=visual_tokens, pool=pool)
+        one_layer = cache._replace(k=k, v=v, visual_start=jnp.int32(0))
+        part = compiled.pool_cache(config, one_layer, table, visual_tokens=visual_tokens, pool=pool)
         if pooled is None:
             pooled = PooledKV(*(jnp.zeros((config.layers, *a.shape[1:]), a.dtype) for a in part))
         pooled = _put_layer(pooled, np.int32(layer), part)
@@ -82,7 +82,7 @@ def pool_host(
 def fetch(cache: KVCache, host: HostKV, dense: np.ndarray, *, visual_tokens: int) -> KVCache:
     """The globals and the visual tokens of groups `dense` [Gcap], one behind the other, on the device."""
     chosen = np.flatnonzero(dense)
-    groups = np.zeros(bucket(len(chosen)), np.int64)  # padded: few shapes to compile for
+    groups = np.zeros(bucket(len(chosen)), np.int64)  # padded to a bucket, so that few shapes are compiled
     groups[: len(chosen)] = chosen
 
     def pick(a: jax.Array, visual: np.ndarray) -> jax.Array:

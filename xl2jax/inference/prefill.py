@@ -1,10 +1,10 @@
-"""Prefill: the video goes through the LLM in steps of whole chunks, and only its KV cache stays.
+"""Prefill: the video goes through the LLM step by step, and only its KV cache stays.
 
-A step is a few groups: their visual tokens, then their time tokens padded to a fixed count. What a token
-sees comes from its ranges alone, so that steps need not be chunks: a step may hold several, or a part of
-one. A segment is `segment_steps` steps, run by one `lax.scan`; segments are fed one after the other, so
-that activations do not grow with the video or its chunks. Shapes depend on buckets of lengths only, so another video of about the same length compiles
-nothing.
+A step is a few groups: their visual tokens, then their time tokens padded to a fixed count. What a token sees follows
+from its ranges alone, so that steps need not be chunks: a step may hold several chunks, or a part of one. A segment is
+`segment_steps` steps, which one `lax.scan` runs. Segments are fed one after the other, so that activations do not grow
+with the video or its chunks. Shapes depend on buckets of lengths only, so another video of about the same length
+compiles nothing.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _PREFIX_UNIT, _TIME_UNIT, _SLOT_UNIT = 32, 4, 128
 
 
 class Step(NamedTuple):
-    """Tokens of one step: first `step_groups * V` visual, then `step_groups * time_cap` time tokens.
+    """Tokens of one step: first `step_groups * V` visual tokens, then `step_groups * time_cap` time tokens.
 
-    Padding sees nothing and is overwritten by the next step or lies behind the lengths.
+    Padding sees nothing. Its keys and values are overwritten by the next step or lie behind the filled slots.
     """
 
     time_ids: jax.Array
@@ -45,13 +45,13 @@ class Step(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class PrefillPlan:
-    """Static sizes: everything that compilation depends on, bucketed."""
+    """The static sizes that compilation depends on, rounded up to buckets."""
 
     config: PrefillConfig
     visual_tokens: int
     prefix_cap: int
     time_cap: int
-    """Time tokens a group may have."""
+    """The most time tokens that a group may have."""
     step_groups: int
     segment_steps: int
     visual_start: int
@@ -63,7 +63,7 @@ class PrefillPlan:
 
     @property
     def group_capacity(self) -> int:
-        """Gcap: groups that the visual region has room for."""
+        """Gcap, the number of groups that the visual region has room for."""
         return (self.slots - self.visual_start) // self.visual_tokens
 
 
@@ -80,7 +80,7 @@ def make_plan(
     step_groups: int | None = None,
     segment_steps: int | None = None,
 ) -> PrefillPlan:
-    """Buckets of a video's lengths. Steps are `default_steps` unless given; short videos have smaller ones."""
+    """The plan of a video. Steps are `default_steps` unless given; short videos have smaller steps."""
     default_groups, default_count = default_steps(platform)
     step_groups = min(step_groups or default_groups, bucket(layout.groups))
     segment_steps = min(segment_steps or default_count, ceil_div(layout.groups, step_groups))
@@ -104,7 +104,7 @@ def make_plan(
 
 
 def steps(layout: VideoLayout, plan: PrefillPlan, time_ids: list[list[int]]) -> Step:
-    """All steps of a video, stacked on a leading axis; whole segments, the last ones padded (numpy)."""
+    """All steps of a video as numpy arrays with a leading axis. Empty steps fill up the last segment."""
     g_step, v, cap = plan.step_groups, plan.visual_tokens, plan.time_cap
     count = ceil_div(layout.groups, plan.segment_groups) * plan.segment_steps
     lengths = np.zeros(count * g_step, np.int64)
@@ -112,7 +112,7 @@ def steps(layout: VideoLayout, plan: PrefillPlan, time_ids: list[list[int]]) -> 
     valid = np.arange(count * g_step) < layout.groups
     groups = np.arange(count * g_step).reshape(count, g_step)
 
-    # Visual tokens: [count, g_step * V]. Time tokens: [count, g_step * cap], real ones first.
+    # Visual tokens are [count, g_step * V]. Time tokens are [count, g_step * cap], with the real ones first.
     visual_group = np.repeat(groups, v, axis=1)
     visual_offset = np.tile(np.arange(v), (count, g_step))
     time_group = np.zeros((count, g_step * cap), np.int64)
@@ -151,7 +151,7 @@ def segments(all_steps: Step, plan: PrefillPlan) -> Iterator[Step]:
 def prefill_prefix(
     llm: Qwen2, cache: KVCache, ids: jax.Array, length: jax.Array, *, implementation: str
 ) -> tuple[KVCache, jax.Array]:
-    """The prefix, ids [prefix_cap] of which `length` count: (cache, hidden states [prefix_cap, D])."""
+    """Runs the prefix, ids [prefix_cap] of which `length` are real: (cache, hidden states [prefix_cap, D])."""
     at = jnp.arange(ids.shape[0], dtype=jnp.int32)
     ranges = first_slots(jnp.where(at < length, at + 1, 0)).batched()
 
@@ -194,7 +194,7 @@ def prefill_segment(
             source = rows(kv, layer)
 
             def part(a: int | None, b: int | None) -> jax.Array:
-                # Visual and time tokens see very different sets: separate calls keep tiles tight.
+                # Visual and time tokens see very different slots. Separate calls keep the tiles' ranges narrow.
                 ranges = s.ranges.select(slice(a, b)).batched()
                 out, _ = arena_attention(q[None, a:b], *source, ranges, implementation=implementation)
                 return out[0]

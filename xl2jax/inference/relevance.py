@@ -18,19 +18,20 @@ from xl2jax.ops.precision import product
 
 @dataclasses.dataclass(frozen=True)
 class AttentionScorer:
-    """Which attention counts, of `first_layer <= l < last_layer` as shares of the depth.
+    """How the question's attention scores groups. Layers from `first_layer` to `last_layer`, shares of the depth, count.
 
-    The defaults are what `xl2jax.evaluation.needle` found best with the bundled checkpoint: all layers, and each head's
-    attention to a group squared, so that a head that looks at one place counts and one that looks everywhere does not.
+    The defaults gave the best needle retrieval with the bundled checkpoint: all layers, with each head's attention to
+    a group squared. Squaring favours heads that attend to one place over heads that attend everywhere alike.
     """
 
     first_layer: float = 0.0
     last_layer: float = 1.0
     heads: Literal["squared", "mean", "max"] = "squared"
-    """squared: the mean square over heads and tokens. mean, max: of the heads' mean over tokens. A mean over tokens is
-    half that over the question's, half that over those between it and the answer."""
+    """How attention is reduced over tokens and heads. squared: the mean of its squares. mean and max: its mean over
+    tokens, then the mean or the maximum over heads. A mean over tokens gives half of the weight to the question's tokens
+    and half to those between the question and the answer."""
     keys: Literal["auto", "dense", "pooled"] = "auto"
-    """What the question is run against. auto: the dense KV, but the pooled KV where the dense one was offloaded."""
+    """The KV that the question attends to. auto is the dense KV, or the pooled KV where the dense KV was offloaded."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.first_layer < self.last_layer <= 1:
@@ -45,6 +46,7 @@ class AttentionScorer:
 
 
 _SLOTS, _TOKENS = 4096, 64
+"""How many key slots and tokens of the question are scored at a time."""
 
 
 def attention_scores(
@@ -58,12 +60,13 @@ def attention_scores(
     *,
     implementation: str,
 ) -> jax.Array:
-    """What the question looks at: attention to each group, float32 [groups].
+    """The question's attention to each group, float32 [groups].
 
-    Runs the suffix `ids` [T] behind `context`, whose slots belong to groups `group` [S] (-1: to none), and gathers
-    the attention that tokens pay to the time and visual tokens of each group, a block of tokens and slots at a time:
-    nothing of size T x S is kept. The question's tokens, `first <= t < last`, and those between it and the answer,
-    `last <= t < end`, count half each: what is asked for is in the many, where it was found in the few.
+    Runs the suffix `ids` [T] behind `context`, whose slots belong to groups `group` [S] (-1: to no group), and sums the
+    attention of its tokens to the time and visual tokens of each group. It takes a block of tokens and slots at a time,
+    so that nothing of size T x S is kept. The question's tokens, `first <= t < last`, have half of the weight; they say
+    what is asked for. The few tokens between the question and the answer, `last <= t < end`, have the other half; they
+    attend to where the model found it.
     """
     ids, first, last, end = suffix
     at = jnp.arange(ids.shape[0], dtype=jnp.int32)
@@ -74,7 +77,7 @@ def attention_scores(
     share = jnp.where(at < last, 0.5 / jnp.maximum(last - first, 1), 0.5 / jnp.maximum(end - last, 1))
 
     def mass(q: jax.Array, lse: jax.Array, layer: jax.Array) -> jax.Array:
-        """[groups]: attention of the counted tokens to each group, reduced over tokens and heads."""
+        """The attention of the counted tokens to each group, reduced over tokens and heads: [groups]."""
         heads = q.shape[1]
         queries = q.reshape(q.shape[0], kv_heads, -1, h)
         norm = lse.reshape(queries.shape[:3])
@@ -83,10 +86,10 @@ def attention_scores(
             top = jnp.minimum(number * rows, at.shape[0] - rows)
             row = top + jnp.arange(rows)
             counted = (row >= number * rows) & (row >= first) & (row < end)
-            own = jax.lax.dynamic_slice_in_dim(queries, top, rows)
-            own_norm = jax.lax.dynamic_slice_in_dim(norm, top, rows)
+            block_queries = jax.lax.dynamic_slice_in_dim(queries, top, rows)
+            block_norm = jax.lax.dynamic_slice_in_dim(norm, top, rows)
 
-            def to_block(i: jax.Array, found: jax.Array) -> jax.Array:
+            def to_block(i: jax.Array, attention: jax.Array) -> jax.Array:
                 start = jnp.minimum(i * block, slots - block)
                 k = unpack(
                     jax.tree.map(
@@ -96,16 +99,16 @@ def attention_scores(
                         context.k,
                     )
                 )
-                scores = product("tkgh,ksh->tkgs", own, k)
+                scores = product("tkgh,ksh->tkgs", block_queries, k)
                 to = jax.lax.dynamic_slice_in_dim(group, start, block)
                 use = counted[:, None, None, None] & (start + jnp.arange(block) >= i * block) & (to < groups)
-                p = jnp.where(use, jnp.exp(jnp.where(use, scores * h**-0.5 - own_norm[..., None], 0.0)), 0.0)
-                return found + jax.ops.segment_sum(p.reshape(-1, block).T, to, num_segments=groups + 1)
+                p = jnp.where(use, jnp.exp(jnp.where(use, scores * h**-0.5 - block_norm[..., None], 0.0)), 0.0)
+                return attention + jax.ops.segment_sum(p.reshape(-1, block).T, to, num_segments=groups + 1)
 
-            found = jax.lax.fori_loop(0, ceil_div(slots, block), to_block, jnp.zeros((groups + 1, rows * heads)))
-            found = found.reshape(groups + 1, rows, heads)
-            found = found**2 if scorer.heads == "squared" else found
-            return total + jnp.sum(found * share[row][:, None], axis=1)
+            attention = jax.lax.fori_loop(0, ceil_div(slots, block), to_block, jnp.zeros((groups + 1, rows * heads)))
+            attention = attention.reshape(groups + 1, rows, heads)
+            attention = attention**2 if scorer.heads == "squared" else attention
+            return total + jnp.sum(attention * share[row][:, None], axis=1)
 
         total = jax.lax.fori_loop(first // rows, ceil_div(end, rows), of_rows, jnp.zeros((groups + 1, heads)))[:groups]
         return total.max(-1) if scorer.heads == "max" else total.mean(-1)
@@ -124,7 +127,7 @@ def attention_scores(
 
 
 def block_scores(group_scores: jax.Array, groups: jax.Array, select_chunk_groups: int) -> jax.Array:
-    """Scores of groups [Gcap] -> mean score of each selection block [Bcap]."""
+    """Averages the scores of groups [Gcap] over each selection block: [Bcap]."""
     capacity = group_scores.shape[0]
     blocks = ceil_div(capacity, select_chunk_groups)
     index = jnp.arange(capacity)

@@ -28,20 +28,20 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class RelevanceConfig:
-    """How the chunks that stay dense are found.
+    """How the chunks that stay dense are chosen.
 
-    attention: the question's attention to the video, as `AttentionScorer` has it. file: upstream's selection file.
-    none: the first and the last block only. random: the same chunks for the same question, whatever it asks, as the
-    control of experiments.
+    attention: by the question's attention to the video (`AttentionScorer`). file: by upstream's selection file. none:
+    only the first and the last chunk stay dense. random: at random, as a control for experiments; the same question
+    always gets the same chunks.
     """
 
     scorer: Literal["attention", "file", "none", "random"] = "attention"
     attention: AttentionScorer = AttentionScorer()  # noqa: RUF009 (frozen)
     file: Path | None = None
     category: str | None = None
-    """In the file; all categories are searched by default."""
+    """The category of the selection file; by default all categories are searched."""
     missing: Literal["error", "dense"] = "error"
-    """What to do with a question that the file lacks: refuse it, or read the whole dense cache."""
+    """What happens to a question that the file lacks: it is refused, or it reads the whole dense cache."""
 
     def __post_init__(self) -> None:
         if (self.scorer == "file") != (self.file is not None):
@@ -50,12 +50,12 @@ class RelevanceConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """A selection block of the video."""
+    """A selection block of the video, as an answer reports it."""
 
     number: int
     start: float
     end: float
-    """Times of its first frame and of its last, seconds."""
+    """Times of its first frame and of its last frame in seconds."""
     score: float | None
     dense: bool
 
@@ -86,7 +86,7 @@ def choose_context(
     bilevel: BilevelConfig | None,
     relevance: RelevanceConfig,
 ) -> tuple[KVCache, list[Chunk]]:
-    """The cache that an answer reads, and the selection blocks it was made of (none where all of it is dense)."""
+    """The cache that an answer reads, and its selection blocks. The list is empty where the whole cache is dense."""
     kv = video.kv
     if bilevel is None:
         return session.whole_cache(kv), []
@@ -118,7 +118,7 @@ def choose_context(
 
 @functools.cache
 def _announce(choice: str) -> None:
-    """Says once in a process what was chosen automatically."""
+    """Logs an automatic choice once in a process."""
     logger.info(choice)
 
 

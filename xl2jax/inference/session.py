@@ -39,10 +39,10 @@ from xl2jax.inference.prefill import PrefillPlan, Step
 from xl2jax.inference.relevance import AttentionScorer
 
 STREAM_TOKENS = 8
-"""Tokens that are decoded on the device between two looks at the answer."""
+"""Tokens that are decoded on the device before the host sees them."""
 
-_TEXT_SIZES = (128, 512, 2048)  # beyond them powers of two
-_LEAST_TEXT_SLOTS = 512
+_TEXT_SIZES = (128, 512, 2048)  # larger sizes are powers of two
+_MIN_TEXT_SLOTS = 512
 
 
 # --- the video, once ---------------------------------------------------------------------------
@@ -71,7 +71,7 @@ class VideoPrefill:
 
     Attributes:
       layout: of the video; shortened where it ended early.
-      cache: the KV so far. `add` gives the array that was here before up.
+      cache: the KV so far. `add` donates it and puts another one in its place.
       prefix_hidden: hidden states of the prefix, [prefix_cap, D].
     """
 
@@ -99,7 +99,7 @@ class VideoPrefill:
     def add(self, visual: jax.Array, groups: int | None = None) -> tuple[Step, jax.Array]:
         """Prefills the next segment from visual tokens [segment_groups, V, D].
 
-        `groups` is given where fewer groups than the segment has were read: the video ends there.
+        `groups` is given where the video ended early, so that the segment has fewer groups.
         Returns the segment's steps and their hidden states [steps, tokens of a step, D].
         """
         segment = next(self._segments)
@@ -130,9 +130,9 @@ class VideoKV:
     plan: PrefillPlan
     cache: KVCache
     host: HostKV | None = None
-    """The visual KV where it was offloaded. `cache` holds the globals alone then."""
+    """The visual KV where it was offloaded. `cache` then holds only the globals."""
     pooled: dict[int, PooledKV] = dataclasses.field(default_factory=dict)
-    """The pooled KV, by pool size, of the size that was asked for last."""
+    """The pooled KV by pool size. Only the size that was asked for last is kept."""
     lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
     """Held while `pooled` is made, so that threads that ask at once make it once."""
 
@@ -145,17 +145,17 @@ class VideoKV:
 
 
 class Chosen(NamedTuple):
-    """What an answer reads."""
+    """The cache that an answer reads, and how it was chosen."""
 
     context: KVCache
     dense_blocks: np.ndarray
     """Boolean [Bcap]: selection blocks that stay dense."""
     scores: np.ndarray | None
-    """float32 [Bcap]: relevance of each selection block, where there is one."""
+    """float32 [Bcap]: relevance of each selection block. None where blocks were not scored."""
 
 
 type Scorer = AttentionScorer | Literal["random", "none"]
-"""Who scores the chunks. random: the same for the same question, for controls. none: no chunk is chosen."""
+"""How chunks are scored. random: random scores, the same ones for the same question. none: no chunk is chosen."""
 
 
 def whole_cache(kv: VideoKV) -> KVCache:
@@ -239,7 +239,7 @@ def score_groups(
 ) -> jax.Array:
     """Relevance of every group, float32 [Gcap].
 
-    Raises UserError where the scorer wants the dense KV and it was offloaded.
+    Raises UserError where the scorer needs the dense KV and it was offloaded.
     """
     capacity = kv.plan.group_capacity
     if scorer == "none":
@@ -264,7 +264,7 @@ def score_groups(
 
 
 def suffix_ids(ids: Sequence[int], first: int, last: int) -> SuffixIds:
-    """The tokens behind the video, padded to one of few sizes. The question's own are `ids[first:last]`."""
+    """The tokens behind the video, padded to one of few sizes. The question is `ids[first:last]`."""
     padded = np.zeros(text_size(len(ids)), np.int32)
     padded[: len(ids)] = ids
     return SuffixIds(padded, np.int32(first), np.int32(last), np.int32(len(ids)))
@@ -277,7 +277,7 @@ def text_size(tokens: int) -> int:
 
 def new_text(network: Network, suffix: SuffixIds, new_tokens: int) -> KVCache:
     """An empty cache for a suffix and `new_tokens` more. Raises UserError where there is no memory for it."""
-    slots = max(text_size(int(suffix.end) + new_tokens), _LEAST_TEXT_SLOTS)
+    slots = max(text_size(int(suffix.end) + new_tokens), _MIN_TEXT_SLOTS)
     need, free = slots * memory.slot_bytes(network.config, network.dtype), memory.available_bytes()
     if need > free:
         raise UserError(
@@ -299,7 +299,7 @@ def start_answer(
 ) -> tuple[DecodeState, jax.Array]:
     """Runs the suffix behind `context` and samples the first of up to `new_tokens` tokens.
 
-    Returns the state that `answer_tokens` goes on from, and the suffix's hidden states [T, D].
+    Returns the state that `answer_tokens` continues from, and the hidden states of the suffix [T, D].
     """
     text = new_text(network, suffix, new_tokens)
     return compiled.ask(network, context, text, suffix, jax.random.key(seed), stop, sampling.traced())
@@ -314,9 +314,9 @@ def answer_tokens(
     stop: jax.Array | np.ndarray,
     sampling: TokenSampling,
 ) -> Iterator[list[int]]:
-    """Decodes until a token of `stop` or `new_tokens` tokens; yields all ids so far, again with each few new ones.
+    """Decodes up to a token of `stop`, at most `new_tokens` tokens. Yields all ids so far every few tokens.
 
-    `state` is given up. Raises UserError where the logits are not finite.
+    `state` is donated. Raises UserError where the logits are not finite.
     """
     token, done, finite = jax.device_get((state.token, state.done, state.finite))
     ids = [int(token)]

@@ -1,4 +1,4 @@
-"""Video caches on disk: one safetensors file that knows what it was made from."""
+"""Video caches on disk: one safetensors file that records what it was made from."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 def content_hash(path: Path) -> str:
-    """Hash of a file's bytes, or of the names and bytes of a folder's files."""
+    """The hash of a file's bytes, or of the names and bytes of a folder's files."""
     digest = hashlib.blake2b(digest_size=16)
     if not path.is_dir():
         require_regular(path)
@@ -74,9 +74,9 @@ def video_key(video: Path, sampling: FrameSampling, folder_fps: float, config: P
 
 
 def save_cache(path: Path, video: WatchedVideo, key: dict[str, Any]) -> None:
-    """Writes the filled part of a cache, a layer at a time, with a checksum of everything.
+    """Writes the filled part of a cache, one layer at a time, with a checksum of everything.
 
-    Raises UserError where it cannot be written; a file that was there before stays then.
+    Raises UserError where it cannot be written. An earlier file of that name then stays as it was.
     """
     kv = video.kv
     cache = kv.cache
@@ -108,7 +108,7 @@ def save_cache(path: Path, video: WatchedVideo, key: dict[str, Any]) -> None:
 
 
 def _contents(arrays: dict[str, Any], layout: VideoLayout) -> tuple[list[tuple[str, str, int, int]], list[Stored]]:
-    """What a file holds: (array, region, layer, slots) of the KV, and all tensors, in their order."""
+    """The contents of a file in order: (array, region, layer, slots) of the KV, and all tensors."""
     counts = {"globals": layout.global_tokens, "visual": layout.groups * layout.visual_tokens}
     layers = len(next(iter(arrays.values())))
     places = [
@@ -123,14 +123,14 @@ def _contents(arrays: dict[str, Any], layout: VideoLayout) -> tuple[list[tuple[s
 
 
 def _arrays(k: KVArray, v: KVArray) -> dict[str, Any]:
-    """The arrays [L, K, S, ...] that a cache is made of, by name."""
+    """The arrays [L, K, S, ...] of a cache by name."""
     if isinstance(k, QuantizedKV) and isinstance(v, QuantizedKV):
         return {"k": k.values, "v": v.values, "k_scale": k.scale, "v_scale": v.scale}
     return {"k": k, "v": v}
 
 
 def _cache_of(arrays: dict[str, Any]) -> tuple[KVArray, KVArray]:
-    """`_arrays`' inverse."""
+    """The inverse of `_arrays`."""
     if "k_scale" in arrays:
         return QuantizedKV(arrays["k"], arrays["k_scale"]), QuantizedKV(arrays["v"], arrays["v_scale"])
     return arrays["k"], arrays["v"]
@@ -140,9 +140,10 @@ def load_cache(
     path: Path, model: Model, key: dict[str, Any], video_path: Path, bilevel: BilevelConfig | None,
     cache: CacheConfig = CacheConfig(),  # noqa: B008 (frozen)
 ) -> WatchedVideo:  # fmt: skip
-    """Reads a cache made with the same `key`. With `cache.offload` its visual KV never sees the device.
+    """Reads a cache made with the same `key`. With `cache.offload` its visual KV is never on the device.
 
-    Raises UserError where it is not a cache, is damaged, or was made from something else: the difference is named.
+    Raises UserError where the file is not a cache or is damaged, or where it was made from something else. The message
+    then names the difference.
     """
     with _CacheFile(path) as file:
         file.check_key(key)
@@ -186,14 +187,16 @@ def load_cache(
 
 
 def check_cache_file(path: Path, key: dict[str, Any] | None = None) -> None:
-    """Raises UserError, before a model is loaded, for a file that is not a cache of this version, or whose key differs
-    from what is known of it already (`video_key`)."""
+    """Raises UserError for a file that is not a cache of this version, or whose key differs from `key`.
+
+    It needs no model: `key` may be the part that is known before (`video_key`).
+    """
     with _CacheFile(path) as file:
         file.check_key(key or {})
 
 
 class _About(Schema):
-    """What a file says about its video."""
+    """The description of the video in a file."""
 
     duration: Annotated[float, Field(ge=0)]
     times: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=FRAMES_PER_GROUP, max_length=2**20)]
@@ -202,12 +205,12 @@ class _About(Schema):
     @classmethod
     def _whole_groups(cls, times: list[float]) -> list[float]:
         if len(times) % FRAMES_PER_GROUP:
-            raise ValueError(f"should be of whole groups of {FRAMES_PER_GROUP} frames")
+            raise ValueError(f"should hold whole groups of {FRAMES_PER_GROUP} frames")
         return times
 
 
 class _CacheFile:
-    """Reads a cache file in the order in which it was written; whatever is damaged ends in a UserError."""
+    """Reads a cache file in the order in which it was written. All damage raises UserError."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -217,37 +220,37 @@ class _CacheFile:
         except OSError as e:
             raise unreadable(path, e) from None
         except SafetensorError as e:
-            raise self._damaged(f"not a whole video cache: {e}") from None
+            raise self._damaged(f"not a complete video cache: {e}") from None
         metadata = self._file.metadata() or {}
         if metadata.get("format") in _EARLIER:
-            raise self._damaged("an earlier version made it")
+            raise self._damaged("it was made by an earlier version")
         if metadata.get("format") != _FORMAT:
             raise UserError(f"{path}: not a video cache of this version")
         self._names = [n for n in self._file.offset_keys() if n != "checksums"]
         checksums = self._tensor("checksums")
         if checksums.dtype != np.int8 or checksums.shape != (len(self._names) + 1, 16):
-            raise self._damaged("its checksums are not whole")
+            raise self._damaged("its checksums are incomplete")
         wanted = [row.tobytes().hex() for row in checksums]
         if checksum(np.frombuffer(header, np.uint8)) != wanted[0]:
-            raise self._damaged("the checksum of its header is another")
+            raise self._damaged("the checksum of its header does not match")
         self._wanted = dict(zip(self._names, wanted[1:], strict=True))
         self._key = parse_json(metadata.get("key", ""), dict[str, Any], f"{path}: key")
         self.about = parse_json(metadata.get("video", ""), _About, f"{path}: video")
 
     def check_key(self, key: dict[str, Any]) -> None:
-        """Raises UserError where it was made from something else."""
+        """Raises UserError where the file was made from something else."""
         _check_key(self._path, self._key, key)
 
     def check_tensors(self, tensors: list[Stored]) -> None:
-        """Raises UserError where the file holds others."""
+        """Raises UserError where the file holds other tensors."""
         parts = {name: self._file.get_slice(name) for name in [*self._names, "checksums"]}
         if [(n, tuple(p.get_shape()), str(p.get_dtype())) for n, p in parts.items()] != tensors:
-            raise self._damaged("its tensors are not those of such a video")
+            raise self._damaged("its tensors do not match its description of the video")
 
     def read(self, name: str) -> np.ndarray:
         array = self._tensor(name)
         if checksum(array) != self._wanted[name]:
-            raise self._damaged(f"the checksum of {name} is another")
+            raise self._damaged(f"the checksum of {name} does not match")
         return array
 
     def _tensor(self, name: str) -> np.ndarray:
@@ -267,7 +270,7 @@ class _CacheFile:
 
 
 def _header(path: Path) -> bytes:
-    """The header as it stands in the file; safetensors checks that it is one."""
+    """The bytes of the header. safetensors checks that they are a header."""
     require_regular(path)
     with open(path, "rb") as f:
         size = int.from_bytes(f.read(8), "little")
@@ -289,7 +292,7 @@ def _check_key(path: Path, made: dict[str, Any], wanted: dict[str, Any]) -> None
             old = made.get(name)
             if isinstance(value, dict) and isinstance(old, dict):
                 change = ", ".join(
-                    f"{k} {shorten(str(old.get(k)))} there, {v} here" for k, v in value.items() if old.get(k) != v
+                    f"{k} was {shorten(str(old.get(k)))}, now it is {v}" for k, v in value.items() if old.get(k) != v
                 )
                 raise UserError(f"{path}: made with other {name} settings ({change})")
             what = {"video": "another video", "checkpoint": "another checkpoint"}.get(

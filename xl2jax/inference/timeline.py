@@ -1,4 +1,4 @@
-"""The picture of an answer: thumbnails over time, and which chunks it read in full."""
+"""The figure of `infer --plot`: thumbnails over time, and which chunks each answer read in full."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from xl2jax.system.figures import BLUE, GREY, new_figure, save_figure
 
 
 def plot_answers(path: Path, video: WatchedVideo, answers: Sequence[Answer]) -> None:
-    """Thumbnails over time; under them, for every answer, the score of each chunk and which ones stayed dense.
+    """Plots thumbnails over time and, for every answer, the score of each chunk and whether it stayed dense.
 
     Raises UserError where `path` cannot be written.
     """
@@ -30,11 +30,10 @@ def plot_answers(path: Path, video: WatchedVideo, answers: Sequence[Answer]) -> 
     axes[0].axis("off")
     for axis, answer in zip(axes[1:], answers, strict=False):
         asked = textwrap.shorten(answer.question, 90, placeholder="…")
-        said = textwrap.shorten(answer.text, 110, placeholder="…")
-        axis.set_title(f"{asked}\n{said}", fontsize=8, loc="left")
+        replied = textwrap.shorten(answer.text, 110, placeholder="…")
+        axis.set_title(f"{asked}\n{replied}", fontsize=8, loc="left")
         scores = [c.score for c in answer.chunks]
-        known = [s for s in scores if s is not None]
-        top = max(known, default=0.0) or 1.0
+        top = max((s for s in scores if s is not None), default=0.0) or 1.0
         for chunk in answer.chunks:
             height = 1.0 if chunk.score is None else chunk.score / top
             width = max(chunk.end - chunk.start, end / 200)

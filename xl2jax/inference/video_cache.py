@@ -1,4 +1,4 @@
-"""A video in the KV cache, and the choices of how it is kept."""
+"""A watched video, and the settings of how its KV is kept."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _THUMBNAILS, THUMBNAIL_SIZE = 12, 64
 class CacheConfig:
     """How a video's KV is kept.
 
-    dtype: int8, with a scale for each token and head, or the model's own (None).
-    offload: the visual KV goes to host memory once the video is watched; only bi-level decoding can read it there.
+    dtype: int8, with a scale for each token and head, or None for the dtype of the model.
+    offload: the visual KV moves to host memory once the video is watched. Only bi-level decoding can read it there.
     """
 
     dtype: Literal["bfloat16", "float32", "float16", "int8"] | None = None
@@ -46,26 +46,26 @@ class CacheConfig:
 class WatchedVideo:
     """A video in the KV cache of the model that watched it.
 
-    Questions never change it, and several threads may ask about it. `close()`, or the end of a `with` block, gives its
-    memory back.
+    Questions never change it, and several threads may ask about it. `close()`, or the end of a `with` block, frees its
+    memory.
     """
 
     path: str
     duration: float
     times: list[float]
-    """Of every frame, seconds."""
+    """Seconds of every frame."""
     kv: VideoKV
     timings: dict[str, float]
     thumbnails: list[tuple[float, np.ndarray]]
-    """Up to 12 (seconds, uint8 [64, 64, 3]), evenly spread; none where the cache came from a file."""
+    """Up to 12 evenly spread (seconds, uint8 [64, 64, 3]); empty where the cache came from a file."""
     closed: bool = False
     _readers: int = 0
     _free: threading.Condition = dataclasses.field(default_factory=threading.Condition)
-    """Held while `closed` or `_readers` change."""
+    """Its lock is held while `closed` or `_readers` change."""
 
     @property
     def device_bytes(self) -> int:
-        """What the video holds on the device."""
+        """Bytes that the video holds on the device."""
         with self._free:
             if self.closed:
                 return 0
@@ -86,7 +86,7 @@ class WatchedVideo:
                 self._free.notify_all()
 
     def close(self) -> None:
-        """Gives the video's memory back. Answers that are being given in other threads are finished first."""
+        """Frees the video's memory. It first waits for answers that other threads are generating."""
         with self._free:
             self._free.wait_for(lambda: self._readers == 0)
             if not self.closed:
@@ -101,12 +101,12 @@ class WatchedVideo:
 
 
 def thumbnail_places(clip: Clip) -> list[int]:
-    """Which of a clip's frames become thumbnails."""
+    """Indices of the frames of a clip that become thumbnails."""
     return np.linspace(0, len(clip.indices) - 1, min(_THUMBNAILS, len(clip.indices))).astype(int).tolist()
 
 
 def read_thumbnails(clip: Clip) -> list[tuple[float, np.ndarray]]:
-    """(seconds, image), read from the file: for a video whose cache was not made in this process."""
+    """Thumbnails (seconds, image) read from the file, for a video whose cache was not made in this process."""
     places = thumbnail_places(clip)
     frames = clip.reader.frames(clip.indices[places])
     return [(clip.times[i], resize(frame, THUMBNAIL_SIZE)) for i, frame in zip(places, frames, strict=False)]
