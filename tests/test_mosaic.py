@@ -173,7 +173,7 @@ def test_lowers_for_cuda_at_the_released_shapes(tokens: int, slots: int, h: int,
 @pytest.mark.parametrize(
     ("h", "dtype", "slots", "message"),
     [
-        (32, jnp.bfloat16, 128, "head width 32 is not served"),
+        (32, jnp.bfloat16, 128, "head width 32 is not supported"),
         (64, jnp.float32, 128, "float32 queries"),
         (64, jnp.bfloat16, 100, "100 cache slots"),
     ],

@@ -133,7 +133,7 @@ def test_a_wrong_tensor_fails(case: Path, command: Callable[..., tuple[int, str,
 def test_unknown_tensor_is_an_error(case: Path, refused: Callable[..., str]) -> None:
     path = case / "expected" / "dense.safetensors"
     save_file({"attention_of_layer_7": np.zeros(3, np.float32)}, path)
-    assert "tensors unknown here: attention_of_layer_7" in refused(verify.main, case, "--only", "dense", "--json")
+    assert "holds unknown tensors: attention_of_layer_7" in refused(verify.main, case, "--only", "dense", "--json")
 
 
 def test_not_a_case(tmp_path: Path, refused: Callable[..., str]) -> None:

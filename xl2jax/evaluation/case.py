@@ -1,6 +1,6 @@
-"""A case of `verify`: inputs and expected tensors of upstream, and the model that they are compared with.
+"""A case of `verify`: inputs and expected tensors of upstream, and the model that is compared with them.
 
-Everything behind the vision tower runs through `xl2jax.inference.session`, so through the compiled programs that
+Everything behind the vision tower runs through `xl2jax.inference.session`, and so through the compiled programs that
 answer questions.
 """
 
@@ -38,7 +38,7 @@ _FRAMES_AT_ONCE = 16
 
 
 def case_pixels(frames: int, size: int) -> np.ndarray:
-    """The inputs of all cases, which are not stored: float32 [F, H, W, 3]."""
+    """The frames of all cases, which a formula defines instead of a file: float32 [F, H, W, 3]."""
     f, y, x, c = np.ogrid[:frames, :size, :size, :3]
     value = np.sin(0.05 * (c + 1) * x + 0.03 * y + 0.4 * f) * np.cos(0.02 * (f + 1) * y - 0.3 * c)
     return value.astype(np.float32)
@@ -61,7 +61,7 @@ class Case:
             self.times = tuple(int(n) for n in self.case["time_token_lengths"])
             ids, group_ids = inputs["input_ids"].tolist(), inputs["group_ids"].tolist()
         except (KeyError, ValueError, TypeError) as e:
-            raise UserError(f"{folder}: case.json or inputs.safetensors lacks what a case needs ({e})") from None
+            raise UserError(f"{folder}: case.json or inputs.safetensors is not complete ({e})") from None
         if ids.count(VIDEO_ID) != 1:
             raise UserError(f"{folder / 'inputs.safetensors'}: input_ids must hold {VIDEO_ID} once")
         split = ids.index(VIDEO_ID)
@@ -89,7 +89,7 @@ class Case:
     def stages(self) -> dict[str, np.ndarray]:
         """Every vision stage in upstream's layout, computed a few frames at a time.
 
-        What the language model is given does not come from here: `prefill` runs the compiled program.
+        The language model does not get these: `prefill` encodes the frames by the compiled program.
         """
 
         @jax.jit
@@ -144,13 +144,13 @@ class Case:
         return video.finish(), hidden
 
     def answer(self, context: KVCache) -> Reply:
-        """What the suffix and the greedy answer behind `context` amount to."""
+        """Runs the suffix behind `context` and decodes a greedy answer."""
         n, stop, greedy = len(self.suffix), np.array([-1], np.int32), TokenSampling()
         suffix = session.suffix_ids(self.suffix, 0, n)
         state, hidden = session.start_answer(
             self.network, context, suffix, new_tokens=self.new_tokens, stop=stop, sampling=greedy
         )
-        # Decoding gives the state's arrays up.
+        # Decoding donates the state, so its arrays are copied before.
         k, v = (np.asarray(x)[:, :, :n] for x in (state.text.k, state.text.v))
         *_, ids = session.answer_tokens(
             self.network, context, state, new_tokens=self.new_tokens, stop=stop, sampling=greedy
@@ -178,8 +178,8 @@ def _logits(network: Network, hidden: jax.Array) -> jax.Array:
 def _time_ids(group_ids: list[int], times: tuple[int, ...], visual: int, folder: Path) -> list[list[int]]:
     if len(group_ids) != sum(times) + visual * len(times):
         raise UserError(f"{folder}: group_ids do not match time_token_lengths and the model's {visual} tokens a group")
-    out, at = [], 0
+    time_ids, start = [], 0
     for n in times:
-        out.append([int(i) for i in group_ids[at : at + n]])
-        at += n + visual
-    return out
+        time_ids.append([int(i) for i in group_ids[start : start + n]])
+        start += n + visual
+    return time_ids

@@ -1,4 +1,4 @@
-"""The heat map of needle retrieval."""
+"""The heat maps of needle retrieval."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from xl2jax.system.figures import new_figure, save_figure
 
 
 def plot_needle(path: Path, results: Sequence[Result]) -> None:
-    """A heat map for each mode and family of questions: length across, depth down, accuracy as colour."""
+    """Plots a heat map for each mode and family of questions: accuracy by length (across) and depth (down)."""
     modes = list(dict.fromkeys(r.mode for r in results))
     lengths, depths = sorted({r.frames for r in results}), sorted({r.depth for r in results})
     families = {f: kinds for f, kinds in FAMILIES.items() if any(r.kind in kinds for r in results)}
@@ -22,11 +22,11 @@ def plot_needle(path: Path, results: Sequence[Result]) -> None:
     for (row, column), axis in np.ndenumerate(axes):
         grid = np.full((len(depths), len(lengths)), np.nan)
         family, kinds = list(families.items())[row]
-        here = [r for r in results if r.kind in kinds and r.mode == modes[column]]
+        map_results = [r for r in results if r.kind in kinds and r.mode == modes[column]]
         for i, depth in enumerate(depths):
             for j, length in enumerate(lengths):
-                own = [r.correct for r in here if (r.frames, r.depth) == (length, depth)]
-                grid[i, j] = np.mean(own) if own else np.nan
+                correct = [r.correct for r in map_results if (r.frames, r.depth) == (length, depth)]
+                grid[i, j] = np.mean(correct) if correct else np.nan
         image = axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
         for (i, j), value in np.ndenumerate(grid):
             axis.text(j, i, f"{value:.0%}", ha="center", va="center", fontsize=7)

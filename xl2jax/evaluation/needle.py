@@ -1,11 +1,12 @@
 """Needle retrieval in a video: does the answer survive chunked prefill and bi-level decoding?
 
-Every case is a scene of `xl2jax.recipes.demo.datasets` with an odd seed (never trained on) and a shape that lasts one group at
-a given depth, among others elsewhere, and questions that only this group answers: what colour the circle was, which
-shape was red (by content), colour and form at its time, and its time (by time). `--kinds` also has some that the whole
-video answers.
-The same cases are asked of the dense model (every token sees all before it), after chunked prefill, and with
-bi-level decoding: the best 1, 2 and 4 chunks, and as many chosen at random (`random`), as the control.
+Every case is a scene of `xl2jax.evaluation.scenes` with an odd seed, which no training scene has. One shape, the needle,
+is shown for one group at a given depth, and other shapes are shown elsewhere. Only this group answers the questions:
+what colour the circle was or which shape was red (by content), which colour or shape was there at its time, and when it
+was there (by time). Other kinds of question need the whole video.
+
+Each case is asked after dense prefill (every token sees all tokens before it), after chunked prefill, and with bi-level
+decoding that keeps the best N chunks dense (`topN`) or, as the control, N chunks chosen at random (`randomN`).
 """
 
 from __future__ import annotations
@@ -34,25 +35,25 @@ from xl2jax.inference.video_cache import CacheConfig, WatchedVideo
 FAMILIES: Mapping[str, tuple[Kind, ...]] = {
     "by_content": ("colour_of", "shape_of"), "by_time": ("colour", "shape", "time"), "whole": ("exists", "count", "first"),
 }  # fmt: skip
-"""Kinds of question that are told apart in tables and pictures: what was it, when was it, about the whole video."""
+"""Families of questions that tables and figures report separately."""
 KINDS: tuple[Kind, ...] = tuple(kind for kinds in FAMILIES.values() for kind in kinds)
 
 
 @dataclasses.dataclass(frozen=True)
 class NeedleConfig:
-    """What is varied, and how the model reads."""
+    """The cases, and how the model reads them."""
 
     frames: tuple[int, ...] = (64, 256, 1024)
     """Lengths of the videos."""
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    """Where the needle is, as shares of the video."""
+    """Positions of the needle, as shares of the video."""
     cases: int = 6
-    """Videos of each length and depth; each is asked all kinds of question."""
+    """Videos of each length and depth. Each is asked one question of every kind."""
     modes: tuple[Mode, ...] = ()
     others: int = 5
     """Other shapes in the video."""
     kinds: tuple[Kind, ...] = NEEDLE_KINDS
-    """Of questions."""
+    """Kinds of question."""
     seed: int = 0
     held_out_template: bool = False
     """Whether questions use a wording that was never used in training."""
@@ -70,7 +71,7 @@ class NeedleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Mode:
-    """One way of reading: dense, chunked, top (the best `chunks`) or random (as many at random)."""
+    """One way of reading: dense, chunked, top (the best `chunks` stay dense) or random (`chunks` at random do)."""
 
     name: str
     kind: str
@@ -79,7 +80,7 @@ class Mode:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One video and its questions, at most one of a kind."""
+    """One video and its questions, at most one of each kind."""
 
     frames: int
     depth: float
@@ -95,12 +96,12 @@ class Result:
     kind: str
     correct: bool
     selected: bool | None
-    """Whether the answer's chunk stayed dense; None where it always does (the first, the last, dense reading), and
-    where there is none (how many, what was not there)."""
+    """Whether the chunk that holds the answer stayed dense. None where it always does (the first chunk, the last one,
+    dense reading), and where no single chunk holds the answer."""
 
 
 def parse_modes(text: str) -> tuple[Mode, ...]:
-    """Comma-separated modes: dense, chunked, topN or randomN. Raises UserError."""
+    """Parses comma-separated modes: dense, chunked, topN or randomN. Raises UserError."""
     modes = []
     for name in text.split(","):
         kind = name.rstrip("0123456789")
@@ -126,13 +127,13 @@ def make_cases(config: NeedleConfig) -> Iterator[Case]:
                 for kind in config.kinds:
                     template = len(TEMPLATES[kind]) - 1 if config.held_out_template else None
                     question = ask(scene, kind, FRAMES_PER_GROUP, rng, template=template, event=scene.events[0])
-                    if question is not None:  # a scene with one shape has no first
+                    if question is not None:  # some scenes do not allow every kind
                         questions.append(question)
                 yield Case(length, depth, scene, tuple(questions))
 
 
 def run_case(model: Model, case: Case, config: NeedleConfig) -> Iterator[Result]:
-    """One video, watched once for each kind of prefill and asked in every mode."""
+    """Watches a video once for each kind of prefill, and asks its questions in every mode."""
     watched: dict[bool, WatchedVideo] = {}
     size = config.bilevel.select_chunk_groups
     for mode in config.modes:
@@ -165,7 +166,7 @@ def _selected(answer: Answer, question: Question, select_chunk_groups: int) -> b
 
 
 def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """Accuracy by mode and length; recall where chunks were selected."""
+    """Accuracy by mode and length, and how often the answer's chunk was selected (recall)."""
     rows = []
     for mode in dict.fromkeys(r.mode for r in results):
         for frames in dict.fromkeys(r.frames for r in results):
@@ -190,7 +191,7 @@ def _recall(results: Sequence[Result]) -> float | None:
 
 
 def needle(config: NeedleConfig, model: Model) -> list[Result]:
-    """All results, with a progress bar."""
+    """Runs all cases with a progress bar on stderr."""
     cases = list(make_cases(config))
     for length, kind in itertools.product(config.frames, config.kinds):
         if not any(q.kind == kind for c in cases if c.frames == length for q in c.questions):

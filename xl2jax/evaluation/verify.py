@@ -1,14 +1,13 @@
 """Compares every stage with tensors dumped from upstream (`xl2jax verify`).
 
-A case folder holds checkpoint/, inputs.safetensors, case.json and expected/ (see tests/goldens). Every
-tensor of expected/ becomes one row; the run passes if each relative L2 is within its limit (`LIMITS`) and
-all generated ids are equal. An expected tensor that has no counterpart here is an error.
+A case folder holds checkpoint/, inputs.safetensors, case.json and expected/ (see tests/goldens). Every tensor of
+expected/ becomes one row. The run passes if each relative L2 is within its limit (`LIMITS`) and all generated ids are
+equal. An expected tensor that this module does not know is an error.
 
 With `--dtype float64` everything is computed in float64, and goldens that were dumped in float64 agree to 1e-9 on any
-machine. float32 rounds differently from machine to machine. Its limits are far above that rounding for every
-stage but one: where DTS normalises a single channel a group (vision width 32), a gradient divides by a standard
-deviation of two numbers, which magnifies rounding a thousandfold. Gradients of such a case are compared in
-float64 only.
+machine. float32 rounds differently from machine to machine. Its limits are far above that rounding for every stage but
+one: where DTS normalises a single channel a group (vision width 32), a gradient divides by a standard deviation of two
+numbers, which magnifies rounding a thousandfold. Gradients of such a case are compared in float64 only.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ from xl2jax.training.loss import IGNORE, TokenBatch, token_loss
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Largest relative L2 of activations and logits, of a training loss, and of gradients and their norms."""
+    """The largest allowed relative L2 of activations and logits, of a training loss, and of gradients."""
 
     forward: float
     loss: float
@@ -48,9 +47,11 @@ class Limits:
 
 
 LIMITS = {"float64": Limits(1e-9, 1e-9, 1e-9), "float32": Limits(1e-4, 1e-5, 1e-4)}
-INT8_LIMIT = 1e-2  # of the forward pass with --cache-dtype int8
+INT8_LIMIT = 1e-2
+"""The limit of the forward pass with --cache-dtype int8."""
 SECTIONS = ("dense", "chunked", "bilevel", "train")
-STEMS = {"train": "train_grads"}  # files of expected/ that are not named as their section
+STEMS = {"train": "train_grads"}
+"""Names of the files of expected/ that differ from the name of their section."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +65,8 @@ class Row:
     ok: bool
 
 
-def _mode(name: str) -> PrefillConfig | None:
-    """`logits_chunk4_prev3` -> its prefill settings."""
+def _prefill_config(name: str) -> PrefillConfig | None:
+    """The prefill settings in a name such as `logits_chunk4_prev3`, or None."""
     parts = name.split("_")
     try:
         return PrefillConfig(int(parts[-2].removeprefix("chunk")), int(parts[-1].removeprefix("prev")))
@@ -92,7 +93,7 @@ def dense_outputs(case: Case, wanted: set[str]) -> dict[str, np.ndarray]:
 
 def chunked_outputs(case: Case, wanted: set[str]) -> dict[str, np.ndarray]:
     out = {}
-    for config in {c for c in map(_mode, wanted) if c is not None}:
+    for config in {c for c in map(_prefill_config, wanted) if c is not None}:
         tail = f"chunk{config.chunk_groups}_prev{config.window_chunks}"
         if f"mask_{tail}" in wanted:
             out[f"mask_{tail}"] = _visible(case, config)
@@ -105,7 +106,7 @@ def chunked_outputs(case: Case, wanted: set[str]) -> dict[str, np.ndarray]:
 
 
 def _visible(case: Case, config: PrefillConfig) -> np.ndarray:
-    """The N x N mask that the ranges given to the attention op amount to."""
+    """The N x N mask that the ranges of the attention op stand for."""
     start = case.layout.global_tokens + len(case.suffix)
     tokens = natural_ranges(case.layout, len(case.suffix), start, config)
     slots = np.arange(start + case.layout.groups * case.layout.visual_tokens)
@@ -140,7 +141,7 @@ def bilevel_outputs(case: Case, wanted: set[str]) -> dict[str, np.ndarray]:
 
 
 def train_rows(case: Case) -> Iterator[Row]:
-    """Loss, the norm of every parameter's gradient, and the gradients stored."""
+    """Compares the loss, the norm of every parameter's gradient, and the gradients that are stored."""
     path = case.folder / "expected" / "train.json"
     try:
         sample = json.loads(path.read_text())
@@ -150,7 +151,7 @@ def train_rows(case: Case) -> Iterator[Row]:
         norms: dict[str, float] = sample["grad_norms"]
         expected_loss, expected_norm = float(sample["loss"]), float(sample["global_grad_norm"])
     except (OSError, KeyError, ValueError, TypeError) as e:
-        raise UserError(f"{path}: lacks what a training case needs ({e})") from None
+        raise UserError(f"{path}: not a complete training case ({e})") from None
     is_visual = np.zeros(len(ids), bool)
     is_visual[len(sample["prefix_ids"]) :][: len(group_ids)] = group_ids == pad
     visual = np.where(is_visual, np.cumsum(is_visual) - 1, -1)
@@ -171,18 +172,20 @@ def train_rows(case: Case) -> Iterator[Row]:
     yield compare("loss", np.array([expected_loss]), np.asarray(loss)[None], None, limit=limits.loss)
     flat = {name: np.asarray(x) for name, x in flatten(gradients.params).items()}
     norm = float(np.sqrt(sum(np.sum(x.astype(np.float64) ** 2) for x in flat.values())))
-    # Key biases move all scores of a softmax alike: their gradient is 0, and what is stored is rounding,
-    # which may differ by the dtype's resolution of the whole gradient.
+    # Key biases shift all scores of a softmax equally, so their gradient is 0 and the stored one is rounding error. It
+    # is compared relative to the resolution of the whole gradient.
     floor = float(np.finfo(case.dtype).eps) * expected_norm / limits.gradients
     expected = case.expected(STEMS["train"]) or {}
     table = {e.torch_name: e for e in entries(case.config)}
     unknown = sorted({*norms, *expected} - set(table))
     if unknown:
-        raise UserError(f"{path}: gradients of parameters unknown here: {', '.join(unknown)}")
+        raise UserError(f"{path}: gradients of unknown parameters: {', '.join(unknown)}")
     yield compare("global gradient norm", np.array([expected_norm]), np.array([norm]), None, limit=limits.gradients)
     for name, value in norms.items():
-        found = float(np.linalg.norm(_slice(flat, table[name]).astype(np.float64)))
-        yield compare(f"|{name}|", np.array([value]), np.array([found]), None, limit=limits.gradients, least=floor)
+        actual_norm = float(np.linalg.norm(_slice(flat, table[name]).astype(np.float64)))
+        yield compare(
+            f"|{name}|", np.array([value]), np.array([actual_norm]), None, limit=limits.gradients, floor=floor
+        )
     for name, tensor in expected.items():
         entry = table[name]
         gradient = entry.transform.to_torch(_slice(flat, entry), case.config)
@@ -197,23 +200,25 @@ OUTPUTS = {"dense": dense_outputs, "chunked": chunked_outputs, "bilevel": bileve
 
 
 def compare(
-    name: str, expected: np.ndarray, actual: np.ndarray, slim: int | None, *, limit: float, least: float = 0.0
+    name: str, expected: np.ndarray, actual: np.ndarray, slim: int | None, *, limit: float, floor: float = 0.0
 ) -> Row:  # fmt: skip
-    """Ids and masks must be equal; other tensors within the limit, relative to their norm or `least`.
+    """Compares a tensor with the expected one.
 
-    A slim case stores only the first frames or groups of the big stages.
+    Ids and masks must be equal. The difference of other tensors, relative to the norm of the expected tensor or to
+    `floor` if that is larger, must be within `limit`. A slim case stores only the first `slim` frames or groups of the
+    big stages.
     """
     if slim is not None and len(expected) == slim and actual.ndim == expected.ndim:
         actual = actual[:slim]
     if "generated" in name:
-        actual = actual[: len(expected)]  # upstream's stops at the end token
+        actual = actual[: len(expected)]  # upstream stops at the end token
     if actual.shape != expected.shape:
         return Row(name, expected.shape, float("inf"), float("inf"), ok=False)
     if not np.issubdtype(expected.dtype, np.floating):
         wrong = float(np.abs(actual.astype(np.int64) - expected.astype(np.int64)).max(initial=0))
         return Row(name, expected.shape, float(wrong > 0), wrong, ok=wrong == 0)
     a, e = actual.astype(np.float64), expected.astype(np.float64)
-    norm = max(float(np.linalg.norm(e)), least) or 1.0
+    norm = max(float(np.linalg.norm(e)), floor) or 1.0
     relative = float(np.linalg.norm(a - e)) / norm
     return Row(name, expected.shape, relative, float(np.abs(a - e).max(initial=0.0)), ok=relative <= limit)
 
@@ -221,12 +226,12 @@ def compare(
 def verify(
     folder: Path, sections: tuple[str, ...], converted: Path, *, dtype: str = "float32", quantized: bool = False
 ) -> Iterator[Row]:
-    """Compares the named sections of a case; a row for each tensor of expected/."""
+    """Compares the named sections of a case. Yields a row for each tensor of expected/."""
     case = Case(folder, converted, dtype=dtype, quantized=quantized)
-    found = [p.stem for p in sorted((folder / "expected").glob("*.safetensors"))]
-    unknown_files = set(found) - {STEMS.get(s, s) for s in SECTIONS}
+    stems = [p.stem for p in sorted((folder / "expected").glob("*.safetensors"))]
+    unknown_files = set(stems) - {STEMS.get(s, s) for s in SECTIONS}
     if unknown_files:
-        raise UserError(f"{folder}: expected/ holds files unknown here: {', '.join(sorted(unknown_files))}")
+        raise UserError(f"{folder}: expected/ holds unknown files: {', '.join(sorted(unknown_files))}")
     for section in sections:
         if section == "train":
             yield from train_rows(case)
@@ -234,13 +239,13 @@ def verify(
         expected = case.expected(section)
         if expected is None:
             raise UserError(
-                f"{folder}: expected/ has no {section}.safetensors (it has {', '.join(found) or 'nothing'})"
+                f"{folder}: expected/ has no {section}.safetensors (it has {', '.join(stems) or 'nothing'})"
             )
         actual = OUTPUTS[section](case, set(expected))
         unknown = sorted(set(expected) - set(actual))
         if unknown:
-            raise UserError(f"{folder}: {section}.safetensors holds tensors unknown here: {', '.join(unknown)}")
+            raise UserError(f"{folder}: {section}.safetensors holds unknown tensors: {', '.join(unknown)}")
         for name, tensor in expected.items():
-            stored = "float32" if tensor.dtype == np.float32 else dtype  # a float32 golden is no better than float32
+            stored = "float32" if tensor.dtype == np.float32 else dtype  # a float32 golden is only as exact as float32
             limit = INT8_LIMIT if quantized else max(LIMITS[stored].forward, LIMITS[dtype].forward)
             yield compare(name, tensor, actual[name], case.case.get("slim"), limit=limit)

@@ -1,1 +1,1 @@
-"""Attention: one signature, several implementations."""
+"""Attention: arena attention with one signature and several implementations, and dense attention."""

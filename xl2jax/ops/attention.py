@@ -48,7 +48,7 @@ _differentiable.defvjp(_forward, _vjp)
 
 
 def _attend_mosaic(*args: Any) -> tuple[jax.Array, jax.Array]:
-    from xl2jax.ops import mosaic  # Pallas is slow to import: only where it is used
+    from xl2jax.ops import mosaic  # Pallas is slow to import
 
     return mosaic.attend_mosaic(*args)
 
@@ -66,9 +66,9 @@ def _log_choice(name: str, reason: str) -> None:
 
 
 def choose_implementation(name: str, device: jax.Device, head_width: int, dtype: jax.typing.DTypeLike) -> str:
-    """The implementation that `name` stands for on a device: itself, or what "auto" chooses, which is logged once.
+    """The implementation for a device. "auto" chooses one and logs the choice once; any other name is kept.
 
-    Raises UserError where there is no such implementation.
+    Raises UserError where no implementation has that name.
     """
     if name != "auto":
         _require(name)
@@ -79,11 +79,11 @@ def choose_implementation(name: str, device: jax.Device, head_width: int, dtype:
     from xl2jax.ops import mosaic
 
     capability = str(getattr(device, "compute_capability", "0.0"))
-    # The kernel's wgmma instructions are Hopper's own.
+    # Only Hopper has the wgmma instructions of the kernel.
     reason = (
         mosaic.unsupported(head_width, dtype, dtype)
         if capability == "9.0"
-        else "only compute capability 9.0 has the kernel"
+        else "the kernel needs compute capability 9.0"
     )
     name = "blockwise" if reason else "mosaic"
     _log_choice(name, f"{device.device_kind}" + (f": {reason}" if reason else ""))
@@ -98,14 +98,13 @@ def _require(name: str) -> None:
 def arena_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, rows: jax.Array, ranges: Ranges, *, implementation: str = "blockwise"
 ) -> tuple[jax.Array, jax.Array]:
-    """The op of this module, by the implementation that is named.
+    """Arena attention by the implementation that is named. The shapes are those of the module's docstring.
 
     Differentiable in q, k and v (out and lse). The backward pass is blockwise XLA whatever the implementation.
 
     Raises:
-      UserError: there is no such implementation, or it does not serve these shapes or dtypes. It never falls back to
-        another one.
-      AssertionError: the shapes do not belong together.
+      UserError: no implementation has that name, or it does not support these shapes or dtypes. There is no fallback.
+      AssertionError: the shapes do not match.
     """
     _require(implementation)
     batch, tokens, heads, head_width = q.shape

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from xl2jax.arithmetic import ceil_div
+from xl2jax.arithmetic import ceil_div, round_up
 from xl2jax.ops.precision import accumulator, product
 from xl2jax.ops.ranges import NEGATIVE, Ranges
 
 
 def _tile_sizes(queries: int, slots: int) -> tuple[int, int]:
-    """(queries, key slots) of a tile: equal tiles of at most 640 queries, a chunk as released is 576."""
+    """(queries of a tile, slots of a key block). Tiles are equal, of at most 640 queries; a released chunk has 576."""
     tile = ceil_div(queries, ceil_div(queries, 640))
     return tile, min(slots, 512 if tile >= 64 else 2048)
 
@@ -22,28 +22,32 @@ def _tile_sizes(queries: int, slots: int) -> tuple[int, int]:
 def attend_blockwise(
     q: jax.Array, k: jax.Array, v: jax.Array, rows: jax.Array, ranges: Ranges
 ) -> tuple[jax.Array, jax.Array]:
-    """XLA: online softmax over the key blocks that some query of the tile sees; no [T, S] array."""
+    """The op in XLA. It reads the key blocks that some query of a tile sees, and never makes a [T, S] array."""
     b, t, n, h = q.shape
     tile, block = _tile_sizes(t, k.shape[2])
     tiles = ceil_div(t, tile)
 
-    def to_tiles(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [B * tiles, tile, ...]
-        x = jnp.pad(x, ((0, 0), (0, tiles * tile - t)) + ((0, 0),) * (x.ndim - 2))
-        return x.reshape(b * tiles, tile, *x.shape[2:])
-
-    def one(xs: tuple[jax.Array, jax.Array, Ranges]) -> tuple[jax.Array, jax.Array]:
+    def attend(xs: tuple[jax.Array, jax.Array, Ranges]) -> tuple[jax.Array, jax.Array]:
         return _attend_tile(*xs, k, v, block)
 
-    xs = (to_tiles(q), jnp.repeat(rows, tiles), jax.tree.map(to_tiles, ranges))
+    q_tiles, range_tiles = jax.tree.map(lambda x: _to_tiles(x, tile), (q, ranges))
+    xs = (q_tiles, jnp.repeat(rows, tiles), range_tiles)
     if b * tiles == 1:
-        out, lse = (y[None] for y in one(jax.tree.map(lambda x: x[0], xs)))
+        out, lse = (y[None] for y in attend(jax.tree.map(lambda x: x[0], xs)))
     else:
-        out, lse = jax.lax.map(one, xs)
+        out, lse = jax.lax.map(attend, xs)
     return out.reshape(b, tiles * tile, n, h)[:, :t], lse.reshape(b, tiles * tile, n)[:, :t]
 
 
+def _to_tiles(x: jax.Array, tile: int) -> jax.Array:
+    """[B, T, ...] -> [B * tiles, tile, ...], with T padded to whole tiles."""
+    padding = round_up(x.shape[1], tile) - x.shape[1]
+    x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
+    return x.reshape(-1, tile, *x.shape[2:])
+
+
 def live_blocks(ranges: Ranges, block: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Key blocks that some query of a tile sees: `[0, a)` and `[b, c)` with b >= a."""
+    """The key blocks that some query of a tile sees: `[0, a)` and `[b, c)` with b >= a."""
     g_end, v_lo, v_hi = ranges
     seen = v_hi > v_lo
     a = (jnp.max(g_end) + block - 1) // block
@@ -72,7 +76,7 @@ def _live_blocks_of_tile(
 
     def read(i: jax.Array) -> _Block:
         start = jnp.where(i < g_blocks, i, i - g_blocks + v_first) * block
-        # The last block may hang over the end: read it further left, and mask what was read before.
+        # The last block may reach past the end: it is read further left, and slots of earlier blocks are masked.
         read_at = jnp.minimum(start, slots - block)
         kb, vb = (jax.lax.dynamic_slice(x, (row, zero, read_at, zero), (1, kv_heads, block, h))[0] for x in (k, v))
         columns = read_at + jnp.arange(block, dtype=jnp.int32)
@@ -115,8 +119,8 @@ def _attend_tile(
         keys = read(i)
         scores = _scores(queries, keys)
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
-        # A masked score is NEGATIVE: its exponential is 0 once the row has seen a slot. Until then
-        # new_top is NEGATIVE too, and what is summed is wiped by the first real score.
+        # A masked score is NEGATIVE: its exponential is 0 once the row has seen a slot. Until then new_top is
+        # NEGATIVE too, and the first real score multiplies the sums so far by 0.
         p = jnp.exp(scores - new_top[..., None])
         decay = jnp.exp(top - new_top)
         total = total * decay + jnp.sum(p, axis=-1)
@@ -137,22 +141,20 @@ def _attend_tile(
 def backward_blockwise(
     residuals: tuple[Any, ...], cotangents: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of q, k and v, blockwise in float32 (float64): the scores are made again from lse."""
+    """Gradients of q, k and v, blockwise in float32 (float64). The scores are recomputed with lse."""
     q, k, v, rows, ranges, out, lse = residuals
     b, t, n, h = q.shape
     kv_heads = k.shape[1]
     dtype = accumulator(q.dtype)
     d_out, d_lse = (x.astype(dtype) for x in cotangents)
-    # The part of a score's gradient that all slots share.
+    # This part of a score's gradient is the same for all slots.
     shared = d_lse - jnp.sum(d_out * out.astype(dtype), axis=-1)
     tile, block = _tile_sizes(t, k.shape[2])
     tiles = ceil_div(t, tile)
 
-    def to_tiles(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, ((0, 0), (0, tiles * tile - t)) + ((0, 0),) * (x.ndim - 2))
-        return x.reshape(b * tiles, tile, *x.shape[2:])
-
-    def one(grads: tuple[jax.Array, jax.Array], xs: tuple[Any, ...]) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    def tile_gradients(
+        grads: tuple[jax.Array, jax.Array], xs: tuple[Any, ...]
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         row, ranges, *folding = xs
         queries, d_outs, norm, part = (_fold(x, kv_heads) for x in folding)
         count, read = _live_blocks_of_tile(k, v, row, ranges, block)
@@ -180,7 +182,7 @@ def backward_blockwise(
         d_q, d_k, d_v = jax.lax.fori_loop(jnp.int32(0), count, body, (jnp.zeros(queries.shape, dtype), *grads))
         return (d_k, d_v), _unfold(d_q, tile)
 
-    per_tile = (jnp.repeat(rows, tiles), *jax.tree.map(to_tiles, (ranges, q, d_out, lse, shared)))
-    (d_k, d_v), d_q = jax.lax.scan(one, (jnp.zeros(k.shape, dtype), jnp.zeros(v.shape, dtype)), per_tile)
+    per_tile = (jnp.repeat(rows, tiles), *jax.tree.map(lambda x: _to_tiles(x, tile), (ranges, q, d_out, lse, shared)))
+    (d_k, d_v), d_q = jax.lax.scan(tile_gradients, (jnp.zeros(k.shape, dtype), jnp.zeros(v.shape, dtype)), per_tile)
     d_q = d_q.reshape(b, tiles * tile, n, h)[:, :t]
     return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype)

@@ -1,7 +1,7 @@
 """Dense attention within a batch row: the vision tower, DTS, training.
 
-cuDNN or XLA computes it. Which of the two is decided when a program is lowered for a platform, not when it is traced:
-the same function serves `jax.default_device(cpu)` on a machine with a GPU.
+cuDNN or XLA computes it. The choice is made when a program is lowered for a platform, not when it is traced, so that the
+same function also works under `jax.default_device(cpu)` on a machine with a GPU.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ def dense_attention(
         out = jax.nn.dot_product_attention(q_, k_, v_, mask=mask, is_causal=causal, implementation="xla")
         return out.astype(q.dtype)
 
-    served = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
-    if served and _has_cuda():
+    supported = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+    if supported and _has_cuda():
         return jax.lax.platform_dependent(q, k, v, mask, cuda=cudnn, default=xla)
     return xla(q, k, v, mask)
 
 
 @functools.cache
 def _has_cuda() -> bool:
-    """Whether this process has an NVIDIA GPU: JAX traces cuDNN's attention only there, even for another device."""
+    """Whether this process has an NVIDIA GPU. Without one JAX cannot even trace cuDNN's attention."""
     try:
         return len(jax.devices("cuda")) > 0
     except RuntimeError:  # JAX knows no such platform
@@ -58,7 +58,7 @@ def _has_cuda() -> bool:
 
 
 def _float64(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool, mask: jax.Array | None) -> jax.Array:
-    """jax.nn.dot_product_attention would compute the softmax in float32, whatever the dtype of its arguments."""
+    """Attention in float64. jax.nn.dot_product_attention computes the softmax in float32 for every dtype."""
     kv_heads = k.shape[2]
     queries = einops.rearrange(q, "b t (k g) h -> b t k g h", k=kv_heads)
     scores = jnp.einsum("btkgh,bskh->bkgts", queries, k) * q.shape[-1] ** -0.5
@@ -71,12 +71,12 @@ def _float64(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool, mask: ja
 
 @jax.custom_vjp
 def _odd_lengths(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """cuDNN serves odd lengths (a frame has 729 patches), but has no gradient for them."""
+    """cuDNN's attention for odd lengths (a frame has 729 patches), of which it lacks the gradient."""
     return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
 
 
 def padded_attention(q: jax.Array, k: jax.Array, v: jax.Array, implementation: Literal["cudnn", "xla"]) -> jax.Array:
-    """Attention with lengths padded to even numbers; the padding is neither seen nor returned."""
+    """Attention with lengths padded to even numbers. The padding is neither seen nor returned."""
 
     def even(x: jax.Array) -> jax.Array:
         return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))

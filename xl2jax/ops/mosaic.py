@@ -1,17 +1,17 @@
 """Arena attention on Hopper GPUs: one Pallas Mosaic kernel for prefill and decoding.
 
-The query heads of a KV head are folded into rows, so that a tile of 128 rows spans few tokens and even
-a single decoded token reads every key once. What a tile's rows see is at most two runs of key blocks;
-six integers a tile say where they start and end and which blocks need no mask:
+The query heads of a KV head are folded into rows, so that a tile of 128 rows spans few tokens and even a single decoded
+token reads every key once. The rows of a tile see at most two runs of key blocks. Six integers a tile say where the
+runs start and end, and which of their blocks need no mask:
 
     blocks      0 ... a_full ... a        b ... b_full ... c_full ... c
     needed      [0, a)                    [b, c)
     unmasked    [0, a_full)               [b_full, c_full)
 
-Unmasked blocks are visited first. Where tiles are few, each tile's blocks are split over several
-programs whose results are merged by their log-sum-exp. A program is two warpgroups of 64 rows that
-compute (one in its softmax while the other holds the tensor cores) and one that keeps TMA loads of
-keys and values in flight; keys and values are read from the cache in place.
+Unmasked blocks are visited first. Where there are few tiles, each tile's blocks are split over several programs, whose
+results are merged by their log-sum-exp. A program has three warpgroups. Two of them compute 64 rows each, one in its
+softmax while the other uses the tensor cores. The third one keeps TMA loads of keys and values in flight, which are read
+from the cache in place.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _LOG2E = math.log2(math.e)
 
 @dataclasses.dataclass(frozen=True)
 class KernelConfig:
-    """Key slots of a block, blocks in flight, and over how many programs a tile's blocks are split."""
+    """Slots of a key block, blocks in flight, and the number of programs that share the blocks of a tile."""
 
     block: int = 128
     stages: int = 2
@@ -48,7 +48,7 @@ class KernelConfig:
 
 
 def choose_config(tiles: int, slots: int, multiprocessors: int = 132) -> KernelConfig:
-    """`tiles` counts programs before splitting. Few tiles are split until every multiprocessor has work."""
+    """`tiles` counts programs before splitting. Few tiles are split until all multiprocessors have work."""
     block = 128 if slots % 128 == 0 else 64
     splits = min(max(multiprocessors // tiles, 1), max(slots // (4 * block), 1))
     return KernelConfig(block=block, stages=2 if block == 128 else 4, splits=splits)
@@ -57,7 +57,7 @@ def choose_config(tiles: int, slots: int, multiprocessors: int = 132) -> KernelC
 def tile_blocks(ranges: Ranges, block: int, tile: int = TILE) -> jax.Array:
     """Ranges of rows [..., R] -> int32 [..., R / tile, 6]: a_full, a, b, b_full, c_full, c (in blocks).
 
-    Rows that see nothing ask for no block and forbid no unmasked one: their result is wiped.
+    Rows that see nothing have no influence on a tile's blocks. The kernel sets their results to zero.
     """
     g_end, v_lo, v_hi = (x.reshape(*x.shape[:-1], -1, tile) for x in ranges)
     big = jnp.iinfo(jnp.int32).max // 2
@@ -76,7 +76,7 @@ def tile_blocks(ranges: Ranges, block: int, tile: int = TILE) -> jax.Array:
     any_seen = seen.any(-1)
     b = jnp.where(any_seen, jnp.maximum(lowest(v_lo, seen) // block, a), a)
     c = jnp.where(any_seen, jnp.maximum(ceil_div(highest(v_hi, seen), block), b), b)
-    # Unmasked: inside the interval of every row that is alive.
+    # An unmasked block lies inside the interval of every row that sees something.
     all_seen = (seen | ~alive).all(-1) & any_seen
     b_full = jnp.clip(ceil_div(highest(v_lo, seen), block), b, c)
     c_full = jnp.where(all_seen, jnp.clip(lowest(v_hi, seen) // block, b_full, c), b_full)
@@ -84,7 +84,7 @@ def tile_blocks(ranges: Ranges, block: int, tile: int = TILE) -> jax.Array:
 
 
 def live_block_count(blocks: jax.Array) -> jax.Array:
-    """Blocks that `tile_blocks` makes a tile visit, [...]."""
+    """The number of blocks that each tile visits, [...], from `tile_blocks`."""
     return blocks[..., 1] + blocks[..., 5] - blocks[..., 2]
 
 
@@ -94,7 +94,7 @@ def attend_mosaic(
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """The arena op (xl2jax.ops.attention) for bfloat16 (or float16), head widths 64 and 128.
 
-    Raises UserError for shapes and dtypes that the kernel does not serve.
+    Raises UserError for shapes and dtypes that the kernel does not support.
     """
     batch, tokens, heads, h = q.shape
     kv_heads, slots = k.shape[1], k.shape[2]
@@ -110,7 +110,7 @@ def attend_mosaic(
         return jnp.pad(jnp.repeat(x, group, axis=1), ((0, 0), (0, padded - folded)))
 
     row_ranges = Ranges(*map(fold, ranges))
-    # The rows of a single token are alike: no reduction over them.
+    # All rows of a single token have the same ranges, so that one row stands for the tile.
     blocks = tile_blocks(ranges, config.block, 1) if tokens == 1 else tile_blocks(row_ranges, config.block)
     queries = q.reshape(batch, tokens, kv_heads, group, h).transpose(0, 2, 1, 3, 4)
     queries = queries.reshape(batch, kv_heads, folded, h)
@@ -131,11 +131,11 @@ def attend_mosaic(
 def unsupported(
     head_width: int, queries: jax.typing.DTypeLike, keys: jax.typing.DTypeLike, slots: int = 64
 ) -> str | None:
-    """Why the kernel cannot serve such arrays, or None."""
+    """Why the kernel does not support such arrays, or None."""
     if head_width not in HEAD_WIDTHS:
-        return f"head width {head_width} is not served (only {' and '.join(map(str, HEAD_WIDTHS))})"
+        return f"head width {head_width} is not supported (only {' and '.join(map(str, HEAD_WIDTHS))})"
     if queries not in (jnp.bfloat16, jnp.float16) or keys != queries:
-        return f"{jnp.dtype(queries)} queries and {jnp.dtype(keys)} keys are not served (only 16 bit)"
+        return f"{jnp.dtype(queries)} queries and {jnp.dtype(keys)} keys are not supported (only 16 bit)"
     if slots % 64:
         return f"{slots} cache slots are not a multiple of 64"
     return None

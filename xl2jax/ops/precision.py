@@ -13,7 +13,7 @@ def accumulator(dtype: jax.typing.DTypeLike) -> np.dtype:
 
 
 def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """einsum of two arrays of one dtype, summed and returned in `accumulator` of it."""
+    """The einsum of two arrays of one dtype, summed and returned in the `accumulator` of that dtype."""
     dtype = accumulator(a.dtype)
 
     def einsum(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -25,5 +25,5 @@ def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     def widened(a: jax.Array, b: jax.Array) -> jax.Array:
         return einsum(a.astype(dtype), b.astype(dtype))
 
-    # XLA has no such product of float16 on CPUs.
+    # XLA has no float16 product with float32 sums on CPUs.
     return jax.lax.platform_dependent(a, b, cpu=widened, default=einsum)

@@ -1,4 +1,4 @@
-"""What each query sees of the arena, as three integers, and how results over parts of it are merged.
+"""The slots of the arena that each query sees, as three integers, and the merging of results over parts of it.
 
 Query t of batch row b sees exactly the slots `[0, g_end) U [v_lo, v_hi)`. An interval whose end is not past its start
 is empty. With keys in arena order (see xl2jax.inference.layout) this is enough for dense causal, chunked and bi-level

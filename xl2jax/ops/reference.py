@@ -1,4 +1,4 @@
-"""The oracle of arena attention: float32 (float64 for float64) over one dense mask. For tests and short inputs."""
+"""The oracle of arena attention: float32 (float64 for float64) over one dense mask."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from xl2jax.ops.ranges import NEGATIVE, Ranges
 def attend_reference(
     q: jax.Array, k: jax.Array, v: jax.Array, rows: jax.Array, ranges: Ranges
 ) -> tuple[jax.Array, jax.Array]:
-    """See `xl2jax.ops.attention` for shapes."""
+    """The op for tests and short inputs. See `xl2jax.ops.attention` for shapes."""
     dtype = accumulator(q.dtype)
     k, v = k[rows].astype(dtype), v[rows].astype(dtype)
     groups = q.shape[2] // k.shape[1]
