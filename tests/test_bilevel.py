@@ -47,9 +47,12 @@ def video_cache(layout: VideoLayout, capacity: int) -> tuple[KVCache, np.ndarray
     arena = np.full((2, L, K, start + capacity * layout.visual_tokens, H), 7.0, np.float32)
     arena[0][:, :, slot], arena[1][:, :, slot] = k, v
     cache = KVCache(
-        jnp.asarray(arena[0]), jnp.asarray(arena[1]), jnp.int32(layout.global_tokens), jnp.int32(start),
+        jnp.asarray(arena[0]),
+        jnp.asarray(arena[1]),
+        jnp.int32(layout.global_tokens),
+        jnp.int32(start),
         jnp.int32(layout.groups * layout.visual_tokens),
-    )  # fmt: skip
+    )
     return cache, raw, v
 
 

@@ -119,8 +119,9 @@ def test_cache_of_something_else(
     assert ask("--question", QUESTION, "--cache", file)[0] == 0
 
     def load(video: Path, folder: Path, *flags: object) -> str:
-        return refused(infer.main, "--video", video, "--checkpoint", folder, *FAST, *flags, "--question", QUESTION, "--cache", file
-        )  # fmt: skip
+        return refused(
+            infer.main, "--video", video, "--checkpoint", folder, *FAST, *flags, "--question", QUESTION, "--cache", file
+        )
 
     other = tmp_path / "other.mp4"
     write_clip(other, 2, fps=10, width=64, height=48)

@@ -49,9 +49,16 @@ def test_jnp_gives_the_same(layout: VideoLayout, config: PrefillConfig) -> None:
         times = np.array(layout.time_lengths)
         a = token_ranges(layout.prefix, times, layout.visual_tokens, 99, *args)
         b = token_ranges(
-            layout.prefix, jnp.asarray(times), layout.visual_tokens, 99,
-            config, jnp.asarray(group), jnp.asarray(offset), jnp.asarray(args[3]), xp=jnp,
-        )  # fmt: skip
+            layout.prefix,
+            jnp.asarray(times),
+            layout.visual_tokens,
+            99,
+            config,
+            jnp.asarray(group),
+            jnp.asarray(offset),
+            jnp.asarray(args[3]),
+            xp=jnp,
+        )
         chex.assert_trees_all_equal(a, jax.device_get(b), strict=True)
 
 

@@ -172,9 +172,12 @@ def test_fetching_takes_the_chosen_groups_alone(model: xl2jax.Model, watched: xl
 
 
 def test_dense_reading_of_offloaded_kv_is_refused(
-    model: xl2jax.Model, small: Callable[..., xl2jax.WatchedVideo], clip: Path, refused: Callable[..., str],
+    model: xl2jax.Model,
+    small: Callable[..., xl2jax.WatchedVideo],
+    clip: Path,
+    refused: Callable[..., str],
     checkpoint: Path,
-) -> None:  # fmt: skip
+) -> None:
     with pytest.raises(UserError, match="offloaded"):
         model.ask(small(CacheConfig(None, True)), QUESTION, bilevel=None)
     with pytest.raises(UserError, match="bi-level"):
@@ -241,9 +244,14 @@ def test_options_never_need_more_on_a_gpu(groups: int, pool: int, quantized: boo
 
 
 def test_advice_names_what_would_fit(
-    refused: Callable[..., str], command: Callable[..., Any], clip: Path, checkpoint: Path, model: xl2jax.Model,
-    watched: xl2jax.WatchedVideo, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    refused: Callable[..., str],
+    command: Callable[..., Any],
+    clip: Path,
+    checkpoint: Path,
+    model: xl2jax.Model,
+    watched: xl2jax.WatchedVideo,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     need = memory.memory_need(
         model.config, watched.kv.plan, watched.kv.layout, BilevelConfig(), "float32", "cpu", quantized=True
     )

@@ -80,9 +80,15 @@ def test_a_dense_cache_is_scored_as_a_mixed_one_with_every_group_whole(
     c, layout, n = model.config.llm, watched.kv.layout, watched.kv.plan.group_capacity
     pooled = compiled.pool_cache(c, watched.kv.cache, watched.kv.table, visual_tokens=layout.visual_tokens, pool=4)
     mixed, source = compiled.mix(
-        c, watched.kv.cache, pooled, watched.kv.table, jnp.ones(n, bool), visual_tokens=layout.visual_tokens, pool=4,
+        c,
+        watched.kv.cache,
+        pooled,
+        watched.kv.table,
+        jnp.ones(n, bool),
+        visual_tokens=layout.visual_tokens,
+        pool=4,
         slots=mixed_slots(layout, layout.groups, xl2jax.BilevelConfig()),
-    )  # fmt: skip
+    )
     text = suffix(model.tokenizer, "Which one?")
     ids = session.suffix_ids(text.ids, text.first, text.last)
     group = compiled.slot_groups(watched.kv.table, watched.kv.cache, visual_tokens=layout.visual_tokens)

@@ -260,9 +260,13 @@ def test_two_that_save_to_one_file(
     ],
 )
 def test_targets_and_sources_are_checked_before_anything_is_loaded(
-    flags: tuple[str, str], message: str, clip: Path, tmp_path: Path, refused: Callable[..., str],
+    flags: tuple[str, str],
+    message: str,
+    clip: Path,
+    tmp_path: Path,
+    refused: Callable[..., str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setattr(xl2jax, "load", None)
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "other").write_text("x")

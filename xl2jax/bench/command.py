@@ -30,9 +30,11 @@ from xl2jax.system.backend import start_backend
 from xl2jax.system.terminal import run_command
 
 ROWS: dict[str, tuple[type, Callable[..., dict[str, Any]]]] = {
-    "prefill": (PrefillArgs, prefill_row), "decode": (DecodeArgs, decode_row), "read": (ReadArgs, read_row),
+    "prefill": (PrefillArgs, prefill_row),
+    "decode": (DecodeArgs, decode_row),
+    "read": (ReadArgs, read_row),
     "e2e": (E2EArgs, file_row),
-}  # fmt: skip
+}
 
 
 type _Args = PrefillArgs | DecodeArgs | ReadArgs | E2EArgs

@@ -132,9 +132,13 @@ def vision_row(args: E2EArgs, params: nnx.State, ceiling: float, profile: _Profi
     work = count * flops.vision(config)
     rest = count / FRAMES_PER_GROUP * flops.dts_and_projector(config)
     return {
-        "stage": "vision", "batch": count, "tower_frames_s": count / alone, "tower_mfu": work / alone / ceiling,
-        "frames_s": count / both, "mfu": (work + rest) / both / ceiling,
-    }  # fmt: skip
+        "stage": "vision",
+        "batch": count,
+        "tower_frames_s": count / alone,
+        "tower_mfu": work / alone / ceiling,
+        "frames_s": count / both,
+        "mfu": (work + rest) / both / ceiling,
+    }
 
 
 def encode(setup: Setup, frames: np.ndarray) -> jax.Array:

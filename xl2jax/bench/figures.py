@@ -20,8 +20,10 @@ def plot_stages(path: Path, rows: Sequence[dict[str, Any]], stages: Sequence[str
     time_axis.set_ylabel("seconds")
     time_axis.legend(fontsize=7)
     for name, label in (
-        ("peak_memory_bytes", "process or device"), ("cache_bytes", "KV cache"), ("reader_bytes", "reader")
-    ):  # fmt: skip
+        ("peak_memory_bytes", "process or device"),
+        ("cache_bytes", "KV cache"),
+        ("reader_bytes", "reader"),
+    ):
         memory_axis.plot(frames, [row[name] / 1e6 for row in rows], marker="o", label=label)
     memory_axis.set_ylabel("MB at the peak")
     memory_axis.legend(fontsize=7)

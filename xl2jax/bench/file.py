@@ -54,9 +54,14 @@ def file_row(args: E2EArgs, _: str, frames: int) -> dict[str, Any]:
     started = time.perf_counter()
     bilevel = BilevelConfig(args.select_chunk_groups, args.pool, args.top_chunks)
     video = model.watch(
-        path, sampling, PrefillConfig(args.chunk_groups, args.window_chunks), bilevel=bilevel,
-        cache=CacheConfig(args.cache_dtype, args.offload), progress=True, measure_stages=True,
-    )  # fmt: skip
+        path,
+        sampling,
+        PrefillConfig(args.chunk_groups, args.window_chunks),
+        bilevel=bilevel,
+        cache=CacheConfig(args.cache_dtype, args.offload),
+        progress=True,
+        measure_stages=True,
+    )
     watching = time.perf_counter() - started
     compile_s = compilation.seconds
     for _repeat in range(2):  # the first compiles
@@ -65,14 +70,22 @@ def file_row(args: E2EArgs, _: str, frames: int) -> dict[str, Any]:
     timings = answer.timings
     computing = video.timings["vision"] + video.timings["prefill"] - compile_s
     return {
-        "mode": "watch", "frames": len(video.times), "tokens": video.kv.layout.tokens, "read_alone_s": alone,
-        "seconds": watching, "read_wait_s": video.timings["read"], "vision_s": video.timings["vision"],
-        "prefill_s": video.timings["prefill"], "compile_s": compile_s,
+        "mode": "watch",
+        "frames": len(video.times),
+        "tokens": video.kv.layout.tokens,
+        "read_alone_s": alone,
+        "seconds": watching,
+        "read_wait_s": video.timings["read"],
+        "vision_s": video.timings["vision"],
+        "prefill_s": video.timings["prefill"],
+        "compile_s": compile_s,
         "overlap": (watching - compile_s) / max(alone, computing),
-        "first_token_s": timings["select"] + timings["question"], "tokens_per_s": timings["decode_tokens_per_s"],
-        "reader_bytes": reader, "cache_bytes": sum(x.nbytes for x in jax.tree.leaves((video.kv.cache.k, video.kv.cache.v))),
+        "first_token_s": timings["select"] + timings["question"],
+        "tokens_per_s": timings["decode_tokens_per_s"],
+        "reader_bytes": reader,
+        "cache_bytes": sum(x.nbytes for x in jax.tree.leaves((video.kv.cache.k, video.kv.cache.v))),
         "peak_memory_bytes": memory.peak_bytes(),
-    }  # fmt: skip
+    }
 
 
 def plot_rows(path: Path, rows: list[dict[str, Any]]) -> None:

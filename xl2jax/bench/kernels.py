@@ -128,9 +128,17 @@ def prefill_row(groups: int, window: int, config: mosaic.KernelConfig | None, ce
     taken = seconds(lambda q, *a: mosaic.attend_mosaic(q, *a, config=config)[0], q, k, v, row, ranges)
     rate = 4.0 * live * mosaic.TILE * config.block * _LLM.head_width * _LLM.kv_heads / taken / 1e12
     return {
-        "op": "prefill", "groups": groups, "tokens": count, "window": window, "block": config.block,
-        "stages": config.stages, "splits": config.splits, "ms": 1e3 * taken, "tflops": rate, "of_ceiling": rate / ceiling,
-    }  # fmt: skip
+        "op": "prefill",
+        "groups": groups,
+        "tokens": count,
+        "window": window,
+        "block": config.block,
+        "stages": config.stages,
+        "splits": config.splits,
+        "ms": 1e3 * taken,
+        "tflops": rate,
+        "of_ceiling": rate / ceiling,
+    }
 
 
 def dense_row(groups: int, ceiling: float) -> dict[str, Any]:
@@ -142,9 +150,13 @@ def dense_row(groups: int, ceiling: float) -> dict[str, Any]:
     taken = seconds(lambda q, k, v: dense_attention(q, k, v, causal=True), q, k, v)
     rate = 2.0 * tokens**2 * _LLM.heads * _LLM.head_width / taken / 1e12
     return {
-        "op": "cuDNN dense", "groups": groups, "tokens": tokens, "ms": 1e3 * taken, "tflops": rate,
+        "op": "cuDNN dense",
+        "groups": groups,
+        "tokens": tokens,
+        "ms": 1e3 * taken,
+        "tflops": rate,
         "of_ceiling": rate / ceiling,
-    }  # fmt: skip
+    }
 
 
 def decode_row(groups: int, copy_gb_s: float, splits: int | None = None) -> dict[str, Any]:
@@ -160,10 +172,17 @@ def decode_row(groups: int, copy_gb_s: float, splits: int | None = None) -> dict
     plain = seconds(lambda q, *a: attend_blockwise(q, *a)[0], q, k, v, row, ranges)
     rate = (k.nbytes + v.nbytes) / taken / 1e9
     return {
-        "op": "decode", "groups": groups, "tokens": slots, "block": config.block, "stages": config.stages,
-        "splits": config.splits, "ms": 1e3 * taken, "gb_s": rate, "of_ceiling": rate / copy_gb_s,
+        "op": "decode",
+        "groups": groups,
+        "tokens": slots,
+        "block": config.block,
+        "stages": config.stages,
+        "splits": config.splits,
+        "ms": 1e3 * taken,
+        "gb_s": rate,
+        "of_ceiling": rate / copy_gb_s,
         "blockwise_ms": 1e3 * plain,
-    }  # fmt: skip
+    }
 
 
 def kernel_rows(args: KernelArgs) -> list[dict[str, Any]]:

@@ -137,9 +137,14 @@ def read_row(args: ReadArgs, mode: str, frames: int) -> dict[str, Any]:
         assert got == count
     seconds = time.perf_counter() - started
     return {
-        "mode": mode, "frames": count, "seconds": seconds, "open_s": opened, "frames_per_s": count / seconds,
-        "peak_memory_bytes": memory.peak_bytes() - before, "x alone": seconds / (alone or seconds),
-    }  # fmt: skip
+        "mode": mode,
+        "frames": count,
+        "seconds": seconds,
+        "open_s": opened,
+        "frames_per_s": count / seconds,
+        "peak_memory_bytes": memory.peak_bytes() - before,
+        "x alone": seconds / (alone or seconds),
+    }
 
 
 def check_modes(text: str) -> list[str]:

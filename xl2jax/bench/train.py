@@ -51,11 +51,16 @@ def train_rows(args: TrainBenchArgs) -> Iterator[dict[str, Any]]:
     yield rates
     model = PRESETS[args.preset]
     config = dataclasses.replace(
-        TRAINING["stage4"], checkpoint="random", data=Path(), output=Path(), fsdp=args.fsdp, tensor=args.tensor,
+        TRAINING["stage4"],
+        checkpoint="random",
+        data=Path(),
+        output=Path(),
+        fsdp=args.fsdp,
+        tensor=args.tensor,
         compute_dtype=args.compute_dtype,
         lora_rank=0 if args.train == "all" else args.lora_rank,
         train=("projector.*",) if args.train == "lora+projector" else None,
-    )  # fmt: skip
+    )
     mesh = make_mesh(config.fsdp, config.tensor)
     step = StepConfig(model, config.lora, config.compute_dtype, remat=True)
     shapes = parameter_shapes(model, config.lora)
@@ -90,12 +95,20 @@ def train_rows(args: TrainBenchArgs) -> Iterator[dict[str, Any]]:
     tokens = int(batch[1].ids.shape[1])
     operations = rows * sample_flops(model, set(names), groups, tokens)
     row: dict[str, Any] = {
-        "train": args.train, "trained_parameters": int(sum(np.prod(shapes[n].shape) for n in names)),
-        "mesh": "x".join(map(str, mesh.shape.values())), "frames": groups * FRAMES_PER_GROUP, "tokens": tokens,
-        "rows": rows, "step_s": median, "tokens_per_s": rows * tokens / median,
-        "tflops_per_device": operations / median / jax.device_count() / 1e12, "first_step_s": first,
-        "peak_gib": memory.peak_bytes() / 2**30, "loss_first": losses[0], "loss_last": losses[-1],
-    }  # fmt: skip
+        "train": args.train,
+        "trained_parameters": int(sum(np.prod(shapes[n].shape) for n in names)),
+        "mesh": "x".join(map(str, mesh.shape.values())),
+        "frames": groups * FRAMES_PER_GROUP,
+        "tokens": tokens,
+        "rows": rows,
+        "step_s": median,
+        "tokens_per_s": rows * tokens / median,
+        "tflops_per_device": operations / median / jax.device_count() / 1e12,
+        "first_step_s": first,
+        "peak_gib": memory.peak_bytes() / 2**30,
+        "loss_first": losses[0],
+        "loss_last": losses[-1],
+    }
     if "matrix_tflops" in rates:
         row["share_of_card"] = row["tflops_per_device"] / rates["matrix_tflops"]
     yield row

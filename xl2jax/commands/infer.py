@@ -288,12 +288,17 @@ def _report(
     layout = kv.layout
     rows = [
         {
-            "question": a.question, "answer": a.text, "finish_reason": a.finish_reason, "new_tokens": a.new_tokens, "suffix_tokens": a.suffix_tokens,
-            "context_tokens": a.context_tokens, "chunks": [dataclasses.asdict(c) for c in a.chunks],
+            "question": a.question,
+            "answer": a.text,
+            "finish_reason": a.finish_reason,
+            "new_tokens": a.new_tokens,
+            "suffix_tokens": a.suffix_tokens,
+            "context_tokens": a.context_tokens,
+            "chunks": [dataclasses.asdict(c) for c in a.chunks],
             "timings": a.timings,
         }
         for a in answers
-    ]  # fmt: skip
+    ]
     return {
         "video": video.path,
         "duration_s": round(video.duration, 3),

@@ -86,9 +86,15 @@ def predict_memory(config: VideoXL2Config, layout: VideoLayout, args: PlanArgs) 
     plan = prefill.make_plan(layout, args.prefill.config(), platform)
     bilevel = _bilevel(args, layout)
     need = memory.memory_need(
-        config, plan, layout, bilevel, args.dtype, platform,
-        quantized=args.cache_dtype == "int8", offload=args.offload,
-    )  # fmt: skip
+        config,
+        plan,
+        layout,
+        bilevel,
+        args.dtype,
+        platform,
+        quantized=args.cache_dtype == "int8",
+        offload=args.offload,
+    )
     weights = _parameters(config) * jnp.dtype(args.dtype).itemsize
     parts: dict[str, float] = {"weights": weights, "KV cache": need.cache}
     if args.offload:

@@ -201,7 +201,7 @@ OUTPUTS = {"dense": dense_outputs, "chunked": chunked_outputs, "bilevel": bileve
 
 def compare(
     name: str, expected: np.ndarray, actual: np.ndarray, slim: int | None, *, limit: float, floor: float = 0.0
-) -> Row:  # fmt: skip
+) -> Row:
     """Compares a tensor with the expected one.
 
     Ids and masks must be equal. The difference of other tensors, relative to the norm of the expected tensor or to

@@ -98,12 +98,18 @@ class Model:
     # --- the video, once ---------------------------------------------------------------------
 
     def watch(
-        self, video: str | Path | Clip, sampling: FrameSampling | None = None, config: PrefillConfig | None = None, *,
-        backend: Backend = "auto", folder_fps: float = 1.0,
+        self,
+        video: str | Path | Clip,
+        sampling: FrameSampling | None = None,
+        config: PrefillConfig | None = None,
+        *,
+        backend: Backend = "auto",
+        folder_fps: float = 1.0,
         bilevel: BilevelConfig | None = BilevelConfig(),  # noqa: B008 (frozen)
         cache: CacheConfig = CacheConfig(),  # noqa: B008 (frozen)
-        progress: bool = False, measure_stages: bool = False,
-    ) -> WatchedVideo:  # fmt: skip
+        progress: bool = False,
+        measure_stages: bool = False,
+    ) -> WatchedVideo:
         """Reads, encodes and prefills a video.
 
         `timings` of the result holds seconds: `read` was spent waiting for frames, `compute` is all the rest.
@@ -193,22 +199,35 @@ class Model:
             raise UserError("offloaded KV is read with bi-level decoding only (dense decoding needs all of it)")
 
     def check_fits(
-        self, layout: VideoLayout, config: PrefillConfig, bilevel: BilevelConfig | None, cache: CacheConfig,
-        *, loaded: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        layout: VideoLayout,
+        config: PrefillConfig,
+        bilevel: BilevelConfig | None,
+        cache: CacheConfig,
+        *,
+        loaded: bool = False,
+    ) -> None:
         """Raises UserError where a video of this layout needs more memory than is free. The message says what fits.
 
         `loaded`: the KV comes from a file, so that its offloaded part is never on the device.
         """
 
         def need(
-            layout: VideoLayout, bilevel: BilevelConfig | None = bilevel, quantized: bool = cache.quantized,
+            layout: VideoLayout,
+            bilevel: BilevelConfig | None = bilevel,
+            quantized: bool = cache.quantized,
             offload: bool = cache.offload,
-        ) -> memory.MemoryNeed:  # fmt: skip
+        ) -> memory.MemoryNeed:
             estimate = memory.memory_need(
-                self.config, self.plan(layout, config), layout, bilevel, self.dtype, self.network.platform,
-                quantized=quantized, offload=offload,
-            )  # fmt: skip
+                self.config,
+                self.plan(layout, config),
+                layout,
+                bilevel,
+                self.dtype,
+                self.network.platform,
+                quantized=quantized,
+                offload=offload,
+            )
             return dataclasses.replace(estimate, cache=estimate.kept) if loaded else estimate
 
         options = memory.smaller_options(
@@ -224,11 +243,18 @@ class Model:
     # --- questions, many ---------------------------------------------------------------------
 
     def ask(
-        self, video: WatchedVideo, question: str, *, max_new_tokens: int = 128, sampling: TokenSampling | None = None,
-        seed: int = 0, bilevel: BilevelConfig | None = BilevelConfig(),  # noqa: B008 (frozen)
+        self,
+        video: WatchedVideo,
+        question: str,
+        *,
+        max_new_tokens: int = 128,
+        sampling: TokenSampling | None = None,
+        seed: int = 0,
+        bilevel: BilevelConfig | None = BilevelConfig(),  # noqa: B008 (frozen)
         relevance: RelevanceConfig | None = None,
-        history: Sequence[Turn] | None = None, on_text: Callable[[str], None] | None = None,
-    ) -> Answer:  # fmt: skip
+        history: Sequence[Turn] | None = None,
+        on_text: Callable[[str], None] | None = None,
+    ) -> Answer:
         """Answers a question about a video that this model watched.
 
         Args:
@@ -252,14 +278,29 @@ class Model:
             raise UserError(f"seed must be from 0 to {2**32 - 1}, not {seed}")
         with video.reading(), self.network.precision():
             return self._ask(
-                video, question, suffix(self.tokenizer, question, history), max_new_tokens, sampling, seed, bilevel,
-                relevance or RelevanceConfig(), on_text,
-            )  # fmt: skip
+                video,
+                question,
+                suffix(self.tokenizer, question, history),
+                max_new_tokens,
+                sampling,
+                seed,
+                bilevel,
+                relevance or RelevanceConfig(),
+                on_text,
+            )
 
     def _ask(
-        self, video: WatchedVideo, question: str, text: Suffix, max_new_tokens: int, sampling: TokenSampling, seed: int,
-        bilevel: BilevelConfig | None, relevance: RelevanceConfig, on_text: Callable[[str], None] | None,
-    ) -> Answer:  # fmt: skip
+        self,
+        video: WatchedVideo,
+        question: str,
+        text: Suffix,
+        max_new_tokens: int,
+        sampling: TokenSampling,
+        seed: int,
+        bilevel: BilevelConfig | None,
+        relevance: RelevanceConfig,
+        on_text: Callable[[str], None] | None,
+    ) -> Answer:
         started = time.perf_counter()
         ids = session.suffix_ids(text.ids, text.first, text.last)
         context, chunks = choose_context(self.network, video, question, ids, bilevel, relevance)
@@ -278,13 +319,20 @@ class Model:
         decoded = time.perf_counter()
         answer = emit.finish(answer_ids)
         return Answer(
-            question=question, text=answer, finish_reason="stop" if answer_ids[-1] in self.tokenizer.stop_ids else "length",
-            new_tokens=len(answer_ids), suffix_tokens=len(text.ids), context_tokens=int(context.length), chunks=chunks,
+            question=question,
+            text=answer,
+            finish_reason="stop" if answer_ids[-1] in self.tokenizer.stop_ids else "length",
+            new_tokens=len(answer_ids),
+            suffix_tokens=len(text.ids),
+            context_tokens=int(context.length),
+            chunks=chunks,
             timings={
-                "select": selected - started, "question": first - selected, "decode": decoded - first,
+                "select": selected - started,
+                "question": first - selected,
+                "decode": decoded - first,
                 "decode_tokens_per_s": (len(answer_ids) - 1) / (decoded - first) if len(answer_ids) > 1 else 0.0,
             },
-        )  # fmt: skip
+        )
 
     def chat(self, video: str | Path, question: str, frames: FrameSampling | None = None, **options: Any) -> str:
         """Answers one question about one video. `frames` is the `sampling` of `watch`; `options` are those of `ask`."""
@@ -345,9 +393,13 @@ class _Streamer:
 
 
 def load(
-    checkpoint: str | Path, *, dtype: Literal["float32", "bfloat16", "float16"] | None = None, implementation: str = "auto",
-    progress: bool = False, verify_checksums: bool = True,
-) -> Model:  # fmt: skip
+    checkpoint: str | Path,
+    *,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    implementation: str = "auto",
+    progress: bool = False,
+    verify_checksums: bool = True,
+) -> Model:
     """Loads an Orbax folder (`xl2jax.checkpoint.convert`), a PyTorch folder or a hub id (`org/name` or `org/name@revision`).
 
     `dtype` None keeps the stored dtype. `verify_checksums` compares each tensor of an Orbax folder with the checksum

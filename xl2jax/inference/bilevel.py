@@ -160,9 +160,15 @@ class MixedSource(NamedTuple):
 
 
 def mixed_source(
-    table: GroupTable, dense: jax.Array, visual_start: jax.Array, *, visual_tokens: int, pool: int, slots: int,
+    table: GroupTable,
+    dense: jax.Array,
+    visual_start: jax.Array,
+    *,
+    visual_tokens: int,
+    pool: int,
+    slots: int,
     compact: bool = False,
-) -> MixedSource:  # fmt: skip
+) -> MixedSource:
     """The source of each slot of a mixed cache in natural order, whose groups `dense` [Gcap] are whole.
 
     `compact`: the video cache holds the visual tokens of the dense groups only, one group behind the other.

@@ -80,9 +80,13 @@ type KV = tuple[KVArray, KVArray]
 
 
 def empty_cache(
-    config: LLMConfig, slots: int, dtype: jax.typing.DTypeLike, visual_start: int | None = None, *,
+    config: LLMConfig,
+    slots: int,
+    dtype: jax.typing.DTypeLike,
+    visual_start: int | None = None,
+    *,
     quantized: bool = False,
-) -> KVCache:  # fmt: skip
+) -> KVCache:
     """A cache of zeros. The visual region starts at `visual_start`, by default behind the last slot.
 
     `quantized` stores 8 bits, which are unpacked to `dtype`.
@@ -140,9 +144,15 @@ def attend_all(q: jax.Array, cache: KVCache, layer: jax.Array, implementation: s
 
 
 def attend_text(
-    q: jax.Array, k: jax.Array, v: jax.Array, context: KVCache, text: KV,
-    text_length: jax.Array, layer: jax.Array, implementation: str,
-) -> tuple[KV, jax.Array, jax.Array]:  # fmt: skip
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    context: KVCache,
+    text: KV,
+    text_length: jax.Array,
+    layer: jax.Array,
+    implementation: str,
+) -> tuple[KV, jax.Array, jax.Array]:
     """Attention of tokens behind the video. They see all of `context`, the text before them, and each other causally.
 
     q [T, N, H], k and v [T, K, H] rotated; `text` is the (k, v) of a cache holding `text_length` tokens.

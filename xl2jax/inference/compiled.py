@@ -95,9 +95,17 @@ def pool_cache(config: LLMConfig, cache: KVCache, table: GroupTable, *, visual_t
 
 @functools.partial(jax.jit, static_argnames=("config", "visual_tokens", "pool", "slots", "compact"))
 def mix(
-    config: LLMConfig, cache: KVCache, pooled: PooledKV, table: GroupTable, dense: jax.Array,
-    *, visual_tokens: int, pool: int, slots: int, compact: bool = False,
-) -> tuple[KVCache, MixedSource]:  # fmt: skip
+    config: LLMConfig,
+    cache: KVCache,
+    pooled: PooledKV,
+    table: GroupTable,
+    dense: jax.Array,
+    *,
+    visual_tokens: int,
+    pool: int,
+    slots: int,
+    compact: bool = False,
+) -> tuple[KVCache, MixedSource]:
     """The mixed cache of `slots` slots whose groups `dense` [Gcap] are whole, and the source of each slot."""
     source = bilevel.mixed_source(
         table, dense, cache.visual_start, visual_tokens=visual_tokens, pool=pool, slots=slots, compact=compact

@@ -113,15 +113,22 @@ def _next(
 
 def first_token(
     llm: Qwen2, text: KVCache, hidden: jax.Array, length: jax.Array, key: jax.Array, stop: jax.Array, sampling: Sampling
-) -> DecodeState:  # fmt: skip
+) -> DecodeState:
     """Samples the first token of an answer from the suffix's hidden states [T, D], of which `length` are real."""
     return _next(llm, hidden[length - 1], text, key, stop, sampling)
 
 
 def decode(
-    llm: Qwen2, context: KVCache, state: DecodeState, limit: jax.Array, stop: jax.Array, sampling: Sampling,
-    *, size: int, implementation: str,
-) -> tuple[DecodeState, jax.Array, jax.Array]:  # fmt: skip
+    llm: Qwen2,
+    context: KVCache,
+    state: DecodeState,
+    limit: jax.Array,
+    stop: jax.Array,
+    sampling: Sampling,
+    *,
+    size: int,
+    implementation: str,
+) -> tuple[DecodeState, jax.Array, jax.Array]:
     """Decodes up to min(limit, size) further tokens, until one of `stop` [n] is sampled.
 
     Returns (state, ids [size], number of new ids).

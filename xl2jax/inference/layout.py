@@ -57,9 +57,16 @@ class Tokens(NamedTuple):
 
 
 def token_ranges(
-    prefix: Any, time_lengths: Any, visual_tokens: int, visual_start: Any, config: PrefillConfig,
-    group: Any, offset: Any, is_time: Any, xp: Any = np,
-) -> Tokens:  # fmt: skip
+    prefix: Any,
+    time_lengths: Any,
+    visual_tokens: int,
+    visual_start: Any,
+    config: PrefillConfig,
+    group: Any,
+    offset: Any,
+    is_time: Any,
+    xp: Any = np,
+) -> Tokens:
     """Positions, slots and ranges of tokens given by (group, offset in group, is_time).
 
     `time_lengths` [G] are the time tokens of each group; `offset` counts from the group's first time
@@ -121,9 +128,15 @@ def natural_ranges(layout: VideoLayout, suffix: int, visual_start: int, config: 
     index = np.arange(len(group)) - first
     is_time = index < times[group]
     video = token_ranges(
-        layout.prefix, times, v, visual_start, config,
-        group, np.where(is_time, index, index - times[group]), is_time,
-    )  # fmt: skip
+        layout.prefix,
+        times,
+        v,
+        visual_start,
+        config,
+        group,
+        np.where(is_time, index, index - times[group]),
+        is_time,
+    )
     head, tail = np.arange(layout.prefix), np.arange(suffix)
     behind = layout.global_tokens + tail
     end = visual_start + layout.groups * v

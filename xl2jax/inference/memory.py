@@ -49,9 +49,16 @@ def slot_bytes(config: VideoXL2Config, dtype: jax.typing.DTypeLike, *, quantized
 
 
 def memory_need(
-    config: VideoXL2Config, plan: PrefillPlan, layout: VideoLayout, bilevel: BilevelConfig | None,
-    dtype: jax.typing.DTypeLike, platform: str, *, quantized: bool = False, offload: bool = False,
-) -> MemoryNeed:  # fmt: skip
+    config: VideoXL2Config,
+    plan: PrefillPlan,
+    layout: VideoLayout,
+    bilevel: BilevelConfig | None,
+    dtype: jax.typing.DTypeLike,
+    platform: str,
+    *,
+    quantized: bool = False,
+    offload: bool = False,
+) -> MemoryNeed:
     """The memory of the video cache and, where `bilevel` is given, of its pooled and mixed copies.
 
     `quantized` and `offload` are those of `CacheConfig`. `platform` is "cpu" or "gpu". On a CPU offloading frees
@@ -117,9 +124,12 @@ def available_bytes() -> int:
 
 
 def check_fits(
-    layout: VideoLayout, need_of: Callable[[VideoLayout], MemoryNeed], others: Mapping[str, MemoryNeed] | None = None,
-    *, held: int = 0,
-) -> None:  # fmt: skip
+    layout: VideoLayout,
+    need_of: Callable[[VideoLayout], MemoryNeed],
+    others: Mapping[str, MemoryNeed] | None = None,
+    *,
+    held: int = 0,
+) -> None:
     """Raises UserError if a video needs more memory than is free.
 
     The message says how many frames would fit, and with which of `others` (flags -> need of the same video) all would.

@@ -137,9 +137,13 @@ def _cache_of(arrays: dict[str, Any]) -> tuple[KVArray, KVArray]:
 
 
 def load_cache(
-    path: Path, model: Model, key: dict[str, Any], video_path: Path, bilevel: BilevelConfig | None,
+    path: Path,
+    model: Model,
+    key: dict[str, Any],
+    video_path: Path,
+    bilevel: BilevelConfig | None,
     cache: CacheConfig = CacheConfig(),  # noqa: B008 (frozen)
-) -> WatchedVideo:  # fmt: skip
+) -> WatchedVideo:
     """Reads a cache made with the same `key`. With `cache.offload` its visual KV is never on the device.
 
     Raises UserError where the file is not a cache or is damaged, or where it was made from something else. The message
@@ -171,9 +175,11 @@ def load_cache(
             else:
                 arrays[name] = _put(arrays[name], array, layer, plan.visual_start)
     filled = KVCache(
-        *_cache_of(arrays), jnp.int32(layout.global_tokens), jnp.int32(plan.visual_start),
+        *_cache_of(arrays),
+        jnp.int32(layout.global_tokens),
+        jnp.int32(plan.visual_start),
         jnp.int32(layout.groups * layout.visual_tokens),
-    )  # fmt: skip
+    )
     host = HostKV(*_cache_of(visual)) if cache.offload else None
     watched = WatchedVideo(
         path=str(video_path),

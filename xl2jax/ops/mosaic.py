@@ -89,9 +89,15 @@ def live_block_count(blocks: jax.Array) -> jax.Array:
 
 
 def attend_mosaic(
-    q: jax.Array, k: jax.Array, v: jax.Array, rows: jax.Array, ranges: Ranges,
-    *, config: KernelConfig | None = None, interpret: Any = None,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    rows: jax.Array,
+    ranges: Ranges,
+    *,
+    config: KernelConfig | None = None,
+    interpret: Any = None,
+) -> tuple[jax.Array, jax.Array]:
     """The arena op (xl2jax.ops.attention) for bfloat16 (or float16), head widths 64 and 128.
 
     Raises UserError for shapes and dtypes that the kernel does not support.
@@ -142,18 +148,23 @@ def unsupported(
 
 
 def _call(
-    q: jax.Array, k: jax.Array, v: jax.Array, rows: jax.Array, ranges: Ranges, blocks: jax.Array,
-    *, config: KernelConfig, interpret: Any,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    rows: jax.Array,
+    ranges: Ranges,
+    blocks: jax.Array,
+    *,
+    config: KernelConfig,
+    interpret: Any,
+) -> tuple[jax.Array, jax.Array]:
     """q [B, K, R, H] folded, ranges [B, R], blocks [B, R / TILE, 6] -> out [splits, B, K, R, H], lse [splits, B, K, R]."""
     batch, kv_heads, padded, h = q.shape
     dtype, block, stages, splits = q.dtype, config.block, config.stages, config.splits
     scale = h**-0.5 * _LOG2E
     compiled = interpret is None
 
-    def kernel(
-        q_ref, k_ref, v_ref, rows_ref, g_end_ref, v_lo_ref, v_hi_ref, blocks_ref, out_ref, lse_ref, scratch
-    ):  # fmt: skip
+    def kernel(q_ref, k_ref, v_ref, rows_ref, g_end_ref, v_lo_ref, v_hi_ref, blocks_ref, out_ref, lse_ref, scratch):
         (q_smem2, k_smem, v_smem, lse_smem2, range_smem2, *p_smem2), barriers = scratch
         q_ready, k_ready, v_ready, k_free, v_free, turn = barriers
         wg = lax.axis_index("wg")
