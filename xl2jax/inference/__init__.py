@@ -14,6 +14,7 @@ selection_files  reads upstream's selection files
 video_cache      a watched video
 store            keeps its cache in a file
 offload          keeps its cache in host memory
+progress         seconds by stage, and the pieces of an answer
 timeline         plots which chunks an answer read
 memory, flops    the memory and the operations that a video needs
 api              the Python interface

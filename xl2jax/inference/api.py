@@ -15,7 +15,7 @@ import functools
 import hashlib
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +35,7 @@ from xl2jax.inference.layout import PrefillConfig, VideoLayout
 from xl2jax.inference.network import Network
 from xl2jax.inference.offload import to_host
 from xl2jax.inference.prefill import PrefillPlan, make_plan
+from xl2jax.inference.progress import AnswerStream, Stages, timed
 from xl2jax.inference.selection import Chunk, RelevanceConfig, check_bilevel, choose_context
 from xl2jax.inference.video_cache import THUMBNAIL_SIZE, CacheConfig, WatchedVideo, thumbnail_places
 from xl2jax.models.param_tree import flatten
@@ -140,7 +141,7 @@ class Model:
         self.check_fits(layout, config, bilevel, cache)
         plan = self.plan(layout, config)
         timings = {"read": time.perf_counter() - started}
-        stages = _Stages(measure_stages)
+        stages = Stages(measure_stages)
         segment_frames = plan.segment_groups * FRAMES_PER_GROUP
         wanted = thumbnail_places(clip)
         thumbnails: list[tuple[float, np.ndarray]] = []
@@ -154,7 +155,7 @@ class Model:
             )
             batches = clip.batches(segment_frames, self.config.vision.image_size, workers=default_workers())
             previous: jax.Array | None = None
-            for frames in _timed(batches, timings, "read"):
+            for frames in timed(batches, timings, "read"):
                 shown = [i for i in wanted if count <= i < count + len(frames)]
                 thumbnails += [(clip.times[i], resize(frames[i - count], THUMBNAIL_SIZE)) for i in shown]
                 count += len(frames)
@@ -309,7 +310,7 @@ class Model:
         state, _ = session.start_answer(
             self.network, context, ids, new_tokens=max_new_tokens, stop=self._stop, sampling=sampling, seed=seed
         )
-        emit = _Streamer(self.tokenizer, set(self.tokenizer.stop_ids), on_text)
+        emit = AnswerStream(self.tokenizer, set(self.tokenizer.stop_ids), on_text)
         first, answer_ids = 0.0, list[int]()
         for answer_ids in session.answer_tokens(
             self.network, context, state, new_tokens=max_new_tokens, stop=self._stop, sampling=sampling
@@ -338,58 +339,6 @@ class Model:
         """Answers one question about one video. `frames` is the `sampling` of `watch`; `options` are those of `ask`."""
         with self.watch(video, frames) as watched:
             return self.ask(watched, question, **options).text
-
-
-class _Stages:
-    """Measures the seconds of vision and prefill. Without `measured` no stage is waited for."""
-
-    def __init__(self, measured: bool):
-        self.measured = measured
-        self.seconds = {"vision": 0.0, "prefill": 0.0}
-        self._since = 0.0
-
-    def begin(self) -> None:
-        self._since = time.perf_counter()
-
-    def end(self, stage: str, result: Any) -> None:
-        if self.measured:
-            jax.block_until_ready(result)
-            self.seconds[stage] += time.perf_counter() - self._since
-            self.begin()
-
-
-def _timed[T](items: Iterator[T], timings: dict[str, float], name: str) -> Iterator[T]:
-    """Adds the time spent waiting for each item to `timings[name]`."""
-    while True:
-        started = time.perf_counter()
-        item = next(items, None)
-        timings[name] += time.perf_counter() - started
-        if item is None:
-            return
-        yield item
-
-
-class _Streamer:
-    """Turns growing id lists into pieces of text, holding back an incomplete multi-byte character."""
-
-    def __init__(self, tokenizer: PromptTokenizer, stop: set[int], on_text: Callable[[str], None] | None):
-        self._tokenizer, self._stop, self._on_text = tokenizer, stop, on_text
-        self._sent = ""
-
-    def _text(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids[:-1] if ids and ids[-1] in self._stop else ids)
-
-    def __call__(self, ids: list[int], final: bool = False) -> None:
-        text = self._text(ids)
-        if self._on_text is None or (text.endswith("\ufffd") and not final):
-            return
-        if text[len(self._sent) :]:
-            self._on_text(text[len(self._sent) :])
-            self._sent = text
-
-    def finish(self, ids: list[int]) -> str:
-        self(ids, final=True)
-        return self._text(ids)
 
 
 def load(
