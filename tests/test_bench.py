@@ -37,7 +37,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_row_in_its_own_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.undo()
     args = bench.ReadArgs(video=tmp_path / "none.mp4")
-    with pytest.raises(UserError, match="bench read ours with 4 groups failed"):
+    with pytest.raises(UserError, match="bench read ours of size 4 failed"):
         bench._in_own_process("read", args, "ours", 4)
 
 
@@ -140,7 +140,7 @@ def test_a_file_from_reading_to_the_answer(
     plot_rows(tmp_path / "p.png", [row])
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     assert "--plot needs --video" in refused(bench.main, "e2e", "--plot", tmp_path / "q.png")
-    assert "--preset means nothing" in refused(bench.main, "e2e", "--video", clip, "--preset", "tiny")
+    assert "--preset has no effect" in refused(bench.main, "e2e", "--video", clip, "--preset", "tiny")
     assert "no such video" in refused(bench.main, "e2e", "--video", tmp_path / "none.mp4")
     assert "--synthetic" in refused(bench.main, "e2e", "--synthetic", "1h@99p")
 

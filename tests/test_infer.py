@@ -102,7 +102,7 @@ def test_cache_on_disk(ask: Callable[..., Any], tmp_path: Path) -> None:
     _, made, _ = ask("--question", QUESTION, "--json", "--cache", file)
     status, loaded, err = ask("--question", QUESTION, "--json", "--cache", file)
     assert status == 0, err
-    assert "the video's KV is read from it" in err
+    assert "reading the video's KV from this file" in err
     a, b = json.loads(made), json.loads(loaded)
     assert a["answers"][0]["answer"] == b["answers"][0]["answer"]
     assert [c["score"] for c in a["answers"][0]["chunks"]] == pytest.approx(

@@ -1,1 +1,1 @@
-"""`python -m xl2jax bench prefill|decode|kernels|e2e`: what everything costs, on random weights."""
+"""Benchmarks on random weights: `xl2jax bench prefill|decode|read|kernels|e2e|train`."""

@@ -1,4 +1,4 @@
-"""Correctness at full width: what speed must not have cost. Few layers, a short video, random weights."""
+"""Checks that the fast programs are accurate, at full width with few layers, on a short video and random weights."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _relative_l2(x: Any, y: Any) -> float:
 
 
 def check_rows(config: VideoXL2Config, dtype: str, frames: np.ndarray, attention: str) -> list[dict[str, Any]]:
-    """Relative L2 of `dtype` against float32, of the kernel against XLA, of bi-level against dense.
+    """Compares `dtype` with float32, the kernel with XLA, and bi-level decoding with dense decoding, by relative L2.
 
     `frames` uint8 [F, H, W, 3] are repeated to fill the video.
     """

@@ -1,8 +1,8 @@
 """`bench e2e`: the whole model stage by stage, from pixels on the host to the first token and beyond.
 
-Everything runs in one process, lengths ascending, so that a row's peak memory is its own. Times are
-medians after a warm-up that compiles; the whole run is timed once. MFU is against the card's own matrix
-rate, measured first.
+Everything runs in one process with ascending lengths, so that each row's peak memory is its own. Times are medians after
+a warm-up that compiles. The whole run is timed once. MFU is relative to the matrix rate of the card, which is measured
+first.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from flax import nnx
 from xl2jax.bench.check import check_rows
 from xl2jax.bench.kernels import ceilings
 from xl2jax.bench.setup import DECODE_TOKENS, Setup, random_params, timed
+from xl2jax.commands.flags import whole_numbers
 from xl2jax.config import FRAMES_PER_GROUP, PRESETS, VideoXL2Config
 from xl2jax.inference import compiled, flops, memory, session
 from xl2jax.inference.bilevel import BilevelConfig
@@ -40,39 +41,39 @@ class E2EArgs:
 
     frames: str = "256,512,1024,2048,4096,10000"
     video: Path | None = None
-    """A file: times reading it and answering with --checkpoint, beside each other as infer.py does; a process a row."""
+    """A video file: times reading it, watching it with --checkpoint, and answering."""
     synthetic: str | None = None
-    """Instead of --video, a file that is made: such as 20m@1080p or 1h@720p."""
+    """Instead of --video, a video that is made first, such as 20m@1080p or 1h@720p."""
     checkpoint: str | None = None
-    """With --video or --synthetic; the bundled one by default."""
+    """Checkpoint for --video and --synthetic; by default the bundled one."""
     fps: float = 1.0
-    """Frames a second that are taken from the file; the most are --frames."""
+    """Frames a second that are taken from the file, up to --frames."""
     cache_dtype: Literal["int8"] | None = None
     offload: bool = False
     plot: Path | None = None
-    """PNG of seconds by stage and peak memory, with --video or --synthetic."""
+    """PNG of seconds by stage and of peak memory, with --video or --synthetic."""
     preset: str = "video-xl-2"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     chunk_groups: int = 4
     window_chunks: int = 3
     step_groups: int | None = None
-    """Groups that go through the networks together; by default what infer.py takes on this device."""
+    """Groups that go through the networks together; by default as many as in infer.py on this device."""
     top_chunks: int = 2
     select_chunk_groups: int = 4
     pool: int = 4
     dense_up_to: int = 2048
-    """Frames up to which prefill is also timed with every token seeing all before it."""
+    """Dense prefill is also timed, up to this many frames."""
     whole: bool = True
-    """Also the whole run, from pixels to the first token."""
+    """Also times the whole run, from pixels to the first token."""
     check: bool = True
-    """First compares with float32 and with the XLA path, at full width with few layers."""
+    """First compares results with float32 and with XLA, at full width with few layers."""
     profile: int = 0
-    """Prints as many of the costliest kernels of each stage."""
+    """Prints this many of the costliest kernels of each stage."""
     attention: str = "auto"
     json: bool = False
 
 
-def kernels_of(run: Callable[[], Any], most: int) -> list[dict[str, Any]]:
+def kernels_of(run: Callable[[], Any], limit: int) -> list[dict[str, Any]]:
     """The costliest kernels of one run on the GPU: name, calls, milliseconds."""
     totals: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
     with tempfile.TemporaryDirectory() as folder:
@@ -88,19 +89,19 @@ def kernels_of(run: Callable[[], Any], most: int) -> list[dict[str, Any]]:
                             total = totals[event.name]
                             total[0] += 1
                             total[1] += event.duration_ns / 1e6
-    ranked = sorted(totals.items(), key=lambda item: -item[1][1])[:most]
+    ranked = sorted(totals.items(), key=lambda item: -item[1][1])[:limit]
     return [{"kernel": name, "calls": int(n), "ms": ms} for name, (n, ms) in ranked]
 
 
 class _Profiler:
-    """Prints what a stage's time went to, where asked."""
+    """Prints the costliest kernels of a stage to stderr, unless `limit` is 0."""
 
-    def __init__(self, most: int):
-        self.most = most
+    def __init__(self, limit: int):
+        self.limit = limit
 
     def __call__(self, stage: str, run: Callable[[], Any]) -> None:
-        if self.most:
-            for row in kernels_of(run, self.most):
+        if self.limit:
+            for row in kernels_of(run, self.limit):
                 print(f"  {stage}: {row['ms']:9.2f} ms {row['calls']:6d} x {row['kernel'][:110]}", file=sys.stderr)
 
 
@@ -146,7 +147,7 @@ def encode(setup: Setup, frames: np.ndarray) -> jax.Array:
 
 
 def watch(setup: Setup, frames: np.ndarray) -> session.VideoKV:
-    """Pixels on the host to a full cache, segment by segment, as Model.watch does without a file to read."""
+    """From pixels on the host to a full cache, segment by segment, as in `Model.watch` without a file to read."""
     video = setup.start()
     for _ in range(setup.segments):
         video.add(encode(setup, frames))
@@ -156,12 +157,12 @@ def watch(setup: Setup, frames: np.ndarray) -> session.VideoKV:
 def cached_row(
     setup: Setup, config: PrefillConfig, bilevel: BilevelConfig, ceiling: float, profile: _Profiler
 ) -> dict[str, Any]:
-    """Prefill of the video, then a further question about it and the steps of its answer."""
-    compiling = timed(lambda: setup.prefill(segments=1))[0]  # its cache is free again
+    """Times the prefill of a video, a question about it, and the steps of its answer."""
+    compiling = timed(lambda: setup.prefill(segments=1))[0]  # its cache is freed
     seconds, kv = timed(setup.prefill)
     work = flops.prefill(setup.network.config, setup.layout, config)
     row = {"compile_s": compiling, "prefill_s": seconds, "prefill_mfu": work / seconds / ceiling}
-    session.pooled_kv(setup.network, kv, bilevel.pool)  # once a video, before the first question is timed
+    session.pooled_kv(setup.network, kv, bilevel.pool)  # made once for a video, so that no question is timed with it
 
     def question() -> Any:
         context = setup.read(kv, bilevel)
@@ -171,14 +172,14 @@ def cached_row(
     profile("question", question)
     for name, read in (("dense", kv.cache), ("bilevel", question()[0])):
         state, *_ = setup.decode(read, setup.first_token(read))
-        taken = []
+        step_times = []
         for _ in range(3):
             spent, (state, *_) = timed(functools.partial(setup.decode, read, state))
-            taken.append(spent)
-        row[f"{name}_step_ms"] = 1e3 * float(np.median(taken)) / DECODE_TOKENS
+            step_times.append(spent)
+        row[f"{name}_step_ms"] = 1e3 * float(np.median(step_times)) / DECODE_TOKENS
         row[f"{name}_tokens"] = int(read.length)
         profile(f"decode {name}", functools.partial(setup.decode, read, setup.first_token(read)))
-    # Last, since it gives the cache up.
+    # This is last, since it donates the cache.
     profile("prefill, last segment", lambda: _last_segment(setup, kv))
     return row
 
@@ -189,7 +190,7 @@ def _last_segment(setup: Setup, kv: session.VideoKV) -> Any:
 
 
 def whole_row(setup: Setup, bilevel: BilevelConfig) -> dict[str, Any]:
-    """Pixels on the host to the first token of the first answer; everything else is compiled by now."""
+    """Times pixels on the host to the first token of an answer, when everything else is compiled."""
     frames = random_frames(setup.network.config, setup.plan.segment_groups * FRAMES_PER_GROUP)
     jax.block_until_ready(encode(setup, frames))
 
@@ -200,7 +201,7 @@ def whole_row(setup: Setup, bilevel: BilevelConfig) -> dict[str, Any]:
 
 
 def video_row(args: E2EArgs, params: nnx.State, count: int, ceiling: float, profile: _Profiler) -> dict[str, Any]:
-    """One video: prefill, decoding, a question, and the whole run. The card's memory is free again afterwards."""
+    """Times one video: prefill, a question, decoding, and the whole run. Its memory is freed afterwards."""
 
     def setup(window: int | None) -> tuple[Setup, PrefillConfig]:
         config = PrefillConfig(args.chunk_groups, window)
@@ -222,7 +223,7 @@ def video_row(args: E2EArgs, params: nnx.State, count: int, ceiling: float, prof
 
 
 def e2e_rows(args: E2EArgs) -> Iterator[dict[str, Any]]:
-    """A row for the card, some that check, one for the vision tower and DTS, then one for each length."""
+    """Yields a row for the card, rows of checks, a row for the vision tower and DTS, and one for each length."""
     card = ceilings()
     yield {"stage": "card", **card}
     ceiling = card["matrix_tflops"] * 1e12
@@ -232,5 +233,5 @@ def e2e_rows(args: E2EArgs) -> Iterator[dict[str, Any]]:
         yield from check_rows(config, args.dtype, random_frames(config, 32), args.attention)
     params = random_params(config, args.dtype)
     yield vision_row(args, params, ceiling, profile)
-    for count in sorted(int(f) for f in args.frames.split(",")):
+    for count in sorted(whole_numbers("--frames", args.frames)):
         yield video_row(args, params, count, ceiling, profile)

@@ -1,4 +1,4 @@
-"""The picture of `bench e2e --video`: seconds by stage, and memory at the peak."""
+"""The figure of `bench e2e --video`: seconds by stage, and memory at the peak."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from xl2jax.system.figures import new_figure, save_figure
 
 
 def plot_stages(path: Path, rows: Sequence[dict[str, Any]], stages: Sequence[str]) -> None:
-    """Seconds of each stage and bytes at the peak over the number of frames, both axes logarithmic."""
+    """Plots the seconds of each stage and the peak memory over the number of frames. All axes are logarithmic."""
     frames = [row["frames"] for row in rows]
     figure = new_figure(9, 3.6)
     time_axis, memory_axis = figure.subplots(1, 2)

@@ -10,7 +10,7 @@ import jax
 
 import xl2jax
 from xl2jax.bench.e2e import E2EArgs
-from xl2jax.bench.read import the_file
+from xl2jax.bench.read import ensure_video
 from xl2jax.commands.flags import DEFAULT_CHECKPOINT
 from xl2jax.inference import memory
 from xl2jax.inference.bilevel import BilevelConfig
@@ -24,7 +24,7 @@ STAGES = ("read_alone_s", "read_wait_s", "vision_s", "prefill_s", "first_token_s
 
 
 class _Compilation:
-    """Seconds that XLA compiles for from now on."""
+    """Counts the seconds that XLA spends compiling from now on."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -36,13 +36,13 @@ class _Compilation:
 
 
 def file_row(args: E2EArgs, _: str, frames: int) -> dict[str, Any]:
-    """Watching `frames` frames of a file, and a question about them.
+    """Times watching `frames` frames of a file, and a question about them.
 
-    `read_alone_s`: reading the same frames with nothing beside it. `overlap`: seconds of watching over the slower of
-    reading alone and computing (vision and prefill), without compilation: 1 where the faster is hidden altogether.
-    `reader_bytes` is how far reading alone raised the process's peak, loading the model included.
+    `read_alone_s` is the time of reading the same frames while nothing is computed. `overlap` is the time of watching
+    divided by the longer one of reading alone and of computing (vision and prefill), without compilation. It is 1 where
+    the shorter one is hidden altogether. `reader_bytes` is how far reading alone raised the peak memory of the process.
     """
-    path = the_file(args.video, args.synthetic or "")
+    path = ensure_video(args.video, args.synthetic or "")
     sampling = FrameSampling(args.fps, None, frames)
     model = xl2jax.load(args.checkpoint or DEFAULT_CHECKPOINT, dtype=args.dtype, implementation=args.attention)
     before, started = memory.host_peak_bytes(), time.perf_counter()
@@ -64,7 +64,7 @@ def file_row(args: E2EArgs, _: str, frames: int) -> dict[str, Any]:
     )
     watching = time.perf_counter() - started
     compile_s = compilation.seconds
-    for _repeat in range(2):  # the first compiles
+    for _repeat in range(2):  # the first question compiles
         started = time.perf_counter()
         answer = model.ask(video, _QUESTION, max_new_tokens=16, bilevel=bilevel)
     timings = answer.timings
@@ -89,7 +89,7 @@ def file_row(args: E2EArgs, _: str, frames: int) -> dict[str, Any]:
 
 
 def plot_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Seconds by stage and peak memory over the number of frames."""
+    """Plots seconds by stage and peak memory over the number of frames."""
     from xl2jax.bench.figures import plot_stages
 
     plot_stages(path, rows, STAGES)

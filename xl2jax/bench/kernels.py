@@ -1,7 +1,7 @@
 """`bench kernels`: the Mosaic kernel on this GPU, checked and then timed.
 
-Correctness first, against float32 on fresh random inputs. Then medians of many runs in one dispatch,
-beside cuDNN's dense causal attention and the card's own matrix and copy rates, all in the same run.
+The kernel is first compared with float32 on random inputs. Then it is timed: medians of many runs in one dispatch, beside
+cuDNN's dense causal attention and the matrix and copy rates of the card, all in the same process.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xl2jax.arithmetic import ceil_div, round_up
+from xl2jax.commands.flags import whole_numbers
 from xl2jax.config import PRESETS
 from xl2jax.inference.layout import PrefillConfig, Tokens, VideoLayout, natural_ranges
 from xl2jax.ops import mosaic
@@ -35,14 +36,14 @@ class KernelArgs:
     groups: str = "8,120,400,1000,2500"
     windows: str = "3,11"
     dense_up_to: int = 1000
-    """Groups beyond which cuDNN's dense attention is not run."""
+    """cuDNN's dense attention is timed up to this many groups."""
     sweep: bool = False
-    """Also times other block sizes and stages at the last of --groups."""
+    """Also times other block sizes and numbers of stages at the last of --groups."""
     json: bool = False
 
 
 def video_queries(groups: int, window: int | None, multiple: int = 128) -> tuple[Tokens, int]:
-    """Ranges of every token of a video, visual tokens first; and the slots of its arena."""
+    """Ranges of all tokens of a video, visual tokens first, and the number of slots of its arena."""
     layout = VideoLayout(_PREFIX, (_TIMES,) * groups, PRESETS["video-xl-2"].visual_tokens)
 
     start = round_up(layout.global_tokens + _SUFFIX, multiple)
@@ -52,7 +53,7 @@ def video_queries(groups: int, window: int | None, multiple: int = 128) -> tuple
 
 
 def seconds(run: Callable[..., jax.Array], first: jax.Array, *rest: jax.Array, repeats: int = 5) -> float:
-    """Median time of one `run(first, *rest)`, whose result has first's shape and is fed back."""
+    """Median seconds of `run(first, *rest)`. Its result has the shape of `first` and is fed back as `first`."""
 
     def many(n: int) -> Callable[..., jax.Array]:
         return jax.jit(lambda x, *rest: jax.lax.fori_loop(0, n, lambda _, x: run(x, *rest).astype(x.dtype), x))
@@ -71,7 +72,7 @@ def seconds(run: Callable[..., jax.Array], first: jax.Array, *rest: jax.Array, r
 
 
 def ceilings() -> dict[str, float]:
-    """The card's own bf16 matrix rate (TFLOP/s) and copy rate (GB/s, read plus written)."""
+    """The bfloat16 matrix rate of the card (TFLOP/s) and its copy rate (GB/s, read plus written)."""
     side, length = (8192, 1 << 30) if jax.default_backend() == "gpu" else (512, 1 << 24)
     a, b = (jax.random.normal(jax.random.key(i), (side, side), jnp.bfloat16) for i in range(2))
     matrix = seconds(lambda x, y: (x @ y) * jnp.bfloat16(0.01), a, b)
@@ -88,7 +89,7 @@ def arrays(tokens: int, slots: int, seed: int) -> tuple[jax.Array, jax.Array, ja
 
 
 def check() -> list[dict[str, Any]]:
-    """Relative L2 of the kernel against float32: a small video, then few queries with split blocks."""
+    """Compares the kernel with float32 by relative L2: on a small video, then with few queries and split blocks."""
     rows = []
     for name, groups, window, config in (
         ("prefill", 8, 3, mosaic.KernelConfig()),
@@ -114,7 +115,7 @@ def check() -> list[dict[str, Any]]:
 
 
 def prefill_row(groups: int, window: int, config: mosaic.KernelConfig | None, ceiling: float) -> dict[str, Any]:
-    """All tokens of a video in one call."""
+    """Times all tokens of a video in one call."""
     tokens, slots = video_queries(groups, window)
     count = len(tokens.slot)
     q, k, v = arrays(count, slots, groups)
@@ -142,7 +143,7 @@ def prefill_row(groups: int, window: int, config: mosaic.KernelConfig | None, ce
 
 
 def dense_row(groups: int, ceiling: float) -> dict[str, Any]:
-    """cuDNN's dense causal attention over as many tokens."""
+    """Times cuDNN's dense causal attention over as many tokens."""
     tokens = len(video_queries(groups, 3)[0].slot)
     padded = round_up(tokens, 128)
     q, k, v = arrays(padded, padded, 0)
@@ -160,7 +161,7 @@ def dense_row(groups: int, ceiling: float) -> dict[str, Any]:
 
 
 def decode_row(groups: int, copy_gb_s: float, splits: int | None = None) -> dict[str, Any]:
-    """One token over the whole dense cache of a video: the kernel, and the XLA path beside it."""
+    """Times one token over the whole dense cache of a video, with the kernel and with XLA."""
     tokens, slots = video_queries(groups, 3)
     q, k, v = arrays(1, slots, groups)
     ranges = jax.tree.map(jnp.asarray, tokens.ranges.select(slice(-1, None)).batched())
@@ -189,9 +190,9 @@ def kernel_rows(args: KernelArgs) -> list[dict[str, Any]]:
     rows = check()
     rows.append({"op": "ceilings", **ceilings()})
     matrix, copy = rows[-1]["matrix_tflops"], rows[-1]["copy_gb_s"]
-    sizes = [int(g) for g in args.groups.split(",")]
+    sizes = whole_numbers("--groups", args.groups)
     for groups in sizes:
-        rows += [prefill_row(groups, int(w), None, matrix) for w in args.windows.split(",")]
+        rows += [prefill_row(groups, w, None, matrix) for w in whole_numbers("--windows", args.windows, low=0)]
         if groups <= args.dense_up_to:
             rows.append(dense_row(groups, matrix))
         rows.append(decode_row(groups, copy))

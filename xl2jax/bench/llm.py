@@ -29,7 +29,7 @@ class PrefillArgs:
     chunk_groups: int = 4
     window_chunks: int = 3
     step_groups: int | None = None
-    """Groups that go through the layers together; by default what infer.py takes on this device."""
+    """Groups that go through the layers together; by default as many as in infer.py on this device."""
     attention: str = "auto"
     json: bool = False
 
@@ -55,7 +55,7 @@ def prefill_row(args: PrefillArgs, mode: str, groups: int) -> dict[str, Any]:
     model = PRESETS[args.preset]
     setup = Setup(model, random_params(model, args.dtype), groups, config, args.step_groups, args.attention)
     jax.block_until_ready((setup.network.params, setup.visual))
-    before = memory.used_bytes()  # imports, runtime and parameters
+    before = memory.used_bytes()  # of imports, runtime and parameters
     compiling = timed(lambda: setup.prefill(segments=1))[0]
     seconds, kv = timed(setup.prefill)
     return {
@@ -87,7 +87,7 @@ def decode_row(args: DecodeArgs, mode: str, groups: int) -> dict[str, Any]:
     question()  # compiles
     first, (context, state) = timed(question)
     seconds = []
-    for _ in range(4):  # the first compiles
+    for _ in range(4):  # the first run compiles
         taken, (state, _, _) = timed(functools.partial(setup.decode, context, state))
         seconds.append(taken)
     return {

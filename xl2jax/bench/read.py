@@ -1,4 +1,4 @@
-"""`bench read`: frames from a file, resized, against one decord batch of the same frames; overlap with an encoder."""
+"""`bench read`: reading and resizing frames of a file, compared with decord, and its overlap with an encoder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from xl2jax.video.clip import FrameSampling, open_video
 from xl2jax.video.read_ahead import default_workers, resize
 from xl2jax.video.writer import write_frames
 
-_MODES = ("stream", "sequential", "decord", "overlap")
+MODES = ("decord", "sequential", "stream", "overlap")
 _HEIGHTS = {"360p": (640, 360), "480p": (854, 480), "720p": (1280, 720), "1080p": (1920, 1080)}
 _PIECE_SECONDS, _FPS = 20, 24
 
@@ -30,13 +30,13 @@ class ReadArgs:
     """Times reading and resizing frames. Each row runs in a process of its own."""
 
     video: Path | None = None
-    """A file; by default one is made."""
+    """A video file; by default one is made."""
     synthetic: str = "20m@720p"
-    """Length and size of the file that is made: 90s, 20m or 1h @ 360p, 480p, 720p or 1080p; kept in build/."""
+    """Length and size of the video that is made and kept in build/: 90s, 20m or 1h @ 360p, 480p, 720p or 1080p."""
     frames: str = "400,1200"
-    modes: str = "decord,sequential,stream,overlap"
-    """decord: one get_batch, then resize. sequential: a frame at a time. stream: what infer.py does.
-    overlap: stream beside a stand-in encoder (it sleeps) that takes as long as reading does."""
+    modes: str = ",".join(MODES)
+    """decord: one get_batch, then resizing. sequential: one frame at a time. stream: as infer.py reads. overlap: stream
+    beside a stand-in for the encoder, which sleeps as long as reading takes."""
     size: int = 384
     json: bool = False
 
@@ -50,7 +50,7 @@ def parse_synthetic(text: str) -> tuple[int, int, int]:
 
 
 def write_long(path: Path, seconds: int, width: int, height: int) -> None:
-    """H.264 at 24 frames a second with libx264's own key frames: 20 seconds are encoded, then repeated without loss."""
+    """Writes H.264 at 24 frames a second with the default key frames. 20 seconds are encoded and then repeated."""
     length = min(seconds, _PIECE_SECONDS)
     with tempfile.TemporaryDirectory() as scratch, replacing_file(path) as beside:
         piece = Path(scratch, "piece.mp4")
@@ -81,8 +81,8 @@ def _repeat(piece: Path, path: Path, length: int, times: int) -> None:
                         out.mux(packet)
 
 
-def the_file(video: Path | None, synthetic: str) -> Path:
-    """The file to read, made first if need be."""
+def ensure_video(video: Path | None, synthetic: str) -> Path:
+    """The video to read, which is made first where it does not exist."""
     if video is not None:
         return Path(video)
     seconds, width, height = parse_synthetic(synthetic)
@@ -94,7 +94,7 @@ def the_file(video: Path | None, synthetic: str) -> Path:
 
 
 class _NoCopy:
-    """decord's array for numpy to look at. (Its own `asnumpy` makes a second one of the same size.)"""
+    """Lets numpy view an array of decord without copying it, as its `asnumpy` does."""
 
     def __init__(self, array: Any):
         self._array = array
@@ -107,10 +107,10 @@ class _NoCopy:
 
 
 def read_row(args: ReadArgs, mode: str, frames: int) -> dict[str, Any]:
-    """Seconds and peak memory above what was there before of reading `frames` evenly spread frames."""
+    """Times reading `frames` evenly spread frames, and measures how far it raises the peak memory."""
     before = memory.peak_bytes()
     started = time.perf_counter()
-    clip = open_video(the_file(args.video, args.synthetic), FrameSampling(fps=1.0, max_fps=_FPS, max_frames=frames))
+    clip = open_video(ensure_video(args.video, args.synthetic), FrameSampling(fps=1.0, max_fps=_FPS, max_frames=frames))
     opened = time.perf_counter() - started
     count = len(clip.indices)
     alone: float | None = None
@@ -130,11 +130,11 @@ def read_row(args: ReadArgs, mode: str, frames: int) -> dict[str, Any]:
             alone = time.perf_counter() - reading
             pause = alone * 16 / count
             started = time.perf_counter()
-        got = 0
+        received = 0
         for batch in clip.batches(16, args.size, workers=workers):
-            got += len(batch)
+            received += len(batch)
             time.sleep(pause)
-        assert got == count
+        assert received == count
     seconds = time.perf_counter() - started
     return {
         "mode": mode,
@@ -145,10 +145,3 @@ def read_row(args: ReadArgs, mode: str, frames: int) -> dict[str, Any]:
         "peak_memory_bytes": memory.peak_bytes() - before,
         "x alone": seconds / (alone or seconds),
     }
-
-
-def check_modes(text: str) -> list[str]:
-    modes = text.split(",")
-    if not set(modes) <= set(_MODES):
-        raise UserError(f"--modes: choose from {', '.join(_MODES)}")
-    return modes

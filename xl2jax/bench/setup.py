@@ -1,4 +1,4 @@
-"""A random model and a video of random embeddings: what the benchmarks run on."""
+"""The random model and the video of random embeddings that the benchmarks run on."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from xl2jax.models.video_xl2 import VideoXL2
 
 PREFIX, SUFFIX = 14, 20
 TIMES = 9
-"""Time tokens of a group: the mean of 2,048 frames a second apart is 9.4."""
+"""Time tokens of a group. The mean of 2,048 frames that are a second apart is 9.4."""
 DECODE_TOKENS = 32
 
 
 def random_params(config: VideoXL2Config, dtype: str) -> nnx.State:
-    """Random parameters, made on the device in one compiled call."""
+    """Random parameters, which are made on the device in one compiled call."""
 
     @jax.jit
     def init(key: jax.Array) -> nnx.State:
@@ -49,7 +49,7 @@ def machine() -> str:
 
 
 class Setup:
-    """Random parameters and a video of random embeddings, run by `xl2jax.inference.session` as infer.py's are."""
+    """A network and a video of random embeddings, which `xl2jax.inference.session` runs as in infer.py."""
 
     def __init__(
         self,
@@ -72,15 +72,15 @@ class Setup:
 
     @property
     def segments(self) -> int:
-        """Segments of the video."""
+        """The number of segments of the video."""
         return ceil_div(self.layout.groups, self.plan.segment_groups)
 
     def start(self) -> session.VideoPrefill:
-        """A prefill that has the prefix."""
+        """Begins a prefill: the prefix is in the cache."""
         return session.VideoPrefill(self.network, self.layout, self.plan, [0] * PREFIX, self._time_ids)
 
     def prefill(self, segments: int | None = None) -> session.VideoKV:
-        """The whole video, or its first `segments` segments."""
+        """Prefills the whole video, or its first `segments` segments."""
         video = self.start()
         for _ in range(self.segments if segments is None else segments):
             video.add(self.visual)
@@ -92,18 +92,18 @@ class Setup:
         return last
 
     def read(self, kv: session.VideoKV, config: BilevelConfig) -> KVCache:
-        """What a question reads: every chunk scored, the best dense, all others pooled."""
+        """The mixed cache of a question: chunks are scored, the best stay dense, all others are pooled."""
         return session.choose_context(self.network, kv, self.suffix, config, AttentionScorer()).context
 
     def first_token(self, context: KVCache) -> DecodeState:
-        """Suffix and first token: the state that decoding goes on from."""
+        """Runs the suffix and samples the first token. Returns the state that decoding continues from."""
         state, _ = session.start_answer(
             self.network, context, self.suffix, new_tokens=DECODE_TOKENS, stop=NEVER, sampling=TokenSampling()
         )
         return state
 
     def decode(self, context: KVCache, state: DecodeState) -> tuple[DecodeState, jax.Array, jax.Array]:
-        """`DECODE_TOKENS` further tokens in one program, so that no look at the answer is timed."""
+        """Decodes `DECODE_TOKENS` tokens in one program, so that no transfer to the host is timed."""
         limit = np.int32(DECODE_TOKENS)
         greedy = TokenSampling().traced()
         return compiled.decode(self.network, context, state, limit, NEVER, greedy, size=DECODE_TOKENS)

@@ -32,9 +32,9 @@ class TrainBenchArgs:
 
     preset: str = "video-xl-2"
     frames: int = 148
-    """Of each sample; 148 are the most that stage 4 takes."""
+    """Frames of each sample; stage 4 takes at most 148."""
     rows: int = 1
-    """Samples that a device takes at a time."""
+    """Samples on each device in a step."""
     train: Literal["lora", "lora+projector", "all"] = "lora"
     lora_rank: int = 64
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -46,7 +46,7 @@ class TrainBenchArgs:
 
 
 def train_rows(args: TrainBenchArgs) -> Iterator[dict[str, Any]]:
-    """The card's own rates, then the step: median seconds after a first one that compiles."""
+    """Yields the rates of the card, then the step: its median seconds after a first step that compiles."""
     rates = ceilings() if jax.default_backend() == "gpu" else {}
     yield rates
     model = PRESETS[args.preset]
@@ -115,7 +115,7 @@ def train_rows(args: TrainBenchArgs) -> Iterator[dict[str, Any]]:
 
 
 def _random(config: TrainConfig, shapes: dict[str, Any], trained: set[str], mesh: Any) -> Params:
-    """Normal values scaled by fan-in, ones for norms, zeros for biases and adapters' B; made in place on the mesh."""
+    """Random parameters on the mesh: normal values scaled by fan-in, ones for norms, zeros for biases and for LoRA B."""
     out = {}
     for number, (name, s) in enumerate(shapes.items()):
         dtype = jnp.dtype(MASTER if name in trained else config.compute_dtype)

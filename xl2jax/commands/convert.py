@@ -33,7 +33,7 @@ class Args:
 
 
 def main() -> None:
-    args = tyro.cli(Args, prog="python -m xl2jax convert")
+    args = tyro.cli(Args, prog="xl2jax convert")
     source = find_checkpoint(args.src)
     if args.reverse != is_orbax(source):
         kind = "is an Orbax checkpoint: add --reverse" if is_orbax(source) else "is not an Orbax checkpoint of xl2jax"

@@ -34,7 +34,7 @@ class DemoClipArgs:
 
 
 def demo_questions(scene: Scene, seed: int) -> list[Question]:
-    """A question of each kind that the scene allows: two or three."""
+    """One question of each kind that the scene allows."""
     rng = np.random.default_rng(seed)
     questions = []
     for kind in _KINDS:

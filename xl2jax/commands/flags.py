@@ -1,4 +1,4 @@
-"""What several commands share: groups of flags, and the parsing of their values."""
+"""Flags that several commands share, and the parsing of their values."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from xl2jax.inference.bilevel import BilevelConfig
 from xl2jax.inference.layout import PrefillConfig
 
 DEFAULT_CHECKPOINT = Path(__file__).parents[2] / "checkpoints" / "demo"
-"""The bundled checkpoint of a source checkout; an installed wheel has none."""
+"""The bundled checkpoint of a source checkout. An installed wheel has none."""
 
 
 def require_checkpoint(checkpoint: str) -> None:
-    """Raises UserError, which says how to get one, where the default checkpoint is meant and there is none."""
+    """Raises UserError where `checkpoint` is the default one and does not exist."""
     if checkpoint == str(DEFAULT_CHECKPOINT) and not DEFAULT_CHECKPOINT.is_dir():
         raise UserError(
             "no checkpoint is installed: give --checkpoint with a folder or a hub id (BAAI/Video-XL-2), "
@@ -31,7 +31,7 @@ class PrefillFlags:
     chunk_groups: int = 4
     """Groups (of 4 frames) in a prefill chunk."""
     window_chunks: int | Literal["all"] = 3
-    """Chunks before its own that a visual token sees; all is dense prefill."""
+    """How many chunks before its own a visual token sees; all is dense prefill."""
 
     def config(self) -> PrefillConfig:
         return PrefillConfig(self.chunk_groups, None if self.window_chunks == "all" else self.window_chunks)
@@ -39,14 +39,14 @@ class PrefillFlags:
 
 @dataclasses.dataclass(frozen=True)
 class BilevelFlags:
-    """Which part of the video an answer reads in full."""
+    """Which chunks of the video an answer reads in full."""
 
     top_chunks: int | Literal["all"] = 2
-    """Chunks that stay dense by relevance; all is dense decoding."""
+    """How many chunks relevance keeps dense; all is dense decoding."""
     select_chunk_groups: int = 4
     """Groups (of 4 frames) in a selection chunk."""
     pool: int = 4
-    """Visual tokens averaged into one where KV is pooled."""
+    """How many visual tokens are averaged into one where KV is pooled."""
 
     def config(self) -> BilevelConfig | None:
         if self.top_chunks == "all":
@@ -55,7 +55,7 @@ class BilevelFlags:
 
 
 def whole_numbers(flag: str, text: str, low: int = 1, high: int = 1 << 20) -> list[int]:
-    """Comma-separated whole numbers within [low, high]. Raises UserError."""
+    """Parses comma-separated whole numbers within [low, high]. Raises UserError."""
     numbers = _parsed(text, int)
     if not numbers or not all(low <= x <= high for x in numbers):
         raise UserError(f"{flag}: whole numbers from {low} to {high:,} separated by commas, not {text!r}")
@@ -63,7 +63,7 @@ def whole_numbers(flag: str, text: str, low: int = 1, high: int = 1 << 20) -> li
 
 
 def shares(flag: str, text: str) -> list[float]:
-    """Comma-separated numbers within [0, 1]. Raises UserError."""
+    """Parses comma-separated numbers within [0, 1]. Raises UserError."""
     numbers = _parsed(text, float)
     if not numbers or not all(0 <= x <= 1 for x in numbers):
         raise UserError(f"{flag}: numbers from 0 to 1 separated by commas, not {text!r}")
@@ -71,11 +71,11 @@ def shares(flag: str, text: str) -> list[float]:
 
 
 def choices(flag: str, text: str, known: Sequence[str]) -> list[str]:
-    """Comma-separated words, each one of `known`, in the order of `known`. Raises UserError."""
+    """Parses comma-separated words and returns them in the order of `known`. Raises UserError for any other word."""
     words = text.split(",")
     chosen = [word for word in known if word in words]
     if not chosen or len(chosen) != len(words):
-        raise UserError(f"{flag}: some of {','.join(known)}, not {text!r}")
+        raise UserError(f"{flag}: choose from {','.join(known)}, not {text!r}")
     return chosen
 
 

@@ -39,15 +39,15 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class FrameArgs:
-    """Which frames are taken."""
+    """Which frames are read."""
 
     fps: float | Literal["uniform"] = 1.0
-    """Frames a second (of a folder of images: the rate that it was taken with); uniform takes exactly --max-frames
-    frames, spread evenly over the video."""
+    """Frames per second to read, or the rate at which a folder of images was taken. uniform reads --max-frames frames,
+    spread evenly over the video."""
     max_fps: int = 4
-    """Rate to rise to while --max-frames is not reached."""
+    """Short videos are read at up to this many frames per second, as long as --max-frames is not exceeded."""
     max_frames: int = 256
-    """Most frames; a longer video is sampled evenly."""
+    """The largest number of frames; a longer video is sampled evenly."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,30 +55,32 @@ class AnswerArgs:
     """How answers are written."""
 
     max_new_tokens: int = 128
-    """Most tokens of an answer."""
+    """An answer is cut off at this many tokens."""
     temperature: float = 0.0
-    """0 is greedy."""
+    """Sampling temperature; 0 is greedy decoding."""
     top_p: float = 1.0
     """Samples from the most likely tokens that together have this probability."""
     seed: int = 0
+    """Seed of the sampling."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ComputeArgs:
-    """What trades accuracy for memory and time."""
+    """Settings that trade accuracy for memory and time."""
 
     dtype: Literal["bfloat16", "float32", "float16"] | None = None
-    """Of parameters, KV and activations; the checkpoint's own by default."""
+    """dtype of parameters, KV and activations; by default that of the checkpoint."""
     window_chunks: int | Literal["all"] = 3
-    """Prefill chunks (of 16 frames) before its own that a visual token sees; all is dense prefill."""
+    """How many chunks (of 16 frames) before its own a visual token sees during prefill; all is dense prefill."""
     top_chunks: int | Literal["all"] | None = None
-    """Chunks (of 16 frames) that stay dense because they matter to the question; 2 by default, all is dense decoding."""
+    """How many chunks (of 16 frames) stay dense because they matter to the question: by default 2; all is dense
+    decoding."""
     pool: int = 4
-    """Visual tokens averaged into one in all other chunks."""
+    """How many visual tokens are averaged into one in all other chunks."""
     cache_dtype: Literal["int8"] | None = None
     """Keeps the video's KV in 8 bits, with a scale for each token and head."""
     offload: bool = False
-    """Moves the video's dense KV to host memory; the device keeps pooled KV and the chosen chunks."""
+    """Moves the video's dense KV to host memory; the device keeps the pooled KV and the chosen chunks."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,11 +96,11 @@ class Args:
     checkpoint: str = str(DEFAULT_CHECKPOINT)
     """Orbax folder, PyTorch folder or hub id (BAAI/Video-XL-2)."""
     cache: Path | None = None
-    """File of the video's KV: read where it exists, made where it does not."""
+    """File for the video's KV: it is read if it exists, and written otherwise."""
     json: bool = False
     """Prints one JSON object."""
     plot: Path | None = None
-    """PNG of the timeline: thumbnails, relevance of every chunk, which ones stayed dense, the answers."""
+    """PNG of the timeline: thumbnails, the relevance of every chunk, and which chunks stayed dense."""
     frames: tyro.conf.OmitArgPrefixes[FrameArgs] = FrameArgs()
     answer: tyro.conf.OmitArgPrefixes[AnswerArgs] = AnswerArgs()
     compute: tyro.conf.OmitArgPrefixes[ComputeArgs] = ComputeArgs()
@@ -110,7 +112,7 @@ class Args:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """The flags as the library takes them, checked as far as that goes without the model."""
+    """The flags as settings of the library, checked as far as possible without the model."""
 
     args: Args
     frames: FrameSampling
@@ -123,7 +125,7 @@ class Request:
 
     @classmethod
     def check(cls, args: Args) -> Request:
-        """Raises UserError for everything that can be refused before anything is loaded."""
+        """Checks the flags. Raises UserError for all errors that can be seen before anything is loaded."""
         _check_questions(args)
         require_checkpoint(args.checkpoint)
         if args.answer.max_new_tokens < 1:
@@ -135,7 +137,7 @@ class Request:
         compute, fps = args.compute, None if args.frames.fps == "uniform" else args.frames.fps
         if compute.offload and compute.top_chunks == "all":
             raise UserError("--offload has no use with --top-chunks all, which reads all of the KV: leave one out")
-        bilevel: BilevelConfig | None = BilevelConfig(pool=compute.pool)  # of the chunks that a short video has
+        bilevel: BilevelConfig | None = BilevelConfig(pool=compute.pool)  # a short video may have fewer than 2 chunks
         if compute.top_chunks is not None:
             bilevel = BilevelFlags(top_chunks=compute.top_chunks, pool=compute.pool).config()
         request = cls(
@@ -153,7 +155,7 @@ class Request:
         return request
 
     def open(self) -> Clip:
-        """An unreadable video is refused here, before weights are read."""
+        """Opens the video, so that an unreadable one is refused before weights are read."""
         clip = open_video(self.args.video, self.frames, folder_fps=self.folder_fps)
         clip.check()
         return clip
@@ -183,7 +185,7 @@ def _check_files(args: Args) -> None:
 
 
 def main() -> int:
-    """The command."""
+    """Runs the command and returns its exit status."""
     args = tyro.cli(Args, prog=None if sys.argv[0].startswith("xl2jax") else "python infer.py")
     request = Request.check(args)
     programs = program_count()
@@ -193,7 +195,7 @@ def main() -> int:
     model = xl2jax.load(args.checkpoint, dtype=args.compute.dtype, progress=True)
     load_seconds = time.perf_counter() - started
     for question in args.questions:
-        suffix(model.tokenizer, question)  # one that is too long is refused before the video is watched
+        suffix(model.tokenizer, question)  # a question that is too long is refused before the video is watched
     video = _watch(request, model, clip)
     answers = [_ask(request, model, video, q) for q in args.questions]
     refused = 0
@@ -214,18 +216,18 @@ def main() -> int:
 
 
 def _watch(request: Request, model: Model, clip: Clip | None) -> WatchedVideo:
-    """Watches the clip, or reads the KV that was kept of it where there is no clip."""
+    """Watches the clip, or reads its KV from the cache file where `clip` is None."""
     file = request.args.cache
     if file is None:
         assert clip is not None
         return model.watch(clip, config=request.prefill, bilevel=request.bilevel, cache=request.cache, progress=True)
     key = cache_key(model, request.args.video, request.frames, request.folder_fps, request.prefill, request.cache)
     if clip is None:
-        logger.info("%s: the video's KV is read from it", file)
+        logger.info("%s: reading the video's KV from this file", file)
         return load_cache(file, model, key, request.args.video, request.bilevel, request.cache)
     video = model.watch(clip, config=request.prefill, bilevel=request.bilevel, cache=request.cache, progress=True)
     save_cache(file, video, key)
-    logger.info("%s: keeps the video's KV", file)
+    logger.info("%s: wrote the video's KV to this file", file)
     return video
 
 
@@ -259,7 +261,7 @@ def _ask(
 
 
 def _interact(request: Request, model: Model, video: WatchedVideo, earlier: list[Answer]) -> tuple[list[Answer], int]:
-    """Answers the questions on stdin. Returns the answers, and how many questions were refused."""
+    """Answers the questions on stdin. Returns the answers and the number of refused questions."""
     answers: list[Answer] = []
     refused = 0
     while True:
@@ -276,7 +278,7 @@ def _interact(request: Request, model: Model, video: WatchedVideo, earlier: list
             answers.append(_ask(request, model, video, line.strip(), history))
         except OutputError:
             raise
-        except UserError as e:  # one bad question does not end the conversation
+        except UserError as e:  # a refused question does not end the conversation
             print(f"error: {e}", file=sys.stderr)
             refused += 1
 
@@ -332,7 +334,7 @@ def _print_timings(video: WatchedVideo, answers: list[Answer], load_seconds: flo
         rows.append(
             (label, f"{t['select'] + t['question']:8.2f} s to first token, {t['decode_tokens_per_s']:.1f} tokens/s")
         )
-    rows.append(("programs", f"{programs.compiled:5} compiled, {programs.from_cache} kept from earlier runs"))
+    rows.append(("programs", f"{programs.compiled:5} compiled, {programs.from_cache} from earlier runs"))
     rows.append(("peak memory", f"{memory.peak_bytes() / 2**30:8.2f} GiB"))
     for name, value in rows:
         print(f"{name:12} {value}", file=sys.stderr)

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import tyro
 
@@ -23,45 +22,47 @@ from xl2jax.inference.relevance import AttentionScorer
 from xl2jax.inference.video_cache import CacheConfig
 from xl2jax.system.atomic import check_file_target
 from xl2jax.system.backend import start_backend
+from xl2jax.system.tables import print_table
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """Accuracy by length and depth for dense, chunked and bi-level reading."""
+    """Measures needle retrieval by length and depth, for dense, chunked and bi-level reading."""
 
     checkpoint: str = str(DEFAULT_CHECKPOINT)
-    """Any checkpoint folder or hub id."""
+    """Checkpoint folder or hub id."""
     frames: str = "64,256,1024"
     """Lengths of the videos in frames."""
     depths: str = "0,0.25,0.5,0.75,1"
-    """Where the needle is, as shares of the video."""
+    """Positions of the needle, as shares of the video."""
     cases: int = 6
-    """Videos of each length and depth; each is asked all kinds of question."""
+    """Videos of each length and depth; each is asked one question of every kind."""
     modes: str = "dense,chunked,top1,top2,top4,random2"
-    """What to compare: dense, chunked, topN and randomN (N chunks stay dense besides the first and the last)."""
+    """Ways of reading: dense, chunked, topN and randomN (N chunks stay dense besides the first and the last)."""
     others: int = 5
-    """Other shapes in the video."""
+    """How many other shapes the video shows."""
     kinds: str = ",".join(NEEDLE_KINDS)
-    """Questions by content (colour_of, shape_of), by time (colour, shape), for a time (time), and about the whole
-    video (exists, count, first)."""
+    """Kinds of question: by content (colour_of, shape_of), by time (colour, shape), for a time (time), and about the
+    whole video (exists, count, first)."""
     seed: int = 0
+    """Seed of the videos."""
     prefill: tyro.conf.OmitArgPrefixes[PrefillFlags] = dataclasses.field(default_factory=PrefillFlags)
     select_chunk_groups: int = 4
     """Groups (of 4 frames) in a selection chunk."""
     pool: int = 4
-    """Visual tokens averaged into one where KV is pooled."""
+    """How many visual tokens are averaged into one where KV is pooled."""
     relevance_layers: tuple[float, float] = (AttentionScorer.first_layer, AttentionScorer.last_layer)
-    """Layers whose attention counts, as shares of the depth."""
+    """First and last layer whose attention counts, as shares of the depth."""
     relevance_heads: Literal["squared", "mean", "max"] = AttentionScorer.heads
-    """How attention is summed over heads."""
+    """How attention is reduced over heads."""
     relevance_keys: Literal["auto", "dense", "pooled"] = AttentionScorer.keys
-    """The KV that the question is scored against."""
+    """The KV that the question attends to when chunks are scored."""
     cache_dtype: Literal["int8"] | None = None
-    """Of the video's KV; the model's by default."""
+    """dtype of the video's KV; by default that of the model."""
     held_out_template: bool = False
-    """Asks in words that were never used in training."""
+    """Asks in a wording that was not used in training."""
     dtype: Literal["bfloat16", "float32"] | None = None
-    """Of parameters and activations; the checkpoint's own by default."""
+    """dtype of parameters and activations; by default that of the checkpoint."""
     json: bool = False
     """Prints one JSON object instead of a table."""
     plot: Path | None = None
@@ -102,16 +103,4 @@ def main() -> None:
     if args.json:
         print(json.dumps({"rows": rows, "cases": [dataclasses.asdict(r) for r in results]}))
     else:
-        _print_table(rows)
-
-
-def _print_table(rows: Sequence[dict[str, Any]]) -> None:
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    table = [names]
-    for row in rows:
-        cells = [row.get(n) for n in names]
-        text = ["-" if c is None else f"{c:.3f}" if isinstance(c, float) else str(c) for c in cells]
-        table.append(text)
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for text in table:
-        print("  ".join(t.rjust(w) for t, w in zip(text, widths, strict=True)))
+        print_table(rows, decimals=3)

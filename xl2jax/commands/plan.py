@@ -1,10 +1,11 @@
-"""What a video will take, before it is read: memory, and time by stage.
+"""`xl2jax plan`: predicts the memory and the time that a video takes.
 
 xl2jax plan --frames 10000 --device h200 [--checkpoint DIR]
 
-Memory is what `infer.py` checks before it begins. Time is a roofline: operations over the device's matrix rate, or bytes
-over its memory bandwidth, each times the share of the datasheet's figure that the released sizes reached on an H200
-(README, Speed). Other models and devices reach other shares: read the times as a scale, not as a promise.
+Memory is the same prediction that `infer.py` checks before it begins. Time is a roofline model: operations divided by the
+matrix rate of the device, or bytes divided by its memory bandwidth. Both rates are the datasheet's times the share of it
+that the released model reached on an H200 (docs/performance.md). Other models and devices reach other shares, so that
+the times are estimates only.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import functools
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ from xl2jax.system.backend import start_backend
 from xl2jax.system.cards import DEVICES
 
 VISION_SHARE, PREFILL_SHARE, DECODE_SHARE = 0.47, 0.56, 0.6
-"""Of the datasheet's matrix rate, the same, and of its bandwidth: what the table in the README comes to."""
+"""Shares that were reached of the datasheet's matrix rate (vision, prefill) and of its bandwidth (decoding)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,31 +45,38 @@ class PlanArgs:
     """Predicts memory and time of a video, and whether it fits."""
 
     frames: int = 1024
+    """Frames of the video."""
     checkpoint: str | None = None
-    """Folder or hub id; by default the released sizes."""
+    """Checkpoint folder or hub id; by default the sizes of the released model."""
     device: Literal["h200", "h100", "a100-80g", "a100-40g", "l40", "rtx4090", "here"] = "here"
+    """The device to predict for; here is the one of this machine, for which no time is predicted."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """dtype of parameters and KV."""
     seconds_per_frame: float = 1.0
+    """Seconds between two frames, on which the number of time tokens depends."""
     prefill: tyro.conf.OmitArgPrefixes[PrefillFlags] = dataclasses.field(default_factory=PrefillFlags)
     decode: tyro.conf.OmitArgPrefixes[BilevelFlags] = dataclasses.field(default_factory=BilevelFlags)
     cache_dtype: Literal["int8"] | None = None
-    """Of the KV cache; --dtype by default."""
+    """dtype of the KV cache; by default --dtype."""
     offload: bool = False
-    """Visual KV in host memory once the video is watched."""
+    """Moves the visual KV to host memory once the video is watched."""
     json: bool = False
+    """Prints one JSON object."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
+    """Predicted memory and time of a video."""
+
     tokens: int
     memory: dict[str, float]
     """Bytes by purpose."""
     total: float
-    """Bytes at the peak; less than the sum where the KV is offloaded before it is pooled."""
+    """Bytes at the peak. It is less than the sum where the KV is offloaded before it is pooled."""
     available: float
-    """Bytes that XLA may have on the device; here, those that are free."""
+    """Bytes that XLA may use on the device, or those that are free on this machine."""
     seconds: dict[str, float] | None
-    """By stage; None where the device's rates are not known."""
+    """Seconds by stage. None where the rates of the device are not known."""
 
     @property
     def fits(self) -> bool:
@@ -81,7 +89,7 @@ def _parameters(config: VideoXL2Config) -> int:
 
 
 def predict_memory(config: VideoXL2Config, layout: VideoLayout, args: PlanArgs) -> tuple[dict[str, float], float]:
-    """Bytes by purpose, and at the peak, as `infer.py` counts them on that device."""
+    """(bytes by purpose, bytes at the peak) as `infer.py` counts them on that device."""
     platform = "gpu" if args.device != "here" else jax.default_backend()
     plan = prefill.make_plan(layout, args.prefill.config(), platform)
     bilevel = _bilevel(args, layout)
@@ -98,7 +106,7 @@ def predict_memory(config: VideoXL2Config, layout: VideoLayout, args: PlanArgs) 
     weights = _parameters(config) * jnp.dtype(args.dtype).itemsize
     parts: dict[str, float] = {"weights": weights, "KV cache": need.cache}
     if args.offload:
-        parts["KV cache, of it kept"] = need.kept
+        parts["KV cache kept on the device"] = need.kept
     if bilevel is not None:
         parts |= {"pooled KV": need.pooled, "mixed KV": need.mixed}
     return parts | {"activations and workspace": need.workspace}, weights + need.total
@@ -116,7 +124,7 @@ def _available(args: PlanArgs) -> float:
 
 
 def predict(config: VideoXL2Config, layout: VideoLayout, args: PlanArgs) -> Prediction:
-    """Memory, and time by stage where the device's rates are known."""
+    """Predicts memory, and time by stage where the rates of the device are known."""
     parts, total = predict_memory(config, layout, args)
     if args.device == "here":
         return Prediction(layout.tokens, parts, total, _available(args), None)
@@ -135,7 +143,7 @@ def predict(config: VideoXL2Config, layout: VideoLayout, args: PlanArgs) -> Pred
 
 
 def alternatives(config: VideoXL2Config, layout: VideoLayout, args: PlanArgs) -> list[str]:
-    """Flags with which the same video fits, the least change first."""
+    """Flags with which the same video fits, small changes first."""
     options = memory.smaller_options(
         _bilevel(args, layout), config.visual_tokens, quantized=args.cache_dtype == "int8", offload=args.offload
     )
@@ -153,7 +161,7 @@ def alternatives(config: VideoXL2Config, layout: VideoLayout, args: PlanArgs) ->
 
 
 def largest(config: VideoXL2Config, layout: VideoLayout, args: PlanArgs) -> int:
-    """Most frames of a video like this one that fit; 0 if none do."""
+    """The largest number of frames of this video that fits, or 0."""
     available = _available(args)
 
     def too_long(groups: int) -> bool:
@@ -164,10 +172,10 @@ def largest(config: VideoXL2Config, layout: VideoLayout, args: PlanArgs) -> int:
 
 
 def layout_of(config: VideoXL2Config, tokenizer: PromptTokenizer | None, frames: int, seconds: float) -> VideoLayout:
-    """The tokens of a video of that many frames. Without a tokenizer, those of Qwen's."""
+    """The layout of a video of that many frames. Without a tokenizer, tokens are counted as Qwen's has them."""
     groups = frames // FRAMES_PER_GROUP
     times = [round(g * FRAMES_PER_GROUP * seconds, 1) for g in range(groups)]
-    if tokenizer is None:  # "Time", a space, "s" and ":" are a token each, and so is every digit and the point
+    if tokenizer is None:  # a token each for "Time", a space, "s", ":", every digit and the point
         return VideoLayout(14, tuple(len(str(t)) + 4 for t in times), config.visual_tokens)
     lengths = tuple(len(tokenizer.encode(time_text(t))) for t in times)
     return VideoLayout(len(tokenizer.encode(*PREFIX)), lengths, config.visual_tokens)
@@ -190,27 +198,29 @@ def main() -> int:
     if args.device == "here":
         start_backend(keep_programs=False)
     layout = layout_of(config, tokenizer, args.frames, args.seconds_per_frame)
-    found = predict(config, layout, args)
-    fitting = args.frames if found.fits else largest(config, layout, args)
-    others = [] if found.fits else alternatives(config, layout, args)
+    prediction = predict(config, layout, args)
+    fitting = args.frames if prediction.fits else largest(config, layout, args)
+    others = [] if prediction.fits else alternatives(config, layout, args)
     if args.json:
-        verdict = {"fits": found.fits, "frames_that_fit": fitting, "would_fit_with": others}
-        print(json.dumps({**dataclasses.asdict(found), **verdict}))
+        verdict = {"fits": prediction.fits, "frames_that_fit": fitting, "would_fit_with": others}
+        print(json.dumps({**dataclasses.asdict(prediction), **verdict}))
     else:
-        print(_report(args, found, fitting, others))
-    return 0 if found.fits else 1
+        print(_report(args, prediction, fitting, others))
+    return 0 if prediction.fits else 1
 
 
-def _report(args: PlanArgs, found: Prediction, fitting: int, others: list[str]) -> str:
-    lines = [f"{args.frames} frames, {found.tokens:,} tokens, {args.dtype}, on {args.device}", ""]
-    rows: dict[str, Any] = {**found.memory, "at the peak": found.total, "there": found.available}
-    lines += [f"{name:28} {size / 2**30:8.2f} GiB" for name, size in rows.items()]
-    if found.seconds is not None:
-        lines += ["", *(f"{name:28} {s:8.3g} s" for name, s in found.seconds.items())]
-        lines.append(
-            f"(datasheet rates x {VISION_SHARE} for vision, {PREFILL_SHARE} for prefill, {DECODE_SHARE} of the bandwidth for decode)"
-        )
-    verdict = (
-        "it fits" if found.fits else f"it does not fit: {fitting} frames would" if fitting else "not even 4 frames fit"
-    )
+def _report(args: PlanArgs, prediction: Prediction, fitting: int, others: list[str]) -> str:
+    lines = [f"{args.frames} frames, {prediction.tokens:,} tokens, {args.dtype}, on {args.device}", ""]
+    sizes = {**prediction.memory, "in all at the peak": prediction.total, "available": prediction.available}
+    lines += [f"{name:28} {size / 2**30:8.2f} GiB" for name, size in sizes.items()]
+    if prediction.seconds is not None:
+        lines += ["", *(f"{name:28} {s:8.3g} s" for name, s in prediction.seconds.items())]
+        shares = f"{VISION_SHARE} for vision, {PREFILL_SHARE} for prefill, {DECODE_SHARE} of the bandwidth for decoding"
+        lines.append(f"(datasheet rates x {shares})")
+    if prediction.fits:
+        verdict = "it fits"
+    elif fitting:
+        verdict = f"it does not fit: {fitting} frames would"
+    else:
+        verdict = f"it does not fit: not even {FRAMES_PER_GROUP} frames would"
     return "\n".join([*lines, "", verdict, *(f"all frames fit with {flags}" for flags in others)])

@@ -1,4 +1,4 @@
-"""The command line of train.py: a preset, and flags that override it."""
+"""`xl2jax train` and train.py: a preset of flags, and flags that override it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from xl2jax.training.run import train
 
 
 def parse(argv: Sequence[str]) -> TrainConfig:
-    """The run that the flags describe: `--preset` sets the defaults, the other flags override them."""
+    """Parses flags. `--preset` sets the defaults, which the other flags override."""
 
     @dataclasses.dataclass
     class Chosen:
@@ -25,5 +25,5 @@ def parse(argv: Sequence[str]) -> TrainConfig:
 
 
 def main() -> int:
-    """Trains; returns the exit status."""
+    """Trains and returns the exit status."""
     return train(parse(sys.argv[1:]))

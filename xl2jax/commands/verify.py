@@ -30,11 +30,11 @@ class Args:
     case_dirs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Folders with checkpoint/, inputs.safetensors, case.json and expected/."""
     only: str | None = None
-    """Sections to check (dense,chunked,bilevel,train); by default all that expected/ holds."""
+    """Comma-separated sections to compare (dense,chunked,bilevel,train); by default all that expected/ holds."""
     dtype: Literal["float32", "float64"] = "float32"
-    """What everything is computed in. float64 agrees with float64 goldens to 1e-9."""
+    """dtype of the computation. In float64 all tensors agree with float64 goldens to 1e-9."""
     cache_dtype: Literal["int8"] | None = None
-    """Of the video's KV, --dtype by default. int8 has a wider limit."""
+    """dtype of the video's KV; by default --dtype. int8 has a wider limit."""
     json: bool = False
     """Prints one JSON object instead of tables."""
 
@@ -63,18 +63,20 @@ def main() -> int:
 
 
 def _sections(folder: Path, args: Args) -> tuple[str, ...]:
-    """The sections of a case to check. Raises UserError for one that there is not, or that float32 cannot decide."""
+    """The sections of a case to compare. Raises UserError for an unknown section, or one that float32 cannot decide."""
     expected = folder / "expected"
-    there = tuple(s for s in SECTIONS if (expected / f"{STEMS.get(s, s)}.safetensors").is_file())
-    chosen = there if args.only is None else tuple(choices("--only", args.only, SECTIONS))
+    available = tuple(s for s in SECTIONS if (expected / f"{STEMS.get(s, s)}.safetensors").is_file())
+    chosen = available if args.only is None else tuple(choices("--only", args.only, SECTIONS))
     if not (folder / "case.json").is_file():
         raise UserError(f"{folder}: not a case folder (no case.json)")
     width = VideoXL2Config.from_hf(folder / "checkpoint").vision.width
     if "train" in chosen and args.dtype == "float32" and width == NORM_GROUPS:
-        reason = f"{folder}: vision width {width} normalises one channel a group, so that float32 decides no gradient"
+        reason = (
+            f"{folder}: vision width {width} normalises one channel a group: float32 is too coarse for its gradients"
+        )
         if args.only is not None:
             raise UserError(f"{reason}: use --dtype float64")
-        logger.info("%s; gradients are compared with --dtype float64 only", reason)
+        logger.info("%s; they are compared with --dtype float64 only", reason)
         chosen = tuple(s for s in chosen if s != "train")
     return chosen
 
@@ -95,6 +97,6 @@ def _verify_case(folder: Path, sections: tuple[str, ...], args: Args) -> list[Ro
 
 
 def _as_json(row: Row) -> dict[str, Any]:
-    """JSON has no infinity: null."""
+    """A row as JSON, which has null for infinity."""
     fields = dataclasses.asdict(row)
     return {k: None if isinstance(x, float) and not np.isfinite(x) else x for k, x in fields.items()}
