@@ -1,4 +1,4 @@
-"""One suite over every implementation of the arena op."""
+"""The implementations of arena attention against float64."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_against_float64(name: str, shape: dict) -> None:
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_random_ranges(name: str, seed: int) -> None:
-    # One shape: compiled once. Blocks of 16 slots make lists of many blocks, some overhanging.
+    # All examples have one shape, so that it compiles once. With key blocks of 16 slots a tile reads many blocks.
     args = problem(seed, t=20, s=77)
     with pytest.MonkeyPatch.context() as m:
         m.setattr(blockwise, "_tile_sizes", lambda queries, slots: (8, 16))
@@ -147,7 +147,7 @@ def test_auto_says_once_what_it_chose(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_blocks_visited_are_the_live_ones() -> None:
-    """A chunk of visual tokens late in a long video reads globals and its window, not what is between."""
+    """A chunk of visual tokens late in a long video reads the globals and its window, and no blocks between them."""
     layout = VideoLayout(5, (3,) * 40, 16)
     tokens = natural_ranges(layout, 0, 256, PrefillConfig(2, 1))
     last = tokens.ranges.select(tokens.slot >= 256 + 38 * 16)
@@ -171,7 +171,7 @@ def test_no_array_of_queries_times_slots() -> None:
 
 @pytest.mark.parametrize("shape", [{"t": 20, "s": 77}, {"t": 9, "s": 40, "batch": 3, "rows": 2}])
 def test_gradients_are_those_of_the_reference(shape: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against autodiff of the oracle, through out and lse; batch rows that share an arena row add up."""
+    """Gradients through out and lse agree with autodiff of the reference. Batch rows may share a row of the arena."""
     monkeypatch.setattr(blockwise, "_tile_sizes", lambda queries, slots: (8, 16))
     q, k, v, *rest = jax.tree.map(jnp.asarray, problem(5, **shape))
     weights = jax.random.normal(jax.random.key(0), q.shape)

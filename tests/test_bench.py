@@ -25,7 +25,7 @@ from xl2jax.video.clip import PyAVReader
 
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows run in processes of their own, each of which would import and compile everything anew."""
+    """Runs rows in this process, since processes of their own would import and compile everything anew."""
 
     def row(command: str, args: object, mode: str, size: int) -> dict[str, Any]:
         kind, function = bench.ROWS[command]
@@ -43,7 +43,7 @@ def test_a_row_in_its_own_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 @pytest.mark.slow
 def test_rows(command: Callable[..., tuple[int, str, str]]) -> None:
-    """Both benchmarks at the smallest preset: a process a row, the promised fields."""
+    """Both benchmarks of the LLM have their fields at the smallest preset."""
     status, out, err = command(bench.main, "prefill", "--preset", "tiny", "--groups", "9", "--json")
     assert status == 0, err
     rows = json.loads(out)
@@ -59,14 +59,14 @@ def test_rows(command: Callable[..., tuple[int, str, str]]) -> None:
     )
     assert status == 0, err
     (row,) = json.loads(out)
-    # 6 chunks: the ends and the best two are dense, two of 4 groups keep 1 of 4 visual tokens.
+    # Of 6 chunks the first, the last and the best two are dense. The other two, of 4 groups, keep 1 of 4 visual tokens.
     assert row["context_tokens"] == row["tokens"] - 2 * 4 * 3
     assert row["step_ms"] > 0
 
 
 @pytest.mark.slow
 def test_e2e(command: Callable[..., tuple[int, str, str]]) -> None:
-    """Every stage of the whole model on the smallest preset; the dtype that GPUs get."""
+    """Times every stage of the whole model at the smallest preset, in the dtype that is the default on GPUs."""
     status, out, err = command(bench.main, "e2e", "--preset", "tiny", "--frames", "96", "--step-groups", "4", "--json")
     assert status == 0, err
     card, *rows = json.loads(out)["rows"]
@@ -76,7 +76,7 @@ def test_e2e(command: Callable[..., tuple[int, str, str]]) -> None:
     assert card["matrix_tflops"] > 0
     assert min(vision["tower_frames_s"], vision["frames_s"]) > 0
     assert [(v["frames"], v["tokens"]) for v in videos] == [(96, 14 + 24 * 13)]
-    # Of 6 chunks the ends and the best two are dense.
+    # Of 6 chunks the first, the last and the best two are dense.
     assert videos[0]["bilevel_tokens"] == videos[0]["dense_tokens"] - 2 * 4 * 3
     for v in videos:
         assert (
@@ -108,7 +108,7 @@ def test_train(command: Callable[..., tuple[int, str, str]]) -> None:
 
 
 def test_read(tmp_path: Path, command: Callable[..., tuple[int, str, str]], refused: Callable[..., str]) -> None:
-    """A file made of repeated pieces is read whole."""
+    """A video made of repeated pieces is read to its end."""
     path = tmp_path / "long.mp4"
     write_long(path, 45, 64, 48)
     reader = PyAVReader(path)
@@ -146,7 +146,7 @@ def test_a_file_from_reading_to_the_answer(
 
 
 def test_flops() -> None:
-    """Against the compiler's own count, and against the mask rule spelled out."""
+    """Counts agree with the compiler's count and with the mask rule that is written out."""
     config = PRESETS["tiny"]
     model = abstract_model(config, jnp.float32)
 
@@ -155,7 +155,7 @@ def test_flops() -> None:
 
     frames = jax.ShapeDtypeStruct((4, 70, 70, 3), jnp.float32)
     whole = counted(lambda m, x: m.encode_frames(x), model, frames)
-    # Scans are counted once, softmax and norms on top.
+    # The compiler counts the body of a scan once, and also counts softmax and norms.
     layers = config.vision.run_layers
     once = dataclasses.replace(config, vision=dataclasses.replace(config.vision, layers=2))
     expected = 4 * flops.vision(once) + flops.dts_and_projector(config)

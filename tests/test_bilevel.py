@@ -1,4 +1,4 @@
-"""The mixed cache against a plain numpy rewriting of upstream's rule."""
+"""The mixed cache against upstream's rule, written in plain numpy."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from xl2jax.inference.cache import KVCache
 from xl2jax.inference.layout import PrefillConfig, VideoLayout, natural_ranges
 
 L, K, H, THETA = 2, 2, 8, 1e4
-_CAPACITY, _START = 6, 32  # fixed shapes: a program for each pair of visual tokens and pool, whatever the video
+_CAPACITY, _START = 6, 32  # fixed shapes, so that few programs are compiled
 
 
-def turned(x: np.ndarray, direction: int) -> np.ndarray:
-    """x [..., N, H] rotated by its place along N, or back: complex numbers whose parts are the two halves of H."""
+def rotated(x: np.ndarray, direction: int) -> np.ndarray:
+    """x [..., N, H] rotated by its place along N (direction 1) or back (-1), as complex numbers."""
     angles = np.arange(x.shape[-2])[:, None] / THETA ** (np.arange(0, H, 2) / H)
     z = (x[..., : H // 2] + 1j * x[..., H // 2 :]) * np.exp(1j * direction * angles)
     return np.concatenate([z.real, z.imag], axis=-1).astype(np.float32)
@@ -42,7 +42,7 @@ def video_cache(layout: VideoLayout, capacity: int) -> tuple[KVCache, np.ndarray
     rng = np.random.default_rng(0)
     start = _START
     raw, v = rng.standard_normal((2, L, K, layout.tokens, H)).astype(np.float32)
-    k = turned(raw, 1)
+    k = rotated(raw, 1)
     slot = natural_ranges(layout, 0, start, PrefillConfig()).slot
     arena = np.full((2, L, K, start + capacity * layout.visual_tokens, H), 7.0, np.float32)
     arena[0][:, :, slot], arena[1][:, :, slot] = k, v
@@ -57,7 +57,7 @@ def video_cache(layout: VideoLayout, capacity: int) -> tuple[KVCache, np.ndarray
 
 
 def naive_mix(layout: VideoLayout, dense: np.ndarray, pool: int, x: np.ndarray) -> np.ndarray:
-    """Natural order [L, K, N, H] -> mixed [L, K, M, H]."""
+    """Keys or values in natural order [L, K, N, H] -> those of the mixed cache [L, K, M, H]."""
     parts, at = [x[:, :, : layout.prefix]], layout.prefix
     for times, whole in zip(layout.time_lengths, dense, strict=True):
         parts.append(x[:, :, at : at + times])
@@ -84,7 +84,7 @@ def _mixed(
     data=st.data(),
 )
 def test_mixed_cache(times: list[int], sizes: tuple[int, int], data: st.DataObject) -> None:
-    """Any mixture, remainders of pooling dropped, capacity beyond the video unused."""
+    """Every mixture is right, remainders of pooling are dropped, and slots behind the video stay empty."""
     visual, pool = sizes
     extra = _CAPACITY - len(times)
     layout = VideoLayout(3, tuple(times), visual)
@@ -98,8 +98,8 @@ def test_mixed_cache(times: list[int], sizes: tuple[int, int], data: st.DataObje
     m = expected_k.shape[2]
     assert (int(mixed.length), int(mixed.visual_length)) == (m, 0)
     keys, values = np.asarray(mixed.k), np.asarray(mixed.v)
-    # The oracle turns in float64; float32 angles up to 60 are off by 4e-6, twice, for elements up to 5.
-    assert np.allclose(turned(keys, -1)[:, :, :m], expected_k, atol=1e-4)
+    # The oracle rotates in float64. Angles up to 60 have an error of 4e-6 in float32, which counts twice.
+    assert np.allclose(rotated(keys, -1)[:, :, :m], expected_k, atol=1e-4)
     assert np.allclose(values[:, :, :m], expected_v, atol=1e-6)
     assert not keys[:, :, m:].any()
     assert np.isfinite(values).all()
@@ -112,7 +112,7 @@ def test_mixed_cache(times: list[int], sizes: tuple[int, int], data: st.DataObje
 @pytest.mark.parametrize(
     ("units", "groups", "size", "dense"),
     [
-        # Blocks 1 and B always; unit u lies in block u // (size / 2) + 1.
+        # Blocks 1 and B are always dense. Unit u lies in block u // (size / 2) + 1.
         ([0, 5, 9], 26, 4, {1, 3, 5, 7}),
         ([4], 26, 2, {1, 5, 13}),
         ([], 26, 4, set(range(1, 8))),

@@ -55,7 +55,7 @@ def test_answer_streams_what_it_returns(model: xl2jax.Model, watched: xl2jax.Wat
 
 
 def test_decoding_equals_one_run_over_all_tokens(model: xl2jax.Model, watched: xl2jax.WatchedVideo) -> None:
-    """Token by token behind the cache against the answer fed back as part of the suffix."""
+    """Decoding token by token equals one run with the answer as a part of the suffix."""
     text = xl2jax.prompt.suffix(model.tokenizer, "Which shape is red?")  # type: ignore[attr-defined]
     limit = 12
     stop, greedy = np.array([-1], np.int32), TokenSampling()
@@ -97,7 +97,7 @@ def test_questions_leave_the_video_alone(model: xl2jax.Model, watched: xl2jax.Wa
 
 
 def count_traces(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
-    """From here on each compiled program that a question runs may be traced `limit` times: more is an error."""
+    """From now on it is an error if a compiled program of a question is traced more than `limit` times."""
     for module, name in (
         (relevance, "attention_scores"),
         (bilevel, "mix"),
@@ -111,7 +111,7 @@ def count_traces(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
 def test_other_questions_compile_nothing(
     model: xl2jax.Model, watched: xl2jax.WatchedVideo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever their words, temperature, top-p, seed and length of the answer."""
+    """Questions may differ in their words, temperature, top-p, seed and length of the answer."""
     rng = np.random.default_rng(0)
     model.ask(watched, "What happens?", max_new_tokens=6)
     count_traces(monkeypatch, 0)
@@ -124,7 +124,7 @@ def test_other_questions_compile_nothing(
 def test_a_longer_history_compiles_little(
     model: xl2jax.Model, watched: xl2jax.WatchedVideo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A conversation of 20 turns goes through three sizes of text: each program is traced once for each other size."""
+    """A conversation of 20 turns needs three sizes of text. Each program is traced once for each further size."""
     model.ask(watched, "What happens?", max_new_tokens=6)
     count_traces(monkeypatch, 2)
     turn = ("And what happens next?", "Nothing that was not there before.")
@@ -136,7 +136,7 @@ def test_a_longer_history_compiles_little(
 def test_another_size_is_noticed(
     model: xl2jax.Model, watched: xl2jax.WatchedVideo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The counter counts: a pool size that nobody asked for yet needs a program of its own."""
+    """The counter works: a new pool size needs another program."""
     count_traces(monkeypatch, 0)
     with pytest.raises(AssertionError, match="traced"):
         model.ask(watched, "What happens?", max_new_tokens=6, bilevel=xl2jax.BilevelConfig(3, 3))
@@ -148,7 +148,9 @@ def test_why_an_answer_ended(
     cut = model.ask(watched, "What happens?", max_new_tokens=3)
     assert (cut.finish_reason, cut.new_tokens) == ("length", 3)
     params = flatten(model.params)
-    params["llm.lm_head.kernel"] = jnp.zeros_like(params["llm.lm_head.kernel"])  # token 0 is always the first of equals
+    params["llm.lm_head.kernel"] = jnp.zeros_like(
+        params["llm.lm_head.kernel"]
+    )  # all logits are equal, so token 0 is chosen
     monkeypatch.setattr(PromptTokenizer, "stop_ids", property(lambda _: [0]))
     ending = xl2jax.Model(model.config, unflatten(params, model.config), model.tokenizer)
     answer = ending.ask(ending.adopt(watched), "What happens?", max_new_tokens=3)
@@ -192,7 +194,7 @@ def test_closing_gives_memory_back(model: xl2jax.Model, clip: Path) -> None:
     assert video.device_bytes == 0
     with pytest.raises(UserError, match="was closed"):
         model.ask(video, "What?")
-    video.close()  # again does nothing
+    video.close()  # a second time has no effect
 
 
 def test_closing_waits_for_answers_that_are_being_given(model: xl2jax.Model, clip: Path) -> None:
@@ -227,7 +229,7 @@ def test_a_refused_video_names_those_that_could_be_closed(
 
 
 def test_threads_ask_one_video(model: xl2jax.Model, clip: Path) -> None:
-    """Four threads at once get the answers that each gets alone, and the pooled KV is made once."""
+    """Four threads at once get the same answers as one after the other."""
     questions = ["What happens?", "Who is it?", "Which colour?", "And then?"]
     with model.watch(clip, FrameSampling(max_frames=40)) as video:
         alone = [model.ask(video, q, max_new_tokens=8).text for q in questions]
@@ -261,8 +263,8 @@ def test_chunks_are_reported(model: xl2jax.Model, watched: xl2jax.WatchedVideo) 
     assert answer.chunks[1].start == watched.times[16]
     assert answer.chunks[1].end == watched.times[31]
     assert watched.kv.layout.groups == 37
-    pooled = 37 - 3 * 4 - 1  # three whole blocks are dense, and the last one of one group
-    assert answer.context_tokens == watched.kv.layout.tokens - pooled * 3  # 1 of 4 visual tokens stays
+    pooled = 37 - 3 * 4 - 1  # 3 whole blocks and the last one, of one group, are dense
+    assert answer.context_tokens == watched.kv.layout.tokens - pooled * 3  # pooling keeps 1 of 4 visual tokens
 
 
 def test_scorer_none_keeps_the_ends(model: xl2jax.Model, watched: xl2jax.WatchedVideo) -> None:
@@ -272,7 +274,7 @@ def test_scorer_none_keeps_the_ends(model: xl2jax.Model, watched: xl2jax.Watched
 
 
 def test_chunked_and_dense_prefill_differ_and_window_covers(model: xl2jax.Model, clip: object) -> None:
-    """A window as long as the video is dense causal attention; a shorter one is not."""
+    """A window as long as the video equals dense causal attention, and a shorter window does not."""
     sampling = FrameSampling(max_frames=40)
 
     def keys(config: PrefillConfig) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The order of the packages: imports go one way, models read no files, and stateful NNX transforms are not used."""
+"""The structure of the package: imports go one way, models read no files, and NNX is used without state."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ LAYERS = [
     {"recipes"},
     {"commands", "bench"},
 ]
-"""From the lowest to the highest: a module imports from its own package and from layers below it."""
+"""Packages from the lowest to the highest. A module imports from its own package and from layers below it."""
 
 COMPUTED = {"ops", "models"}
-"""Packages of what is computed: they import nothing above them, and open no file."""
+"""Packages of pure computation, which open no file."""
 
 
 def module_name(path: Path) -> str:
@@ -36,8 +36,8 @@ def module_name(path: Path) -> str:
 
 
 def imports(path: Path) -> dict[str, bool]:
-    """Modules of this package that a file imports, and whether it does so when it is imported itself."""
-    found: dict[str, bool] = {}
+    """Modules of this package that a file imports, and whether that happens when the file itself is imported."""
+    imported: dict[str, bool] = {}
 
     def visit(node: ast.AST, now: bool) -> None:
         for child in ast.iter_child_nodes(node):
@@ -51,11 +51,11 @@ def imports(path: Path) -> dict[str, bool]:
                 names = [child.module, *(f"{child.module}.{alias.name}" for alias in child.names)]
             for name in names:
                 if name.split(".")[0] == "xl2jax":
-                    found[name] = found.get(name, False) or now
+                    imported[name] = imported.get(name, False) or now
             visit(child, inner)
 
     visit(ast.parse(path.read_text()), True)
-    return found
+    return imported
 
 
 def layer_of(module: str) -> int | None:
@@ -66,22 +66,22 @@ def layer_of(module: str) -> int | None:
 
 
 def wrong_directions(files: dict[str, dict[str, bool]]) -> list[str]:
-    """Imports that go up, or sideways into another package of the same layer, also those inside functions."""
+    """Imports that go up, or sideways into another package of the same layer. Those inside functions count too."""
     wrong = []
     for module, imported in files.items():
-        own = layer_of(module)
-        if own is None:
+        layer = layer_of(module)
+        if layer is None:
             continue
         for name in imported:
             other = layer_of(name)
-            sideways = other == own and name.split(".")[1] != module.split(".")[1] and own != len(LAYERS) - 1
-            if other is not None and (other > own or sideways):
+            sideways = other == layer and name.split(".")[1] != module.split(".")[1] and layer != len(LAYERS) - 1
+            if other is not None and (other > layer or sideways):
                 wrong.append(f"{module} imports {name}")
     return wrong
 
 
 def cycles(files: dict[str, dict[str, bool]]) -> list[list[str]]:
-    """Rings of modules that need each other, imports inside functions included."""
+    """Cycles of imports, with those inside functions."""
     edges = {m: {n for n in names if n in files and n != m} for m, names in files.items()}
     rings: list[list[str]] = []
     done: set[str] = set()
@@ -150,7 +150,7 @@ def test_computing_touches_no_file() -> None:
 
 
 BANNED = {"jit", "grad", "value_and_grad", "scan", "while_loop", "Optimizer", "Cache", "sow", "remat"}
-"""Of flax.nnx: transforms that carry state in modules. Modules are split once, and jax transforms run on parameters.
+"""Transforms of flax.nnx that carry state in modules. Modules are split once, and jax transforms run on parameters.
 (`nnx.vmap` and `nnx.split_rngs` stack layers when a model is made, and `nnx.eval_shape` makes an abstract one.)"""
 
 
@@ -164,7 +164,7 @@ def test_no_stateful_nnx() -> None:
 
 
 def test_no_hidden_device_state() -> None:
-    """What depends on the device is decided by `Network.create`, or when a program is lowered, never while tracing."""
+    """Choices by device are made in `Network.create` or when a program is lowered, never while tracing."""
     for package in COMPUTED:
         for path in (PACKAGE / package).glob("*.py"):
             text = path.read_text()

@@ -1,4 +1,4 @@
-"""infer.py from the outside: answers, JSON, caches on disk, bad input."""
+"""The command line of infer.py: answers, JSON, caches on disk, bad input."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_json(ask: Callable[..., Any], clip: Path, checkpoint: Path, tmp_path: P
     report = json.loads(out)
     assert (report["video"], report["frames"], report["groups"]) == (str(clip), 40, 10)
     assert report["duration_s"] == 30.0
-    # 10 groups of 4 visual tokens, each behind its time.
+    # There are 10 groups, each with a time and 4 visual tokens.
     assert report["tokens"]["video"] > 10 * (4 + 5)
     assert [a["question"] for a in report["answers"]] == [QUESTION, "Why?"]
     assert all(1 <= a["new_tokens"] <= 6 for a in report["answers"])
@@ -67,7 +67,7 @@ def test_json(ask: Callable[..., Any], clip: Path, checkpoint: Path, tmp_path: P
     assert {"load", "read", "compute"} == set(report["timings"])
     assert report["peak_memory_bytes"] > 1e7
     assert report["versions"]["jax"]
-    # The Orbax checkpoint answers the same.
+    # The Orbax checkpoint gives the same answer.
     torch_to_orbax(checkpoint, tmp_path / "orbax", None)
     _, out, _ = ask("--checkpoint", tmp_path / "orbax", "--question", QUESTION, "--json")
     assert json.loads(out)["answers"][0]["answer"] == report["answers"][0]["answer"]
@@ -149,7 +149,7 @@ def selection_file(tmp_path: Path, units: list[int]) -> Path:
 def test_selection_from_a_file(
     model: xl2jax.Model, clip: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Upstream's selection files, through the Python interface."""
+    """The Python interface reads upstream's selection files."""
     file = selection_file(tmp_path, [2, 3])
     relevance = xl2jax.RelevanceConfig("file", file=file)
     video = model.watch(clip, xl2jax.FrameSampling(fps=2, max_frames=40))
@@ -241,7 +241,7 @@ def test_files_that_would_overwrite_one_another(refused: Callable[..., str], tmp
 def test_questions_that_are_not_utf_8(
     ask: Callable[..., Any], refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Latin-1 bytes reach Python as lone surrogates; in a conversation they do not end it."""
+    """Latin-1 bytes reach Python as lone surrogates; in a conversation they are refused and do not end it."""
     assert "not UTF-8 at character 3" in refused(infer.main, "--video", "/none", "--question", "caf\udce9?")
     monkeypatch.setattr("sys.stdin", io.StringIO("caf\udce9?\nWhat is it?\n"))
     status, out, err = ask("--interactive", "--json")
@@ -279,7 +279,7 @@ def test_a_video_too_long_for_memory(
     checkpoint: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The line names a number of frames, and that many do fit."""
+    """The message names a number of frames, and that many fit."""
     flags = ("--video", clip, "--checkpoint", checkpoint, "--max-new-tokens", 2, "--question", QUESTION)
     config = VideoXL2Config.from_hf(checkpoint)
     tokenizer = PromptTokenizer.load(checkpoint, config.llm.vocab)

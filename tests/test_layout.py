@@ -1,4 +1,4 @@
-"""Layout: the ranges against upstream's mask rule written out token by token."""
+"""The ranges of a layout against upstream's mask rule, written out token by token."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_ranges_are_upstreams_mask(layout: VideoLayout, config: PrefillConfig, s
     seen = tokens.ranges.mask(np.arange(start + layout.groups * layout.visual_tokens))
     mask = dense_mask(layout, suffix, config)
     assert np.array_equal(seen[:, tokens.slot], mask)
-    assert seen.sum() == mask.sum()  # and no slot that holds no token
+    assert seen.sum() == mask.sum()  # no query sees an empty slot
 
 
 @settings(deadline=None, max_examples=25)

@@ -1,4 +1,4 @@
-"""The GPU kernel without a GPU: numerics and races in the interpreter, lowering at the real shapes."""
+"""The GPU kernel without a GPU: results and races in the interpreter, and lowering at the released shapes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def interpreted(args: list[Any], config: KernelConfig) -> tuple[np.ndarray, np.n
 
 
 def problem(ranges: Ranges, *, slots: int, heads: int, kv_heads: int, h: int = 64, rows: int = 2) -> list[Any]:
-    """bfloat16 arrays for ranges [B, T] each; every batch row reads another row of the arena."""
+    """Random bfloat16 arrays for ranges [B, T]. Every batch row reads another row of the arena."""
     rng = np.random.default_rng(0)
     batch, tokens = ranges.g_end.shape
     q = rng.standard_normal((batch, tokens, heads, h))
@@ -50,7 +50,7 @@ def assert_reference(args: list[Any], config: KernelConfig) -> None:
 
 
 def some_ranges(tokens: int, slots: int, seed: int) -> Ranges:
-    """Runs of globals and visuals that end inside blocks, and a few queries that see nothing."""
+    """Ranges that end inside blocks, and a few queries that see nothing."""
     rng = np.random.default_rng(seed)
     g_end = rng.integers(slots // 8, slots // 3, (1, tokens))
     v_lo = rng.integers(slots // 3, slots // 2, (1, tokens))
@@ -68,13 +68,13 @@ def some_ranges(tokens: int, slots: int, seed: int) -> Ranges:
     ],
 )
 def test_against_the_reference(tokens: int, slots: int, heads: int, kv_heads: int, config: KernelConfig) -> None:
-    """Many tiles and one; unmasked and masked blocks; split lists; no race, no wrong barrier."""
+    """The cases have one tile or many, masked and unmasked blocks, and split blocks. The interpreter detects races."""
     ranges = some_ranges(tokens, slots, 0)
     assert_reference(problem(ranges, slots=slots, heads=heads, kv_heads=kv_heads), config)
 
 
 def test_padding_queries_poisoned_with_nan() -> None:
-    """Queries that see nothing share tiles, and so unmasked blocks, with others: their NaN stays out, their result is 0."""
+    """Queries that see nothing share tiles, and so unmasked blocks, with others. Their NaN does not spread."""
     rng = np.random.default_rng(1)
     dead = rng.random((1, 40)) < 0.3
     g_end, v_lo, v_hi = (
@@ -100,7 +100,7 @@ def test_padding_queries_poisoned_with_nan() -> None:
 
 
 def test_short_lists_and_batches() -> None:
-    """Tiles with no block, one block, fewer blocks than splits and stages; two batch rows."""
+    """Tiles may have no block, one block, or fewer blocks than splits and stages."""
     g_end = np.array([[0] * 8, [1] * 8])
     v_lo, v_hi = np.array([[0] * 8, [64] * 8]), np.array([[0] * 8, [0] * 8])
     args = problem(Ranges(g_end, v_lo, v_hi), slots=256, heads=1, kv_heads=1)
@@ -109,7 +109,7 @@ def test_short_lists_and_batches() -> None:
 
 
 def test_a_chunk_of_a_video() -> None:
-    """Visual tokens of a video's last chunk, as prefill has them. What lies between is never loaded."""
+    """Visual tokens of a video's last chunk, as prefill has them. Key blocks that they do not see are never loaded."""
     layout = VideoLayout(5, (3,) * 20, 16)
     tokens = natural_ranges(layout, 0, 128, PrefillConfig(2, 1))
     mine = tokens.ranges.select(tokens.slot >= 128 + 18 * 16)
@@ -124,7 +124,7 @@ def test_a_chunk_of_a_video() -> None:
 @settings(deadline=None, max_examples=40)
 @given(st.integers(0, 10**6), st.sampled_from([16, 64, 128]))
 def test_tile_blocks(seed: int, block: int) -> None:
-    """Blocks asked for are the seen ones (or lie between), unmasked ones are seen whole by all alive rows."""
+    """A tile visits all blocks that its rows see. Its unmasked blocks are seen whole by all rows that see anything."""
     rng = np.random.default_rng(seed)
     slots = 1024
     g_end, v_lo = rng.integers(0, slots // 2, (2, 2 * TILE))
@@ -138,12 +138,12 @@ def test_tile_blocks(seed: int, block: int) -> None:
     seen = Ranges(g_end, v_lo, v_hi).mask(np.arange(slots)).reshape(2, TILE, slots // block, block)
     for tile, (a_full, a, b, b_full, c_full, c) in enumerate(blocks):
         assert 0 <= a_full <= a <= b <= b_full <= c_full <= c <= slots // block
-        asked = {*range(a), *range(b, c)}
-        assert {*np.nonzero(seen[tile].any((0, 2)))[0]} <= asked
+        visited = {*range(a), *range(b, c)}
+        assert {*np.nonzero(seen[tile].any((0, 2)))[0]} <= visited
         alive = seen[tile].any((1, 2))
         whole = seen[tile][alive].all((0, 2))
         assert all(whole[i] for i in (*range(a_full), *range(b_full, c_full)))
-        assert live_block_count(blocks)[tile] == len(asked)
+        assert live_block_count(blocks)[tile] == len(visited)
 
 
 def test_few_tiles_are_split() -> None:
@@ -161,7 +161,7 @@ LLM = PRESETS["video-xl-2"].llm
     [(2304, 60_928, 128, 1), (128, 380_032, 128, 1), (1, 380_032, 128, 1), (1, 192, 128, 1), (256, 1024, 64, 2)],
 )
 def test_lowers_for_cuda_at_the_released_shapes(tokens: int, slots: int, h: int, batch: int) -> None:
-    """Prefill, time tokens, decoding, a text cache; the kernel config that the heuristic picks."""
+    """The shapes are those of prefill, time tokens, decoding and a text cache, with the default kernel config."""
     shape = jax.ShapeDtypeStruct
     q = shape((batch, tokens, LLM.heads, h), jnp.bfloat16)
     kv = shape((LLM.layers, LLM.kv_heads, slots, h), jnp.bfloat16)

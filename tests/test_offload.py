@@ -1,4 +1,4 @@
-"""Video KV in 8 bits and in host memory: the error it makes, and that it makes no other."""
+"""Video KV in 8 bits and in host memory: quantisation errors are bounded, and offloading changes nothing."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ arrays = hnp.arrays(np.float32, (3, 5, 8), elements=st.floats(-1e4, 1e4, width=3
 
 @settings(deadline=None, max_examples=60)
 @given(arrays, st.sampled_from(["float32", "bfloat16"]))
-@example(np.full((3, 5, 8), 4e-4, np.float32) * np.arange(1, 9, dtype=np.float32), "float32")  # 63.5 steps: a tie
+@example(np.full((3, 5, 8), 4e-4, np.float32) * np.arange(1, 9, dtype=np.float32), "float32")  # 63.5 steps is a tie
 def test_no_element_is_off_by_more_than_half_a_step(x: np.ndarray, dtype: str) -> None:
     given = jnp.asarray(x, dtype)
     packed = quantize(given)
     assert packed.values.dtype == jnp.int8
     step = np.abs(np.asarray(given, np.float32)).max(-1, keepdims=True) / 127
     off = np.abs(np.asarray(unpack(packed), np.float32) - np.asarray(given, np.float32))
-    # An element is up to 127 steps of a rounded scale: what one rounding costs it, in steps, counts 127 times.
-    # In bfloat16 the scale itself may fall half a percent short, so that the largest element is cut at 127 steps.
+    # An element is up to 127 steps of a rounded scale, so that the rounding error of the scale counts up to 127 times.
+    # In bfloat16 the scale may be half a percent too small, so that the largest element is clipped at 127 steps.
     slack = 127 * 2**-22 if dtype == "float32" else 0.5 + 127 * 2**-8
     assert (off <= step * (0.5 + slack) + 1e-30).all()
 
@@ -89,7 +89,7 @@ def small(model: xl2jax.Model, clip: Path) -> Callable[..., xl2jax.WatchedVideo]
 def test_int8_takes_its_bytes_and_is_near(
     model: xl2jax.Model, watched: xl2jax.WatchedVideo, small: Callable[..., xl2jax.WatchedVideo]
 ) -> None:
-    """Keys of the first layer come from the inputs alone: they are exactly what packing makes of them."""
+    """Keys of the first layer depend on the inputs only, so they are exactly the quantised keys."""
     video = small(INT8)
     assert isinstance(video.kv.cache.k, QuantizedKV)
     size = sum(x.nbytes for x in jax.tree.leaves((video.kv.cache.k, video.kv.cache.v)))
@@ -103,7 +103,7 @@ def test_int8_takes_its_bytes_and_is_near(
 
 
 POOLED = RelevanceConfig(attention=AttentionScorer(keys="pooled"))
-"""Scores alike wherever the dense KV is."""
+"""Gives the same scores whether the dense KV is offloaded or not."""
 
 
 def context(model: xl2jax.Model, video: xl2jax.WatchedVideo, relevance: RelevanceConfig, top: int) -> Any:
@@ -114,7 +114,7 @@ def context(model: xl2jax.Model, video: xl2jax.WatchedVideo, relevance: Relevanc
 
 
 def assert_same_context(a: Any, b: Any) -> None:
-    """The same chunks, and the same bits in every slot that is filled."""
+    """The chunks are the same, and so are the bits of every filled slot."""
     assert a[1] == b[1]
     n = int(a[0].length)
     assert int(b[0].length) == n
@@ -126,35 +126,35 @@ def assert_same_context(a: Any, b: Any) -> None:
 def test_offloaded_kv_is_mixed_to_the_same_cache(
     model: xl2jax.Model, small: Callable[..., xl2jax.WatchedVideo], dtype: Any
 ) -> None:
-    here, there = (small(CacheConfig(dtype, offload)) for offload in (False, True))
-    assert there.kv.host is not None
-    assert isinstance(jax.tree.leaves(there.kv.host)[0], np.ndarray)
-    assert there.kv.cache.slots == there.kv.plan.visual_start  # nothing visual is left on the device
+    on_device, offloaded = (small(CacheConfig(dtype, offload)) for offload in (False, True))
+    assert offloaded.kv.host is not None
+    assert isinstance(jax.tree.leaves(offloaded.kv.host)[0], np.ndarray)
+    assert offloaded.kv.cache.slots == offloaded.kv.plan.visual_start  # no visual tokens are left on the device
     for relevance in (POOLED, RelevanceConfig("random"), RelevanceConfig("none")):
         for top in (0, 3):
-            assert_same_context(*(context(model, video, relevance, top) for video in (here, there)))
+            assert_same_context(*(context(model, video, relevance, top) for video in (on_device, offloaded)))
 
 
 def test_offloaded_kv_is_scored_by_what_is_left(
     model: xl2jax.Model, small: Callable[..., xl2jax.WatchedVideo], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Automatically the pooled KV, which is said once; the dense KV cannot be asked for."""
-    there = small(CacheConfig(None, True))
+    """By default that is the pooled KV, which is logged once. Asking for the dense KV is an error."""
+    offloaded = small(CacheConfig(None, True))
     selection._announce.cache_clear()
     with caplog.at_level("INFO"):
-        automatic = [context(model, there, RelevanceConfig(), 3) for _ in range(2)]
+        automatic = [context(model, offloaded, RelevanceConfig(), 3) for _ in range(2)]
     assert [r.message for r in caplog.records].count(
         "the dense KV was offloaded: chunks are scored by the pooled KV"
     ) == 1
-    assert_same_context(automatic[0], context(model, there, POOLED, 3))
+    assert_same_context(automatic[0], context(model, offloaded, POOLED, 3))
     caplog.clear()
     with caplog.at_level("INFO"):
-        here = small(CacheConfig(None, False))
+        on_device = small(CacheConfig(None, False))
         for _ in range(2):
-            context(model, here, RelevanceConfig(), 3)
+            context(model, on_device, RelevanceConfig(), 3)
     assert [r.message for r in caplog.records].count("chunks are scored by the dense KV (auto)") == 1
     with pytest.raises(UserError, match="score chunks by the pooled KV"):
-        context(model, there, RelevanceConfig(attention=AttentionScorer(keys="dense")), 3)
+        context(model, offloaded, RelevanceConfig(attention=AttentionScorer(keys="dense")), 3)
 
 
 def test_fetching_takes_the_chosen_groups_alone(model: xl2jax.Model, watched: xl2jax.WatchedVideo) -> None:
@@ -192,7 +192,7 @@ def test_dense_reading_of_offloaded_kv_is_refused(
 def test_a_cache_file_keeps_its_bits_and_is_read_to_either_memory(
     model: xl2jax.Model, small: Callable[..., xl2jax.WatchedVideo], clip: Path, tmp_path: Path, dtype: Any
 ) -> None:
-    """Saved from the device or from the host, read to the device or to the host."""
+    """A file is saved from the device or the host, and read to the device or the host."""
 
     def key(cache: CacheConfig) -> dict[str, Any]:
         return cache_key(model, clip, xl2jax.FrameSampling(), 1.0, xl2jax.PrefillConfig(), cache)
@@ -223,7 +223,7 @@ def test_infer_offloads(command: Callable[..., tuple[int, str, str]], clip: Path
 @settings(deadline=None, max_examples=30)
 @given(st.integers(4, 3000), st.sampled_from([1, 4, 16]), st.booleans(), st.booleans())
 def test_options_never_need_more_on_a_gpu(groups: int, pool: int, quantized: bool, offload: bool) -> None:
-    """Of short videos so much stays dense that fetching it costs more than it saves."""
+    """Except with short videos, of which so much stays dense that fetching it costs more than offloading saves."""
     config = PRESETS["video-xl-2"]
     layout = VideoLayout(14, (8,) * groups, config.visual_tokens)
     plan = make_plan(layout, PrefillConfig(), "gpu")
@@ -263,7 +263,7 @@ def test_advice_names_what_would_fit(
 
 
 def test_goldens_in_int8(goldens: Path, command: Callable[..., tuple[int, str, str]]) -> None:
-    """Upstream's own outputs, within the 1 % that 8 bits cost; every generated id is the same."""
+    """Outputs agree with upstream's within the 1 % that 8 bits cost, and all generated ids are equal."""
     status, out, err = command(verify.main, goldens / "tiny", "--only", "bilevel", "--cache-dtype", "int8", "--json")
     assert status == 0, err
     by_name = {r["name"]: r["relative_l2"] for r in json.loads(out)["cases"][0]["rows"]}

@@ -1,4 +1,4 @@
-"""Predicted memory and time against the compiler's own analysis and against what was measured."""
+"""Predicted memory and time against the compiler's analysis and against measurements."""
 
 from __future__ import annotations
 
@@ -35,24 +35,24 @@ RELEASED = PRESETS["video-xl-2"]
     [(512, 0.48, 0.76, 6.0e-3), (2048, 2.12, 3.03, 6.4e-3), (4096, 5.54, 6.07, 6.8e-3), (10000, 14.2, 14.8, 7.5e-3)],
 )
 def test_times_are_near_those_measured(frames: int, prefill_s: float, vision_s: float, step_s: float) -> None:
-    """The table of the README, one H200. 512 frames are short enough for fixed costs to show."""
-    found = predict(RELEASED, layout_of(RELEASED, None, frames, 1.0), PlanArgs(device="h200"))
-    assert found.seconds is not None
-    vision, llm, step = found.seconds.values()
+    """The measurements are those of one H200 in docs/performance.md. Fixed costs show at 512 frames."""
+    prediction = predict(RELEASED, layout_of(RELEASED, None, frames, 1.0), PlanArgs(device="h200"))
+    assert prediction.seconds is not None
+    vision, llm, step = prediction.seconds.values()
     assert vision == pytest.approx(vision_s, rel=0.1)
     assert llm == pytest.approx(prefill_s, rel=0.3)
     assert step == pytest.approx(step_s, rel=0.2)
 
 
 def test_memory_is_near_that_measured() -> None:
-    """57.5 GiB at 10,000 frames on an H200."""
-    found = predict(RELEASED, layout_of(RELEASED, None, 10000, 1.0), PlanArgs(device="h200"))
-    assert found.total == pytest.approx(57.5 * 2**30, rel=0.15)
+    """10,000 frames took 57.5 GiB on an H200."""
+    prediction = predict(RELEASED, layout_of(RELEASED, None, 10000, 1.0), PlanArgs(device="h200"))
+    assert prediction.total == pytest.approx(57.5 * 2**30, rel=0.15)
 
 
 @pytest.mark.parametrize(("name", "quantized"), [("tiny", False), ("small", False), ("tiny", True)])
 def test_the_compiler_needs_no_more_than_predicted(name: str, quantized: bool) -> None:
-    """Cache bytes exactly; temporaries of encoder and prefill within the workspace and not far below it."""
+    """The bytes of the cache are exact, and temporaries of encoder, prefill and scores fit into the workspace."""
     config = PRESETS[name]
     layout = layout_of(config, None, 256, 1.0)
     step = prefill.make_plan(layout, PrefillConfig(), "cpu")
@@ -76,8 +76,8 @@ def test_the_compiler_needs_no_more_than_predicted(name: str, quantized: bool) -
     score = compiled.attention_scores.lower(
         network, cache, slots, text, suffix, scorer=AttentionScorer(), groups=layout.groups
     ).compile()
-    most = max(c.memory_analysis().temp_size_in_bytes for c in (encode, extend, score))
-    assert most <= need.workspace
+    temporaries = max(c.memory_analysis().temp_size_in_bytes for c in (encode, extend, score))
+    assert temporaries <= need.workspace
 
 
 @settings(deadline=None, max_examples=20)
@@ -85,14 +85,14 @@ def test_the_compiler_needs_no_more_than_predicted(name: str, quantized: bool) -
 def test_what_is_said_to_fit_fits_and_no_more_does(device: Any, frames: int, pool: int) -> None:
     args = PlanArgs(device=device, decode=BilevelFlags(pool=pool))
     layout = layout_of(RELEASED, None, frames, 1.0)
-    most = largest(RELEASED, layout, args)
+    limit = largest(RELEASED, layout, args)
 
     def fits(n: int) -> bool:
         return predict(RELEASED, dataclasses.replace(layout, time_lengths=layout.time_lengths[: n // 4]), args).fits
 
-    assert 0 <= most <= frames
-    assert most == 0 or fits(most)
-    assert most == frames or not fits(most + 4)
+    assert 0 <= limit <= frames
+    assert limit == 0 or fits(limit)
+    assert limit == frames or not fits(limit + 4)
 
 
 def test_command(checkpoint: Path, command: Callable[..., tuple[int, str, str]], refused: Callable[..., str]) -> None:
@@ -114,7 +114,7 @@ def test_command(checkpoint: Path, command: Callable[..., tuple[int, str, str]],
 
 
 def test_options_that_would_fit_do(command: Callable[..., tuple[int, str, str]]) -> None:
-    """An A100 with 40 GB, of which the weights take 16: 6,000 frames are a little too many."""
+    """6,000 frames are a little too many for an A100 with 40 GB, of which the weights take 16."""
     flags = ("--device", "a100-40g", "--json")
     status, out, _ = command(plan.main, "--frames", 6000, *flags)
     assert status == 1

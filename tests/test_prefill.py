@@ -38,7 +38,7 @@ def run(
 def masked_forward(
     llm: Qwen2, layout: VideoLayout, config: PrefillConfig, visual: np.ndarray, suffix: list[int]
 ) -> jax.Array:
-    """The whole sequence at once under upstream's N x N mask: hidden states of the suffix."""
+    """Hidden states of the suffix when the whole sequence runs at once under upstream's N x N mask."""
     embeddings = [llm.embed_tokens(jnp.arange(layout.prefix))]
     for g, n in enumerate(layout.time_lengths):
         embeddings += [llm.embed_tokens(jnp.array([(7 * g + i) % 90 for i in range(n)])), jnp.asarray(visual[g])]
@@ -65,7 +65,7 @@ def masked_forward(
 def test_against_the_mask(
     model: xl2jax.Model, times: tuple[int, ...], config: PrefillConfig, options: dict[str, int]
 ) -> None:
-    """Whatever the steps and segments, the suffix sees what it would see under the N x N mask."""
+    """With all steps and segments, the suffix gets the hidden states that the N x N mask gives."""
     layout = VideoLayout(3, times, CONFIG.visual_tokens)
     rng = np.random.default_rng(0)
     visual = rng.standard_normal((len(times), CONFIG.visual_tokens, CONFIG.llm.width)).astype(np.float32) * 0.1
@@ -90,11 +90,11 @@ def test_a_second_length_in_the_bucket_compiles_nothing(model: xl2jax.Model) -> 
     first = once(38, 5)
     assert once(33, 9) == first
     assert once(40, 7) == first
-    assert once(100, 7) > first  # the count counts
+    assert once(100, 7) > first  # the counter works
 
 
 def temporaries(groups: int, config: PrefillConfig) -> tuple[int, int]:
-    """(temporaries, output that is neither the donated cache nor hidden states) of a prefill segment, bytes."""
+    """Bytes of a prefill segment: (temporaries, output besides the donated cache and the hidden states)."""
     layout = VideoLayout(5, (3,) * groups, CONFIG.visual_tokens)
     plan = prefill.make_plan(layout, config, "cpu")
     params = nnx.state(abstract_model(CONFIG, jnp.float32))

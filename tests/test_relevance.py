@@ -21,7 +21,7 @@ from xl2jax.prompt import suffix
 def test_attention_scores_are_attention_mass(
     heads: Any, slots: int, tokens: int, int8: bool, model: xl2jax.Model
 ) -> None:
-    """Against softmax weights written out, on random keys; 5000 slots take two blocks, and so do 96 tokens."""
+    """Scores agree with softmax weights that are written out. 5000 slots take two blocks, and so do 96 tokens."""
     rng = np.random.default_rng(0)
     c = model.config.llm
     length, groups = slots - 40, 7
@@ -45,14 +45,14 @@ def test_attention_scores_are_attention_mass(
     per_layer = []
 
     def attend(
-        state: None, layer: jax.Array, q: jax.Array, own_k: jax.Array, own_v: jax.Array
+        state: None, layer: jax.Array, q: jax.Array, text_k: jax.Array, text_v: jax.Array
     ) -> tuple[None, jax.Array]:
         n = q.shape[1] // c.kv_heads
         keys = jnp.concatenate(
-            [jnp.repeat(jnp.asarray(k)[layer, :, :length], n, 0), jnp.repeat(own_k.transpose(1, 0, 2), n, 0)], 1
+            [jnp.repeat(jnp.asarray(k)[layer, :, :length], n, 0), jnp.repeat(text_k.transpose(1, 0, 2), n, 0)], 1
         )
         values = jnp.concatenate(
-            [jnp.repeat(jnp.asarray(v)[layer, :, :length], n, 0), jnp.repeat(own_v.transpose(1, 0, 2), n, 0)], 1
+            [jnp.repeat(jnp.asarray(v)[layer, :, :length], n, 0), jnp.repeat(text_v.transpose(1, 0, 2), n, 0)], 1
         )
         scores = jnp.einsum("tnh,nsh->nts", q, keys) * c.head_width**-0.5
         mask = jnp.concatenate([jnp.ones((len(ids), length), bool), jnp.asarray(causal)], 1)
@@ -76,7 +76,7 @@ def test_attention_scores_are_attention_mass(
 def test_a_dense_cache_is_scored_as_a_mixed_one_with_every_group_whole(
     model: xl2jax.Model, watched: xl2jax.WatchedVideo
 ) -> None:
-    """Which slot belongs to which group, time tokens and visual tokens, is known for both in its own way."""
+    """The groups of slots are computed differently for both caches, and give the same scores."""
     c, layout, n = model.config.llm, watched.kv.layout, watched.kv.plan.group_capacity
     pooled = compiled.pool_cache(c, watched.kv.cache, watched.kv.table, visual_tokens=layout.visual_tokens, pool=4)
     mixed, source = compiled.mix(

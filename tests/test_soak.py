@@ -1,4 +1,4 @@
-"""A long life: many videos and questions in one process leave nothing behind."""
+"""Many videos and questions in one process leak nothing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def compiled_programs() -> int:
 
 
 def held() -> dict[str, int]:
-    """What a process could leak."""
+    """Counts of what a process could leak."""
     gc.collect()
     return {
         "threads": threading.active_count(),
@@ -36,7 +36,7 @@ def held() -> dict[str, int]:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_sixty_videos_and_two_hundred_questions(model: xl2jax.Model, clip: Path) -> None:
-    """60 videos of 20 lengths, each asked; then 200 questions about one. The first round of lengths may compile."""
+    """60 videos of 20 lengths are asked, then one is asked 200 questions. The first round of lengths may compile."""
     lengths = [4 + 7 * n for n in range(20)]
     rng = np.random.default_rng(0)
 

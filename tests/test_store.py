@@ -1,4 +1,4 @@
-"""Cache files: what is read back is what was saved, or it is refused in one line."""
+"""Cache files are read back as they were saved, or refused in one line."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def key(model: xl2jax.Model, clip: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def saved(watched: xl2jax.WatchedVideo, key: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache file. Read only."""
+    """A cache file, which tests only read."""
     path = tmp_path_factory.mktemp("cache") / "video.cache"
     save_cache(path, watched, key)
     return path
@@ -57,7 +57,7 @@ def load(
 
 
 def filled(video: xl2jax.WatchedVideo) -> list[np.ndarray]:
-    """The slots that hold something."""
+    """The filled slots of keys and values."""
     cache = video.kv.cache
     ends = (0, int(cache.global_length)), (int(cache.visual_start), int(cache.visual_start + cache.visual_length))
     return [np.asarray(x)[:, :, slice(*part)] for x in (cache.k, cache.v) for part in ends]
@@ -84,7 +84,7 @@ def header_size(data: bytes) -> int:
 
 
 def rewritten(path: Path, change: Callable[[dict[str, str], dict[str, np.ndarray]], Any]) -> bytes:
-    """The file with other contents and right checksums, as somebody with a hex editor and patience would make it."""
+    """The file with other contents and right checksums."""
     with safe_open(path, framework="np") as f:
         metadata, names = f.metadata(), f.offset_keys()
     stored = load_file(path)
@@ -233,7 +233,7 @@ def test_a_full_disk_and_what_was_there(
 def test_two_that_save_to_one_file(
     saved: Path, watched: xl2jax.WatchedVideo, key: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second begins while the first is writing: the file is whole, whoever is done last."""
+    """The second begins while the first is writing. The file is complete whichever finishes last."""
     path, write = tmp_path / "video.cache", safetensors_io.ShardWriter.write
 
     def other_first(*args: Any) -> None:

@@ -1,4 +1,4 @@
-"""The whole model against upstream's own numbers, through the command that users run."""
+"""The whole model against tensors of upstream, through `xl2jax verify`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from xl2jax.models.param_tree import flatten
 
 
 def check_all_there(report: dict[str, Any], folder: Path, *, trained: bool) -> None:
-    """Every expected tensor has a row, training ones if asked for, and each is within its limit."""
+    """Every expected tensor has a row within its limit, gradients too where `trained`."""
     assert report["passed"]
     names = {row["name"] for row in report["rows"]}
     for path in (folder / "expected").glob("*.safetensors"):
@@ -36,7 +36,7 @@ def check_all_there(report: dict[str, Any], folder: Path, *, trained: bool) -> N
 
 @pytest.fixture(scope="module")
 def float64(goldens: Path) -> dict[str, dict[str, Any]]:
-    """Reports of `verify --dtype float64` by case: one process, since 64 bits are a setting of the whole process."""
+    """Reports of `verify --dtype float64` by case, from another process, since JAX's 64-bit mode is process-wide."""
     cases = [goldens / "tiny", goldens / "wide"]
     command = [sys.executable, "-m", "xl2jax", "verify", *map(str, cases), "--dtype", "float64", "--json"]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -48,14 +48,14 @@ def float64(goldens: Path) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("case", ["tiny", "wide"])
 def test_float64_agrees_on_any_machine(case: str, float64: dict[str, dict[str, Any]], goldens: Path) -> None:
-    """Every stage, mask, cache, logit, loss and gradient to 1e-9. What differs is rounding: 1e-11 at the most."""
+    """All stages, masks, caches, logits, losses and gradients agree to 1e-9. Rounding differs by up to 1e-11."""
     check_all_there(float64[case], goldens / case, trained=True)
     assert max(row["relative_l2"] for row in float64[case]["rows"]) < 1e-9
 
 
 @pytest.mark.parametrize(("case", "trained"), [("geometry", False), pytest.param("wide", True, marks=pytest.mark.slow)])
 def test_float32_agrees(case: str, trained: bool, goldens: Path, command: Callable[..., tuple[int, str, str]]) -> None:
-    """The released image geometry, and a case with training whose gradients float32 can decide."""
+    """One case has the released image geometry. The other one has gradients that float32 can decide."""
     status, out, err = command(verify.main, goldens / case, "--json")
     assert status == 0, err
     check_all_there(json.loads(out)["cases"][0], goldens / case, trained=trained)
@@ -70,7 +70,7 @@ def test_float32_decides_no_gradient_at_width_32(
 
 
 def test_a_difference_beyond_the_limit_fails() -> None:
-    """What is compared bites: each kind of row, at its limit and just beyond it."""
+    """Each kind of row passes just within its limit and fails just beyond it."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((40, 30))
     off = rng.standard_normal(x.shape)
@@ -89,9 +89,10 @@ def test_a_difference_beyond_the_limit_fails() -> None:
 
 @pytest.mark.slow
 def test_bfloat16_errs_as_much_as_rounding_the_weights(goldens: Path, tmp_path: Path) -> None:
-    """Against upstream's float64, bfloat16 must not be much worse than what rounding the weights alone does.
+    """Against upstream's float64, bfloat16 must not be much worse than rounding the weights alone.
 
-    The yardstick has the conditioning of this case in it: the same weights rounded to bfloat16, computed in float32.
+    The yardstick is the error of the same weights rounded to bfloat16 and computed in float32, which has the
+    conditioning of this case.
     """
     expected = load_file(goldens / "wide" / "expected" / "dense.safetensors")
     names = {"visual_tokens", "logits"}

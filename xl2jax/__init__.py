@@ -1,10 +1,29 @@
 """Video-XL-2 in JAX.
 
-Axis letters, in every docstring and einsum:
+Axis letters have one meaning in every docstring and einsum:
 
     B batch     F frames    G groups of 4 frames    P patches of a frame    C vision width
     V visual tokens of a group    T queries, or frames in DTS    S cache slots    L layers
     D LLM width    N heads    K KV heads    H head width
+
+Words for the parts of a video have one meaning too:
+
+    frame            one image of the video
+    group            4 consecutive chosen frames, which DTS merges: V visual tokens and a few time tokens
+    chunk            prefill chunk: `chunk_groups` consecutive groups; visual tokens see whole chunks
+    window           how many chunks before its own a visual token sees: `window_chunks`
+    step             groups that go through the networks together in one iteration of `lax.scan`; need not be a chunk
+    segment          the steps of one `lax.scan`; one compiled program runs once for each segment
+    selection block  `select_chunk_groups` consecutive groups that are dense or pooled together; users know it as a
+                     chunk of the answer (`Chunk`, `top_chunks`)
+    unit             2 groups; upstream's selection files count in units
+    key block        key slots that the attention kernel reads together
+    tile             the queries that one instance of the attention kernel works on, key block by key block
+    span             frames that one reading thread decodes in one go, from a key frame on
+
+Tokens are of four kinds. The prefix is the prompt left of the video, the suffix is the prompt right of it, with the
+question. Time tokens stand before the visual tokens of their group. Prefix and time tokens together are the globals.
+docs/architecture.md has the same words with the sizes of the released model.
 """
 
 from __future__ import annotations
@@ -25,7 +44,7 @@ if TYPE_CHECKING:
     from xl2jax.inference.video_cache import CacheConfig, WatchedVideo
     from xl2jax.video.clip import FrameSampling
 
-# Public names are imported when they are first used: `infer.py --help` needs no JAX.
+# Public names are imported when they are first used, so that `infer.py --help` needs no JAX.
 _PUBLIC = {
     "config": ("PRESETS", "VideoXL2Config"),
     "errors": ("UserError",),

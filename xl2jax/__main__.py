@@ -1,4 +1,4 @@
-"""`xl2jax COMMAND ...`, or `python -m xl2jax COMMAND ...`: every command of the package by one name."""
+"""`xl2jax COMMAND ...`, or `python -m xl2jax COMMAND ...`: runs a command of the package."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COMMANDS = {
     "convert": ("xl2jax.commands.convert", "main", "converts checkpoints between PyTorch and Orbax"),
     "verify": ("xl2jax.commands.verify", "main", "compares every stage with upstream's tensors"),
     "plan": ("xl2jax.commands.plan", "main", "predicts memory and time of a video"),
-    "needle": ("xl2jax.commands.needle", "main", "measures whether answers survive sparse reading"),
+    "needle": ("xl2jax.commands.needle", "main", "measures needle retrieval in videos"),
     "bench": ("xl2jax.bench.command", "main", "times prefill, decoding, kernels and the whole model"),
 }
 
@@ -25,10 +25,10 @@ def dispatch() -> int | None:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
         print("usage: xl2jax COMMAND [OPTIONS]    (xl2jax COMMAND --help lists the options)\n")
-        print(*(f"  {command:10} {what}" for command, (_, _, what) in COMMANDS.items()), sep="\n")
+        print(*(f"  {command:10} {summary}" for command, (_, _, summary) in COMMANDS.items()), sep="\n")
         return 0
     if name not in COMMANDS:
-        raise UserError(f"no command {name!r}: choose {', '.join(COMMANDS)}")
+        raise UserError(f"no command {name!r}: choose from {', '.join(COMMANDS)}")
     module, function, _ = COMMANDS[name]
     sys.argv = [f"xl2jax {name}", *sys.argv[2:]]
     result: int | None = getattr(importlib.import_module(module), function)()
