@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -147,6 +147,243 @@ def unsupported(
     return None
 
 
+@dataclasses.dataclass(frozen=True)
+class _Shape:
+    """Static sizes of a program, and whether it is compiled or interpreted."""
+
+    block: int
+    stages: int
+    head_width: int
+    dtype: Any
+    compiled: bool
+
+    @property
+    def shared_memory(self) -> _Shared:
+        tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
+        keys = plgpu.SMEM((self.stages, self.block, self.head_width), self.dtype, transforms=tiled)
+        weights = plgpu.SMEM((2, ROWS, self.block), self.dtype, transforms=tiled)
+        return _Shared(
+            q=plgpu.SMEM((2, ROWS, self.head_width), self.dtype, transforms=tiled),
+            k=keys,
+            v=keys,
+            lse=plgpu.SMEM((2, ROWS), jnp.float32),
+            ranges=plgpu.SMEM((2, 3, ROWS), jnp.int32),
+            weights=None if self.compiled else weights,
+        )
+
+    @property
+    def barriers(self) -> _Barriers:
+        return _Barriers(
+            q_ready=plgpu.Barrier(num_arrivals=4, num_barriers=2),
+            k_ready=plgpu.Barrier(num_barriers=self.stages),
+            v_ready=plgpu.Barrier(num_barriers=self.stages),
+            k_free=plgpu.Barrier(num_arrivals=2, num_barriers=self.stages),
+            v_free=plgpu.Barrier(num_arrivals=2, num_barriers=self.stages),
+            turn=plgpu.Barrier(num_arrivals=2),
+        )
+
+
+class _Global(NamedTuple):
+    """Arguments and results of the kernel in global memory."""
+
+    q: Any
+    k: Any
+    v: Any
+    rows: Any
+    g_end: Any
+    v_lo: Any
+    v_hi: Any
+    blocks: Any
+    out: Any
+    lse: Any
+
+
+class _Shared(NamedTuple):
+    """Shared memory of a program. `q`, `lse`, `ranges` and `weights` have a part for each compute warpgroup."""
+
+    q: Any
+    """Queries, and at the end the output."""
+    k: Any
+    v: Any
+    lse: Any
+    ranges: Any
+    weights: Any
+    """Softmax weights of the interpreter, which has no register operands. None where the kernel is compiled."""
+
+
+class _Barriers(NamedTuple):
+    """Barriers of a program: for each compute warpgroup (`q_ready`), for each stage, and for the tensor cores."""
+
+    q_ready: Any
+    k_ready: Any
+    v_ready: Any
+    k_free: Any
+    v_free: Any
+    turn: Any
+
+
+class _Work(NamedTuple):
+    """What a program computes: the `first` to `last` of the blocks that a tile visits."""
+
+    batch_row: Any
+    kv_head: Any
+    tile: Any
+    split: Any
+    bounds: tuple[Any, ...]
+    """a_full, a, b, b_full, c_full, c (see the module's docstring)."""
+    unmasked: Any
+    """How many of the tile's blocks need no mask. They are visited first."""
+    first: Any
+    last: Any
+
+    @classmethod
+    def of_program(cls, blocks: Any, splits: int) -> _Work:
+        part, kv_head, tile = lax.axis_index("part"), lax.axis_index("kv_head"), lax.axis_index("tile")
+        batch_row, split = lax.div(part, splits), lax.rem(part, splits)
+        bounds = tuple(blocks[batch_row, tile, i] for i in range(6))
+        a_full, a, b, b_full, c_full, c = bounds
+        unmasked, total = a_full + c_full - b_full, a + c - b
+        first, last = lax.div(total * split, splits), lax.div(total * (split + 1), splits)
+        return cls(batch_row, kv_head, tile, split, bounds, unmasked, first, last)
+
+    def block_at(self, i: Any) -> Any:
+        """The i-th block of the tile: the unmasked ones, then the three masked runs."""
+        a_full, a, b, b_full, c_full, _ = self.bounds
+        masked = i - self.unmasked
+        left, middle = a - a_full, b_full - b
+        unmasked_id = jnp.where(i < a_full, i, b_full + i - a_full)
+        masked_id = jnp.where(
+            masked < left,
+            a_full + masked,
+            jnp.where(masked < left + middle, b + masked - left, c_full + masked - left - middle),
+        )
+        return jnp.where(i < self.unmasked, unmasked_id, masked_id)
+
+
+def _compute(shape: _Shape, refs: _Global, shared: _Shared, barriers: _Barriers, work: _Work, wg: Any) -> None:
+    """A compute warpgroup: 64 rows of the tile over all blocks of the program."""
+    plgpu.set_max_registers(232, action="increase")
+    q_smem, lse_smem, ranges = (x.at[wg] for x in (shared.q, shared.lse, shared.ranges))
+    rows = pl.ds(work.tile * TILE + wg * ROWS, ROWS)
+    plgpu.copy_gmem_to_smem(refs.q.at[work.batch_row, work.kv_head, rows], q_smem, barriers.q_ready.at[wg])
+    for i, ref in enumerate((refs.g_end, refs.v_lo, refs.v_hi)):
+        plgpu.copy_gmem_to_smem(ref.at[work.batch_row, rows], ranges.at[i], barriers.q_ready.at[wg])
+    plgpu.barrier_wait(barriers.q_ready.at[wg])
+    g_end, v_lo, v_hi = ranges[0], ranges[1], ranges[2]
+    scale = shape.head_width**-0.5 * _LOG2E
+
+    def spread(x: Any) -> Any:  # [rows] -> [rows, block]
+        return lax.broadcast_in_dim(x, (ROWS, shape.block), [0])
+
+    def take_turn() -> None:
+        plgpu.barrier_arrive(barriers.turn)
+        plgpu.barrier_wait(barriers.turn)
+
+    def step(i: Any, carry: tuple[Any, Any, Any], *, masked: bool) -> tuple[Any, Any, Any]:
+        acc, top, norm = carry
+        stage = lax.rem(i - work.first, jnp.array(shape.stages, i.dtype))
+        plgpu.barrier_wait(barriers.k_ready.at[stage])
+
+        def scores_of(ref: Any) -> Any:
+            plgpu.wgmma(ref, q_smem, plgpu.transpose_ref(shared.k.at[stage], (1, 0)))
+            take_turn()
+            return ref[...]
+
+        scores = pl.run_scoped(scores_of, plgpu.ACC((ROWS, shape.block), jnp.float32))
+        plgpu.barrier_arrive(barriers.k_free.at[stage])
+        if masked:
+            column = lax.broadcasted_iota(jnp.int32, (ROWS, shape.block), 1) + work.block_at(i) * shape.block
+            seen = (column < spread(g_end)) | ((column >= spread(v_lo)) & (column < spread(v_hi)))
+            scores = jnp.where(seen, scores, NEGATIVE)
+        new_top = jnp.maximum(top, scores.max(axis=1) * scale)
+        p = jnp.exp2(scores * scale - spread(new_top))
+        if masked:
+            p = jnp.where(seen, p, 0.0)
+        decay = jnp.exp2(top - new_top)
+        norm = norm * decay + p.sum(axis=1)
+        weights = p.astype(shape.dtype)
+        acc = acc * lax.broadcast_in_dim(decay, acc.shape, [0])
+        if shape.compiled:
+            acc, norm, new_top, weights = lax.optimization_barrier((acc, norm, new_top, weights))
+        plgpu.barrier_arrive(barriers.turn)  # the softmax is done
+        plgpu.barrier_wait(barriers.v_ready.at[stage])
+        plgpu.barrier_wait(barriers.turn)  # the tensor cores are free
+        acc = _add_weighted(shape, acc, weights, shared.v.at[stage], shared.weights, wg)
+        plgpu.barrier_arrive(barriers.v_free.at[stage])
+        return acc, new_top, norm
+
+    carry = (
+        jnp.zeros((ROWS, shape.head_width), jnp.float32),
+        jnp.full((ROWS,), NEGATIVE, jnp.float32),
+        jnp.zeros((ROWS,), jnp.float32),
+    )
+    first_masked = jnp.clip(work.unmasked, work.first, work.last)
+    # The second warpgroup runs half a step behind the first.
+    pl.when(wg == 1)(take_turn)
+    carry = lax.fori_loop(work.first, first_masked, functools.partial(step, masked=False), carry)
+    acc, top, norm = lax.fori_loop(first_masked, work.last, functools.partial(step, masked=True), carry)
+    pl.when(wg == 0)(take_turn)
+    # Rows that see nothing went through the unmasked blocks of the others.
+    norm = jnp.where((g_end > 0) | (v_hi > v_lo), norm, 0.0)
+    wide = lax.broadcast_in_dim(norm, acc.shape, [0])
+    q_smem[...] = jnp.where(wide > 0.0, acc / wide, 0.0).astype(shape.dtype)
+    lse_smem[...] = jnp.where(norm > 0.0, top / _LOG2E + jnp.log(norm), NEGATIVE)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(q_smem, refs.out.at[work.split, work.batch_row, work.kv_head, rows])
+    plgpu.copy_smem_to_gmem(lse_smem, refs.lse.at[work.split, work.batch_row, work.kv_head, rows])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _add_weighted(shape: _Shape, acc: Any, weights: Any, values: Any, weights_smem: Any, wg: Any) -> Any:
+    """acc [rows, H] + weights [rows, block] x values [block, H]."""
+    if shape.compiled:
+
+        def weigh(ref: Any) -> None:
+            plgpu.wgmma(ref, weights, values)
+
+        return pl.run_state(weigh)(plgpu.ACC.init(acc))
+    # The interpreter lacks register operands and initialised accumulators.
+    warpgroup_weights = weights_smem.at[wg]
+    warpgroup_weights[...] = weights
+    plgpu.commit_smem()
+
+    def weigh_smem(ref: Any) -> Any:
+        plgpu.wgmma(ref, warpgroup_weights, values)
+        return ref[...]
+
+    return acc + pl.run_scoped(weigh_smem, plgpu.ACC((ROWS, shape.head_width), jnp.float32))
+
+
+def _load(shape: _Shape, refs: _Global, shared: _Shared, barriers: _Barriers, work: _Work) -> None:
+    """The loading warpgroup: keeps keys and values of the next blocks in flight."""
+    plgpu.set_max_registers(40, action="decrease")
+    row = refs.rows[work.batch_row]
+    stages, count = shape.stages, work.last - work.first
+
+    def issue(i: Any, stage: Any) -> None:
+        slots = pl.ds(work.block_at(work.first + i) * shape.block, shape.block)
+        plgpu.copy_gmem_to_smem(refs.k.at[row, work.kv_head, slots], shared.k.at[stage], barriers.k_ready.at[stage])
+        plgpu.copy_gmem_to_smem(refs.v.at[row, work.kv_head, slots], shared.v.at[stage], barriers.v_ready.at[stage])
+
+    def wait_for_free(i: Any) -> Any:
+        stage = lax.rem(i, jnp.array(stages, i.dtype))
+        plgpu.barrier_wait(barriers.k_free.at[stage])
+        plgpu.barrier_wait(barriers.v_free.at[stage])
+        return stage
+
+    for s in range(stages):
+        pl.when(s < count)(functools.partial(issue, jnp.int32(s), s))
+
+    @pl.loop(stages, jnp.maximum(count, stages))
+    def _(i: Any) -> None:
+        issue(i, wait_for_free(i))
+
+    # Every arrival at a barrier must be waited for once.
+    @pl.loop(jnp.maximum(count, stages), count + stages)
+    def _(i: Any) -> None:
+        wait_for_free(i)
+
+
 def _call(
     q: jax.Array,
     k: jax.Array,
@@ -160,178 +397,27 @@ def _call(
 ) -> tuple[jax.Array, jax.Array]:
     """q [B, K, R, H] folded, ranges [B, R], blocks [B, R / TILE, 6] -> out [splits, B, K, R, H], lse [splits, B, K, R]."""
     batch, kv_heads, padded, h = q.shape
-    dtype, block, stages, splits = q.dtype, config.block, config.stages, config.splits
-    scale = h**-0.5 * _LOG2E
     compiled = interpret is None
+    shape = _Shape(config.block, config.stages, h, q.dtype, compiled)
 
-    def kernel(q_ref, k_ref, v_ref, rows_ref, g_end_ref, v_lo_ref, v_hi_ref, blocks_ref, out_ref, lse_ref, scratch):
-        (q_smem2, k_smem, v_smem, lse_smem2, range_smem2, *p_smem2), barriers = scratch
-        q_ready, k_ready, v_ready, k_free, v_free, turn = barriers
+    def program(refs: _Global, shared: _Shared, barriers: _Barriers) -> None:
         wg = lax.axis_index("wg")
-        kv_head, tile = lax.axis_index("kv_head"), lax.axis_index("tile")
-        b, split = lax.div(lax.axis_index("part"), splits), lax.rem(lax.axis_index("part"), splits)
-        a_full, a, b_lo, b_full, c_full, c = (blocks_ref[b, tile, i] for i in range(6))
-        full = a_full + c_full - b_full
-        total = a + c - b_lo
-        first, last = lax.div(total * split, splits), lax.div(total * (split + 1), splits)
-        count = last - first
-        turn_point = jnp.clip(full, first, last)  # unmasked blocks end here
+        work = _Work.of_program(refs.blocks, config.splits)
+        pl.when(wg < 2)(lambda: _compute(shape, refs, shared, barriers, work, wg))
+        pl.when(wg == 2)(lambda: _load(shape, refs, shared, barriers, work))
 
-        def block_at(i):
-            """The i-th block of the tile: unmasked ones, then the three masked runs."""
-            masked = i - full
-            left, middle = a - a_full, b_full - b_lo
-            unmasked_id = jnp.where(i < a_full, i, b_full + i - a_full)
-            masked_id = jnp.where(
-                masked < left,
-                a_full + masked,
-                jnp.where(masked < left + middle, b_lo + masked - left, c_full + masked - left - middle),
-            )
-            return jnp.where(i < full, unmasked_id, masked_id)
+    def kernel(*refs: Any) -> None:
+        run = functools.partial(program, _Global(*refs))
+        pl.run_scoped(run, shape.shared_memory, shape.barriers, collective_axes="wg")
 
-        @pl.when(wg < 2)
-        def _compute():
-            plgpu.set_max_registers(232, action="increase")
-            q_smem, lse_smem, ranges = (x.at[wg] for x in (q_smem2, lse_smem2, range_smem2))
-            here = pl.ds(tile * TILE + wg * ROWS, ROWS)
-            plgpu.copy_gmem_to_smem(q_ref.at[b, kv_head, here], q_smem, q_ready.at[wg])
-            for i, ref in enumerate((g_end_ref, v_lo_ref, v_hi_ref)):
-                plgpu.copy_gmem_to_smem(ref.at[b, here], ranges.at[i], q_ready.at[wg])
-            plgpu.barrier_wait(q_ready.at[wg])
-            row_g_end, row_v_lo, row_v_hi = ranges[0], ranges[1], ranges[2]
-
-            def spread(x):  # [rows] -> [rows, block]
-                return lax.broadcast_in_dim(x, (ROWS, block), [0])
-
-            def take_turn():
-                plgpu.barrier_arrive(turn)
-                plgpu.barrier_wait(turn)
-
-            def step(i, carry, *, masked):
-                acc, top, norm = carry
-                slot = lax.rem(i - first, jnp.array(stages, i.dtype))
-                plgpu.barrier_wait(k_ready.at[slot])
-
-                def scores_of(ref):
-                    plgpu.wgmma(ref, q_smem, plgpu.transpose_ref(k_smem.at[slot], (1, 0)))
-                    take_turn()
-                    return ref[...]
-
-                scores = pl.run_scoped(scores_of, plgpu.ACC((ROWS, block), jnp.float32))
-                plgpu.barrier_arrive(k_free.at[slot])
-                if masked:
-                    column = lax.broadcasted_iota(jnp.int32, (ROWS, block), 1) + block_at(i) * block
-                    seen = (column < spread(row_g_end)) | ((column >= spread(row_v_lo)) & (column < spread(row_v_hi)))
-                    scores = jnp.where(seen, scores, NEGATIVE)
-                new_top = jnp.maximum(top, scores.max(axis=1) * scale)
-                p = jnp.exp2(scores * scale - spread(new_top))
-                if masked:
-                    p = jnp.where(seen, p, 0.0)
-                decay = jnp.exp2(top - new_top)
-                norm = norm * decay + p.sum(axis=1)
-                p16 = p.astype(dtype)
-                acc = acc * lax.broadcast_in_dim(decay, acc.shape, [0])
-                if compiled:
-                    acc, norm, new_top, p16 = lax.optimization_barrier((acc, norm, new_top, p16))
-                plgpu.barrier_arrive(turn)  # softmax done
-                plgpu.barrier_wait(v_ready.at[slot])
-                plgpu.barrier_wait(turn)  # tensor cores free
-                if compiled:
-
-                    def weigh(ref):
-                        plgpu.wgmma(ref, p16, v_smem.at[slot])
-
-                    acc = pl.run_state(weigh)(plgpu.ACC.init(acc))
-                else:  # the interpreter lacks register operands and initialised accumulators
-                    p_smem = p_smem2[0].at[wg]
-                    p_smem[...] = p16
-                    plgpu.commit_smem()
-
-                    def weigh_smem(ref):
-                        plgpu.wgmma(ref, p_smem, v_smem.at[slot])
-                        return ref[...]
-
-                    acc = acc + pl.run_scoped(weigh_smem, plgpu.ACC((ROWS, h), jnp.float32))
-                plgpu.barrier_arrive(v_free.at[slot])
-                return acc, new_top, norm
-
-            carry = (
-                jnp.zeros((ROWS, h), jnp.float32),
-                jnp.full((ROWS,), NEGATIVE, jnp.float32),
-                jnp.zeros((ROWS,), jnp.float32),
-            )
-            # The second warpgroup runs half a step behind the first.
-            pl.when(wg == 1)(take_turn)
-            carry = lax.fori_loop(first, turn_point, functools.partial(step, masked=False), carry)
-            acc, top, norm = lax.fori_loop(turn_point, last, functools.partial(step, masked=True), carry)
-            pl.when(wg == 0)(take_turn)
-            # Rows that see nothing went through the unmasked blocks of the others.
-            norm = jnp.where((row_g_end > 0) | (row_v_hi > row_v_lo), norm, 0.0)
-            wide = lax.broadcast_in_dim(norm, acc.shape, [0])
-            q_smem[...] = jnp.where(wide > 0.0, acc / wide, 0.0).astype(dtype)
-            lse_smem[...] = jnp.where(norm > 0.0, top / _LOG2E + jnp.log(norm), NEGATIVE)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(q_smem, out_ref.at[split, b, kv_head, here])
-            plgpu.copy_smem_to_gmem(lse_smem, lse_ref.at[split, b, kv_head, here])
-            plgpu.wait_smem_to_gmem(0)
-
-        @pl.when(wg == 2)
-        def _load():
-            plgpu.set_max_registers(40, action="decrease")
-            row = rows_ref[b]
-
-            def issue(i, slot):
-                here = pl.ds(block_at(first + i) * block, block)
-                plgpu.copy_gmem_to_smem(k_ref.at[row, kv_head, here], k_smem.at[slot], k_ready.at[slot])
-                plgpu.copy_gmem_to_smem(v_ref.at[row, kv_head, here], v_smem.at[slot], v_ready.at[slot])
-
-            for s in range(stages):
-                pl.when(s < count)(functools.partial(issue, jnp.int32(s), s))
-
-            @pl.loop(stages, jnp.maximum(count, stages))
-            def _(i):
-                slot = lax.rem(i, jnp.array(stages, i.dtype))
-                plgpu.barrier_wait(k_free.at[slot])
-                plgpu.barrier_wait(v_free.at[slot])
-                issue(i, slot)
-
-            # Every arrival is waited for once.
-            @pl.loop(jnp.maximum(count, stages), count + stages)
-            def _(i):
-                slot = lax.rem(i, jnp.array(stages, i.dtype))
-                plgpu.barrier_wait(k_free.at[slot])
-                plgpu.barrier_wait(v_free.at[slot])
-
-    def entry(*refs):
-        tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-        smem = [
-            plgpu.SMEM((2, ROWS, h), dtype, transforms=tiled),
-            plgpu.SMEM((stages, block, h), dtype, transforms=tiled),
-            plgpu.SMEM((stages, block, h), dtype, transforms=tiled),
-            plgpu.SMEM((2, ROWS), jnp.float32),
-            plgpu.SMEM((2, 3, ROWS), jnp.int32),
-        ]
-        if not compiled:
-            smem.append(plgpu.SMEM((2, ROWS, block), dtype, transforms=tiled))
-        barriers = (
-            plgpu.Barrier(num_arrivals=4, num_barriers=2),
-            plgpu.Barrier(num_barriers=stages),
-            plgpu.Barrier(num_barriers=stages),
-            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=2),
-        )
-        pl.run_scoped(lambda *s: kernel(*refs, s), tuple(smem), barriers, collective_axes="wg")
-
-    shape = (splits, batch, kv_heads, padded)
-    options = {} if compiled else {"interpret": interpret}
+    results = (config.splits, batch, kv_heads, padded)
     return plgpu.kernel(
-        entry,
-        out_type=(jax.ShapeDtypeStruct((*shape, h), dtype), jax.ShapeDtypeStruct(shape, jnp.float32)),
-        grid=(kv_heads, padded // TILE, batch * splits),
+        kernel,
+        out_type=(jax.ShapeDtypeStruct((*results, h), q.dtype), jax.ShapeDtypeStruct(results, jnp.float32)),
+        grid=(kv_heads, padded // TILE, batch * config.splits),
         grid_names=("kv_head", "tile", "part"),
         num_threads=3,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        **options,
+        **({} if compiled else {"interpret": interpret}),
     )(q, k, v, rows, *ranges, blocks)
