@@ -49,7 +49,7 @@ class PlanArgs:
     checkpoint: str | None = None
     """Checkpoint folder or hub id; by default the sizes of the released model."""
     device: Literal["h200", "h100", "a100-80g", "a100-40g", "l40", "rtx4090", "here"] = "here"
-    """The device to predict for; here is the one of this machine, for which no time is predicted."""
+    """The device to predict for. "here" is the device of this machine, whose memory alone is predicted."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """dtype of parameters and KV."""
     seconds_per_frame: float = 1.0
