@@ -220,7 +220,7 @@ def test_an_earlier_process_with_the_same_id(tmp_path: Path) -> None:
 def test_a_failed_plot_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.figure import Figure
 
-    from xl2jax.inference.timeline import plot_losses
+    from xl2jax.recipes.demo.figures import plot_losses
 
     curves = {"stage": [(1, 2.0), (2, 1.0)]}
     plot_losses(tmp_path / "whole.png", curves)

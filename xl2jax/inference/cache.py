@@ -131,18 +131,6 @@ def rows(cache: KV, layer: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return unpack(k), unpack(v), jnp.zeros(1, jnp.int32)
 
 
-def attend_all(q: jax.Array, cache: KVCache, layer: jax.Array, implementation: str) -> tuple[jax.Array, jax.Array]:
-    """q [T, N, H] over everything in the cache: (out [T, N, H], lse [T, N])."""
-
-    def per_query(x: jax.Array) -> jax.Array:
-        return jnp.broadcast_to(x, (1, q.shape[0]))
-
-    visual_end = cache.visual_start + cache.visual_length
-    ranges = Ranges(per_query(cache.global_length), per_query(cache.visual_start), per_query(visual_end))
-    out, lse = arena_attention(q[None], *rows((cache.k, cache.v), layer), ranges, implementation=implementation)
-    return out[0], lse[0]
-
-
 def attend_text(
     q: jax.Array,
     k: jax.Array,
@@ -150,17 +138,23 @@ def attend_text(
     context: KVCache,
     text: KV,
     text_length: jax.Array,
+    count: jax.Array,
     layer: jax.Array,
     implementation: str,
 ) -> tuple[KV, jax.Array, jax.Array]:
-    """Attention of tokens behind the video. They see all of `context`, the text before them, and each other causally.
+    """Attention of `count` tokens behind the video. They see `context`, the text before them, and each other causally.
 
-    q [T, N, H], k and v [T, K, H] rotated; `text` is the (k, v) of a cache holding `text_length` tokens.
+    q [T, N, H], k and v [T, K, H] rotated; tokens behind `count` are padding, which sees nothing and so costs little.
+    `text` is the (k, v) of a cache holding `text_length` tokens.
     Returns (text with the new tokens written, out [T, N, H], lse [T, N]).
     """
     text = write(text, layer, k, v, text_length)
-    ends = text_length + jnp.arange(1, q.shape[0] + 1, dtype=jnp.int32)
-    ranges = first_slots(ends).batched()
-    text_out, text_lse = arena_attention(q[None], *rows(text, layer), ranges, implementation=implementation)
-    out, lse = merge([attend_all(q, context, layer, implementation), (text_out[0], text_lse[0])])
-    return text, out, lse
+    at = jnp.arange(q.shape[0], dtype=jnp.int32)
+    visual_end = context.visual_start + context.visual_length
+    whole = Ranges(*(jnp.broadcast_to(x, at.shape) for x in (context.global_length, context.visual_start, visual_end)))
+    parts = []
+    for source, ranges in (((context.k, context.v), whole), (text, first_slots(text_length + at + 1))):
+        seen = ranges.only(at < count).batched()
+        out, lse = arena_attention(q[None], *rows(source, layer), seen, implementation=implementation)
+        parts.append((out[0], lse[0]))
+    return text, *merge(parts)

@@ -75,7 +75,7 @@ def extend(
     positions = context.length + start + jnp.arange(ids.shape[0], dtype=jnp.int32)
 
     def attend(kv: KV, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[KV, jax.Array]:
-        kv, out, _ = attend_text(q, k, v, context, kv, start, layer, implementation)
+        kv, out, _ = attend_text(q, k, v, context, kv, start, length, layer, implementation)
         return kv, out
 
     hidden, (k, v) = llm.forward(llm.embed_tokens(ids), positions, attend, (text.k, text.v))

@@ -45,7 +45,7 @@ class AttentionScorer:
         return first, max(round(self.last_layer * depth), first + 1)
 
 
-_SLOTS, _TOKENS = 4096, 64
+_SLOTS, _TOKENS = 4096, 32
 """How many key slots and tokens of the question are scored at a time."""
 
 
@@ -115,7 +115,7 @@ def attention_scores(
 
     def attend(state: Any, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[Any, jax.Array]:
         kv, sums = state
-        kv, out, lse = attend_text(q, k, v, context, kv, text.global_length, layer, implementation)
+        kv, out, lse = attend_text(q, k, v, context, kv, text.global_length, end, layer, implementation)
         counts = (layer >= first_layer) & (layer < last_layer)
         add = jax.lax.cond(counts, lambda: mass(q, lse, layer), lambda: jnp.zeros_like(sums))
         return (kv, sums + add), out

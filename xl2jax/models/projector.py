@@ -6,6 +6,8 @@ import einops
 import jax
 from flax import nnx
 
+from xl2jax.ops.precision import gelu
+
 
 class Projector(nnx.Module):
     """Linear, exact GELU, Linear, on every position."""
@@ -16,7 +18,7 @@ class Projector(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., C] -> [..., D]."""
-        return self.fc2(nnx.gelu(self.fc1(x), approximate=False))
+        return self.fc2(gelu(self.fc1(x), approximate=False))
 
 
 def average_pool(x: jax.Array, stride: int) -> jax.Array:

@@ -9,6 +9,7 @@ from flax import nnx
 from xl2jax.config import VisionConfig
 from xl2jax.models.layers import scan_layers, stack_layers
 from xl2jax.ops.dense import dense_attention
+from xl2jax.ops.precision import gelu
 
 
 class VisionLayer(nnx.Module):
@@ -33,7 +34,7 @@ class VisionLayer(nnx.Module):
         y = self.norm1(x)
         q, k, v = (einops.rearrange(f(y), "f p (n h) -> f p n h", n=self.heads) for f in (self.q, self.k, self.v))
         x = x + self.out(einops.rearrange(dense_attention(q, k, v), "f p n h -> f p (n h)"))
-        return x + self.fc2(nnx.gelu(self.fc1(self.norm2(x)), approximate=True))
+        return x + self.fc2(gelu(self.fc1(self.norm2(x)), approximate=True))
 
 
 class VisionTower(nnx.Module):

@@ -27,3 +27,11 @@ def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
     # XLA has no float16 product with float32 sums on CPUs.
     return jax.lax.platform_dependent(a, b, cpu=widened, default=einsum)
+
+
+def gelu(x: jax.Array, *, approximate: bool) -> jax.Array:
+    """The GELU activation, by tanh or exactly."""
+    if x.dtype == jnp.float64:
+        # cuBLAS would compute it together with the product before it, but not to float64.
+        x = jax.lax.optimization_barrier(x)
+    return jax.nn.gelu(x, approximate=approximate)

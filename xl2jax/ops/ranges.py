@@ -36,6 +36,10 @@ class Ranges(NamedTuple):
         """The ranges of the queries that `index` selects along the last axis."""
         return Ranges(*(x[..., index] for x in self))
 
+    def only(self, queries: Any) -> Ranges:
+        """The same ranges for `queries` (boolean), and nothing at all for the others."""
+        return Ranges(*(jnp.where(queries, x, 0) for x in self))
+
     def batched(self) -> Ranges:
         """[T] as [1, T]."""
         return Ranges(*(x[None] for x in self))
