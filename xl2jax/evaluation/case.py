@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +26,7 @@ from xl2jax.inference.cache import KVCache
 from xl2jax.inference.generate import TokenSampling
 from xl2jax.inference.layout import PrefillConfig, VideoLayout
 from xl2jax.inference.network import Network
-from xl2jax.inference.prefill import PrefillPlan, make_plan
+from xl2jax.inference.prefill import make_plan
 from xl2jax.models.dts import resample
 from xl2jax.models.projector import average_pool
 from xl2jax.models.video_xl2 import pad_to_groups
@@ -116,14 +115,17 @@ class Case:
 
     def visual_tokens(self) -> np.ndarray:
         """Visual tokens [G, V, D] by the compiled program."""
-        plan = make_plan(self.layout, PrefillConfig(), self.network.platform)
-        parts = [np.asarray(session.encode(self.network, plan, frames)) for frames in self._segments(plan)]
-        return np.concatenate(parts)[: self.layout.groups]
+        return np.concatenate([np.asarray(visual) for visual in self._visual])[: self.layout.groups]
 
-    def _segments(self, plan: PrefillPlan) -> Iterator[np.ndarray]:
+    @functools.cached_property
+    def _visual(self) -> list[jax.Array]:
+        """Visual tokens of each segment, [segment_groups, V, D]. They are the same whatever the prefill settings."""
+        plan = make_plan(self.layout, PrefillConfig(), self.network.platform)
         frames = plan.segment_groups * FRAMES_PER_GROUP
-        for first in range(0, len(self.pixels), frames):
-            yield self.pixels[first : first + frames]
+        return [
+            session.encode(self.network, plan, self.pixels[first : first + frames])
+            for first in range(0, len(self.pixels), frames)
+        ]
 
     def prefill(self, config: PrefillConfig) -> tuple[session.VideoKV, np.ndarray]:
         """The video's KV, and hidden states [N without suffix, D] in natural order."""
@@ -134,8 +136,8 @@ class Case:
         )
         hidden[: len(self.prefix)] = video.prefix_hidden[: len(self.prefix)]
         visuals = plan.step_groups * plan.visual_tokens
-        for frames in self._segments(plan):
-            steps, outputs = video.add(session.encode(self.network, plan, frames))
+        for visual in self._visual:
+            steps, outputs = video.add(visual)
             states = np.asarray(outputs)
             for i in range(plan.segment_steps):
                 spans = ((0, int(steps.visuals[i])), (visuals, visuals + int(steps.times[i])))
