@@ -170,6 +170,6 @@ def test_bad_options(refused: Callable[..., str]) -> None:
     assert "--groups" in refused(bench.main, "prefill", "--groups", "many")
     assert "--modes" in refused(bench.main, "decode", "--modes", "chunked")
     assert "--preset" in refused(bench.main, "prefill", "--preset", "huge")
-    assert "must be 1 or more" in refused(bench.main, "prefill", "--chunk-groups", "0")
+    assert "must be a whole number from 1" in refused(bench.main, "prefill", "--chunk-groups", "0")
     assert "--frames" in refused(bench.main, "e2e", "--frames", "30")
     assert "needs a GPU" in refused(bench.main, "kernels")

@@ -21,6 +21,7 @@ from xl2jax.inference import bilevel, compiled, generate, memory, relevance, ses
 from xl2jax.inference.generate import extend, sample
 from xl2jax.models.param_tree import flatten, unflatten
 from xl2jax.prompt import PromptTokenizer
+from xl2jax.system.backend import program_count
 
 
 def test_greedy_takes_the_largest() -> None:
@@ -115,10 +116,12 @@ def test_other_questions_compile_nothing(
     rng = np.random.default_rng(0)
     model.ask(watched, "What happens?", max_new_tokens=6)
     count_traces(monkeypatch, 0)
+    programs = program_count()
     for number in range(20):
         sampling = TokenSampling(float(rng.uniform(0, 2)), float(rng.uniform(0.1, 1)))
         words = "and what now? " * (1 + number % 4)
         model.ask(watched, words, max_new_tokens=int(rng.integers(1, 300)), sampling=sampling, seed=number)
+    assert (programs.compiled, programs.from_cache) == (0, 0)
 
 
 def test_a_longer_history_compiles_little(
@@ -197,6 +200,13 @@ def test_closing_gives_memory_back(model: xl2jax.Model, clip: Path) -> None:
     video.close()  # a second time has no effect
 
 
+def test_an_answer_cannot_close_its_video(model: xl2jax.Model, clip: Path) -> None:
+    with model.watch(clip, FrameSampling(max_frames=16)) as video:
+        with pytest.raises(UserError, match="cannot be closed while this thread generates an answer"):
+            model.ask(video, "What?", max_new_tokens=8, on_text=lambda _: video.close())
+        model.ask(video, "What?", max_new_tokens=1)  # it is still open
+
+
 def test_closing_waits_for_answers_that_are_being_given(model: xl2jax.Model, clip: Path) -> None:
     video = model.watch(clip, FrameSampling(max_frames=16))
     alone = model.ask(video, "What?", max_new_tokens=8).text
@@ -226,6 +236,14 @@ def test_a_refused_video_names_those_that_could_be_closed(
     monkeypatch.setattr(memory, "available_bytes", lambda: 0)
     with pytest.raises(UserError, match=r"other watched videos hold .* GiB: close\(\) them"):
         model.watch(clip)
+
+
+def test_an_answer_too_long_for_memory(
+    model: xl2jax.Model, watched: xl2jax.WatchedVideo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "available_bytes", lambda: 10**6)
+    with pytest.raises(UserError, match="shorten the question or ask for fewer new tokens"):
+        model.ask(watched, "What?", max_new_tokens=100_000)
 
 
 def test_threads_ask_one_video(model: xl2jax.Model, clip: Path) -> None:
@@ -305,9 +323,9 @@ def test_options_out_of_range(options: dict, message: str, model: xl2jax.Model, 
         (lambda: TokenSampling(-1.0), "temperature"),
         (lambda: TokenSampling(1.0, 0.0), "top-p"),
         (lambda: xl2jax.BilevelConfig(select_chunk_groups=0), "select chunk groups"),
-        (lambda: xl2jax.BilevelConfig(pool=0), "pool must be 1 or more"),
-        (lambda: xl2jax.BilevelConfig(top_chunks=-1), "top chunks must be 0 or more"),
-        (lambda: PrefillConfig(window_chunks=-1), "window chunks 0 or more"),
+        (lambda: xl2jax.BilevelConfig(pool=0), "pool must be a whole number from 1"),
+        (lambda: xl2jax.BilevelConfig(top_chunks=-1), "top chunks must be a whole number from 0"),
+        (lambda: PrefillConfig(window_chunks=-1), "window chunks must be a whole number from 0"),
         (lambda: xl2jax.AttentionScorer(0.5, 0.2), "relevance layers"),
         (lambda: xl2jax.RelevanceConfig("file"), "go together"),
     ],

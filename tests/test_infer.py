@@ -171,7 +171,7 @@ BAD = [
     ((), "nothing to ask"),
     (("--question", QUESTION, "--fps", 0), "fps must be above 0"),
     (("--question", QUESTION, "--max-frames", 2), "max frames must be from 4 to"),
-    (("--question", QUESTION, "--max-new-tokens", 0), "max new tokens must be 1 or more"),
+    (("--question", QUESTION, "--max-new-tokens", 0), "max new tokens must be a whole number from 1"),
     (("--question", QUESTION, "--top-p", 1.5), "top-p"),
     (("--question", QUESTION, "--temperature", -1), "temperature"),
     (("--question", QUESTION, "--window-chunks", -1), "window chunks"),
@@ -181,9 +181,13 @@ BAD = [
     (("--question", QUESTION, "--cache", "/nowhere/x"), "cannot be written (no such folder)"),
     (("--question", QUESTION, "--cache", "/etc/passwd/x"), "cannot be written"),
     (("--question", QUESTION, "--temperature", "nan"), "temperature"),
+    (("--question", QUESTION, "--folder-fps", "nan"), "folder fps"),
     (("--question", QUESTION, "--seed", -1), "seed must be"),
     (("--question", QUESTION, "--offload", "--top-chunks", "all"), "--offload has no use"),
-    (("--question", QUESTION, "--max-new-tokens", 10**9), "ask for fewer"),
+    (("--question", QUESTION, "--max-new-tokens", 10**9), "max new tokens must be a whole number"),
+    (("--question", QUESTION, "--pool", 99), "pool must be from 1 to 4"),
+    (("--question", QUESTION, "--window-chunks", 10**20), "window chunks must be a whole number"),
+    (("--question", QUESTION, "--pool", 8, "--top-chunks", "all"), "--pool has no effect"),
 ]
 
 

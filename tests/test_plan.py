@@ -20,7 +20,7 @@ from xl2jax.commands import plan
 from xl2jax.commands.flags import BilevelFlags
 from xl2jax.commands.plan import DEVICES, PlanArgs, largest, layout_of, predict
 from xl2jax.config import PRESETS
-from xl2jax.inference import compiled, memory, prefill, session
+from xl2jax.inference import compiled, memory, prefill
 from xl2jax.inference.generate import SuffixIds
 from xl2jax.inference.layout import PrefillConfig
 from xl2jax.inference.network import Network
@@ -56,7 +56,7 @@ def test_the_compiler_needs_no_more_than_predicted(name: str, quantized: bool) -
     config = PRESETS[name]
     layout = layout_of(config, None, 256, 1.0)
     step = prefill.make_plan(layout, PrefillConfig(), "cpu")
-    frames_at_once = session.frames_at_once("cpu")
+    frames_at_once = 4 * prefill.default_steps("cpu")[0]
     need = memory.memory_need(config, step, layout, None, "float32", "cpu", quantized=quantized)
     params = nnx.state(abstract_model(config, jnp.float32))
     network = Network(config, params, "blockwise", "cpu")
@@ -110,7 +110,7 @@ def test_command(checkpoint: Path, command: Callable[..., tuple[int, str, str]],
     assert "multiple of 4" in refused(plan.main, "--frames", 30)
     assert "--offload has no use" in refused(plan.main, "--offload", "--top-chunks", "all")
     assert "no such checkpoint" in refused(plan.main, "--checkpoint", "/none")
-    assert "must be 1 or more" in refused(plan.main, "--pool", 0)
+    assert "pool must be a whole number from 1" in refused(plan.main, "--pool", 0)
 
 
 def test_options_that_would_fit_do(command: Callable[..., tuple[int, str, str]]) -> None:

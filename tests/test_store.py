@@ -27,7 +27,7 @@ from xl2jax.inference.bilevel import BilevelConfig
 from xl2jax.inference.store import cache_key, check_cache_file, load_cache, save_cache
 from xl2jax.inference.video_cache import CacheConfig
 
-AGAIN = "watch the video again and save it anew"
+AGAIN = "remove the file, and watch the video again"
 
 
 @pytest.fixture(scope="module")

@@ -186,7 +186,7 @@ def test_formats_that_decord_reads_wrongly(suffix: str, tmp_path: Path) -> None:
     """The format counts, not the name."""
     path = write_video(tmp_path / f"a.{suffix}", constant(50), BY_SUFFIX[suffix])
     line = refusal(path.rename(tmp_path / "a.mp4"), backend="decord")
-    assert re.search("decord gives wrong frames of .* files, or none; use --video-backend pyav", line)
+    assert re.search("decord gives wrong frames of .* files, or none; use the backend pyav", line)
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mov", "3gp", "mkv", "webm", "vp9.webm", "flv", "ogv", "avi", "mjpeg.avi"])

@@ -33,3 +33,9 @@ def listing(names: Iterable[str], limit: int = 6) -> str:
     names = list(names)
     more = f" (+{len(names) - limit} more)" if len(names) > limit else ""
     return ", ".join(map(shorten, names[:limit])) + more
+
+
+def require_whole(name: str, value: object, low: int, high: int = 1 << 20) -> None:
+    """Raises UserError unless `value` is an int from `low` to `high`."""
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise UserError(f"{name} must be a whole number from {low} to {high:,}, not {shorten(value)}")

@@ -110,7 +110,7 @@ def _median(run: Callable[[], Any], repeats: int = 5) -> float:
     return float(np.median([timed(run)[0] for _ in range(repeats)]))
 
 
-@jax.jit
+@compiled.program
 def _vision(network: Network, frames: jax.Array) -> jax.Array:
     return network.model.vision(normalise(frames))
 
@@ -148,9 +148,12 @@ def encode(setup: Setup, frames: np.ndarray) -> jax.Array:
 
 def watch(setup: Setup, frames: np.ndarray) -> session.VideoKV:
     """From pixels on the host to a full cache, segment by segment, as in `Model.watch` without a file to read."""
-    video = setup.start()
+    video, previous = setup.start(), None
     for _ in range(setup.segments):
-        video.add(encode(setup, frames))
+        visual = encode(setup, frames)
+        video.add(visual)
+        jax.block_until_ready(previous)  # as `Model.watch` does, so that no more frames wait on the device
+        previous = visual
     return video.finish()
 
 

@@ -15,6 +15,9 @@ DEFAULT_CHECKPOINT = Path(__file__).parents[2] / "checkpoints" / "demo"
 """The bundled checkpoint of a source checkout. An installed wheel has none."""
 
 
+OFFLOAD_IS_DENSE = "--offload has no use with --top-chunks all, which reads all of the KV: leave one out"
+
+
 def require_checkpoint(checkpoint: str) -> None:
     """Raises UserError where `checkpoint` is the default one and does not exist."""
     if checkpoint == str(DEFAULT_CHECKPOINT) and not DEFAULT_CHECKPOINT.is_dir():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import os
 import platform
 import sys
@@ -18,13 +19,16 @@ import jax
 import tyro
 
 import xl2jax
-from xl2jax.commands.flags import DEFAULT_CHECKPOINT, BilevelFlags, PrefillFlags, require_checkpoint
+from xl2jax.checkpoint.sources import find_checkpoint
+from xl2jax.commands.flags import DEFAULT_CHECKPOINT, OFFLOAD_IS_DENSE, PrefillFlags, require_checkpoint
+from xl2jax.config import VideoXL2Config
 from xl2jax.errors import UserError
 from xl2jax.inference import memory
 from xl2jax.inference.api import Answer, Model
 from xl2jax.inference.bilevel import BilevelConfig
-from xl2jax.inference.generate import TokenSampling
+from xl2jax.inference.generate import TokenSampling, check_answer_options
 from xl2jax.inference.layout import PrefillConfig
+from xl2jax.inference.selection import check_pool
 from xl2jax.inference.store import cache_key, check_cache_file, load_cache, save_cache, video_key
 from xl2jax.inference.video_cache import CacheConfig, WatchedVideo, read_thumbnails
 from xl2jax.prompt import check_unicode, suffix
@@ -42,12 +46,13 @@ class FrameArgs:
     """Which frames are read."""
 
     fps: float | Literal["uniform"] = 1.0
-    """Frames per second to read, or the rate at which a folder of images was taken. uniform reads --max-frames frames,
-    spread evenly over the video."""
+    """Frames per second to read. uniform reads --max-frames frames, spread evenly over the video."""
     max_fps: int = 4
     """Short videos are read at up to this many frames per second, as long as --max-frames is not exceeded."""
     max_frames: int = 256
     """The largest number of frames; a longer video is sampled evenly."""
+    folder_fps: float = 1.0
+    """Frames per second at which a folder of images was taken."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,30 +133,32 @@ class Request:
         """Checks the flags. Raises UserError for all errors that can be seen before anything is loaded."""
         _check_questions(args)
         require_checkpoint(args.checkpoint)
-        if args.answer.max_new_tokens < 1:
-            raise UserError(f"max new tokens must be 1 or more, not {args.answer.max_new_tokens}")
-        if not 0 <= args.answer.seed < 2**32:
-            raise UserError(f"seed must be from 0 to {2**32 - 1}, not {args.answer.seed}")
+        check_answer_options(args.answer.max_new_tokens, args.answer.seed)
         require_video_path(args.video)
         _check_files(args)
         compute, fps = args.compute, None if args.frames.fps == "uniform" else args.frames.fps
         if compute.offload and compute.top_chunks == "all":
-            raise UserError("--offload has no use with --top-chunks all, which reads all of the KV: leave one out")
-        bilevel: BilevelConfig | None = BilevelConfig(pool=compute.pool)  # a short video may have fewer than 2 chunks
-        if compute.top_chunks is not None:
-            bilevel = BilevelFlags(top_chunks=compute.top_chunks, pool=compute.pool).config()
+            raise UserError(OFFLOAD_IS_DENSE)
+        if not 0 < args.frames.folder_fps < math.inf:
+            raise UserError(f"folder fps must be above 0, not {args.frames.folder_fps}")
+        top = compute.top_chunks
+        if top == "all" and compute.pool != ComputeArgs.pool:
+            raise UserError("--pool has no effect with --top-chunks all, which pools nothing: leave one out")
         request = cls(
             args,
             frames=FrameSampling(fps, args.frames.max_fps, args.frames.max_frames),
-            folder_fps=fps or 1.0,
+            folder_fps=args.frames.folder_fps,
             prefill=PrefillFlags(window_chunks=compute.window_chunks).config(),
-            bilevel=bilevel,
+            bilevel=None if top == "all" else BilevelConfig(pool=compute.pool, top_chunks=top),
             cache=CacheConfig(compute.cache_dtype, compute.offload),
             tokens=TokenSampling(args.answer.temperature, args.answer.top_p),
             reads_cache=args.cache is not None and args.cache.exists(),
         )
         if args.cache is not None and request.reads_cache:
-            check_cache_file(args.cache, video_key(args.video, request.frames, request.folder_fps, request.prefill))
+            key = video_key(args.video, request.frames, request.folder_fps, request.prefill)
+            if compute.cache_dtype is not None or compute.dtype is not None:
+                key["dtype"] = compute.cache_dtype or compute.dtype
+            check_cache_file(args.cache, key)
         return request
 
     def open(self) -> Clip:
@@ -190,9 +197,12 @@ def main() -> int:
     request = Request.check(args)
     programs = program_count()
     clip = None if request.reads_cache else request.open()
+    folder = find_checkpoint(args.checkpoint)
+    if request.bilevel is not None:
+        check_pool(request.bilevel, VideoXL2Config.from_hf(folder).visual_tokens)
     start_backend()
     started = time.perf_counter()
-    model = xl2jax.load(args.checkpoint, dtype=args.compute.dtype, progress=True)
+    model = xl2jax.load(folder, dtype=args.compute.dtype, progress=True)
     load_seconds = time.perf_counter() - started
     for question in args.questions:
         suffix(model.tokenizer, question)  # a question that is too long is refused before the video is watched
@@ -273,13 +283,14 @@ def _interact(request: Request, model: Model, video: WatchedVideo, earlier: list
         if not line.strip():
             continue
         try:
-            check_unicode(line)
+            question = line.strip()
+            check_unicode(question)
             history = [(a.question, a.text) for a in [*earlier, *answers]]
-            answers.append(_ask(request, model, video, line.strip(), history))
+            answers.append(_ask(request, model, video, question, history))
         except OutputError:
             raise
         except UserError as e:  # a refused question does not end the conversation
-            print(f"error: {e}", file=sys.stderr)
+            print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
             refused += 1
 
 

@@ -24,17 +24,19 @@ import tyro
 from flax import nnx
 
 from xl2jax.checkpoint.sources import find_checkpoint
-from xl2jax.commands.flags import BilevelFlags, PrefillFlags
+from xl2jax.commands.flags import OFFLOAD_IS_DENSE, BilevelFlags, PrefillFlags
 from xl2jax.config import FRAMES_PER_GROUP, PRESETS, VideoXL2Config
 from xl2jax.errors import UserError
 from xl2jax.inference import flops, memory, prefill
 from xl2jax.inference.bilevel import BilevelConfig
 from xl2jax.inference.layout import VideoLayout
+from xl2jax.inference.selection import check_pool
 from xl2jax.models.param_tree import flatten
 from xl2jax.models.video_xl2 import abstract_model
 from xl2jax.prompt import PREFIX, PromptTokenizer, time_text
 from xl2jax.system.backend import start_backend
 from xl2jax.system.cards import DEVICES
+from xl2jax.video.frame_sampling import MAX_FRAMES
 
 VISION_SHARE, PREFILL_SHARE, DECODE_SHARE = 0.47, 0.56, 0.6
 """Shares that were reached of the datasheet's matrix rate (vision, prefill) and of its bandwidth (decoding)."""
@@ -183,13 +185,13 @@ def layout_of(config: VideoXL2Config, tokenizer: PromptTokenizer | None, frames:
 
 def main() -> int:
     args = tyro.cli(PlanArgs, prog="xl2jax plan")
-    if args.frames < FRAMES_PER_GROUP or args.frames % FRAMES_PER_GROUP:
-        raise UserError(f"--frames: a multiple of {FRAMES_PER_GROUP}, not {args.frames}")
-    if not args.seconds_per_frame > 0:
-        raise UserError(f"--seconds-per-frame must be above 0, not {args.seconds_per_frame}")
+    if not FRAMES_PER_GROUP <= args.frames <= MAX_FRAMES or args.frames % FRAMES_PER_GROUP:
+        raise UserError(f"--frames: a multiple of {FRAMES_PER_GROUP} up to {MAX_FRAMES:,}, not {args.frames}")
+    if not 0 < args.seconds_per_frame <= 3600:
+        raise UserError(f"--seconds-per-frame must be above 0, and at most 3600, not {args.seconds_per_frame}")
     args.prefill.config()
     if args.decode.config() is None and args.offload:
-        raise UserError("--offload has no use with --top-chunks all, which reads all of the KV: leave one out")
+        raise UserError(OFFLOAD_IS_DENSE)
     config, tokenizer = PRESETS["video-xl-2"], None
     if args.checkpoint is not None:
         folder: Path = find_checkpoint(args.checkpoint)
@@ -198,6 +200,8 @@ def main() -> int:
     if args.device == "here":
         start_backend(keep_programs=False)
     layout = layout_of(config, tokenizer, args.frames, args.seconds_per_frame)
+    if (bilevel := args.decode.config()) is not None:
+        check_pool(bilevel, layout.visual_tokens)
     prediction = predict(config, layout, args)
     fitting = args.frames if prediction.fits else largest(config, layout, args)
     others = [] if prediction.fits else alternatives(config, layout, args)

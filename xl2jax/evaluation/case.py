@@ -21,14 +21,13 @@ from xl2jax.checkpoint.convert import torch_to_orbax
 from xl2jax.checkpoint.params import load_params
 from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.errors import UserError
-from xl2jax.inference import session
+from xl2jax.inference import compiled, session
 from xl2jax.inference.cache import KVCache
 from xl2jax.inference.generate import TokenSampling
 from xl2jax.inference.layout import PrefillConfig, VideoLayout
 from xl2jax.inference.network import Network
 from xl2jax.inference.prefill import make_plan
 from xl2jax.models.dts import resample
-from xl2jax.models.projector import average_pool
 from xl2jax.models.video_xl2 import pad_to_groups
 
 VIDEO_ID = -200
@@ -88,10 +87,10 @@ class Case:
     def stages(self) -> dict[str, np.ndarray]:
         """Every vision stage in upstream's layout, computed a few frames at a time.
 
-        The language model does not get these: `prefill` encodes the frames by the compiled program.
+        The last of them, the visual tokens, come from the compiled program that answers questions use.
         """
 
-        @jax.jit
+        @compiled.program
         def encode(network: Network, pixels: jax.Array) -> dict[str, jax.Array]:
             model = network.model
             features = model.vision(pixels)
@@ -103,7 +102,6 @@ class Case:
                 "interpolated": interpolated,
                 "dts": groups.transpose(0, 3, 1, 2),
                 "projected": projected.reshape(len(projected), -1, projected.shape[-1]),
-                "visual_tokens": average_pool(projected, self.config.pool_stride),
             }
 
         parts = [
@@ -111,6 +109,7 @@ class Case:
             for i in range(0, len(self.pixels), _FRAMES_AT_ONCE)
         ]
         stages = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+        stages["visual_tokens"] = stages["visual_tokens_e2e"] = self.visual_tokens()
         return {k: x[: self.frames] if k in ("vision_features", "interpolated") else x for k, x in stages.items()}
 
     def visual_tokens(self) -> np.ndarray:
@@ -172,7 +171,7 @@ class Reply(NamedTuple):
     ids: np.ndarray
 
 
-@jax.jit
+@compiled.program
 def _logits(network: Network, hidden: jax.Array) -> jax.Array:
     return network.model.llm.logits(hidden)
 

@@ -67,6 +67,8 @@ class NeedleConfig:
             raise UserError(f"--frames: multiples of {FRAMES_PER_GROUP}, not {','.join(map(str, self.frames))}")
         if self.cases < 1 or self.others < 0:
             raise UserError("--cases must be 1 or more, --others 0 or more")
+        if self.seed < 0:
+            raise UserError(f"--seed must be 0 or more, not {self.seed}")
 
 
 @dataclasses.dataclass(frozen=True)

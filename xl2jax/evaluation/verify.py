@@ -26,7 +26,7 @@ from xl2jax.checkpoint.param_names import Entry, entries
 from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.errors import UserError
 from xl2jax.evaluation.case import Case, case_pixels
-from xl2jax.inference import session
+from xl2jax.inference import compiled, session
 from xl2jax.inference.bilevel import BilevelConfig
 from xl2jax.inference.cache import KVArray, unpack
 from xl2jax.inference.layout import PrefillConfig, natural_ranges
@@ -82,8 +82,6 @@ def dense_outputs(case: Case, wanted: set[str]) -> dict[str, np.ndarray]:
         for time_ids, visual in zip(case.time_ids, case.stages["visual_tokens"], strict=True):
             parts += [embed[time_ids], visual]
         out["inputs_embeds"] = np.concatenate([*parts, embed[case.suffix]])
-    if "visual_tokens_e2e" in wanted:
-        out["visual_tokens_e2e"] = case.visual_tokens()
     if {"logits", "generated"} & wanted:
         kv, hidden = case.prefill(PrefillConfig(window_chunks=None))
         reply = case.answer(kv.cache)
@@ -161,7 +159,7 @@ def train_rows(case: Case) -> Iterator[Row]:
     tokens = TokenBatch(*(jnp.asarray(x, jnp.int32)[None] for x in (ids, visual, labels)))
     pixels = pad_to_groups(jnp.asarray(case_pixels(frames, case.config.vision.image_size)))[None]
 
-    @jax.jit
+    @compiled.program
     @jax.value_and_grad
     def loss_of(network: Network, pixels: jax.Array, tokens: TokenBatch) -> jax.Array:
         total, count = token_loss(network.model, pixels, tokens, remat=True)

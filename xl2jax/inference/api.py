@@ -30,7 +30,7 @@ from xl2jax.config import FRAMES_PER_GROUP, VideoXL2Config
 from xl2jax.errors import UserError
 from xl2jax.inference import compiled, memory, session
 from xl2jax.inference.bilevel import BilevelConfig
-from xl2jax.inference.generate import TokenSampling
+from xl2jax.inference.generate import TokenSampling, check_answer_options
 from xl2jax.inference.layout import PrefillConfig, VideoLayout
 from xl2jax.inference.network import Network
 from xl2jax.inference.offload import to_host
@@ -147,7 +147,6 @@ class Model:
         thumbnails: list[tuple[float, np.ndarray]] = []
         count = 0
         with (
-            self.network.precision(),
             tqdm(total=len(clip.indices), desc="watch", unit="frame", disable=not progress) as bar,
         ):
             video_prefill = session.VideoPrefill(
@@ -272,12 +271,9 @@ class Model:
         """
         if video not in self._videos:
             raise UserError(f"{video.path}: was watched by another model; watch it with the model that is asked")
-        if max_new_tokens < 1:
-            raise UserError(f"max new tokens must be 1 or more, not {max_new_tokens}")
+        check_answer_options(max_new_tokens, seed)
         sampling = sampling or TokenSampling()
-        if not 0 <= seed < 2**32:
-            raise UserError(f"seed must be from 0 to {2**32 - 1}, not {seed}")
-        with video.reading(), self.network.precision():
+        with video.reading():
             return self._ask(
                 video,
                 question,

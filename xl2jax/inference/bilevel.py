@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xl2jax.arithmetic import ceil_div
-from xl2jax.errors import UserError
+from xl2jax.errors import require_whole
 from xl2jax.inference.cache import KVArray, KVCache, unpack
 from xl2jax.inference.layout import VideoLayout, bucket
 from xl2jax.models.layers import rope_tables, rotate
@@ -39,11 +39,10 @@ class BilevelConfig:
     """How many blocks relevance chooses. None chooses 2, or all blocks of a video that has fewer."""
 
     def __post_init__(self) -> None:
-        for name in ("select_chunk_groups", "pool"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name.replace('_', ' ')} must be 1 or more, not {getattr(self, name)}")
-        if self.top_chunks is not None and self.top_chunks < 0:
-            raise UserError(f"top chunks must be 0 or more, not {self.top_chunks}")
+        require_whole("select chunk groups", self.select_chunk_groups, 1)
+        require_whole("pool", self.pool, 1)
+        if self.top_chunks is not None:
+            require_whole("top chunks", self.top_chunks, 0)
 
     def blocks(self, layout: VideoLayout) -> int:
         """B, the number of selection blocks of a video."""

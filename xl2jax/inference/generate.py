@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xl2jax.errors import UserError
+from xl2jax.errors import UserError, require_whole
 from xl2jax.inference.cache import KV, KVCache, attend_text
 from xl2jax.models.qwen2 import Qwen2
 
@@ -32,6 +32,12 @@ class TokenSampling:
     def traced(self) -> Sampling:
         """The settings as arguments of a compiled program, so that another temperature compiles nothing."""
         return Sampling(np.float32(self.temperature), np.float32(self.top_p))
+
+
+def check_answer_options(max_new_tokens: int, seed: int) -> None:
+    """Raises UserError for values out of range."""
+    require_whole("max new tokens", max_new_tokens, 1)
+    require_whole("seed", seed, 0, 2**32 - 1)
 
 
 class Sampling(NamedTuple):

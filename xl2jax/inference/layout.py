@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from xl2jax.arithmetic import ceil_div, round_up
-from xl2jax.errors import UserError
+from xl2jax.errors import require_whole
 from xl2jax.ops.ranges import Ranges
 
 
@@ -42,8 +42,9 @@ class PrefillConfig:
     window_chunks: int | None = 3
 
     def __post_init__(self) -> None:
-        if self.chunk_groups < 1 or (self.window_chunks is not None and self.window_chunks < 0):
-            raise UserError("chunk groups must be 1 or more, window chunks 0 or more")
+        require_whole("chunk groups", self.chunk_groups, 1)
+        if self.window_chunks is not None:
+            require_whole("window chunks", self.window_chunks, 0)
 
 
 class Tokens(NamedTuple):

@@ -117,9 +117,10 @@ def available_bytes() -> int:
     with contextlib.suppress(OSError, KeyError, ValueError), open("/proc/meminfo") as f:
         fields = dict(line.split(":", 1) for line in f)
         free.append(int(fields["MemAvailable"].split()[0]) << 10)
-    with contextlib.suppress(OSError, ValueError):  # the limit of a container; "max" means that there is none
+    with contextlib.suppress(OSError, ValueError, KeyError):  # the limit of a container; "max" means that there is none
         limit, used = (int(Path("/sys/fs/cgroup", n).read_text()) for n in ("memory.max", "memory.current"))
-        free.append(limit - used)
+        counts = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
+        free.append(limit - used + int(counts["inactive_file"]))  # files that the kernel keeps until memory is short
     return min(free) if free else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 

@@ -51,8 +51,10 @@ class AnswerStream:
         return self._tokenizer.decode(ids[:-1] if ids and ids[-1] in self._stop else ids)
 
     def __call__(self, ids: list[int], final: bool = False) -> None:
+        if self._on_text is None:
+            return
         text = self._text(ids)
-        if self._on_text is None or (text.endswith("\ufffd") and not final):
+        if text.endswith("\ufffd") and not final:
             return
         if text[len(self._sent) :]:
             self._on_text(text[len(self._sent) :])

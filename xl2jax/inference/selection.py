@@ -46,6 +46,8 @@ class RelevanceConfig:
     def __post_init__(self) -> None:
         if (self.scorer == "file") != (self.file is not None):
             raise UserError("relevance: the file scorer and a selection file go together")
+        if self.file is None and (self.category is not None or self.missing != "error"):
+            raise UserError("relevance: category and missing have no effect without a selection file")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +62,15 @@ class Chunk:
     dense: bool
 
 
+def check_pool(bilevel: BilevelConfig, visual_tokens: int) -> None:
+    """Raises UserError for a pool that no group of the model's visual tokens fills."""
+    if bilevel.pool > visual_tokens:
+        raise UserError(f"pool must be from 1 to {visual_tokens} (visual tokens a group), not {bilevel.pool}")
+
+
 def check_bilevel(bilevel: BilevelConfig, layout: VideoLayout) -> None:
     """Raises UserError for settings that do not fit a video."""
-    if bilevel.pool > layout.visual_tokens:
-        raise UserError(f"pool must be from 1 to {layout.visual_tokens} (visual tokens a group), not {bilevel.pool}")
+    check_pool(bilevel, layout.visual_tokens)
     blocks, top = bilevel.blocks(layout), bilevel.top(layout)
     if top > blocks:
         raise UserError(f"top chunks must be from 0 to {blocks} (the video has {blocks} chunks), not {top}")
@@ -88,9 +95,6 @@ def choose_context(
 ) -> tuple[KVCache, list[Chunk]]:
     """The cache that an answer reads, and its selection blocks. The list is empty where the whole cache is dense."""
     kv = video.kv
-    if bilevel is None:
-        return session.whole_cache(kv), []
-    check_bilevel(bilevel, kv.layout)
     if relevance.scorer == "file":
         selection = selection_for(relevance, Path(video.path), question)
         if selection is None:
@@ -104,7 +108,10 @@ def choose_context(
                 f"{relevance.file}: selects unit {max(selection.units)}, the video has {units} as it was sampled"
             )
         chosen = session.context_of_units(network, kv, selection.units, bilevel)
+    elif bilevel is None:
+        return session.whole_cache(kv), []
     else:
+        check_bilevel(bilevel, kv.layout)
         scorer = relevance.attention if relevance.scorer == "attention" else relevance.scorer
         if isinstance(scorer, AttentionScorer) and scorer.keys == "auto":
             _announce(

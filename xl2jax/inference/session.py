@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xl2jax.arithmetic import round_up
 from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.errors import UserError
 from xl2jax.inference import compiled, memory, prefill
@@ -54,16 +53,10 @@ def encode(network: Network, plan: PrefillPlan, frames: np.ndarray) -> jax.Array
     Frames are uint8, or floating-point pixels in [-1, 1]. Missing frames are padded with zeros.
     """
     segment_frames = plan.segment_groups * FRAMES_PER_GROUP
-    at_once = min(frames_at_once(network.platform), segment_frames)
-    missing = round_up(segment_frames, at_once) - len(frames)
+    missing = segment_frames - len(frames)
     if missing:
         frames = np.pad(frames, ((0, missing), (0, 0), (0, 0), (0, 0)))
-    return compiled.encode(network, frames, frames_at_once=at_once)[: plan.segment_groups]
-
-
-def frames_at_once(platform: str) -> int:
-    """Frames that the vision tower takes together."""
-    return FRAMES_PER_GROUP * prefill.default_steps(platform)[0]
+    return compiled.encode(network, frames, frames_at_once=plan.step_groups * FRAMES_PER_GROUP)
 
 
 class VideoPrefill:

@@ -266,7 +266,9 @@ class _CacheFile:
             raise self._damaged(str(e)) from None
 
     def _damaged(self, reason: str) -> UserError:
-        return UserError(f"{self._path}: cannot be used ({shorten(reason)}): watch the video again and save it anew")
+        return UserError(
+            f"{self._path}: cannot be used ({shorten(reason)}): remove the file, and watch the video again"
+        )
 
     def __enter__(self) -> _CacheFile:
         return self
@@ -300,8 +302,8 @@ def _check_key(path: Path, made: dict[str, Any], wanted: dict[str, Any]) -> None
                 change = ", ".join(
                     f"{k} was {shorten(str(old.get(k)))}, now it is {v}" for k, v in value.items() if old.get(k) != v
                 )
-                raise UserError(f"{path}: made with other {name} settings ({change})")
+                raise UserError(f"{path}: made with other {name} settings ({change}); remove it or name another file")
             what = {"video": "another video", "checkpoint": "another checkpoint"}.get(
                 name, f"{name} {shorten(str(old))}, not {value}"
             )
-            raise UserError(f"{path}: made from {what}")
+            raise UserError(f"{path}: made from {what}; remove it or name another file")

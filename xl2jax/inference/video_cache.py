@@ -59,7 +59,8 @@ class WatchedVideo:
     thumbnails: list[tuple[float, np.ndarray]]
     """Up to 12 evenly spread (seconds, uint8 [64, 64, 3]); empty where the cache came from a file."""
     closed: bool = False
-    _readers: int = 0
+    _readers: list[int] = dataclasses.field(default_factory=list)
+    """Threads that generate an answer now."""
     _free: threading.Condition = dataclasses.field(default_factory=threading.Condition)
     """Its lock is held while `closed` or `_readers` change."""
 
@@ -77,18 +78,23 @@ class WatchedVideo:
         with self._free:
             if self.closed:
                 raise UserError(f"{self.path}: the watched video was closed")
-            self._readers += 1
+            self._readers.append(threading.get_ident())
         try:
             yield
         finally:
             with self._free:
-                self._readers -= 1
+                self._readers.remove(threading.get_ident())
                 self._free.notify_all()
 
     def close(self) -> None:
-        """Frees the video's memory. It first waits for answers that other threads are generating."""
+        """Frees the video's memory. It first waits for answers that other threads are generating.
+
+        Raises UserError if the calling thread is itself in the middle of an answer.
+        """
         with self._free:
-            self._free.wait_for(lambda: self._readers == 0)
+            if threading.get_ident() in self._readers:
+                raise UserError(f"{self.path}: cannot be closed while this thread generates an answer about it")
+            self._free.wait_for(lambda: not self._readers)
             if not self.closed:
                 self.closed = True
                 del self.kv

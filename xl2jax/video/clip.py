@@ -106,12 +106,14 @@ class Clip:
 def open_reader(path: Path, backend: Backend = "auto", folder_fps: float = 1.0, threads: int = 0) -> Reader:
     """Opens a file with PyAV (`pyav` or `auto`) or decord, and a folder as images at `folder_fps`."""
     require_video_path(path)
+    if backend not in ("auto", "pyav", "decord"):
+        raise UserError(f"video backend {backend!r}: choose auto, pyav or decord")
     if path.is_dir():
         return ImageReader(images_in(path), folder_fps)
     if backend != "decord":
         return PyAVReader(path, threads)
     if importlib.util.find_spec("decord") is None:
-        raise UserError("video backend decord is not installed; use --video-backend pyav")
+        raise UserError("the video backend decord is not installed; use pyav")
     return DecordReader(path)
 
 
@@ -162,7 +164,7 @@ def _model_times(path: Path, reader: Reader, indices: np.ndarray, times: FrameTi
         return by_rate
     logger.warning(
         "warning: %s: the frame rate varies: the model is given presentation times, which differ by up to %.1f s from "
-        "frame number / rate (--frame-times upstream gives the latter)",
+        "frame number / rate",
         path,
         difference,
     )

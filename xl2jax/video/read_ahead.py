@@ -163,7 +163,7 @@ def read_resized(
             except TimeoutError:
                 raise UserError(
                     f"{name}: the decoder gave no frame for {stall_seconds:.0f} s at {index / reader.fps:.1f} s of the "
-                    "video; try another --video-backend or repair the file"
+                    "video; repair the file or convert it to another format"
                 ) from None
             if frame is None:
                 return  # the file ended early: frames of later spans would leave a gap

@@ -178,7 +178,7 @@ class DecordReader(_IndexedReader):
         name = self._index.container
         if not name.startswith(self._FORMATS) or (name == "avi" and not self._index.numbers):
             kind = "avi files with B-frames" if name == "avi" else f"{name} files"
-            raise UserError(f"{path}: decord gives wrong frames of {kind}, or none; use --video-backend pyav")
+            raise UserError(f"{path}: decord gives wrong frames of {kind}, or none; use the backend pyav")
         # For a file that it cannot open, decord raises its own error or RuntimeError.
         try:
             self._reader = decord.VideoReader(str(path.absolute()), num_threads=1)
@@ -186,9 +186,7 @@ class DecordReader(_IndexedReader):
         except Exception as e:
             raise UserError(f"{path}: not a video that decord can read ({first_line(e)}); pyav reads more") from None
         if count != self.total:
-            raise UserError(
-                f"{path}: decord counts {count} frames where {self.total} are shown; use --video-backend pyav"
-            )
+            raise UserError(f"{path}: decord counts {count} frames where {self.total} are shown; use the backend pyav")
 
     def spans(self, indices: np.ndarray) -> list[np.ndarray]:
         return [indices]
