@@ -29,7 +29,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def row(command: str, args: object, mode: str, size: int) -> dict[str, Any]:
         kind, function = bench.ROWS[command]
-        return function(kind(**dataclasses.asdict(args)), mode, size)  # type: ignore[call-overload]
+        return function(bench.restored(kind, dataclasses.asdict(args)), mode, size)  # type: ignore[call-overload]
 
     monkeypatch.setattr(bench, "_in_own_process", row)
 

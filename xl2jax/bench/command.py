@@ -24,11 +24,9 @@ from xl2jax.bench.llm import DecodeArgs, PrefillArgs, decode_row, prefill_row
 from xl2jax.bench.read import MODES, ReadArgs, ensure_video, parse_synthetic, read_row
 from xl2jax.bench.setup import machine
 from xl2jax.bench.train import TrainBenchArgs, train_rows
-from xl2jax.commands.flags import choices, whole_numbers
+from xl2jax.commands.flags import BilevelFlags, PrefillFlags, choices, whole_numbers
 from xl2jax.config import FRAMES_PER_GROUP, PRESETS
 from xl2jax.errors import UserError
-from xl2jax.inference.bilevel import BilevelConfig
-from xl2jax.inference.layout import PrefillConfig
 from xl2jax.system.backend import start_backend
 from xl2jax.system.tables import print_table
 from xl2jax.system.terminal import run_command
@@ -56,7 +54,7 @@ def main() -> None:
 
 def _prefill(args: PrefillArgs) -> None:
     _check_preset(args.preset)
-    PrefillConfig(args.chunk_groups, args.window_chunks)  # raises UserError for sizes out of range
+    args.prefill.config()  # raises UserError for sizes out of range
     _check_step_groups(args.step_groups)
     modes = choices("--modes", args.modes, ("chunked", "dense"))
     _run_rows("prefill", args, modes, whole_numbers("--groups", args.groups))
@@ -64,7 +62,7 @@ def _prefill(args: PrefillArgs) -> None:
 
 def _decode(args: DecodeArgs) -> None:
     _check_preset(args.preset)
-    BilevelConfig(args.select_chunk_groups, args.pool, args.top_chunks)  # raises UserError for sizes out of range
+    args.decode.bilevel()  # raises UserError for sizes out of range
     modes = choices("--modes", args.modes, ("dense", "bilevel"))
     _run_rows("decode", args, modes, whole_numbers("--groups", args.groups))
 
@@ -94,8 +92,8 @@ def _train(args: TrainBenchArgs) -> None:
 
 def _e2e(args: E2EArgs) -> None:
     _check_preset(args.preset)
-    PrefillConfig(args.chunk_groups, args.window_chunks)  # both raise UserError for sizes out of range
-    BilevelConfig(args.select_chunk_groups, args.pool, args.top_chunks)
+    args.prefill.config()  # both raise UserError for sizes out of range
+    args.decode.bilevel()
     _check_step_groups(args.step_groups)
     frames = whole_numbers("--frames", args.frames)
     if any(f % FRAMES_PER_GROUP for f in frames):
@@ -181,7 +179,13 @@ def _print_row(payload: str) -> None:
     command, fields, mode, size = json.loads(payload)
     kind, row = ROWS[command]
     start_backend(keep_programs=False)  # a row measures its own compilation
-    print(json.dumps(row(kind(**fields), mode, size)))
+    print(json.dumps(row(restored(kind, fields), mode, size)))
+
+
+def restored(kind: type, fields: dict[str, Any]) -> Any:
+    """Flags from their JSON: the inverse of `dataclasses.asdict`."""
+    groups: dict[str, type] = {"prefill": PrefillFlags, "decode": BilevelFlags}
+    return kind(**{name: groups[name](**value) if name in groups else value for name, value in fields.items()})
 
 
 def _compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -19,12 +19,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 from flax import nnx
 
 from xl2jax.bench.check import check_rows
 from xl2jax.bench.kernels import ceilings
 from xl2jax.bench.setup import DECODE_TOKENS, Setup, random_params, timed
-from xl2jax.commands.flags import whole_numbers
+from xl2jax.commands.flags import BilevelFlags, PrefillFlags, whole_numbers
 from xl2jax.config import FRAMES_PER_GROUP, PRESETS, VideoXL2Config
 from xl2jax.inference import compiled, flops, memory, session
 from xl2jax.inference.bilevel import BilevelConfig
@@ -54,13 +55,10 @@ class E2EArgs:
     """PNG of seconds by stage and of peak memory, with --video or --synthetic."""
     preset: str = "video-xl-2"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    chunk_groups: int = 4
-    window_chunks: int = 3
+    prefill: tyro.conf.OmitArgPrefixes[PrefillFlags] = dataclasses.field(default_factory=PrefillFlags)
     step_groups: int | None = None
     """Groups that go through the networks together; by default as many as in infer.py on this device."""
-    top_chunks: int = 2
-    select_chunk_groups: int = 4
-    pool: int = 4
+    decode: tyro.conf.OmitArgPrefixes[BilevelFlags] = dataclasses.field(default_factory=BilevelFlags)
     dense_up_to: int = 2048
     """Dense prefill is also timed, up to this many frames."""
     whole: bool = True
@@ -206,21 +204,20 @@ def whole_row(setup: Setup, bilevel: BilevelConfig) -> dict[str, Any]:
 def video_row(args: E2EArgs, params: nnx.State, count: int, ceiling: float, profile: _Profiler) -> dict[str, Any]:
     """Times one video: prefill, a question, decoding, and the whole run. Its memory is freed afterwards."""
 
-    def setup(window: int | None) -> tuple[Setup, PrefillConfig]:
-        config = PrefillConfig(args.chunk_groups, window)
-        return Setup(
-            PRESETS[args.preset], params, count // FRAMES_PER_GROUP, config, args.step_groups, args.attention
-        ), config
+    def setup(config: PrefillConfig) -> Setup:
+        groups = count // FRAMES_PER_GROUP
+        return Setup(PRESETS[args.preset], params, groups, config, args.step_groups, args.attention)
 
-    video, config = setup(args.window_chunks)
-    bilevel = BilevelConfig(args.select_chunk_groups, args.pool, args.top_chunks)
+    config = args.prefill.config()
+    video = setup(config)
+    bilevel = args.decode.bilevel()
     check_bilevel(bilevel, video.layout)
     row: dict[str, Any] = {"stage": "video", "frames": count, "tokens": video.layout.tokens}
     row |= cached_row(video, config, bilevel, ceiling, profile)
     row |= whole_row(video, bilevel) if args.whole else {}
     row["peak_gib"] = memory.peak_bytes() / 2**30
     if count <= args.dense_up_to:
-        dense, _ = setup(None)
+        dense = setup(dataclasses.replace(config, window_chunks=None))
         row["dense_prefill_s"] = _median(dense.prefill, 1)
     return row
 

@@ -13,8 +13,6 @@ from xl2jax.bench.e2e import E2EArgs
 from xl2jax.bench.read import ensure_video
 from xl2jax.commands.flags import DEFAULT_CHECKPOINT
 from xl2jax.inference import memory
-from xl2jax.inference.bilevel import BilevelConfig
-from xl2jax.inference.layout import PrefillConfig
 from xl2jax.inference.video_cache import CacheConfig
 from xl2jax.video.clip import FrameSampling, open_video
 from xl2jax.video.read_ahead import default_workers
@@ -52,11 +50,11 @@ def file_row(args: E2EArgs, _: str, frames: int) -> dict[str, Any]:
     alone, reader = time.perf_counter() - started, memory.host_peak_bytes() - before
     compilation = _Compilation()
     started = time.perf_counter()
-    bilevel = BilevelConfig(args.select_chunk_groups, args.pool, args.top_chunks)
+    bilevel = args.decode.bilevel()
     video = model.watch(
         path,
         sampling,
-        PrefillConfig(args.chunk_groups, args.window_chunks),
+        args.prefill.config(),
         bilevel=bilevel,
         cache=CacheConfig(args.cache_dtype, args.offload),
         progress=True,

@@ -8,11 +8,12 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+import tyro
 
 from xl2jax.bench.setup import DECODE_TOKENS, Setup, random_params, timed
+from xl2jax.commands.flags import BilevelFlags, PrefillFlags
 from xl2jax.config import PRESETS
 from xl2jax.inference import memory
-from xl2jax.inference.bilevel import BilevelConfig
 from xl2jax.inference.cache import KVCache
 from xl2jax.inference.layout import PrefillConfig
 from xl2jax.inference.selection import check_bilevel
@@ -26,8 +27,7 @@ class PrefillArgs:
     modes: str = "chunked,dense"
     preset: str = "bench"
     dtype: Literal["float32", "bfloat16"] = "float32"
-    chunk_groups: int = 4
-    window_chunks: int = 3
+    prefill: tyro.conf.OmitArgPrefixes[PrefillFlags] = dataclasses.field(default_factory=PrefillFlags)
     step_groups: int | None = None
     """Groups that go through the layers together; by default as many as in infer.py on this device."""
     attention: str = "auto"
@@ -42,16 +42,15 @@ class DecodeArgs:
     modes: str = "dense,bilevel"
     preset: str = "bench"
     dtype: Literal["float32", "bfloat16"] = "float32"
-    top_chunks: int = 2
-    select_chunk_groups: int = 4
-    pool: int = 4
+    decode: tyro.conf.OmitArgPrefixes[BilevelFlags] = dataclasses.field(default_factory=BilevelFlags)
     attention: str = "auto"
     json: bool = False
 
 
 def prefill_row(args: PrefillArgs, mode: str, groups: int) -> dict[str, Any]:
-    window = args.window_chunks if mode == "chunked" else None
-    config = PrefillConfig(args.chunk_groups, window)
+    config = args.prefill.config()
+    if mode == "dense":
+        config = dataclasses.replace(config, window_chunks=None)
     model = PRESETS[args.preset]
     setup = Setup(model, random_params(model, args.dtype), groups, config, args.step_groups, args.attention)
     jax.block_until_ready((setup.network.params, setup.visual))
@@ -77,7 +76,7 @@ def decode_row(args: DecodeArgs, mode: str, groups: int) -> dict[str, Any]:
     before = memory.used_bytes()
     setup.prefill(segments=1)
     prefilling, kv = timed(setup.prefill)
-    config = BilevelConfig(args.select_chunk_groups, args.pool, args.top_chunks)
+    config = args.decode.bilevel()
     check_bilevel(config, setup.layout)
 
     def question() -> tuple[KVCache, Any]:

@@ -56,6 +56,13 @@ class BilevelFlags:
             return None
         return BilevelConfig(self.select_chunk_groups, self.pool, self.top_chunks)
 
+    def bilevel(self) -> BilevelConfig:
+        """For what measures bi-level decoding itself. Raises UserError for dense decoding."""
+        config = self.config()
+        if config is None:
+            raise UserError("--top-chunks all: this measures bi-level decoding; give a number of chunks")
+        return config
+
 
 def whole_numbers(flag: str, text: str, low: int = 1, high: int = 1 << 20) -> list[int]:
     """Parses comma-separated whole numbers within [low, high]. Raises UserError."""
