@@ -190,7 +190,7 @@ def test_loss_equals_that_of_the_same_videos_in_frames(model: VideoXL2) -> None:
     size = model.config.vision.image_size
     scenes = [make_scene(2 * i, 1, events=1) for i in range(5)]
     frames = np.stack([[s.frame(f, size, size) for f in range(4)] for s in scenes])
-    encoded = model.encode_frames(normalise(jnp.asarray(frames.reshape(-1, size, size, 3))))
+    encoded = jax.jit(model.encode_frames)(normalise(jnp.asarray(frames.reshape(-1, size, size, 3))))
     candidates = [compose(seed, PHASE, TOKENIZER, VISUAL, PER_CLASS) for seed in range(20)]
     rows = stack([r for r in candidates if r.positions[-1] < len(r.positions)][:3])  # train.py has no position gaps
     rows = rows._replace(groups=rows.groups % len(scenes))

@@ -24,12 +24,15 @@ def test_activations_follow_the_parameters(dtype: str, checkpoint: object) -> No
         seen.extend(str(x.dtype) for x in (q, k, v))
         return state, q
 
-    x = net.llm.embed_tokens(jnp.array([1, 2]))
-    hidden, _ = net.llm.forward(x, jnp.arange(2), attend, None)
-    pixels = jnp.zeros((4, 70, 70, 3))
-    stages = [x, hidden, net.vision(pixels), net.dts(resample(net.vision(pixels), 4)), net.encode_frames(pixels)]
-    assert {*seen, *(str(s.dtype) for s in stages)} == {dtype}
-    assert net.llm.logits(hidden).dtype == jnp.float32
+    def stages(pixels: jax.Array) -> list[jax.Array]:
+        x = net.llm.embed_tokens(jnp.array([1, 2]))
+        hidden, _ = net.llm.forward(x, jnp.arange(2), attend, None)
+        features = net.vision(pixels)
+        return [net.llm.logits(hidden), x, hidden, features, net.dts(resample(features, 4)), net.encode_frames(pixels)]
+
+    logits, *others = jax.eval_shape(stages, jax.ShapeDtypeStruct((4, 70, 70, 3), jnp.float32))
+    assert {*seen, *(str(s.dtype) for s in others)} == {dtype}
+    assert logits.dtype == jnp.float32
 
 
 def test_bfloat16_errs_as_much_as_rounding_the_weights(checkpoint: Path, clip: Path) -> None:

@@ -309,6 +309,7 @@ def test_the_bundled_model_finds_needles(command: Callable[..., tuple[int, str, 
         assert found["random2"][family] <= ceiling  # pooled KV still tells some times
 
 
+@pytest.mark.slow
 def test_the_bundled_model_finds_needles_in_short_videos(command: Callable[..., tuple[int, str, str]]) -> None:
     """Of two groups, the first or the last."""
     status, out, err = command(

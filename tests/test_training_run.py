@@ -305,11 +305,14 @@ def same_training(a: Path, b: Path, checkpoint: Path) -> None:
 PACKED = ("--packing", "--max-length", 96, "--global-batch", 4)  # eight samples of some 46 tokens in four rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "flags"),
     [
         ((2, 2), PACKED),
-        *(pytest.param(mesh, (), marks=pytest.mark.slow) for mesh in ((1, 1), (8, 1), (2, 2))),
+        ((1, 1), ()),
+        ((8, 1), ()),
+        ((2, 2), ()),
     ],
 )
 def test_every_mesh_trains_as_one_device(
@@ -323,7 +326,7 @@ def test_every_mesh_trains_as_one_device(
 ) -> None:
     """Eight devices with all mesh axes give the result of one device; packed rows train as separate rows do.
 
-    The slow cases have only the data axis, only the fsdp axis, and two micro-batches of rows with one sample.
+    The other cases have only the data axis, only the fsdp axis, and two micro-batches of rows with one sample.
     """
     fsdp, tensor = mesh
     parts = ("--fsdp", fsdp, "--tensor", tensor, "--export", tmp_path / "out")
@@ -343,6 +346,7 @@ Telemetry.step = lambda *x: (time.sleep(0.5), step(*x))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_save_and_resume(trained: Trained, start: Start, tmp_path: Path, checkpoint: Path) -> None:
     """After SIGTERM to one of two processes both save the same step. One process resumes; two export the result."""
     flags = ("--global-batch", 8, "--epochs", 16, "--train", "llm.*", "--keep", 9)

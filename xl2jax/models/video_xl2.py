@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import einops
 import jax
 import jax.numpy as jnp
@@ -57,10 +59,11 @@ def normalise(frames: jax.Array) -> jax.Array:
     return frames.astype(jnp.float32) / 127.5 - 1.0
 
 
+@functools.cache
 def abstract_model(
     config: VideoXL2Config, param_dtype: jax.typing.DTypeLike, lora: LoRAConfig | None = None
 ) -> VideoXL2:
-    """The model with `jax.ShapeDtypeStruct` for parameters, which takes no memory."""
+    """The model with `jax.ShapeDtypeStruct` for parameters, which takes no memory. All callers share it: only read it."""
     return nnx.eval_shape(lambda: VideoXL2(config, param_dtype=param_dtype, rngs=nnx.Rngs(0), lora=lora))
 
 
