@@ -26,7 +26,7 @@ from xl2jax.testing import make_checkpoint, write_clip
 GOLDENS = Path(__file__).parent / "goldens"
 
 # Files that take longest run first, so that no process is left with a long one at the end.
-LONGEST = ["test_training_run", "test_verify", "test_synthetic", "test_infer", "test_generate", "test_model"]
+LONGEST = ["test_training_run", "test_verify", "test_needle", "test_infer", "test_generate", "test_model"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

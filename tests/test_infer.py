@@ -170,7 +170,7 @@ BAD = [
     (("--question", " "), "the question is empty"),
     ((), "nothing to ask"),
     (("--question", QUESTION, "--fps", 0), "fps must be above 0"),
-    (("--question", QUESTION, "--max-frames", 2), "max frames must be from 4 to"),
+    (("--question", QUESTION, "--max-frames", 2), "max frames must be a whole number from 4 to"),
     (("--question", QUESTION, "--max-new-tokens", 0), "max new tokens must be a whole number from 1"),
     (("--question", QUESTION, "--top-p", 1.5), "top-p"),
     (("--question", QUESTION, "--temperature", -1), "temperature"),

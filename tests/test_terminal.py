@@ -9,10 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import train
+from xl2jax.bench import command as bench
+from xl2jax.commands.infer import main as infer_main
 from xl2jax.errors import UserError
 from xl2jax.system.backend import start_backend
 from xl2jax.system.terminal import argument_text, explain
@@ -199,3 +203,22 @@ def test_a_second_run_of_infer_compiles_nothing(checkpoint: Path, clip: Path, tm
     first, second = twice({"XDG_CACHE_HOME": str(tmp_path)}, [sys.executable, "infer.py", *map(str, flags)])
     assert first["compiled"] > 10
     assert second == {"compiled": 0, "from_cache": first["compiled"]}
+
+
+@pytest.mark.parametrize(
+    ("main", "flags", "message"),
+    [
+        (infer_main, (), "Missing from python infer.py: --video PATH"),
+        (infer_main, ("--video", "a", "--max-frame", 3), "--max-frame, 3; Perhaps you meant: --max-frames INT"),
+        (infer_main, ("--video", "a", "--max-frames", "x"), "--max-frames: invalid literal for int()"),
+        (infer_main, ("--video", "a", "--dtype", "int4"), "invalid choice 'int4' for argument '--dtype'"),
+        (train.main, ("--bar",), "Unrecognized options: --bar"),
+        (bench.main, ("foo",), "Unrecognized options: foo; Available subcommands: prefill"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(
+    refused: Callable[..., str], main: Callable[[], int], flags: tuple[object, ...], message: str
+) -> None:
+    line = refused(main, *flags)
+    assert message in line
+    assert line.endswith("--help)")

@@ -135,7 +135,7 @@ def test_refusals(data: Path, tmp_path: Path, checkpoint: Path, copied: Path, re
     assert "cannot be created (File name too long)" in refuse("--export", tmp_path / ("x" * 300))
     if not os.access("/proc", os.W_OK):
         assert "/proc (not a folder that can be written to)" in refuse("--export", "/proc/out")
-    assert "max frames must be from 4" in refuse("--max-frames", 3)
+    assert "max frames must be a whole number from 4" in refuse("--max-frames", 3)
 
 
 def test_refusals_after_the_plan(

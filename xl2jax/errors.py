@@ -39,3 +39,9 @@ def require_whole(name: str, value: object, low: int, high: int = 1 << 20) -> No
     """Raises UserError unless `value` is an int from `low` to `high`."""
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise UserError(f"{name} must be a whole number from {low} to {high:,}, not {shorten(value)}")
+
+
+def require_number(name: str, value: object) -> None:
+    """Raises UserError unless `value` is an int or a float."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise UserError(f"{name} must be a number, not {shorten(repr(value))}")

@@ -29,7 +29,7 @@ from xl2jax.config import FRAMES_PER_GROUP, PRESETS
 from xl2jax.errors import UserError
 from xl2jax.system.backend import start_backend
 from xl2jax.system.tables import print_table
-from xl2jax.system.terminal import run_command
+from xl2jax.system.terminal import flag_errors, run_command
 
 type _RowArgs = PrefillArgs | DecodeArgs | ReadArgs | E2EArgs
 
@@ -47,7 +47,8 @@ def main() -> None:
         _print_row(sys.argv[2])
         return
     flags: dict[str, Any] = {name: kind for name, (kind, _) in _COMMANDS.items()}
-    args = tyro.extras.subcommand_cli_from_dict(flags, prog="xl2jax bench")
+    with flag_errors():
+        args = tyro.extras.subcommand_cli_from_dict(flags, prog="xl2jax bench")
     run = next(function for kind, function in _COMMANDS.values() if isinstance(args, kind))
     run(args)
 

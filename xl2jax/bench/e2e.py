@@ -41,6 +41,7 @@ class E2EArgs:
     """Times every stage of the whole model on random weights and random frames."""
 
     frames: str = "256,512,1024,2048,4096,10000"
+    """Comma-separated numbers of frames."""
     video: Path | None = None
     """A video file: times reading it, watching it with --checkpoint, and answering."""
     synthetic: str | None = None
@@ -50,11 +51,15 @@ class E2EArgs:
     fps: float = 1.0
     """Frames a second that are taken from the file, up to --frames."""
     cache_dtype: Literal["int8"] | None = None
+    """Keeps the video KV in 8 bits."""
     offload: bool = False
+    """Keeps the dense video KV in host memory."""
     plot: Path | None = None
     """PNG of seconds by stage and of peak memory, with --video or --synthetic."""
     preset: str = "video-xl-2"
+    """The sizes of the model, by name: video-xl-2 is the released one."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """The type of weights and activations."""
     prefill: tyro.conf.OmitArgPrefixes[PrefillFlags] = dataclasses.field(default_factory=PrefillFlags)
     step_groups: int | None = None
     """Groups that go through the networks together; by default as many as in infer.py on this device."""
@@ -68,7 +73,9 @@ class E2EArgs:
     profile: int = 0
     """Prints this many of the costliest kernels of each stage."""
     attention: str = "auto"
+    """The attention implementation; auto takes the fastest one for this device."""
     json: bool = False
+    """Prints the rows as JSON."""
 
 
 def kernels_of(run: Callable[[], Any], limit: int) -> list[dict[str, Any]]:

@@ -34,12 +34,15 @@ class KernelArgs:
     """Checks and times the GPU kernels at the released model's shapes."""
 
     groups: str = "8,120,400,1000,2500"
+    """Comma-separated lengths of the video, in groups of 4 frames."""
     windows: str = "3,11"
+    """Comma-separated numbers of chunks that a visual token sees before its own."""
     dense_up_to: int = 1000
     """cuDNN's dense attention is timed up to this many groups."""
     sweep: bool = False
     """Also times other block sizes and numbers of stages at the last of --groups."""
     json: bool = False
+    """Prints the rows as JSON."""
 
 
 def video_queries(groups: int, window: int | None, multiple: int = 128) -> tuple[Tokens, int]:

@@ -24,14 +24,20 @@ class PrefillArgs:
     """Times the LLM prefill alone."""
 
     groups: str = "64,128,256,512"
+    """Comma-separated lengths of the video, in groups of 4 frames."""
     modes: str = "chunked,dense"
+    """Comma-separated: chunked sees a window of chunks, dense the whole video."""
     preset: str = "bench"
+    """The sizes of the model, by name: video-xl-2 is the released one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """The type of weights and activations."""
     prefill: tyro.conf.OmitArgPrefixes[PrefillFlags] = dataclasses.field(default_factory=PrefillFlags)
     step_groups: int | None = None
     """Groups that go through the layers together; by default as many as in infer.py on this device."""
     attention: str = "auto"
+    """The attention implementation; auto takes the fastest one for this device."""
     json: bool = False
+    """Prints the rows as JSON."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +45,18 @@ class DecodeArgs:
     """Times a decode step and the first token of a question, on dense and bi-level caches."""
 
     groups: str = "64,128,256"
+    """Comma-separated lengths of the video, in groups of 4 frames."""
     modes: str = "dense,bilevel"
+    """Comma-separated: dense reads all of the KV, bilevel the chosen chunks and pooled KV."""
     preset: str = "bench"
+    """The sizes of the model, by name: video-xl-2 is the released one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """The type of weights and activations."""
     decode: tyro.conf.OmitArgPrefixes[BilevelFlags] = dataclasses.field(default_factory=BilevelFlags)
     attention: str = "auto"
+    """The attention implementation; auto takes the fastest one for this device."""
     json: bool = False
+    """Prints the rows as JSON."""
 
 
 def prefill_row(args: PrefillArgs, mode: str, groups: int) -> dict[str, Any]:

@@ -34,11 +34,14 @@ class ReadArgs:
     synthetic: str = "20m@720p"
     """Length and size of the video that is made and kept in build/: 90s, 20m or 1h @ 360p, 480p, 720p or 1080p."""
     frames: str = "400,1200"
+    """Comma-separated numbers of frames."""
     modes: str = ",".join(MODES)
     """decord: one get_batch, then resizing. sequential: one frame at a time. stream: as infer.py reads. overlap: stream
     beside a stand-in for the encoder, which sleeps as long as reading takes."""
     size: int = 384
+    """Height and width to which frames are resized, in pixels."""
     json: bool = False
+    """Prints the rows as JSON."""
 
 
 def parse_synthetic(text: str) -> tuple[int, int, int]:

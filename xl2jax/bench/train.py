@@ -31,18 +31,27 @@ class TrainBenchArgs:
     """Times optimizer steps of the whole model."""
 
     preset: str = "video-xl-2"
+    """The sizes of the model, by name: video-xl-2 is the released one."""
     frames: int = 148
     """Frames of each sample; stage 4 takes at most 148."""
     rows: int = 1
     """Samples on each device in a step."""
     train: Literal["lora", "lora+projector", "all"] = "lora"
+    """Which parameters are trained."""
     lora_rank: int = 64
+    """Rank of the adapters."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """The type of activations."""
     fsdp: int | None = None
+    """Devices over which parameters are sharded; by default all."""
     tensor: int = 1
+    """Devices over which each layer is split."""
     steps: int = 5
+    """Optimizer steps that are timed."""
     answer_tokens: int = 64
+    """Tokens of each answer."""
     json: bool = False
+    """Prints the rows as JSON."""
 
 
 def train_rows(args: TrainBenchArgs) -> Iterator[dict[str, Any]]:

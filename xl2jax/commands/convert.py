@@ -14,6 +14,7 @@ from xl2jax.checkpoint.orbax_folder import is_orbax
 from xl2jax.checkpoint.safetensors_io import DtypeName
 from xl2jax.checkpoint.sources import find_checkpoint
 from xl2jax.errors import UserError
+from xl2jax.system.terminal import flag_errors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,8 @@ class Args:
 
 
 def main() -> None:
-    args = tyro.cli(Args, prog="xl2jax convert")
+    with flag_errors():
+        args = tyro.cli(Args, prog="xl2jax convert")
     source = find_checkpoint(args.src)
     if args.reverse != is_orbax(source):
         kind = "is an Orbax checkpoint: add --reverse" if is_orbax(source) else "is not an Orbax checkpoint of xl2jax"

@@ -13,7 +13,7 @@ from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.errors import UserError
 from xl2jax.evaluation.questions import Kind, Question, ask
 from xl2jax.evaluation.scenes import Scene, make_scene, write_scene
-from xl2jax.system.terminal import require_stdout
+from xl2jax.system.terminal import flag_errors, require_stdout
 
 _GROUPS, _WIDTH, _HEIGHT = 32, 640, 360
 _KINDS: tuple[Kind, ...] = ("colour_of", "time", "exists")
@@ -45,7 +45,8 @@ def demo_questions(scene: Scene, seed: int) -> list[Question]:
 
 
 def main() -> None:
-    args = tyro.cli(DemoClipArgs, prog="xl2jax demo-clip")
+    with flag_errors():
+        args = tyro.cli(DemoClipArgs, prog="xl2jax demo-clip")
     require_stdout()
     scene = make_scene(2 * args.seed + 1, _GROUPS)  # training scenes have even seeds
     write_scene(args.path, scene, width=_WIDTH, height=_HEIGHT)

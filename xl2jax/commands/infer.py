@@ -34,7 +34,7 @@ from xl2jax.inference.video_cache import CacheConfig, WatchedVideo, read_thumbna
 from xl2jax.prompt import check_unicode, suffix
 from xl2jax.system.atomic import check_file_target
 from xl2jax.system.backend import ProgramCount, program_count, start_backend
-from xl2jax.system.terminal import OutputError, argument_text, require_stdout, stdin_is_closed
+from xl2jax.system.terminal import OutputError, argument_text, flag_errors, require_stdout, stdin_is_closed
 from xl2jax.video.clip import Clip, FrameSampling, open_video
 from xl2jax.video.containers import require_video_path
 
@@ -193,7 +193,8 @@ def _check_files(args: Args) -> None:
 
 def main() -> int:
     """Runs the command and returns its exit status."""
-    args = tyro.cli(Args, prog=None if sys.argv[0].startswith("xl2jax") else "python infer.py")
+    with flag_errors():
+        args = tyro.cli(Args, prog=None if sys.argv[0].startswith("xl2jax") else "python infer.py")
     request = Request.check(args)
     programs = program_count()
     clip = None if request.reads_cache else request.open()

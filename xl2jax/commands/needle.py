@@ -23,6 +23,7 @@ from xl2jax.inference.video_cache import CacheConfig
 from xl2jax.system.atomic import check_file_target
 from xl2jax.system.backend import start_backend
 from xl2jax.system.tables import print_table
+from xl2jax.system.terminal import flag_errors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +88,8 @@ class Args:
 
 
 def main() -> None:
-    args = tyro.cli(Args, prog="xl2jax needle")
+    with flag_errors():
+        args = tyro.cli(Args, prog="xl2jax needle")
     config = args.config()
     require_checkpoint(args.checkpoint)
     if args.plot is not None:

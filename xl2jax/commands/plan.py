@@ -36,6 +36,7 @@ from xl2jax.models.video_xl2 import abstract_model
 from xl2jax.prompt import PREFIX, PromptTokenizer, time_text
 from xl2jax.system.backend import start_backend
 from xl2jax.system.cards import DEVICES
+from xl2jax.system.terminal import flag_errors
 from xl2jax.video.frame_sampling import MAX_FRAMES
 
 VISION_SHARE, PREFILL_SHARE, DECODE_SHARE = 0.47, 0.56, 0.6
@@ -184,7 +185,8 @@ def layout_of(config: VideoXL2Config, tokenizer: PromptTokenizer | None, frames:
 
 
 def main() -> int:
-    args = tyro.cli(PlanArgs, prog="xl2jax plan")
+    with flag_errors():
+        args = tyro.cli(PlanArgs, prog="xl2jax plan")
     if not FRAMES_PER_GROUP <= args.frames <= MAX_FRAMES or args.frames % FRAMES_PER_GROUP:
         raise UserError(f"--frames: a multiple of {FRAMES_PER_GROUP} up to {MAX_FRAMES:,}, not {args.frames}")
     if not 0 < args.seconds_per_frame <= 3600:

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from xl2jax.system.terminal import flag_errors
 from xl2jax.training.config import PRESETS, Preset, TrainConfig
 from xl2jax.training.run import train
 
@@ -20,8 +21,9 @@ def parse(argv: Sequence[str]) -> TrainConfig:
     class Chosen:
         preset: Annotated[Preset, tyro.conf.arg(name="preset")] = "stage4"
 
-    chosen, _ = tyro.cli(Chosen, args=[a for a in argv if a not in ("-h", "--help")], return_unknown_args=True)
-    return tyro.cli(TrainConfig, prog="python train.py", args=list(argv), default=PRESETS[chosen.preset])
+    with flag_errors():
+        chosen, _ = tyro.cli(Chosen, args=[a for a in argv if a not in ("-h", "--help")], return_unknown_args=True)
+        return tyro.cli(TrainConfig, prog="python train.py", args=list(argv), default=PRESETS[chosen.preset])
 
 
 def main() -> int:

@@ -19,6 +19,7 @@ from xl2jax.config import VideoXL2Config
 from xl2jax.errors import UserError
 from xl2jax.evaluation.verify import SECTIONS, STEMS, Row, verify
 from xl2jax.models.dts import NORM_GROUPS
+from xl2jax.system.terminal import flag_errors
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,8 @@ class Args:
 
 
 def main() -> int:
-    args = tyro.cli(Args, prog="xl2jax verify")
+    with flag_errors():
+        args = tyro.cli(Args, prog="xl2jax verify")
     if not args.case_dirs:
         raise UserError("no case folder is given")
     if args.dtype == "float64":

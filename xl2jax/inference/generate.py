@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xl2jax.errors import UserError, require_whole
+from xl2jax.errors import UserError, require_number, require_whole
 from xl2jax.inference.cache import KV, KVCache, attend_text
 from xl2jax.models.qwen2 import Qwen2
 
@@ -26,6 +26,8 @@ class TokenSampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
+        require_number("temperature", self.temperature)
+        require_number("top-p", self.top_p)
         if not (math.isfinite(self.temperature) and self.temperature >= 0 and 0 < self.top_p <= 1):
             raise UserError("temperature must be 0 or more, and top-p above 0 and at most 1")
 

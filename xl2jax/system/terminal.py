@@ -12,6 +12,7 @@ import errno
 import io
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -47,6 +48,35 @@ def setup_logging() -> None:
     # When a checkpoint is damaged, Orbax's other pending reads fail too, and asyncio logs their errors.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module="orbax")
+
+
+@contextlib.contextmanager
+def flag_errors() -> Iterator[None]:
+    """Around `tyro.cli`, whose boxes of several lines it turns into UserErrors of one line."""
+    written = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(written):
+            yield
+    except SystemExit as e:
+        if not e.code:  # --help
+            raise
+        raise UserError(_flag_error(written.getvalue())) from None
+
+
+def _flag_error(box: str) -> str:
+    """The sections of tyro's box in one line. Rules part them; lines that are indented further repeat the help text."""
+    lines = [line.strip("│").rstrip() for line in box.splitlines() if line.startswith("│")]
+    sections, help_command = [[]], ""  # type: list[list[str]], str
+    for line in lines:
+        if line.strip().startswith("─"):
+            sections.append([])
+        elif not line.startswith(" " * 9):
+            sections[-1].append(line.strip())
+    texts = [" ".join(section).rstrip(".") for section in sections]
+    if texts[-1].endswith("--help"):
+        help_command = f" (see {re.sub('^For full helptext, (run|see):? ', '', texts.pop())})"
+    texts = [re.sub(r"^Error parsing ", "", t) for t in texts if not t.startswith("Argument helptext")]
+    return "; ".join(texts) + help_command if any(texts) else " ".join(box.split())
 
 
 def run_command(main: Callable[[], int | None]) -> None:

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from xl2jax.config import FRAMES_PER_GROUP
-from xl2jax.errors import UserError
+from xl2jax.errors import UserError, require_number, require_whole
 
 type FrameTimes = Literal["auto", "upstream"]
 
@@ -37,12 +37,13 @@ class FrameSampling:
     times: FrameTimes = "auto"
 
     def __post_init__(self) -> None:
+        if self.fps is not None:
+            require_number("fps", self.fps)
         if self.fps is not None and not 0 < self.fps <= 1000:  # and not nan
             raise UserError(f"fps must be above 0 (at most 1000), not {self.fps}")
-        if self.max_fps is not None and self.max_fps < 1:
-            raise UserError(f"max fps must be 1 or more, not {self.max_fps}")
-        if not FRAMES_PER_GROUP <= self.max_frames <= MAX_FRAMES:
-            raise UserError(f"max frames must be from {FRAMES_PER_GROUP} to {MAX_FRAMES:,}, not {self.max_frames}")
+        if self.max_fps is not None:
+            require_whole("max fps", self.max_fps, 1)
+        require_whole("max frames", self.max_frames, FRAMES_PER_GROUP, MAX_FRAMES)
         if self.times not in ("auto", "upstream"):
             raise UserError(f"frame times must be auto or upstream, not {self.times}")
 

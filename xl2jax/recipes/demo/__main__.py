@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from xl2jax.system.terminal import run_command
+from xl2jax.system.terminal import flag_errors, run_command
 
 
 def main() -> None:
@@ -10,7 +10,9 @@ def main() -> None:
 
     from xl2jax.recipes.demo.stages import RecipeArgs, run_recipe
 
-    run_recipe(tyro.cli(RecipeArgs, prog="python -m xl2jax.recipes.demo"))
+    with flag_errors():
+        args = tyro.cli(RecipeArgs, prog="python -m xl2jax.recipes.demo")
+    run_recipe(args)
 
 
 if __name__ == "__main__":

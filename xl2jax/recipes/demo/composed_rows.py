@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from xl2jax.arithmetic import round_up
 from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.evaluation.questions import Kind, Question, ask
 from xl2jax.evaluation.scenes import COLOURS, HELD_OUT, PAIRS, SHAPES, Scene, make_scene
@@ -61,7 +62,7 @@ class Phase:
     def tokens(self, visual_tokens: int) -> int:
         """Length of a row: its groups, a question about each shape, and two more questions. Longer rows are cut."""
         needed = 30 + (_TIME_TOKENS + visual_tokens) * self.groups + 17 * (min(self.groups, _MAX_SHAPES) + 2)
-        return -(-needed // 16) * 16
+        return round_up(needed, 16)
 
 
 class Rows[A](NamedTuple):

@@ -23,7 +23,7 @@ from xl2jax.evaluation.questions import TEMPLATES, Kind, ask
 from xl2jax.evaluation.scenes import SIZES, make_scene, write_scene
 from xl2jax.system.atomic import replacing_file
 from xl2jax.system.process_pool import in_processes
-from xl2jax.system.terminal import run_command
+from xl2jax.system.terminal import flag_errors, run_command
 from xl2jax.training.records import IMAGE
 
 MAX_SECONDS = 8192.0
@@ -122,7 +122,9 @@ def write_dataset(args: DatasetArgs) -> None:
 
 
 def main() -> None:
-    write_dataset(tyro.cli(DatasetArgs, prog="python -m xl2jax.recipes.demo.datasets"))
+    with flag_errors():
+        args = tyro.cli(DatasetArgs, prog="python -m xl2jax.recipes.demo.datasets")
+    write_dataset(args)
 
 
 if __name__ == "__main__":

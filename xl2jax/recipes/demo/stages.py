@@ -17,6 +17,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
+from xl2jax.arithmetic import ceil_div
 from xl2jax.config import FRAMES_PER_GROUP, PRESETS, VideoXL2Config
 from xl2jax.errors import UserError
 from xl2jax.evaluation.questions import NEEDLE_KINDS, Kind
@@ -132,7 +133,7 @@ def _train_stage(stage: Stage, weights: Path, folder: Path, processes: int) -> N
         weight_decay=0.05,
         global_batch=stage.batch,
         micro_batch=stage.batch,
-        epochs=-(-stage.steps * stage.batch // records) + 1,
+        epochs=ceil_div(stage.steps * stage.batch, records) + 1,
         max_steps=stage.steps,
         save_every=500,
         remat=longest > 64,

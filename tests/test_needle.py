@@ -1,0 +1,172 @@
+"""Needle retrieval, the bundled model, and the pictures of answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import xl2jax
+from xl2jax.commands import demo_clip, infer, needle
+from xl2jax.commands.flags import DEFAULT_CHECKPOINT
+from xl2jax.evaluation.needle import Mode, NeedleConfig, Result, make_cases, parse_modes, summary
+from xl2jax.evaluation.questions import NEEDLE_KINDS
+from xl2jax.inference.api import Answer
+
+
+def picture(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def test_cases_cover_lengths_depths_and_kinds() -> None:
+    cases = list(make_cases(NeedleConfig((64, 256), (0, 0.5, 1), 3)))
+    assert len(cases) == 2 * 3 * 3
+    assert len({c.scene.seed for c in cases}) == len(cases)
+    for case in cases:
+        assert case.scene.seed % 2 == 1
+        assert {q.group for q in case.questions} == {round(case.depth * (case.frames // 4 - 1))}
+        assert [q.kind for q in case.questions] == list(NEEDLE_KINDS)
+        needle_itself, *others = case.scene.events
+        assert len(others) == 5
+        assert all(e.colour != needle_itself.colour and e.shape != needle_itself.shape for e in others)
+
+
+def test_cases_about_the_whole_video() -> None:
+    for case in make_cases(NeedleConfig((32,), (0.5,), 6, others=3, kinds=("exists", "count", "first"))):
+        exists, count, first = case.questions
+        assert exists.answer in ("Yes.", "No.")
+        assert (exists.group is None) == (exists.answer == "No.")
+        assert (count.answer, count.group) == (f"{len(case.scene.events)}.", None)
+        assert first.answer == f"The {next(e.name for e in case.scene.events if e.start == first.group)}."
+    (alone,) = make_cases(NeedleConfig((32,), (0.5,), 1, others=0, kinds=("time", "first")))
+    assert [q.kind for q in alone.questions] == ["time"]
+
+
+def test_needle_command(checkpoint: Path, tmp_path: Path, command: Callable[..., tuple[int, str, str]]) -> None:
+    """Random weights answer nothing; what is selected is counted, and the picture is written."""
+    plot = tmp_path / "needle.png"
+    status, out, err = command(
+        needle.main, "--checkpoint", checkpoint, "--frames", "128", "--depths", "0,0.5", "--cases", "1", "--others", "2",
+        "--modes", "chunked,top1", "--kinds", "time,colour_of", "--plot", plot, "--json",
+    )  # fmt: skip
+    assert status == 0, err
+    report = json.loads(out)
+    assert [(r["mode"], r["cases"]) for r in report["rows"]] == [("chunked", 4), ("top1", 4)]
+    assert report["rows"][0]["recall"] is None
+    # The first chunk is always dense: that is no merit.
+    assert all((c["selected"] is None) == (c["depth"] == 0 or c["mode"] == "chunked") for c in report["cases"])
+    height, width = picture(plot).shape[:2]
+    assert width > 300
+    assert height > 0.6 * width  # two modes across, and by content and by time below each other
+
+
+def test_summary_counts() -> None:
+    def result(mode: str, correct: bool, selected: bool | None) -> Result:
+        return Result(64, 0.5, mode, "time", correct, selected)
+
+    rows = summary([result("dense", True, None), result("dense", False, None), result("top1", True, True),
+                    result("top1", True, False)])  # fmt: skip
+    assert [(r["mode"], r["accuracy"], r["recall"], r["time"]) for r in rows] == [
+        ("dense", 0.5, None, 0.5), ("top1", 1.0, 0.5, 1.0),
+    ]  # fmt: skip
+    other = Result(64, 0.5, "top1", "shape_of", False, True)
+    (row,) = summary([result("top1", True, False), other])
+    assert (row["by_content"], row["by_content_recall"], row["by_time"], row["by_time_recall"]) == (0, 1, 1, 0)
+    assert (row["accuracy"], row["recall"]) == (0.5, 0.5)
+
+
+@pytest.mark.slow
+def test_the_bundled_model_finds_needles(command: Callable[..., tuple[int, str, str]]) -> None:
+    """Fixed seeds, never trained on, 256 frames: by content and by time, among chunks that the question itself chose."""
+    status, out, err = command(
+        needle.main, "--checkpoint", DEFAULT_CHECKPOINT, "--frames", "256", "--depths", "0.3,0.7", "--cases", "4",
+        "--modes", "dense,chunked,top2,random2", "--seed", "7", "--json",
+    )  # fmt: skip
+    assert status == 0, err
+    found = {r["mode"]: r for r in json.loads(out)["rows"]}
+    assert [r["cases"] for r in found.values()] == [40, 40, 40, 40]
+    for family, floor, ceiling in (("by_content", 0.9, 0.5), ("by_time", 0.95, 0.5)):
+        assert min(found[m][family] for m in ("dense", "chunked", "top2")) >= floor
+        assert found["top2"][f"{family}_recall"] >= 0.9
+        assert found["random2"][family] <= ceiling  # pooled KV still tells some times
+
+
+@pytest.mark.slow
+def test_the_bundled_model_finds_needles_in_short_videos(command: Callable[..., tuple[int, str, str]]) -> None:
+    """Of two groups, the first or the last."""
+    status, out, err = command(
+        needle.main, "--checkpoint", DEFAULT_CHECKPOINT, "--frames", "8", "--depths", "0,1", "--cases", "3",
+        "--modes", "dense,chunked,top0", "--kinds", "colour_of,shape_of,colour,shape", "--select-chunk-groups", "1",
+        "--seed", "7", "--json",
+    )  # fmt: skip
+    assert status == 0, err
+    found = {r["mode"]: r for r in json.loads(out)["rows"]}
+    assert [r["cases"] for r in found.values()] == [24, 24, 24]
+    assert min(r["accuracy"] for r in found.values()) >= 0.95
+
+
+def test_needle_refusals(checkpoint: Path, refused: Callable[..., str]) -> None:
+    def refuse(*flags: object) -> str:
+        return refused(needle.main, "--checkpoint", checkpoint, *flags)
+
+    assert "--frames" in refuse("--frames", "some")
+    assert "multiples of 4" in refuse("--frames", "30")
+    assert "--kinds" in refuse("--kinds", "colour,size")
+    assert "no such question about 8 frames" in refuse("--frames", "8", "--kinds", "first", "--others", "0")
+    assert "--depths: numbers from 0 to 1" in refuse("--depths", "0,2")
+    assert "relevance layers" in refuse("--relevance-layers", 0.5, 0.5)
+    assert "--modes" in refuse("--modes", "sparse")
+    assert "--modes" in refuse("--modes", "top")
+    assert parse_modes("dense,top12") == (Mode("dense", "dense", 0), Mode("top12", "top", 12))
+
+
+def test_random_chunks_differ_by_question(model: xl2jax.Model, watched: xl2jax.WatchedVideo) -> None:
+    def chosen(question: str) -> list[int]:
+        answer: Answer = model.ask(
+            watched, question, max_new_tokens=1, relevance=xl2jax.RelevanceConfig("random"),
+        )  # fmt: skip
+        return [c.number for c in answer.chunks if c.dense]
+
+    sets = [tuple(chosen(f"What about {i}?")) for i in range(6)]
+    assert sets[0] == tuple(chosen("What about 0?"))
+    assert len(set(sets)) > 2
+    assert all(len(s) == 4 for s in sets)
+
+
+def test_plot_of_answers(
+    checkpoint: Path,
+    clip: Path,
+    tmp_path: Path,
+    command: Callable[..., tuple[int, str, str]],
+    refused: Callable[..., str],
+) -> None:
+    flags = ("--checkpoint", checkpoint, "--video", clip, "--question", "What?", "--max-new-tokens", 2)
+    status, _, err = command(infer.main, *flags, "--plot", tmp_path / "a.png", "--cache", tmp_path / "c")
+    assert status == 0, err
+    status, _, err = command(infer.main, *flags, "--plot", tmp_path / "b.png", "--cache", tmp_path / "c")
+    assert status == 0, err
+    first, second = picture(tmp_path / "a.png"), picture(tmp_path / "b.png")
+    assert np.abs(first.astype(float) - second).mean() < 2  # thumbnails come from frames of other sizes
+    # Dense chunks, pooled chunks and the thumbnails are all there.
+    for colour in ((0x2B, 0x6C, 0xB0), (0xCB, 0xD5, 0xE0), (220, 40, 40)):
+        assert (np.abs(first.astype(int) - colour).max(-1) < 40).sum() > 20, colour
+    assert "cannot be written (no such folder)" in refused(infer.main, *flags, "--plot", tmp_path / "none" / "a.png")
+
+
+def test_the_bundled_model_answers_the_demo(tmp_path: Path, command: Callable[..., tuple[int, str, str]]) -> None:
+    """Through H.264, infer.py and bi-level decoding."""
+    status, out, err = command(demo_clip.main, tmp_path / "a.mp4", "--seed", 1)
+    assert status == 0, err
+    asked = [line.split("\t") for line in out.splitlines()]
+    assert len(asked) == 3
+    questions = [x for question, _ in asked for x in ("--question", question)]
+    status, out, err = command(
+        infer.main, "--video", tmp_path / "a.mp4", "--json", *questions
+    )  # fmt: skip
+    assert status == 0, err
+    assert [a["answer"] for a in json.loads(out)["answers"]] == [answer for _, answer in asked]
