@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,12 +15,13 @@ from xl2jax.arithmetic import ceil_div
 from xl2jax.errors import UserError
 from xl2jax.inference.layout import PrefillConfig, VideoLayout, natural_ranges
 from xl2jax.ops import attention, blockwise
-from xl2jax.ops.attention import arena_attention, choose_implementation
+from xl2jax.ops.attention import Attention, arena_attention, choose_attention
 from xl2jax.ops.blockwise import attend_blockwise
+from xl2jax.ops.kv import Source
 from xl2jax.ops.ranges import NEGATIVE, Ranges, merge
 from xl2jax.ops.reference import attend_reference
 
-XLA = ("reference", "blockwise")  # tests/test_mosaic.py has the same checks for the GPU kernel
+XLA = ("reference", "blockwise")  # tests/test_gpu_kernels.py has the same checks for the GPU kernels
 
 
 def float64_attention(q, k, v, rows, ranges):
@@ -53,6 +56,11 @@ def problem(
     return q, k, v, row.astype(np.int32), Ranges(*(x.astype(np.int32) for x in (g_end, v_lo, v_hi)))
 
 
+def attend(name, q, k, v, rows, ranges):
+    q, *source = jax.tree.map(jnp.asarray, (q, k, v, rows, ranges))
+    return arena_attention(q, Source(*source), attention=Attention(name))
+
+
 def close(actual, expected, tolerance: float) -> None:
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert np.isfinite(actual).all()
@@ -66,7 +74,7 @@ def close(actual, expected, tolerance: float) -> None:
 )
 def test_against_float64(name: str, shape: dict) -> None:
     args = problem(0, **shape)
-    out, lse = arena_attention(*jax.tree.map(jnp.asarray, args), implementation=name)
+    out, lse = attend(name, *args)
     expected, expected_lse = float64_attention(*args)
     close(out, expected, 1e-5)
     assert np.allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
@@ -80,7 +88,7 @@ def test_random_ranges(name: str, seed: int) -> None:
     args = problem(seed, t=20, s=77)
     with pytest.MonkeyPatch.context() as m:
         m.setattr(blockwise, "_tile_sizes", lambda queries, slots: (8, 16))
-        out, lse = arena_attention(*jax.tree.map(jnp.asarray, args), implementation=name)
+        out, lse = attend(name, *args)
     expected, expected_lse = float64_attention(*args)
     close(out, expected, 1e-5)
     assert np.allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
@@ -90,7 +98,7 @@ def test_random_ranges(name: str, seed: int) -> None:
 def test_bfloat16(name: str) -> None:
     args = problem(1, t=64, s=600)
     half = [jnp.asarray(x, jnp.bfloat16) for x in args[:3]]
-    out, _ = arena_attention(*half, *jax.tree.map(jnp.asarray, args[3:]), implementation=name)
+    out, _ = attend(name, *half, *args[3:])
     assert out.dtype == jnp.bfloat16
     expected, _ = float64_attention(*(np.asarray(x, np.float32) for x in half), *args[3:])
     close(out.astype(jnp.float32), expected, 1e-2)
@@ -104,14 +112,14 @@ def test_unseen_slots_may_be_poisoned(name: str) -> None:
     unseen = ~ranges.mask(np.arange(300)).any((0, 1))
     assert unseen.sum() > 100
     k[:, :, unseen], v[:, :, unseen] = np.nan, np.nan
-    out, _ = arena_attention(*jax.tree.map(jnp.asarray, (q, k, v, rows, ranges)), implementation=name)
+    out, _ = attend(name, q, k, v, rows, ranges)
     close(out, expected, 1e-5)
 
 
 @pytest.mark.parametrize("name", XLA)
 def test_nothing_seen_is_zero(name: str) -> None:
     q, k, v, rows, (g_end, v_lo, _v_hi) = jax.tree.map(jnp.asarray, problem(3, t=5, s=40))
-    out, lse = arena_attention(q, k, v, rows, Ranges(g_end * 0, v_lo, v_lo), implementation=name)
+    out, lse = attend(name, q, k, v, rows, Ranges(g_end * 0, v_lo, v_lo))
     assert not np.asarray(out).any()
     assert (np.asarray(lse) == NEGATIVE).all()
 
@@ -120,9 +128,8 @@ def test_merge_is_attention_over_the_union() -> None:
     q, k, v, rows, (g_end, v_lo, v_hi) = problem(4, t=9, s=60)
     g_end, v_lo, v_hi = g_end * 0 + 25, v_lo * 0 + 30, v_hi * 0 + 55
     nothing = np.zeros_like(g_end)
-    args = [jnp.asarray(x) for x in (q, k, v, rows)]
     parts = [
-        arena_attention(*args, jax.tree.map(jnp.asarray, Ranges(*part)))
+        attend("blockwise", q, k, v, rows, Ranges(*part))
         for part in ((g_end, nothing, nothing), (nothing, v_lo, v_hi), (nothing, nothing, nothing))
     ]
     expected, expected_lse = float64_attention(q, k, v, rows, Ranges(g_end, v_lo, v_hi))
@@ -132,17 +139,15 @@ def test_merge_is_attention_over_the_union() -> None:
 
 
 def test_unknown_implementation() -> None:
-    with pytest.raises(UserError, match="choose auto, reference, blockwise, mosaic"):
-        choose_implementation("cudnn", jax.devices("cpu")[0], 64, jnp.bfloat16)
-    with pytest.raises(UserError, match="choose auto, reference, blockwise, mosaic"):
-        arena_attention(*jax.tree.map(jnp.asarray, problem(0, t=2, s=4)), implementation="cudnn")
+    with pytest.raises(UserError, match="choose auto, reference, blockwise, wgmma, mma"):
+        choose_attention("cudnn", jax.devices("cpu")[0], 64, jnp.bfloat16)
 
 
 def test_auto_says_once_what_it_chose(caplog: pytest.LogCaptureFixture) -> None:
     attention._log_choice.cache_clear()
     with caplog.at_level("INFO", "xl2jax"):
         for _ in range(2):
-            assert choose_implementation("auto", jax.devices("cpu")[0], 64, jnp.bfloat16) == "blockwise"
+            assert choose_attention("auto", jax.devices("cpu")[0], 64, jnp.bfloat16) == Attention("blockwise")
     assert caplog.text.count("arena attention: blockwise (auto on cpu)") == 1
 
 
@@ -163,7 +168,7 @@ def test_no_array_of_queries_times_slots() -> None:
         shape = jax.ShapeDtypeStruct
         q, kv = shape((1, 64, 4, 16), jnp.float32), shape((2, 2, slots, 16), jnp.float32)
         rows, ranges = shape((1,), jnp.int32), Ranges(*[shape((1, 64), jnp.int32)] * 3)
-        compiled = jax.jit(attend_blockwise).lower(q, kv, kv, rows, ranges).compile()
+        compiled = jax.jit(attend_blockwise).lower(q, Source(kv, kv, rows, ranges)).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporaries(80_000) == temporaries(8_000)
@@ -177,7 +182,7 @@ def test_gradients_are_those_of_the_reference(shape: dict, monkeypatch: pytest.M
     weights = jax.random.normal(jax.random.key(0), q.shape)
 
     def loss(attend, q, k, v):
-        out, lse = attend(q, k, v, *rest)
+        out, lse = attend(q, Source(k, v, *rest))
         seen = lse > NEGATIVE / 2
         return jnp.sum(out * weights) + jnp.sum(jnp.where(seen, jnp.sin(lse), 0.0))
 
@@ -185,3 +190,25 @@ def test_gradients_are_those_of_the_reference(shape: dict, monkeypatch: pytest.M
     actual = jax.jit(jax.grad(lambda *a: loss(arena_attention, *a), (0, 1, 2)))(q, k, v)
     for a, e in zip(actual, expected, strict=True):
         close(a, e, 1e-5)
+
+
+def test_gradients_of_two_sources_are_those_of_one() -> None:
+    """The slots of one source in two halves: out, lse and all gradients are the same."""
+    q, k, v, rows, (g_end, v_lo, v_hi) = jax.tree.map(jnp.asarray, problem(6, t=12, s=64))
+    nothing = g_end * 0
+    ranges = (Ranges(g_end // 2, v_lo, v_lo), Ranges(nothing, jnp.maximum(v_lo, 32) - 32, v_hi - 32))
+    halves = slice(None, 32), slice(32, None)
+    weights = jax.random.normal(jax.random.key(0), q.shape)
+    whole = Ranges(g_end // 2, jnp.maximum(v_lo, 32), v_hi)
+
+    def loss(split: bool, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        sources = [Source(k, v, rows, whole)]
+        if split:
+            sources = [Source(k[:, :, at], v[:, :, at], rows, r) for at, r in zip(halves, ranges, strict=True)]
+        out, lse = arena_attention(q, *sources)
+        return jnp.sum(out * weights) + jnp.sum(jnp.where(lse > NEGATIVE / 2, jnp.sin(lse), 0.0))
+
+    for one, two in zip(
+        *(jax.value_and_grad(functools.partial(loss, s), (0, 1, 2))(q, k, v) for s in (False, True)), strict=True
+    ):
+        jax.tree.map(lambda a, b: close(a, b, 1e-5), two, one)

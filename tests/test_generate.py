@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import gc
 import threading
 import weakref
@@ -18,8 +19,9 @@ from xl2jax import FrameSampling, PrefillConfig, TokenSampling
 from xl2jax.arithmetic import ceil_div
 from xl2jax.errors import UserError
 from xl2jax.inference import bilevel, compiled, generate, memory, relevance, session
-from xl2jax.inference.generate import extend, sample
+from xl2jax.inference.generate import DECODE_ROWS, extend, sample
 from xl2jax.models.param_tree import flatten, unflatten
+from xl2jax.ops.attention import BLOCKWISE
 from xl2jax.prompt import PromptTokenizer
 
 
@@ -67,7 +69,7 @@ def test_decoding_equals_one_run_over_all_tokens(model: xl2jax.Model, watched: x
     llm = network.model.llm
     ids = np.array(text.ids + answer[:-1])
     cache = compiled.new_cache(model.config.llm, 128, "float32")
-    _, hidden = extend(llm, context, cache, ids, jnp.int32(len(ids)), implementation="blockwise")
+    _, hidden = extend(llm, context, cache, ids, jnp.int32(len(ids)), attention=BLOCKWISE)
     assert np.argmax(llm.logits(hidden[len(text.ids) - 1 :]), -1).tolist() == answer
 
 
@@ -176,6 +178,25 @@ def test_float16_answers_and_says_when_it_overflows(checkpoint: Path, clip: Path
     large = xl2jax.Model(half.config, unflatten(params, half.config), half.tokenizer)
     with pytest.raises(UserError, match=r"computed in float16: use bfloat16 or float32 \(--dtype\)"):
         large.watch(clip, FrameSampling(max_frames=16))
+
+
+def test_steps_of_eight_rows_and_unrolled_layers_say_the_same(
+    model: xl2jax.Model, watched: xl2jax.WatchedVideo
+) -> None:
+    """Decoding as on a GPU. The answer fills its text cache up to the rows of padding."""
+    suffix, network = session.suffix_ids([5, 6, 7], 0, 3), model.network
+    stop, greedy, new_tokens = np.array([-1], np.int32), TokenSampling(), 512 - 3 - DECODE_ROWS
+    answers = []
+    for platform in ("cpu", "gpu"):
+        net = dataclasses.replace(network, platform=platform)
+        state, _ = session.start_answer(
+            net, watched.kv.cache, suffix, new_tokens=new_tokens, stop=stop, sampling=greedy
+        )
+        assert state.text.slots == 512
+        *_, ids = session.answer_tokens(net, watched.kv.cache, state, new_tokens=new_tokens, stop=stop, sampling=greedy)
+        answers.append(ids)
+    assert len(answers[0]) == new_tokens
+    assert answers[0] == answers[1]
 
 
 def test_a_video_belongs_to_its_model(model: xl2jax.Model, watched: xl2jax.WatchedVideo) -> None:

@@ -23,7 +23,7 @@ from xl2jax.config import PRESETS
 from xl2jax.errors import UserError
 from xl2jax.inference import memory, selection, session
 from xl2jax.inference.bilevel import BilevelConfig
-from xl2jax.inference.cache import QuantizedKV, empty_cache, quantize, rows, unpack, write
+from xl2jax.inference.cache import empty_cache, write
 from xl2jax.inference.layout import PrefillConfig, VideoLayout
 from xl2jax.inference.offload import fetch, to_host
 from xl2jax.inference.prefill import make_plan
@@ -31,6 +31,7 @@ from xl2jax.inference.relevance import AttentionScorer
 from xl2jax.inference.selection import RelevanceConfig, choose_context
 from xl2jax.inference.store import cache_key, load_cache, save_cache
 from xl2jax.inference.video_cache import CacheConfig
+from xl2jax.ops.kv import QuantizedKV, quantize, unpack
 from xl2jax.prompt import suffix
 
 QUESTION = "What is shown?"
@@ -66,8 +67,7 @@ def test_what_is_written_is_read_in_its_layer_and_slots(layer: int, slot: int, t
     new = rng.standard_normal((2, tokens, config.kv_heads, config.head_width)).astype(np.float32)
     kv = write((cache.k, cache.v), jnp.int32(layer), jnp.asarray(new[0]), jnp.asarray(new[1]), jnp.int32(slot))
     for number in range(3):
-        k, v, row = rows(kv, jnp.int32(number))
-        for x, expected in ((k[int(row[0])], new[0]), (v[int(row[0])], new[1])):
+        for x, expected in ((unpack(kv[0])[number], new[0]), (unpack(kv[1])[number], new[1])):
             wanted = np.zeros_like(x)
             if number == layer:
                 wanted[:, slot : slot + tokens] = unpack(quantize(jnp.asarray(expected.transpose(1, 0, 2))))

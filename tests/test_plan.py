@@ -26,6 +26,7 @@ from xl2jax.inference.layout import PrefillConfig
 from xl2jax.inference.network import Network
 from xl2jax.inference.relevance import AttentionScorer
 from xl2jax.models.video_xl2 import abstract_model
+from xl2jax.ops.attention import BLOCKWISE
 
 RELEASED = PRESETS["video-xl-2"]
 
@@ -59,7 +60,7 @@ def test_the_compiler_needs_no_more_than_predicted(name: str, quantized: bool) -
     frames_at_once = 4 * prefill.default_steps("cpu")[0]
     need = memory.memory_need(config, step, layout, None, "float32", "cpu", quantized=quantized)
     params = nnx.state(abstract_model(config, jnp.float32))
-    network = Network(config, params, "blockwise", "cpu")
+    network = Network(config, params, BLOCKWISE, "cpu")
     cache = jax.eval_shape(
         lambda: compiled.new_cache(config.llm, step.slots, "float32", step.visual_start, quantized=quantized)
     )

@@ -17,6 +17,7 @@ from xl2jax.inference.layout import PrefillConfig, VideoLayout, dense_mask
 from xl2jax.inference.network import Network
 from xl2jax.models.qwen2 import Qwen2
 from xl2jax.models.video_xl2 import abstract_model
+from xl2jax.ops.attention import BLOCKWISE
 from xl2jax.ops.dense import dense_attention
 
 CONFIG = PRESETS["tiny"]
@@ -74,7 +75,7 @@ def test_against_the_mask(
     llm = model.network.model.llm
     suffix = [5, 6, 7, 8]
     text = compiled.new_cache(model.config.llm, 16, "float32")
-    _, hidden = extend(llm, cache, text, jnp.array(suffix), jnp.int32(4), implementation="blockwise")
+    _, hidden = extend(llm, cache, text, jnp.array(suffix), jnp.int32(4), attention=BLOCKWISE)
     expected = masked_forward(llm, layout, config, visual, suffix)
     assert np.linalg.norm(hidden - expected) <= 1e-4 * np.linalg.norm(expected)
 
@@ -98,7 +99,7 @@ def temporaries(groups: int, config: PrefillConfig) -> tuple[int, int]:
     layout = VideoLayout(5, (3,) * groups, CONFIG.visual_tokens)
     plan = prefill.make_plan(layout, config, "cpu")
     params = nnx.state(abstract_model(CONFIG, jnp.float32))
-    network = Network(CONFIG, params, "blockwise", "cpu")
+    network = Network(CONFIG, params, BLOCKWISE, "cpu")
     cache = jax.eval_shape(lambda: compiled.new_cache(CONFIG.llm, plan.slots, "float32", plan.visual_start))
     segment = next(prefill.segments(prefill.steps(layout, plan, [[1, 2, 3]] * groups), plan))
     visual = jax.ShapeDtypeStruct((plan.segment_groups, CONFIG.visual_tokens, CONFIG.llm.width), jnp.float32)

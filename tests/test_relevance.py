@@ -10,9 +10,10 @@ import pytest
 import xl2jax
 from xl2jax.inference import compiled, session
 from xl2jax.inference.bilevel import mixed_slots
-from xl2jax.inference.cache import KVCache, quantize, unpack
+from xl2jax.inference.cache import KVCache
 from xl2jax.inference.generate import SuffixIds
 from xl2jax.inference.relevance import AttentionScorer, block_scores
+from xl2jax.ops.kv import quantize, unpack
 from xl2jax.prompt import suffix
 
 

@@ -13,8 +13,9 @@ from xl2jax.bench.setup import SUFFIX, Setup, random_params
 from xl2jax.config import FRAMES_PER_GROUP, VideoXL2Config
 from xl2jax.inference import session
 from xl2jax.inference.bilevel import BilevelConfig
-from xl2jax.inference.cache import KVCache, unpack
+from xl2jax.inference.cache import KVCache
 from xl2jax.inference.layout import PrefillConfig
+from xl2jax.ops.kv import unpack
 
 _GROUPS, _LAYERS = 24, 3
 

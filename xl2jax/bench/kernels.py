@@ -1,12 +1,14 @@
-"""`bench kernels`: the Mosaic kernel on this GPU, checked and then timed.
+"""`bench kernels`: every implementation of arena attention that this device runs, checked and then timed.
 
-The kernel is first compared with float32 on random inputs. Then it is timed: medians of many runs in one dispatch, beside
+Each one is first compared with float32 on random inputs. Then it is timed: medians of many runs in one dispatch, beside
 cuDNN's dense causal attention and the matrix and copy rates of the card, all in the same process.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,13 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xl2jax.arithmetic import ceil_div, round_up
+from xl2jax.arithmetic import round_up
 from xl2jax.commands.flags import whole_numbers
 from xl2jax.config import PRESETS
+from xl2jax.errors import UserError
 from xl2jax.inference.layout import PrefillConfig, Tokens, VideoLayout, natural_ranges
-from xl2jax.ops import mosaic
-from xl2jax.ops.blockwise import attend_blockwise
+from xl2jax.ops.attention import BLOCKWISE, Attention, arena_attention, choose_attention
 from xl2jax.ops.dense import dense_attention
+from xl2jax.ops.kv import Source, quantize
 from xl2jax.ops.ranges import Ranges
 from xl2jax.ops.reference import attend_reference
 
@@ -31,7 +34,7 @@ _LLM = PRESETS["video-xl-2"].llm
 
 @dataclasses.dataclass(frozen=True)
 class KernelArgs:
-    """Checks and times the GPU kernels at the released model's shapes."""
+    """Checks and times the implementations of attention at the released model's shapes."""
 
     groups: str = "8,120,400,1000,2500"
     """Comma-separated lengths of the video, in groups of 4 frames."""
@@ -39,8 +42,6 @@ class KernelArgs:
     """Comma-separated numbers of chunks that a visual token sees before its own."""
     dense_up_to: int = 1000
     """cuDNN's dense attention is timed up to this many groups."""
-    sweep: bool = False
-    """Also times other block sizes and numbers of stages at the last of --groups."""
     json: bool = False
     """Prints the rows as JSON."""
 
@@ -55,7 +56,7 @@ def video_queries(groups: int, window: int | None, multiple: int = 128) -> tuple
     return jax.tree.map(lambda x: x[order], tokens), round_up(start + groups * layout.visual_tokens, multiple)
 
 
-def seconds(run: Callable[..., jax.Array], first: jax.Array, *rest: jax.Array, repeats: int = 5) -> float:
+def seconds(run: Callable[..., jax.Array], first: jax.Array, *rest: Any, repeats: int = 5) -> float:
     """Median seconds of `run(first, *rest)`. Its result has the shape of `first` and is fed back as `first`."""
 
     def many(n: int) -> Callable[..., jax.Array]:
@@ -91,15 +92,23 @@ def arrays(tokens: int, slots: int, seed: int) -> tuple[jax.Array, jax.Array, ja
     return q, k, v
 
 
-def check() -> list[dict[str, Any]]:
-    """Compares the kernel with float32 by relative L2: on a small video, then with few queries and split blocks."""
+def implementations() -> list[Attention]:
+    """The kernels that this card runs, and XLA's blockwise attention."""
+    device, served = jax.devices()[0], []
+    for name in ("wgmma", "mma"):
+        with contextlib.suppress(UserError):
+            served.append(choose_attention(name, device, _LLM.head_width, jnp.bfloat16))
+    return [*served, BLOCKWISE]
+
+
+def attend(attention: Attention, q: jax.Array, *source: Any) -> jax.Array:
+    return arena_attention(q, Source(*source), attention=attention)[0]
+
+
+def check(attention: Attention) -> list[dict[str, Any]]:
+    """Compares an implementation with float32 by relative L2: on a small video, then with few queries."""
     rows = []
-    for name, groups, window, config in (
-        ("prefill", 8, 3, mosaic.KernelConfig()),
-        ("prefill, window 0", 6, 0, mosaic.KernelConfig(64, 4)),
-        ("split", 8, 3, mosaic.KernelConfig(splits=5)),
-        ("decode", 8, 3, mosaic.KernelConfig(splits=9)),
-    ):
+    for name, groups, window in (("prefill", 8, 3), ("prefill, window 0", 6, 0), ("decode", 32, 3)):
         tokens, slots = video_queries(groups, window)
         q, k, v = arrays(len(tokens.slot), slots, groups)
         ranges = jax.tree.map(jnp.asarray, tokens.ranges.batched())
@@ -107,38 +116,36 @@ def check() -> list[dict[str, Any]]:
             q, ranges = q[:, -1:], ranges.select(slice(-1, None))
         row = jnp.zeros(1, jnp.int32)
         with jax.default_matmul_precision("highest"):
-            wide = [x.astype(jnp.float32) for x in (q, k, v)]
-            expected, expected_lse = jax.jit(attend_reference)(*wide, row, ranges)
-        out, lse = jax.jit(lambda *a, c=config: mosaic.attend_mosaic(*a, config=c))(q, k, v, row, ranges)
+            wide, wide_k, wide_v = (x.astype(jnp.float32) for x in (q, k, v))
+            expected, expected_lse = jax.jit(attend_reference)(wide, Source(wide_k, wide_v, row, ranges))
+        run = jax.jit(functools.partial(arena_attention, attention=attention))
+        out, lse = run(q, Source(k, v, row, ranges))
         error = jnp.linalg.norm(out.astype(jnp.float32) - expected) / jnp.linalg.norm(expected)
-        rows.append(
-            {"check": name, "relative_l2": float(error), "lse_max_abs": float(jnp.abs(lse - expected_lse).max())}
-        )
+        off = float(jnp.abs(lse - expected_lse).max())
+        rows.append({"check": name, "kernel": attention.name, "relative_l2": float(error), "lse_max_abs": off})
     return rows
 
 
-def prefill_row(groups: int, window: int, config: mosaic.KernelConfig | None, ceiling: float) -> dict[str, Any]:
-    """Times all tokens of a video in one call."""
+def visible_pairs(ranges: Ranges) -> float:
+    """How many slots the queries see, summed over queries."""
+    g_end, v_lo, v_hi = (np.asarray(x, np.float64) for x in ranges)
+    return float((g_end + np.maximum(v_hi - np.maximum(v_lo, g_end), 0)).sum())
+
+
+def prefill_row(attention: Attention, groups: int, window: int, ceiling: float) -> dict[str, Any]:
+    """Times all tokens of a video in one call. The rate counts only what the queries see."""
     tokens, slots = video_queries(groups, window)
-    count = len(tokens.slot)
-    q, k, v = arrays(count, slots, groups)
+    q, k, v = arrays(len(tokens.slot), slots, groups)
     ranges = jax.tree.map(jnp.asarray, tokens.ranges.batched())
     row = jnp.zeros(1, jnp.int32)
-    fold = _LLM.heads // _LLM.kv_heads
-    tiles = _LLM.kv_heads * ceil_div(count * fold, mosaic.TILE)
-    config = config or mosaic.choose_config(tiles, slots)
-    folded = Ranges(*(jnp.pad(jnp.repeat(x, fold, axis=1), ((0, 0), (0, -count * fold % mosaic.TILE))) for x in ranges))
-    live = int(mosaic.live_block_count(mosaic.tile_blocks(folded, config.block)).sum())
-    taken = seconds(lambda q, *a: mosaic.attend_mosaic(q, *a, config=config)[0], q, k, v, row, ranges)
-    rate = 4.0 * live * mosaic.TILE * config.block * _LLM.head_width * _LLM.kv_heads / taken / 1e12
+    taken = seconds(functools.partial(attend, attention), q, k, v, row, ranges)
+    rate = 4.0 * visible_pairs(tokens.ranges) * _LLM.heads * _LLM.head_width / taken / 1e12
     return {
         "op": "prefill",
+        "kernel": attention.name,
         "groups": groups,
-        "tokens": count,
+        "tokens": len(tokens.slot),
         "window": window,
-        "block": config.block,
-        "stages": config.stages,
-        "splits": config.splits,
         "ms": 1e3 * taken,
         "tflops": rate,
         "of_ceiling": rate / ceiling,
@@ -163,44 +170,35 @@ def dense_row(groups: int, ceiling: float) -> dict[str, Any]:
     }
 
 
-def decode_row(groups: int, copy_gb_s: float, splits: int | None = None) -> dict[str, Any]:
-    """Times one token over the whole dense cache of a video, with the kernel and with XLA."""
+def decode_row(attention: Attention, groups: int, copy_gb_s: float, *, quantized: bool) -> dict[str, Any]:
+    """Times one token over the whole dense cache of a video, in 16 or in 8 bits."""
     tokens, slots = video_queries(groups, 3)
-    q, k, v = arrays(1, slots, groups)
+    q, *kv = arrays(1, slots, groups)
     ranges = jax.tree.map(jnp.asarray, tokens.ranges.select(slice(-1, None)).batched())
     row = jnp.zeros(1, jnp.int32)
-    config = mosaic.choose_config(_LLM.kv_heads, slots)
-    if splits is not None:
-        config = dataclasses.replace(config, splits=splits)
-    taken = seconds(lambda q, *a: mosaic.attend_mosaic(q, *a, config=config)[0], q, k, v, row, ranges)
-    plain = seconds(lambda q, *a: attend_blockwise(q, *a)[0], q, k, v, row, ranges)
-    rate = (k.nbytes + v.nbytes) / taken / 1e9
+    k, v = map(quantize, kv) if quantized else kv
+    taken = seconds(functools.partial(attend, attention), q, k, v, row, ranges)
+    rate = sum(x.nbytes for x in jax.tree.leaves((k, v))) / taken / 1e9
     return {
-        "op": "decode",
+        "op": "decode, int8" if quantized else "decode",
+        "kernel": attention.name,
         "groups": groups,
         "tokens": slots,
-        "block": config.block,
-        "stages": config.stages,
-        "splits": config.splits,
         "ms": 1e3 * taken,
         "gb_s": rate,
         "of_ceiling": rate / copy_gb_s,
-        "blockwise_ms": 1e3 * plain,
     }
 
 
 def kernel_rows(args: KernelArgs) -> list[dict[str, Any]]:
-    rows = check()
+    served = implementations()
+    rows = [row for attention in served for row in check(attention)]
     rows.append({"op": "ceilings", **ceilings()})
     matrix, copy = rows[-1]["matrix_tflops"], rows[-1]["copy_gb_s"]
-    sizes = whole_numbers("--groups", args.groups)
-    for groups in sizes:
-        rows += [prefill_row(groups, w, None, matrix) for w in whole_numbers("--windows", args.windows, low=0)]
+    for groups in whole_numbers("--groups", args.groups):
+        for window in whole_numbers("--windows", args.windows, low=0):
+            rows += [prefill_row(a, groups, window, matrix) for a in served]
         if groups <= args.dense_up_to:
             rows.append(dense_row(groups, matrix))
-        rows.append(decode_row(groups, copy))
-    if args.sweep:
-        configs = [mosaic.KernelConfig(*c) for c in ((128, 2), (64, 2), (64, 3), (64, 4), (64, 5))]
-        rows += [prefill_row(sizes[-1], 3, c, matrix) for c in configs]
-        rows += [decode_row(sizes[-1], copy, s) for s in (16, 33, 64, 99)]
+        rows += [decode_row(a, groups, copy, quantized=quantized) for quantized in (False, True) for a in served]
     return rows

@@ -28,12 +28,12 @@ from xl2jax.errors import UserError
 from xl2jax.evaluation.case import Case, case_pixels
 from xl2jax.inference import compiled, session
 from xl2jax.inference.bilevel import BilevelConfig
-from xl2jax.inference.cache import KVArray, unpack
 from xl2jax.inference.layout import PrefillConfig, natural_ranges
 from xl2jax.inference.network import Network
 from xl2jax.models.layers import rope_tables, rotate
 from xl2jax.models.param_tree import flatten
 from xl2jax.models.video_xl2 import pad_to_groups
+from xl2jax.ops.kv import KVArray, unpack
 from xl2jax.training.loss import IGNORE, TokenBatch, token_loss
 
 

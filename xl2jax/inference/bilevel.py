@@ -20,9 +20,10 @@ import numpy as np
 
 from xl2jax.arithmetic import ceil_div
 from xl2jax.errors import require_whole
-from xl2jax.inference.cache import KVArray, KVCache, unpack
+from xl2jax.inference.cache import KVCache
 from xl2jax.inference.layout import VideoLayout, bucket
 from xl2jax.models.layers import rope_tables, rotate
+from xl2jax.ops.kv import KVArray, unpack
 from xl2jax.ops.precision import accumulator
 
 UNIT_GROUPS = 2

@@ -9,35 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from xl2jax.config import LLMConfig
-from xl2jax.ops.attention import arena_attention
-from xl2jax.ops.ranges import Ranges, first_slots, merge
-
-
-class QuantizedKV(NamedTuple):
-    """Keys or values in 8 bits: `values * scale`, with a scale for each token and head."""
-
-    values: jax.Array
-    """int8 [..., K, S, H]"""
-    scale: jax.Array
-    """[..., K, S]; unpacked keys and values have its dtype."""
-
-
-type KVArray = jax.Array | QuantizedKV
-
-
-def quantize(x: jax.Array) -> QuantizedKV:
-    """Quantises symmetrically: the largest magnitude along H becomes 127. The error is at most half a scale."""
-    scale = (jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1) / 127).astype(x.dtype)
-    # Unpacking multiplies by the rounded scale, so the division uses the rounded scale too.
-    steps = x.astype(jnp.float32) / jnp.where(scale == 0, 1, scale).astype(jnp.float32)[..., None]
-    return QuantizedKV(jnp.clip(jnp.round(steps), -127, 127).astype(jnp.int8), scale)
-
-
-def unpack(x: KVArray) -> jax.Array:
-    """Keys or values in the dtype of the computation."""
-    if isinstance(x, QuantizedKV):
-        return (x.values.astype(jnp.float32) * x.scale.astype(jnp.float32)[..., None]).astype(x.scale.dtype)
-    return x
+from xl2jax.ops.attention import Attention, arena_attention
+from xl2jax.ops.kv import KVArray, QuantizedKV, Source, quantize
+from xl2jax.ops.ranges import Ranges, first_slots
 
 
 class KVCache(NamedTuple):
@@ -122,13 +96,9 @@ def write(cache: KV, layer: jax.Array, k: jax.Array, v: jax.Array, slot: jax.Arr
     return put(cache[0], k), put(cache[1], v)
 
 
-def rows(cache: KV, layer: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(k, v, row): the arguments of `arena_attention` that read one layer. A quantised layer is unpacked."""
-    k, v = cache
-    if not isinstance(k, QuantizedKV):
-        return k, unpack(v), layer[None]
-    k, v = (jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, layer, keepdims=True), x) for x in (k, v))
-    return unpack(k), unpack(v), jnp.zeros(1, jnp.int32)
+def source(cache: KV, layer: jax.Array, ranges: Ranges) -> Source:
+    """One layer of a cache for `arena_attention`, which reads it in place. `ranges` [T] become those of one batch row."""
+    return Source(*cache, layer[None], ranges.batched())
 
 
 def attend_text(
@@ -140,7 +110,7 @@ def attend_text(
     text_length: jax.Array,
     count: jax.Array,
     layer: jax.Array,
-    implementation: str,
+    attention: Attention,
 ) -> tuple[KV, jax.Array, jax.Array]:
     """Attention of `count` tokens behind the video. They see `context`, the text before them, and each other causally.
 
@@ -152,9 +122,7 @@ def attend_text(
     at = jnp.arange(q.shape[0], dtype=jnp.int32)
     visual_end = context.visual_start + context.visual_length
     whole = Ranges(*(jnp.broadcast_to(x, at.shape) for x in (context.global_length, context.visual_start, visual_end)))
-    parts = []
-    for source, ranges in (((context.k, context.v), whole), (text, first_slots(text_length + at + 1))):
-        seen = ranges.only(at < count).batched()
-        out, lse = arena_attention(q[None], *rows(source, layer), seen, implementation=implementation)
-        parts.append((out[0], lse[0]))
-    return text, *merge(parts)
+    video = source((context.k, context.v), layer, whole.only(at < count))
+    written = source(text, layer, first_slots(text_length + at + 1).only(at < count))
+    out, lse = arena_attention(q[None], video, written, attention=attention)
+    return text, out[0], lse[0]

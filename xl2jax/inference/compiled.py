@@ -87,14 +87,14 @@ def new_cache(
 def prefill_prefix(network: Network, cache: KVCache, ids: jax.Array, length: jax.Array) -> tuple[KVCache, jax.Array]:
     """See `prefill.prefill_prefix`."""
     llm = network.model.llm
-    return prefill.prefill_prefix(llm, cache, ids, length, implementation=network.implementation)
+    return prefill.prefill_prefix(llm, cache, ids, length, attention=network.attention)
 
 
 @functools.partial(program, donate_argnames="cache")
 def prefill_segment(network: Network, cache: KVCache, visual: jax.Array, segment: Step) -> tuple[KVCache, jax.Array]:
     """See `prefill.prefill_segment`."""
     llm = network.model.llm
-    return prefill.prefill_segment(llm, cache, visual, segment, implementation=network.implementation)
+    return prefill.prefill_segment(llm, cache, visual, segment, attention=network.attention)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "visual_tokens", "pool"))
@@ -142,9 +142,7 @@ def attention_scores(
 ) -> jax.Array:
     """See `relevance.attention_scores`."""
     llm = network.model.llm
-    return relevance.attention_scores(
-        llm, context, group, text, suffix, scorer, groups, implementation=network.implementation
-    )
+    return relevance.attention_scores(llm, context, group, text, suffix, scorer, groups, attention=network.attention)
 
 
 @functools.partial(jax.jit, static_argnames=("select_chunk_groups", "top"))
@@ -173,7 +171,7 @@ def ask(
     Returns the state that decoding continues from, and the hidden states of the suffix [T, D].
     """
     llm = network.model.llm
-    text, hidden = generate.extend(llm, context, text, suffix.ids, suffix.end, implementation=network.implementation)
+    text, hidden = generate.extend(llm, context, text, suffix.ids, suffix.end, attention=network.attention)
     return generate.first_token(llm, text, hidden, suffix.end, key, stop, sampling), hidden
 
 
@@ -190,4 +188,6 @@ def decode(
 ) -> tuple[DecodeState, jax.Array, jax.Array]:
     """Decodes up to min(limit, size) further tokens: (state, ids [size], number of new ids)."""
     llm = network.model.llm
-    return generate.decode(llm, context, state, limit, stop, sampling, size=size, implementation=network.implementation)
+    return generate.decode(
+        llm, context, state, limit, stop, sampling, size=size, attention=network.attention, platform=network.platform
+    )

@@ -13,6 +13,10 @@ import numpy as np
 from xl2jax.errors import UserError, require_number, require_whole
 from xl2jax.inference.cache import KV, KVCache, attend_text
 from xl2jax.models.qwen2 import Qwen2
+from xl2jax.ops.attention import Attention
+
+DECODE_ROWS = 8
+"""Rows of a decoding step on a GPU: the new token and padding. The text cache has room for them behind the last token."""
 
 GREEDY_BELOW = 1e-4
 """Lower temperatures are treated as greedy, since logits divided by them would leave float32's range."""
@@ -73,9 +77,16 @@ class DecodeState(NamedTuple):
 
 
 def extend(
-    llm: Qwen2, context: KVCache, text: KVCache, ids: jax.Array, length: jax.Array, *, implementation: str
+    llm: Qwen2,
+    context: KVCache,
+    text: KVCache,
+    ids: jax.Array,
+    length: jax.Array,
+    *,
+    attention: Attention,
+    unroll: bool = False,
 ) -> tuple[KVCache, jax.Array]:
-    """Runs ids [T], of which the first `length` are real, behind `context` and `text`.
+    """Runs ids [T], of which the first `length` are real, behind `context` and `text`, which has room for all T.
 
     Returns the text cache with them and the hidden states [T, D]. Neither cache is changed in place unless donated.
     """
@@ -83,10 +94,10 @@ def extend(
     positions = context.length + start + jnp.arange(ids.shape[0], dtype=jnp.int32)
 
     def attend(kv: KV, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[KV, jax.Array]:
-        kv, out, _ = attend_text(q, k, v, context, kv, start, length, layer, implementation)
+        kv, out, _ = attend_text(q, k, v, context, kv, start, length, layer, attention)
         return kv, out
 
-    hidden, (k, v) = llm.forward(llm.embed_tokens(ids), positions, attend, (text.k, text.v))
+    hidden, (k, v) = llm.forward(llm.embed_tokens(ids), positions, attend, (text.k, text.v), unroll=unroll)
     return text._replace(k=k, v=v, global_length=start + length), hidden
 
 
@@ -135,12 +146,16 @@ def decode(
     sampling: Sampling,
     *,
     size: int,
-    implementation: str,
+    attention: Attention,
+    platform: str,
 ) -> tuple[DecodeState, jax.Array, jax.Array]:
     """Decodes up to min(limit, size) further tokens, until one of `stop` [n] is sampled.
 
     Returns (state, ids [size], number of new ids).
     """
+    on_gpu = platform == "gpu"
+    # For products of fewer rows XLA would pad every operand to eight rows and slice every result.
+    rows = DECODE_ROWS if on_gpu else 1
 
     def unfinished(carry: tuple[DecodeState, jax.Array, jax.Array]) -> jax.Array:
         state, _, n = carry
@@ -148,7 +163,8 @@ def decode(
 
     def next_token(carry: tuple[DecodeState, jax.Array, jax.Array]) -> tuple[DecodeState, jax.Array, jax.Array]:
         state, ids, n = carry
-        text, hidden = extend(llm, context, state.text, state.token[None], jnp.int32(1), implementation=implementation)
+        token = jnp.pad(state.token[None], (0, rows - 1))
+        text, hidden = extend(llm, context, state.text, token, jnp.int32(1), attention=attention, unroll=on_gpu)
         state = _next(llm, hidden[0], text, state.key, stop, sampling)
         return state, ids.at[n].set(state.token), n + 1
 

@@ -13,13 +13,13 @@ from flax import nnx
 from xl2jax.config import VideoXL2Config
 from xl2jax.errors import UserError
 from xl2jax.models.video_xl2 import VideoXL2, abstract_model
-from xl2jax.ops.attention import choose_implementation
+from xl2jax.ops.attention import Attention, choose_attention
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("params",),
-    meta_fields=("config", "implementation", "platform"),
+    meta_fields=("config", "attention", "platform"),
 )
 @dataclasses.dataclass(frozen=True)
 class Network:
@@ -30,8 +30,8 @@ class Network:
 
     config: VideoXL2Config
     params: nnx.State
-    implementation: str
-    """The implementation of arena attention (see `xl2jax.ops.attention`)."""
+    attention: Attention
+    """The implementation of arena attention."""
     platform: str
     """"cpu" or "gpu": where the parameters are."""
 
@@ -39,12 +39,12 @@ class Network:
     def create(cls, config: VideoXL2Config, params: nnx.State, implementation: str = "auto") -> Network:
         """Finds the platform and, where `implementation` is "auto", chooses the attention. The choice is logged once.
 
-        Raises UserError for an implementation that does not exist.
+        Raises UserError for an implementation that does not exist or does not serve the model on its device.
         """
         first = jax.tree.leaves(params)[0]
         device = next(iter(first.devices()))
-        name = choose_implementation(implementation, device, config.llm.head_width, first.dtype)
-        return cls(config, params, name, "gpu" if device.platform in ("gpu", "cuda", "rocm") else device.platform)
+        attention = choose_attention(implementation, device, config.llm.head_width, first.dtype)
+        return cls(config, params, attention, "gpu" if device.platform in ("gpu", "cuda", "rocm") else device.platform)
 
     @property
     def dtype(self) -> str:

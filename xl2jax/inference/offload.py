@@ -17,8 +17,9 @@ import numpy as np
 from xl2jax.config import LLMConfig
 from xl2jax.inference import compiled
 from xl2jax.inference.bilevel import GroupTable, PooledKV
-from xl2jax.inference.cache import KVArray, KVCache
+from xl2jax.inference.cache import KVCache
 from xl2jax.inference.layout import bucket
+from xl2jax.ops.kv import KVArray
 
 
 class HostKV(NamedTuple):

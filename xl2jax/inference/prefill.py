@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from xl2jax.arithmetic import ceil_div, round_up
-from xl2jax.inference.cache import KV, KVCache, rows, write
+from xl2jax.inference.cache import KV, KVCache, source, write
 from xl2jax.inference.layout import PrefillConfig, VideoLayout, bucket, token_ranges
 from xl2jax.models.qwen2 import Qwen2
-from xl2jax.ops.attention import arena_attention
+from xl2jax.ops.attention import Attention, arena_attention
 from xl2jax.ops.ranges import Ranges, first_slots
 
 _PREFIX_UNIT, _TIME_UNIT, _SLOT_UNIT = 32, 4, 128
@@ -149,15 +149,15 @@ def segments(all_steps: Step, plan: PrefillPlan) -> Iterator[Step]:
 
 
 def prefill_prefix(
-    llm: Qwen2, cache: KVCache, ids: jax.Array, length: jax.Array, *, implementation: str
+    llm: Qwen2, cache: KVCache, ids: jax.Array, length: jax.Array, *, attention: Attention
 ) -> tuple[KVCache, jax.Array]:
     """Runs the prefix, ids [prefix_cap] of which `length` are real: (cache, hidden states [prefix_cap, D])."""
     at = jnp.arange(ids.shape[0], dtype=jnp.int32)
-    ranges = first_slots(jnp.where(at < length, at + 1, 0)).batched()
+    ranges = first_slots(jnp.where(at < length, at + 1, 0))
 
     def attend(kv: KV, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[KV, jax.Array]:
         kv = write(kv, layer, k, v, jnp.int32(0))
-        out, _ = arena_attention(q[None], *rows(kv, layer), ranges, implementation=implementation)
+        out, _ = arena_attention(q[None], source(kv, layer, ranges), attention=attention)
         return kv, out[0]
 
     hidden, kv = llm.forward(llm.embed_tokens(ids), at, attend, (cache.k, cache.v))
@@ -165,7 +165,7 @@ def prefill_prefix(
 
 
 def prefill_segment(
-    llm: Qwen2, cache: KVCache, visual: jax.Array, segment: Step, *, implementation: str
+    llm: Qwen2, cache: KVCache, visual: jax.Array, segment: Step, *, attention: Attention
 ) -> tuple[KVCache, jax.Array]:
     """Scans over the steps of a segment.
 
@@ -191,12 +191,11 @@ def prefill_segment(
         def attend(kv: KV, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[KV, jax.Array]:
             kv = write(kv, layer, k[:visuals], v[:visuals], s.visual_slot)
             kv = write(kv, layer, k[visuals:], v[visuals:], s.global_slot)
-            source = rows(kv, layer)
 
             def part(a: int | None, b: int | None) -> jax.Array:
                 # Visual and time tokens see very different slots. Separate calls keep the tiles' ranges narrow.
-                ranges = s.ranges.select(slice(a, b)).batched()
-                out, _ = arena_attention(q[None, a:b], *source, ranges, implementation=implementation)
+                seen = source(kv, layer, s.ranges.select(slice(a, b)))
+                out, _ = arena_attention(q[None, a:b], seen, attention=attention)
                 return out[0]
 
             return kv, jnp.concatenate([part(None, visuals), part(visuals, None)])

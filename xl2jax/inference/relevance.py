@@ -10,9 +10,11 @@ import jax.numpy as jnp
 
 from xl2jax.arithmetic import ceil_div
 from xl2jax.errors import UserError
-from xl2jax.inference.cache import KVCache, attend_text, unpack
+from xl2jax.inference.cache import KVCache, attend_text
 from xl2jax.inference.generate import SuffixIds
 from xl2jax.models.qwen2 import Qwen2
+from xl2jax.ops.attention import Attention
+from xl2jax.ops.kv import unpack
 from xl2jax.ops.precision import product
 
 
@@ -58,7 +60,7 @@ def attention_scores(
     scorer: AttentionScorer,
     groups: int,
     *,
-    implementation: str,
+    attention: Attention,
 ) -> jax.Array:
     """The question's attention to each group, float32 [groups].
 
@@ -89,7 +91,7 @@ def attention_scores(
             block_queries = jax.lax.dynamic_slice_in_dim(queries, top, rows)
             block_norm = jax.lax.dynamic_slice_in_dim(norm, top, rows)
 
-            def to_block(i: jax.Array, attention: jax.Array) -> jax.Array:
+            def to_block(i: jax.Array, attended: jax.Array) -> jax.Array:
                 start = jnp.minimum(i * block, slots - block)
                 k = unpack(
                     jax.tree.map(
@@ -103,19 +105,19 @@ def attention_scores(
                 to = jax.lax.dynamic_slice_in_dim(group, start, block)
                 use = counted[:, None, None, None] & (start + jnp.arange(block) >= i * block) & (to < groups)
                 p = jnp.where(use, jnp.exp(jnp.where(use, scores * h**-0.5 - block_norm[..., None], 0.0)), 0.0)
-                return attention + jax.ops.segment_sum(p.reshape(-1, block).T, to, num_segments=groups + 1)
+                return attended + jax.ops.segment_sum(p.reshape(-1, block).T, to, num_segments=groups + 1)
 
-            attention = jax.lax.fori_loop(0, ceil_div(slots, block), to_block, jnp.zeros((groups + 1, rows * heads)))
-            attention = attention.reshape(groups + 1, rows, heads)
-            attention = attention**2 if scorer.heads == "squared" else attention
-            return total + jnp.sum(attention * share[row][:, None], axis=1)
+            attended = jax.lax.fori_loop(0, ceil_div(slots, block), to_block, jnp.zeros((groups + 1, rows * heads)))
+            attended = attended.reshape(groups + 1, rows, heads)
+            attended = attended**2 if scorer.heads == "squared" else attended
+            return total + jnp.sum(attended * share[row][:, None], axis=1)
 
         total = jax.lax.fori_loop(first // rows, ceil_div(end, rows), of_rows, jnp.zeros((groups + 1, heads)))[:groups]
         return total.max(-1) if scorer.heads == "max" else total.mean(-1)
 
     def attend(state: Any, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[Any, jax.Array]:
         kv, sums = state
-        kv, out, lse = attend_text(q, k, v, context, kv, text.global_length, end, layer, implementation)
+        kv, out, lse = attend_text(q, k, v, context, kv, text.global_length, end, layer, attention)
         counts = (layer >= first_layer) & (layer < last_layer)
         add = jax.lax.cond(counts, lambda: mass(q, lse, layer), lambda: jnp.zeros_like(sums))
         return (kv, sums + add), out

@@ -23,11 +23,12 @@ from xl2jax.errors import UserError, shorten
 from xl2jax.inference import compiled
 from xl2jax.inference.api import Model
 from xl2jax.inference.bilevel import BilevelConfig
-from xl2jax.inference.cache import KVArray, KVCache, QuantizedKV
+from xl2jax.inference.cache import KVCache
 from xl2jax.inference.layout import PrefillConfig, VideoLayout
 from xl2jax.inference.offload import HostKV
 from xl2jax.inference.session import VideoKV
 from xl2jax.inference.video_cache import CacheConfig, WatchedVideo
+from xl2jax.ops.kv import KVArray, QuantizedKV
 from xl2jax.system.atomic import replacing_file
 from xl2jax.system.schema import SMALL_FILE, Schema, parse_json, require_regular, unreadable
 from xl2jax.video.clip import FrameSampling

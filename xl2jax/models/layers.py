@@ -25,14 +25,21 @@ def stack_layers[M: nnx.Module](make: Callable[[nnx.Rngs], M], layers: int, rngs
 
 
 def scan_layers[C, Y](
-    stacked: nnx.Module, body: Callable[[Any, C, jax.Array], tuple[C, Y]], carry: C, *, remat: bool = False
+    stacked: nnx.Module,
+    body: Callable[[Any, C, jax.Array], tuple[C, Y]],
+    carry: C,
+    *,
+    remat: bool = False,
+    unroll: bool = False,
 ) -> tuple[C, Y]:
     """Runs `carry, y = body(layer, carry, index)` for each layer of `stacked`, whose parameters have a leading axis L.
 
-    The body is compiled once, whatever the depth.
+    The body is compiled once, whatever the depth, unless `unroll` is True.
 
     Args:
       remat: the backward pass recomputes each layer and keeps only `carry` between them.
+      unroll: compiles every layer for itself. What is the same in all layers is then computed once, and weights are read
+        in place; compiling takes longer.
 
     Returns the last carry, and every layer's `y` stacked along a leading axis L.
     """
@@ -45,7 +52,7 @@ def scan_layers[C, Y](
 
     if remat:
         step = jax.checkpoint(step, prevent_cse=False)
-    carry, outputs = jax.lax.scan(step, carry, (params, jnp.arange(layers, dtype=jnp.int32)))
+    carry, outputs = jax.lax.scan(step, carry, (params, jnp.arange(layers, dtype=jnp.int32)), unroll=unroll)
     return carry, outputs
 
 

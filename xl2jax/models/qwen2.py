@@ -78,7 +78,14 @@ class Qwen2(nnx.Module):
         return self.embed.embedding[...][ids]
 
     def forward[S](
-        self, x: jax.Array, positions: jax.Array, attend: Attend[S], state: S, *, remat: bool = False
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        attend: Attend[S],
+        state: S,
+        *,
+        remat: bool = False,
+        unroll: bool = False,
     ) -> tuple[jax.Array, S]:
         """Embeddings [..., T, D] at integer positions [..., T] -> normed hidden states [..., T, D].
 
@@ -87,8 +94,9 @@ class Qwen2(nnx.Module):
 
         Args:
           remat: the backward pass recomputes each layer.
+          unroll: see `scan_layers`.
         """
-        (x, state), _ = self._run_layers(x, positions, attend, state, remat=remat)
+        (x, state), _ = self._run_layers(x, positions, attend, state, remat=remat, unroll=unroll)
         return self.norm(x), state
 
     def layer_outputs[S](self, x: jax.Array, positions: jax.Array, attend: Attend[S], state: S) -> jax.Array:
@@ -108,6 +116,7 @@ class Qwen2(nnx.Module):
         state: S,
         *,
         remat: bool = False,
+        unroll: bool = False,
         keep_outputs: bool = False,
     ) -> tuple[tuple[jax.Array, S], jax.Array | None]:
         cos, sin = (
@@ -120,7 +129,7 @@ class Qwen2(nnx.Module):
             x, state = layer(carry[0], cos, sin, attend, carry[1], index)
             return (x, state), x if keep_outputs else None
 
-        return scan_layers(self.layers, body, (x, state), remat=remat)
+        return scan_layers(self.layers, body, (x, state), remat=remat, unroll=unroll)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [..., D] -> logits [..., vocab], float32 (float64 for float64)."""

@@ -3,17 +3,17 @@
 Shapes of the op, whatever the implementation:
 
     q             [B, T, N, H]   rotated queries
-    k, v          [R, K, S, H]   rows of key and value slots: cache layers, or batch rows; N = K * groups
-    rows          [B]   int32    the row of k and v that each batch row reads (nothing is copied)
-    ranges        Ranges of int32 [B, T]: the slots that each query sees
+    sources       each has k, v [R, K, S, H] (N = K * groups), the row that each batch row reads, and its ranges [B, T]
     -> out        [B, T, N, H]   q's dtype, float32 accumulation (float64 for float64); zeros where nothing is seen
     -> lse        [B, T, N]      float32 (float64) log-sum-exp of the scaled scores, NEGATIVE where nothing is seen
 
-Slots that no query sees may hold any finite value. The XLA implementations also tolerate NaN there.
+A query sees the slots of all sources together. Slots that no query sees may hold any finite value. The XLA
+implementations also tolerate NaN there.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable
@@ -21,43 +21,92 @@ from typing import Any
 
 import chex
 import jax
+import jax.numpy as jnp
 
 from xl2jax.errors import UserError
 from xl2jax.ops.blockwise import attend_blockwise, backward_blockwise
-from xl2jax.ops.ranges import Ranges
+from xl2jax.ops.kv import Source
+from xl2jax.ops.ranges import merge
 from xl2jax.ops.reference import attend_reference
 
 logger = logging.getLogger(__name__)
 
+WGMMA_CARDS = ("9.0",)
+"""Compute capabilities with the instructions of the wgmma kernel: Hopper."""
+MMA_CARDS = ("8.0", "8.6", "8.9", "9.0", "12.0")
+"""Compute capabilities that the mma kernel is compiled for: Ampere, Ada, Hopper, and Blackwell without tcgen05."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """An implementation of arena attention, and the GPU that it runs on. Hashable, and static under `jax.jit`."""
+
+    name: str
+    """One of `IMPLEMENTATIONS`."""
+    capability: str = "9.0"
+    """The GPU's compute capability. The kernels' sizes depend on it; the XLA implementations ignore it."""
+    multiprocessors: int = 132
+    """The GPU's number of multiprocessors. Work is split until all of them have some."""
+
+    def __post_init__(self) -> None:
+        if self.name not in IMPLEMENTATIONS:
+            raise UserError(f"attention {self.name!r}: choose auto, {', '.join(IMPLEMENTATIONS)}")
+
+
+type Results = tuple[jax.Array, jax.Array]
+
+
+def _merged(attend: Callable[[jax.Array, Source], Results]) -> Callable[..., Results]:
+    """An implementation of one source as one of all sources."""
+
+    def attend_all(attention: Attention, q: jax.Array, sources: tuple[Source, ...]) -> Results:
+        parts = [attend(q, source) for source in sources]
+        return merge(parts) if len(parts) > 1 else parts[0]
+
+    return attend_all
+
+
+def _attend_wgmma(attention: Attention, q: jax.Array, sources: tuple[Source, ...]) -> Results:
+    from xl2jax.ops import wgmma  # Pallas is slow to import
+
+    return wgmma.attend_wgmma(q, sources, attention.multiprocessors)
+
+
+def _attend_mma(attention: Attention, q: jax.Array, sources: tuple[Source, ...]) -> Results:
+    from xl2jax.ops import mma
+
+    return mma.attend_mma(q, sources, attention.capability, attention.multiprocessors)
+
+
+IMPLEMENTATIONS: dict[str, Callable[[Attention, jax.Array, tuple[Source, ...]], Results]] = {
+    "reference": _merged(attend_reference),
+    "blockwise": _merged(attend_blockwise),
+    "wgmma": _attend_wgmma,
+    "mma": _attend_mma,
+}
+
+BLOCKWISE = Attention("blockwise")
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _differentiable(implementation: str, *args: Any) -> tuple[jax.Array, jax.Array]:
-    return IMPLEMENTATIONS[implementation](*args)
+def _differentiable(attention: Attention, q: jax.Array, sources: tuple[Source, ...]) -> Results:
+    return IMPLEMENTATIONS[attention.name](attention, q, sources)
 
 
-def _forward(implementation: str, *args: Any) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, ...]]:
-    result = IMPLEMENTATIONS[implementation](*args)
-    return result, (*args, *result)
+def _forward(attention: Attention, q: jax.Array, sources: tuple[Source, ...]) -> tuple[Results, tuple[Any, ...]]:
+    result = _differentiable(attention, q, sources)
+    return result, (q, sources, *result)
 
 
-def _vjp(implementation: str, residuals: tuple[Any, ...], cotangents: tuple[jax.Array, jax.Array]) -> tuple[Any, ...]:
-    return (*backward_blockwise(residuals, cotangents), None, None)
+def _vjp(attention: Attention, residuals: tuple[Any, ...], cotangents: Results) -> tuple[Any, ...]:
+    q, sources, *result = residuals
+    # With out and lse over all sources, the gradients of each source are those of its own slots.
+    grads = [backward_blockwise((q, source, *result), cotangents) for source in sources]
+    d_q = functools.reduce(jnp.add, (d_q for d_q, _, _ in grads))
+    return d_q, tuple(Source(d_k, d_v, None, None) for _, d_k, d_v in grads)  # type: ignore[arg-type]
 
 
 _differentiable.defvjp(_forward, _vjp)
-
-
-def _attend_mosaic(*args: Any) -> tuple[jax.Array, jax.Array]:
-    from xl2jax.ops import mosaic  # Pallas is slow to import
-
-    return mosaic.attend_mosaic(*args)
-
-
-IMPLEMENTATIONS: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
-    "reference": attend_reference,
-    "blockwise": attend_blockwise,
-    "mosaic": _attend_mosaic,
-}
 
 
 @functools.cache
@@ -65,52 +114,62 @@ def _log_choice(name: str, reason: str) -> None:
     logger.info("arena attention: %s (auto on %s)", name, reason)
 
 
-def choose_implementation(name: str, device: jax.Device, head_width: int, dtype: jax.typing.DTypeLike) -> str:
-    """The implementation for a device. "auto" chooses one and logs the choice once; any other name is kept.
+def choose_attention(name: str, device: jax.Device, head_width: int, dtype: jax.typing.DTypeLike) -> Attention:
+    """The implementation for a device. "auto" takes the fastest one that serves, and logs the choice once.
 
-    Raises UserError where no implementation has that name.
+    Raises UserError where no implementation has the name, or where the one that is named does not serve.
     """
-    if name != "auto":
-        _require(name)
-        return name
-    if device.platform != "gpu":
-        _log_choice("blockwise", device.platform)
-        return "blockwise"
-    from xl2jax.ops import mosaic
-
-    capability = str(getattr(device, "compute_capability", "0.0"))
-    # Only Hopper has the wgmma instructions of the kernel.
-    reason = (
-        mosaic.unsupported(head_width, dtype, dtype)
-        if capability == "9.0"
-        else "the kernel needs compute capability 9.0"
+    on_gpu = device.platform == "gpu"
+    capability = str(getattr(device, "compute_capability", "0.0")) if on_gpu else ""
+    card: dict[str, Any] = (
+        {"capability": capability, "multiprocessors": int(getattr(device, "core_count", 132))} if on_gpu else {}
     )
-    name = "blockwise" if reason else "mosaic"
-    _log_choice(name, f"{device.device_kind}" + (f": {reason}" if reason else ""))
-    return name
+    if name != "auto":
+        chosen = Attention(name, **card)
+        reason = _unsupported(name, device, capability, head_width, dtype)
+        if reason:
+            raise UserError(f"attention {name!r}: {reason}")
+        return chosen
+    if not on_gpu:
+        _log_choice("blockwise", device.platform)
+        return BLOCKWISE
+    reasons = {n: _unsupported(n, device, capability, head_width, dtype) for n in ("wgmma", "mma")}
+    name = next((n for n, reason in reasons.items() if reason is None), "blockwise")
+    _log_choice(name, device.device_kind + (f": {reasons['mma']}" if name == "blockwise" else ""))
+    return Attention(name, **card)
 
 
-def _require(name: str) -> None:
-    if name not in IMPLEMENTATIONS:
-        raise UserError(f"attention {name!r}: choose auto, {', '.join(IMPLEMENTATIONS)}")
+def _unsupported(
+    name: str, device: jax.Device, capability: str, head_width: int, dtype: jax.typing.DTypeLike
+) -> str | None:
+    """Why an implementation does not serve a model on a device, or None."""
+    if name not in ("wgmma", "mma"):
+        return None
+    if device.platform != "gpu":
+        return f"the kernel needs an NVIDIA GPU, not {device.platform}"
+    cards = WGMMA_CARDS if name == "wgmma" else MMA_CARDS
+    if capability not in cards:
+        return f"the kernel needs compute capability {' or '.join(cards)}, this card has {capability}"
+    from xl2jax.ops import tiles
+
+    return tiles.unsupported(head_width, dtype, dtype)
 
 
-def arena_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, rows: jax.Array, ranges: Ranges, *, implementation: str = "blockwise"
-) -> tuple[jax.Array, jax.Array]:
-    """Arena attention by the implementation that is named. The shapes are those of the module's docstring.
+def arena_attention(q: jax.Array, *sources: Source, attention: Attention = BLOCKWISE) -> Results:
+    """Attention of the queries to all slots that they see in the sources. Shapes as in the module's docstring.
 
     Differentiable in q, k and v (out and lse). The backward pass is blockwise XLA whatever the implementation.
 
     Raises:
-      UserError: no implementation has that name, or it does not support these shapes or dtypes. There is no fallback.
+      UserError: the implementation does not support these shapes or dtypes. There is no fallback.
       AssertionError: the shapes do not match.
     """
-    _require(implementation)
     batch, tokens, heads, head_width = q.shape
-    kv_rows, kv_heads, slots, _ = k.shape
-    chex.assert_shape((k, v), (kv_rows, kv_heads, slots, head_width))
-    chex.assert_shape(rows, (batch,))
-    chex.assert_shape(list(ranges), (batch, tokens))
-    chex.assert_is_divisible(heads, kv_heads)
-    return _differentiable(implementation, q, k, v, rows, ranges)
+    for source in sources:
+        kv_rows, kv_heads, slots, _ = source.shape
+        if not isinstance(source.k, tuple):
+            chex.assert_shape((source.k, source.v), (kv_rows, kv_heads, slots, head_width))
+        chex.assert_shape(source.rows, (batch,))
+        chex.assert_shape(list(source.ranges), (batch, tokens))
+        chex.assert_is_divisible(heads, kv_heads)
+    return _differentiable(attention, q, sources)

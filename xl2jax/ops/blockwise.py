@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from xl2jax.arithmetic import ceil_div, round_up
+from xl2jax.ops.kv import Source, unpack
 from xl2jax.ops.precision import accumulator, product
 from xl2jax.ops.ranges import NEGATIVE, Ranges
 
@@ -19,19 +20,17 @@ def _tile_sizes(queries: int, slots: int) -> tuple[int, int]:
     return tile, min(slots, 512 if tile >= 64 else 2048)
 
 
-def attend_blockwise(
-    q: jax.Array, k: jax.Array, v: jax.Array, rows: jax.Array, ranges: Ranges
-) -> tuple[jax.Array, jax.Array]:
+def attend_blockwise(q: jax.Array, source: Source) -> tuple[jax.Array, jax.Array]:
     """The op in XLA. It reads the key blocks that some query of a tile sees, and never makes a [T, S] array."""
     b, t, n, h = q.shape
-    tile, block = _tile_sizes(t, k.shape[2])
+    tile, block = _tile_sizes(t, source.shape[2])
     tiles = ceil_div(t, tile)
 
     def attend(xs: tuple[jax.Array, jax.Array, Ranges]) -> tuple[jax.Array, jax.Array]:
-        return _attend_tile(*xs, k, v, block)
+        return _attend_tile(*xs, source, block)
 
-    q_tiles, range_tiles = jax.tree.map(lambda x: _to_tiles(x, tile), (q, ranges))
-    xs = (q_tiles, jnp.repeat(rows, tiles), range_tiles)
+    q_tiles, range_tiles = jax.tree.map(lambda x: _to_tiles(x, tile), (q, source.ranges))
+    xs = (q_tiles, jnp.repeat(source.rows, tiles), range_tiles)
     if b * tiles == 1:
         out, lse = (y[None] for y in attend(jax.tree.map(lambda x: x[0], xs)))
     else:
@@ -67,10 +66,10 @@ class _Block(NamedTuple):
 
 
 def _live_blocks_of_tile(
-    k: jax.Array, v: jax.Array, row: jax.Array, ranges: Ranges, block: int
+    source: Source, row: jax.Array, ranges: Ranges, block: int
 ) -> tuple[jax.Array, Callable[[jax.Array], _Block]]:
     """How many key blocks some query of the tile sees, and a function that reads the i-th of them."""
-    kv_heads, slots, h = k.shape[1:]
+    _, kv_heads, slots, _ = source.shape
     g_blocks, v_first, v_last = live_blocks(ranges, block)
     zero = jnp.int32(0)
 
@@ -78,7 +77,13 @@ def _live_blocks_of_tile(
         start = jnp.where(i < g_blocks, i, i - g_blocks + v_first) * block
         # The last block may reach past the end: it is read further left, and slots of earlier blocks are masked.
         read_at = jnp.minimum(start, slots - block)
-        kb, vb = (jax.lax.dynamic_slice(x, (row, zero, read_at, zero), (1, kv_heads, block, h))[0] for x in (k, v))
+
+        def slots_of(x: jax.Array) -> jax.Array:  # [R, K, S, ...] -> [K, block, ...]
+            rest = x.shape[3:]
+            at = (row, zero, read_at, *(zero for _ in rest))
+            return jax.lax.dynamic_slice(x, at, (1, kv_heads, block, *rest))[0]
+
+        kb, vb = (unpack(jax.tree.map(slots_of, x)) for x in (source.k, source.v))
         columns = read_at + jnp.arange(block, dtype=jnp.int32)
         mask = ranges.mask(columns) & (columns >= start)
         return _Block(kb, jnp.where(jnp.any(mask, axis=0)[:, None], vb, 0), mask, read_at)
@@ -106,13 +111,13 @@ def _scores(q: jax.Array, block: _Block) -> jax.Array:
 
 
 def _attend_tile(
-    q: jax.Array, row: jax.Array, ranges: Ranges, k: jax.Array, v: jax.Array, block: int
+    q: jax.Array, row: jax.Array, ranges: Ranges, source: Source, block: int
 ) -> tuple[jax.Array, jax.Array]:
     """q [T, N, H] against row `row` of k and v: (out [T, N, H], lse [T, N])."""
     t, n, h = q.shape
-    kv_heads = k.shape[1]
+    kv_heads = source.shape[1]
     queries, dtype = _fold(q, kv_heads), accumulator(q.dtype)
-    count, read = _live_blocks_of_tile(k, v, row, ranges, block)
+    count, read = _live_blocks_of_tile(source, row, ranges, block)
 
     def body(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         acc, top, total = carry
@@ -141,8 +146,12 @@ def _attend_tile(
 def backward_blockwise(
     residuals: tuple[Any, ...], cotangents: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of q, k and v, blockwise in float32 (float64). The scores are recomputed with lse."""
-    q, k, v, rows, ranges, out, lse = residuals
+    """Gradients of q, k and v, blockwise in float32 (float64). The scores are recomputed with lse.
+
+    residuals: q, a source that is not quantised, and out and lse, which may be those of several sources.
+    """
+    q, source, out, lse = residuals
+    k, v, rows, ranges = source
     b, t, n, h = q.shape
     kv_heads = k.shape[1]
     dtype = accumulator(q.dtype)
@@ -157,7 +166,7 @@ def backward_blockwise(
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         row, ranges, *folding = xs
         queries, d_outs, norm, part = (_fold(x, kv_heads) for x in folding)
-        count, read = _live_blocks_of_tile(k, v, row, ranges, block)
+        count, read = _live_blocks_of_tile(source, row, ranges, block)
 
         def body(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             d_q, d_k, d_v = carry

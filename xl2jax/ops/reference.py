@@ -6,18 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from xl2jax.ops.kv import Source, unpack
 from xl2jax.ops.precision import accumulator
-from xl2jax.ops.ranges import NEGATIVE, Ranges
+from xl2jax.ops.ranges import NEGATIVE
 
 
-def attend_reference(
-    q: jax.Array, k: jax.Array, v: jax.Array, rows: jax.Array, ranges: Ranges
-) -> tuple[jax.Array, jax.Array]:
+def attend_reference(q: jax.Array, source: Source) -> tuple[jax.Array, jax.Array]:
     """The op for tests and short inputs. See `xl2jax.ops.attention` for shapes."""
     dtype = accumulator(q.dtype)
-    k, v = k[rows].astype(dtype), v[rows].astype(dtype)
+    k, v = (unpack(x)[source.rows].astype(dtype) for x in (source.k, source.v))
     groups = q.shape[2] // k.shape[1]
-    mask = ranges.mask(np.arange(k.shape[2]))[:, None, None]
+    mask = source.ranges.mask(np.arange(k.shape[2]))[:, None, None]
     v = jnp.where(jnp.any(mask, axis=(1, 2, 3))[:, None, :, None], v, 0.0)
     queries = q.astype(dtype).reshape(*q.shape[:2], k.shape[1], groups, q.shape[3])
     scores = jnp.einsum("btkgh,bksh->bkgts", queries, k, precision="highest") * q.shape[-1] ** -0.5

@@ -1,17 +1,8 @@
-"""Arena attention on Hopper GPUs: one Pallas Mosaic kernel for prefill and decoding.
+"""Arena attention on Hopper GPUs: a Pallas Mosaic kernel with wgmma, for prefill and decoding.
 
-The query heads of a KV head are folded into rows, so that a tile of 128 rows spans few tokens and even a single decoded
-token reads every key once. The rows of a tile see at most two runs of key blocks. Six integers a tile say where the
-runs start and end, and which of their blocks need no mask:
-
-    blocks      0 ... a_full ... a        b ... b_full ... c_full ... c
-    needed      [0, a)                    [b, c)
-    unmasked    [0, a_full)               [b_full, c_full)
-
-Unmasked blocks are visited first. Where there are few tiles, each tile's blocks are split over several programs, whose
-results are merged by their log-sum-exp. A program has three warpgroups. Two of them compute 64 rows each, one in its
-softmax while the other uses the tensor cores. The third one keeps TMA loads of keys and values in flight, which are read
-from the cache in place.
+`xl2jax.ops.tiles` divides the work. A program has three warpgroups. Two of them compute 64 rows each, one in its softmax
+while the other uses the tensor cores. The third one keeps TMA loads of keys and values in flight, which are read from the
+cache in place.
 """
 
 from __future__ import annotations
@@ -27,73 +18,28 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from xl2jax.arithmetic import ceil_div, round_up
-from xl2jax.errors import UserError
+from xl2jax.arithmetic import ceil_div
+from xl2jax.ops.kv import Source
 from xl2jax.ops.ranges import NEGATIVE, Ranges
+from xl2jax.ops.tiles import KernelConfig, Work, attend_tiles, split_count
 
 ROWS = 64
 """Rows of a compute warpgroup (the height of a wgmma)."""
 TILE = 2 * ROWS
-HEAD_WIDTHS = (64, 128)
 _LOG2E = math.log2(math.e)
 
 
-@dataclasses.dataclass(frozen=True)
-class KernelConfig:
-    """Slots of a key block, blocks in flight, and the number of programs that share the blocks of a tile."""
-
-    block: int = 128
-    stages: int = 2
-    splits: int = 1
-
-
-def choose_config(tiles: int, slots: int, multiprocessors: int = 132) -> KernelConfig:
-    """`tiles` counts programs before splitting. Few tiles are split until all multiprocessors have work."""
+def choose_config(rows: int, batch_heads: int, slots: int, multiprocessors: int = 132) -> KernelConfig:
+    """Sizes for `rows` folded rows of each of `batch_heads` KV heads."""
     block = 128 if slots % 128 == 0 else 64
-    splits = min(max(multiprocessors // tiles, 1), max(slots // (4 * block), 1))
-    return KernelConfig(block=block, stages=2 if block == 128 else 4, splits=splits)
+    splits = split_count(batch_heads * ceil_div(rows, TILE), slots, block, multiprocessors)
+    return KernelConfig(TILE, block, 2 if block == 128 else 4, splits)
 
 
-def tile_blocks(ranges: Ranges, block: int, tile: int = TILE) -> jax.Array:
-    """Ranges of rows [..., R] -> int32 [..., R / tile, 6]: a_full, a, b, b_full, c_full, c (in blocks).
-
-    Rows that see nothing have no influence on a tile's blocks. The kernel sets their results to zero.
-    """
-    g_end, v_lo, v_hi = (x.reshape(*x.shape[:-1], -1, tile) for x in ranges)
-    big = jnp.iinfo(jnp.int32).max // 2
-    seen = v_hi > v_lo
-    alive = seen | (g_end > 0)
-    any_alive = alive.any(-1)
-
-    def lowest(x: jax.Array, where: jax.Array) -> jax.Array:
-        return jnp.min(jnp.where(where, x, big), axis=-1)
-
-    def highest(x: jax.Array, where: jax.Array) -> jax.Array:
-        return jnp.max(jnp.where(where, x, 0), axis=-1)
-
-    a = ceil_div(highest(g_end, alive), block)
-    a_full = jnp.where(any_alive, lowest(g_end, alive) // block, 0)
-    any_seen = seen.any(-1)
-    b = jnp.where(any_seen, jnp.maximum(lowest(v_lo, seen) // block, a), a)
-    c = jnp.where(any_seen, jnp.maximum(ceil_div(highest(v_hi, seen), block), b), b)
-    # An unmasked block lies inside the interval of every row that sees something.
-    all_seen = (seen | ~alive).all(-1) & any_seen
-    b_full = jnp.clip(ceil_div(highest(v_lo, seen), block), b, c)
-    c_full = jnp.where(all_seen, jnp.clip(lowest(v_hi, seen) // block, b_full, c), b_full)
-    return jnp.stack([jnp.minimum(a_full, a), a, b, b_full, c_full, c], axis=-1).astype(jnp.int32)
-
-
-def live_block_count(blocks: jax.Array) -> jax.Array:
-    """The number of blocks that each tile visits, [...], from `tile_blocks`."""
-    return blocks[..., 1] + blocks[..., 5] - blocks[..., 2]
-
-
-def attend_mosaic(
+def attend_wgmma(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    rows: jax.Array,
-    ranges: Ranges,
+    sources: tuple[Source, ...],
+    multiprocessors: int = 132,
     *,
     config: KernelConfig | None = None,
     interpret: Any = None,
@@ -102,49 +48,11 @@ def attend_mosaic(
 
     Raises UserError for shapes and dtypes that the kernel does not support.
     """
-    batch, tokens, heads, h = q.shape
-    kv_heads, slots = k.shape[1], k.shape[2]
-    reason = unsupported(h, q.dtype, k.dtype, slots)
-    if reason:
-        raise UserError(f"attention 'mosaic': {reason}")
-    group = heads // kv_heads
-    folded = tokens * group
-    padded = round_up(folded, TILE)
-    config = config or choose_config(batch * kv_heads * padded // TILE, slots)
 
-    def fold(x: jax.Array) -> jax.Array:  # [B, T] -> [B, padded]
-        return jnp.pad(jnp.repeat(x, group, axis=1), ((0, 0), (0, padded - folded)))
+    def choose(rows: int, batch_heads: int, slots: int) -> KernelConfig:
+        return config or choose_config(rows, batch_heads, slots, multiprocessors)
 
-    row_ranges = Ranges(*map(fold, ranges))
-    # All rows of a single token have the same ranges, so that one row stands for the tile.
-    blocks = tile_blocks(ranges, config.block, 1) if tokens == 1 else tile_blocks(row_ranges, config.block)
-    queries = q.reshape(batch, tokens, kv_heads, group, h).transpose(0, 2, 1, 3, 4)
-    queries = queries.reshape(batch, kv_heads, folded, h)
-    queries = jnp.pad(queries, ((0, 0), (0, 0), (0, padded - folded), (0, 0)))
-    out, lse = _call(queries, k, v, rows, row_ranges, blocks, config=config, interpret=interpret)
-    if config.splits > 1:
-        total = jax.nn.logsumexp(lse, axis=0)
-        share = jnp.where(lse > NEGATIVE / 2, jnp.exp(lse - total), 0.0)
-        out = jnp.sum(out.astype(jnp.float32) * share[..., None], axis=0)
-        lse = jnp.maximum(total, NEGATIVE)
-    else:
-        out, lse = out[0], lse[0]
-    out = out[:, :, :folded].reshape(batch, kv_heads, tokens, group, h).transpose(0, 2, 1, 3, 4)
-    lse = lse[:, :, :folded].reshape(batch, kv_heads, tokens, group).transpose(0, 2, 1, 3)
-    return out.reshape(q.shape).astype(q.dtype), lse.reshape(batch, tokens, heads)
-
-
-def unsupported(
-    head_width: int, queries: jax.typing.DTypeLike, keys: jax.typing.DTypeLike, slots: int = 64
-) -> str | None:
-    """Why the kernel does not support such arrays, or None."""
-    if head_width not in HEAD_WIDTHS:
-        return f"head width {head_width} is not supported (only {' and '.join(map(str, HEAD_WIDTHS))})"
-    if queries not in (jnp.bfloat16, jnp.float16) or keys != queries:
-        return f"{jnp.dtype(queries)} queries and {jnp.dtype(keys)} keys are not supported (only 16 bit)"
-    if slots % 64:
-        return f"{slots} cache slots are not a multiple of 64"
-    return None
+    return attend_tiles("wgmma", q, sources, choose, functools.partial(_launch, interpret=interpret))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,45 +130,7 @@ class _Barriers(NamedTuple):
     turn: Any
 
 
-class _Work(NamedTuple):
-    """What a program computes: the `first` to `last` of the blocks that a tile visits."""
-
-    batch_row: Any
-    kv_head: Any
-    tile: Any
-    split: Any
-    bounds: tuple[Any, ...]
-    """a_full, a, b, b_full, c_full, c (see the module's docstring)."""
-    unmasked: Any
-    """How many of the tile's blocks need no mask. They are visited first."""
-    first: Any
-    last: Any
-
-    @classmethod
-    def of_program(cls, blocks: Any, splits: int) -> _Work:
-        part, kv_head, tile = lax.axis_index("part"), lax.axis_index("kv_head"), lax.axis_index("tile")
-        batch_row, split = lax.div(part, splits), lax.rem(part, splits)
-        bounds = tuple(blocks[batch_row, tile, i] for i in range(6))
-        a_full, a, b, b_full, c_full, c = bounds
-        unmasked, total = a_full + c_full - b_full, a + c - b
-        first, last = lax.div(total * split, splits), lax.div(total * (split + 1), splits)
-        return cls(batch_row, kv_head, tile, split, bounds, unmasked, first, last)
-
-    def block_at(self, i: Any) -> Any:
-        """The i-th block of the tile: the unmasked ones, then the three masked runs."""
-        a_full, a, b, b_full, c_full, _ = self.bounds
-        masked = i - self.unmasked
-        left, middle = a - a_full, b_full - b
-        unmasked_id = jnp.where(i < a_full, i, b_full + i - a_full)
-        masked_id = jnp.where(
-            masked < left,
-            a_full + masked,
-            jnp.where(masked < left + middle, b + masked - left, c_full + masked - left - middle),
-        )
-        return jnp.where(i < self.unmasked, unmasked_id, masked_id)
-
-
-def _compute(shape: _Shape, refs: _Global, shared: _Shared, barriers: _Barriers, work: _Work, wg: Any) -> None:
+def _compute(shape: _Shape, refs: _Global, shared: _Shared, barriers: _Barriers, work: Work, wg: Any) -> None:
     """A compute warpgroup: 64 rows of the tile over all blocks of the program."""
     plgpu.set_max_registers(232, action="increase")
     q_smem, lse_smem, ranges = (x.at[wg] for x in (shared.q, shared.lse, shared.ranges))
@@ -317,11 +187,10 @@ def _compute(shape: _Shape, refs: _Global, shared: _Shared, barriers: _Barriers,
         jnp.full((ROWS,), NEGATIVE, jnp.float32),
         jnp.zeros((ROWS,), jnp.float32),
     )
-    first_masked = jnp.clip(work.unmasked, work.first, work.last)
     # The second warpgroup runs half a step behind the first.
     pl.when(wg == 1)(take_turn)
-    carry = lax.fori_loop(work.first, first_masked, functools.partial(step, masked=False), carry)
-    acc, top, norm = lax.fori_loop(first_masked, work.last, functools.partial(step, masked=True), carry)
+    carry = lax.fori_loop(work.first, work.first_masked, functools.partial(step, masked=False), carry)
+    acc, top, norm = lax.fori_loop(work.first_masked, work.last, functools.partial(step, masked=True), carry)
     pl.when(wg == 0)(take_turn)
     # Rows that see nothing went through the unmasked blocks of the others.
     norm = jnp.where((g_end > 0) | (v_hi > v_lo), norm, 0.0)
@@ -354,7 +223,7 @@ def _add_weighted(shape: _Shape, acc: Any, weights: Any, values: Any, weights_sm
     return acc + pl.run_scoped(weigh_smem, plgpu.ACC((ROWS, shape.head_width), jnp.float32))
 
 
-def _load(shape: _Shape, refs: _Global, shared: _Shared, barriers: _Barriers, work: _Work) -> None:
+def _load(shape: _Shape, refs: _Global, shared: _Shared, barriers: _Barriers, work: Work) -> None:
     """The loading warpgroup: keeps keys and values of the next blocks in flight."""
     plgpu.set_max_registers(40, action="decrease")
     row = refs.rows[work.batch_row]
@@ -384,25 +253,25 @@ def _load(shape: _Shape, refs: _Global, shared: _Shared, barriers: _Barriers, wo
         wait_for_free(i)
 
 
-def _call(
+def _launch(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
     rows: jax.Array,
     ranges: Ranges,
     blocks: jax.Array,
-    *,
     config: KernelConfig,
+    *,
     interpret: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    """q [B, K, R, H] folded, ranges [B, R], blocks [B, R / TILE, 6] -> out [splits, B, K, R, H], lse [splits, B, K, R]."""
+    """See `tiles.Launch`."""
     batch, kv_heads, padded, h = q.shape
     compiled = interpret is None
     shape = _Shape(config.block, config.stages, h, q.dtype, compiled)
 
     def program(refs: _Global, shared: _Shared, barriers: _Barriers) -> None:
         wg = lax.axis_index("wg")
-        work = _Work.of_program(refs.blocks, config.splits)
+        work = Work.of_program(refs.blocks, config.splits)
         pl.when(wg < 2)(lambda: _compute(shape, refs, shared, barriers, work, wg))
         pl.when(wg == 2)(lambda: _load(shape, refs, shared, barriers, work))
 

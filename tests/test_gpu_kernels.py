@@ -1,0 +1,281 @@
+"""The GPU kernels without a GPU: results and races in the interpreter, and lowering at the released shapes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.experimental.mosaic.gpu.utils as mosaic_utils
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xl2jax.config import PRESETS
+from xl2jax.errors import UserError
+from xl2jax.inference.layout import PrefillConfig, VideoLayout, natural_ranges
+from xl2jax.ops import attention, mma, tiles, wgmma
+from xl2jax.ops.attention import Attention, arena_attention
+from xl2jax.ops.kv import Source
+from xl2jax.ops.mma import attend_mma
+from xl2jax.ops.ranges import NEGATIVE, Ranges, merge
+from xl2jax.ops.reference import attend_reference
+from xl2jax.ops.tiles import KernelConfig, live_block_count, tile_blocks
+from xl2jax.ops.wgmma import attend_wgmma
+
+TILE = 128
+KERNELS = {"wgmma": attend_wgmma, "mma": attend_mma}
+type Problem = tuple[jax.Array, Source]
+
+
+def interpreted(name: str, q: jax.Array, *sources: Source, config: KernelConfig) -> tuple[np.ndarray, np.ndarray]:
+    params = plgpu.InterpretGPUParams(detect_races=True)
+    out, lse = KERNELS[name](q, sources, config=config, interpret=params)
+    return np.asarray(out, np.float32), np.asarray(lse)
+
+
+def problem(ranges: Ranges, *, slots: int, heads: int, kv_heads: int, h: int = 64, rows: int = 2) -> Problem:
+    """Random bfloat16 arrays for ranges [B, T]. Every batch row reads another row of the arena."""
+    rng = np.random.default_rng(0)
+    batch, tokens = ranges.g_end.shape
+    q = rng.standard_normal((batch, tokens, heads, h))
+    k, v = rng.standard_normal((2, rows, kv_heads, slots, h))
+    row = (np.arange(batch) + 1) % rows
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v))
+    return q, Source(k, v, jnp.asarray(row, jnp.int32), Ranges(*(jnp.asarray(x, jnp.int32) for x in ranges)))
+
+
+def reference(q: jax.Array, *sources: Source) -> list[np.ndarray]:
+    return [np.asarray(x, np.float32) for x in merge([attend_reference(q, source) for source in sources])]
+
+
+def assert_reference(name: str, q: jax.Array, *sources: Source, config: KernelConfig) -> None:
+    out, lse = interpreted(name, q, *sources, config=config)
+    expected, expected_lse = reference(q, *sources)
+    assert np.isfinite(out).all()
+    assert np.linalg.norm(out - expected) <= 1e-2 * np.linalg.norm(expected)
+    assert np.allclose(lse, expected_lse, atol=1e-4)
+    unseen = expected_lse <= NEGATIVE
+    assert not out[unseen].any()
+
+
+def some_ranges(tokens: int, slots: int, seed: int) -> Ranges:
+    """Ranges that end inside blocks, and a few queries that see nothing."""
+    rng = np.random.default_rng(seed)
+    g_end = rng.integers(slots // 8, slots // 3, (1, tokens))
+    v_lo = rng.integers(slots // 3, slots // 2, (1, tokens))
+    v_hi = v_lo + rng.integers(0, slots // 2, (1, tokens))
+    dead = rng.random((1, tokens)) < 0.1
+    return Ranges(np.where(dead, 0, g_end), v_lo, np.where(dead, 0, v_hi))
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "slots", "heads", "kv_heads", "config"),
+    [
+        ("wgmma", 40, 384, 4, 2, KernelConfig(TILE, 64, 2)),
+        ("wgmma", 70, 512, 2, 1, KernelConfig(TILE, 128, 2)),
+        ("wgmma", 1, 640, 7, 1, KernelConfig(TILE, 64, 4, splits=3)),
+        ("mma", 40, 384, 4, 2, KernelConfig(64, 32, 1)),
+        ("mma", 70, 512, 2, 1, KernelConfig(128, 64, 1)),
+        ("mma", 1, 640, 7, 1, KernelConfig(64, 64, 1, splits=3)),
+    ],
+)
+def test_against_the_reference(
+    name: str, tokens: int, slots: int, heads: int, kv_heads: int, config: KernelConfig
+) -> None:
+    """The cases have one tile or many, masked and unmasked blocks, and split blocks. The interpreter detects races."""
+    ranges = some_ranges(tokens, slots, 0)
+    assert_reference(name, *problem(ranges, slots=slots, heads=heads, kv_heads=kv_heads), config=config)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_padding_queries_poisoned_with_nan(name: str) -> None:
+    """Queries that see nothing share tiles, and so unmasked blocks, with others. Their NaN does not spread."""
+    rng = np.random.default_rng(1)
+    dead = rng.random((1, 40)) < 0.3
+    g_end, v_lo, v_hi = (
+        rng.integers(130, 200, (1, 40)),
+        rng.integers(200, 250, (1, 40)),
+        rng.integers(400, 500, (1, 40)),
+    )
+    ranges = Ranges(np.where(dead, 0, g_end), v_lo, np.where(dead, 0, v_hi))
+    one_tile = Ranges(*(jnp.asarray(np.resize(x, (1, TILE)), jnp.int32) for x in ranges))
+    blocks = np.asarray(tile_blocks(one_tile, 64, TILE))[0, 0]
+    assert blocks[0] > 0
+    assert blocks[4] > blocks[3]
+    q, source = problem(ranges, slots=512, heads=4, kv_heads=2)
+    expected, expected_lse = reference(q, source)
+    q = jnp.where(jnp.asarray(dead)[..., None, None], jnp.nan, q)
+    out, lse = interpreted(name, q, source, config=KernelConfig(TILE, 64, 1 if name == "mma" else 2))
+    assert np.isfinite(out).all()
+    assert np.linalg.norm(out - expected) <= 1e-2 * np.linalg.norm(expected)
+    assert not out[dead].any()
+    assert np.allclose(lse, expected_lse, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("splits", [1, 3])
+def test_short_lists_and_batches(name: str, splits: int) -> None:
+    """Tiles may have no block, one block, or fewer blocks than splits and stages."""
+    g_end = np.array([[0] * 8, [1] * 8])
+    v_lo, v_hi = np.array([[0] * 8, [64] * 8]), np.array([[0] * 8, [0] * 8])
+    q, source = problem(Ranges(g_end, v_lo, v_hi), slots=256, heads=1, kv_heads=1)
+    config = KernelConfig(TILE, 64, 1 if name == "mma" else 2, splits)
+    assert_reference(name, q, source, config=config)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_two_sources_are_merged(name: str) -> None:
+    """As in decoding: the video's slots, split over programs, and those of the text. One query sees only the text."""
+    q, video = problem(Ranges(*np.array([[[100, 0]], [[128, 0]], [[300, 0]]])), slots=384, heads=7, kv_heads=1, rows=1)
+    _, text = problem(Ranges(*np.array([[[9, 10]], [[0, 0]], [[0, 0]]])), slots=128, heads=7, kv_heads=1, rows=1)
+    config = KernelConfig(64 if name == "mma" else TILE, 64, 1 if name == "mma" else 2, splits=2)
+    assert_reference(name, q, video, text, config=config)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_chunk_of_a_video(name: str) -> None:
+    """Visual tokens of a video's last chunk, as prefill has them. Key blocks that they do not see are never loaded."""
+    layout = VideoLayout(5, (3,) * 20, 16)
+    tokens = natural_ranges(layout, 0, 128, PrefillConfig(2, 1))
+    mine = tokens.ranges.select(tokens.slot >= 128 + 18 * 16)
+    q, source = problem(mine.batched(), slots=448, heads=2, kv_heads=1)
+    seen = mine.mask(np.arange(448)).any(0).reshape(-1, 64).any(1)
+    assert seen.tolist() == [True, True, False, False, False, False, True]
+    poison = jnp.asarray(np.where(np.repeat(seen, 64), 0.0, np.nan), jnp.bfloat16)[:, None]
+    source = source._replace(k=source.k + poison, v=source.v + poison)
+    assert_reference(name, q, source, config=KernelConfig(64 if name == "mma" else TILE, 64, 1 if name == "mma" else 2))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 10**6), st.sampled_from([16, 64, 128]))
+def test_tile_blocks(seed: int, block: int) -> None:
+    """A tile visits all blocks that its rows see. Its unmasked blocks are seen whole by all rows that see anything."""
+    rng = np.random.default_rng(seed)
+    slots = 1024
+    g_end, v_lo = rng.integers(0, slots // 2, (2, 2 * TILE))
+    v_lo = np.maximum(v_lo + slots // 4, 0)
+    v_hi = np.minimum(v_lo + rng.integers(-50, slots, 2 * TILE), slots)
+    dead = rng.random(2 * TILE) < rng.choice([0, 0.5, 1.0])
+    g_end, v_hi = np.where(dead, 0, g_end), np.where(dead, 0, v_hi)
+    if rng.random() < 0.5:  # narrow tiles, so that unmasked blocks exist
+        g_end = np.where(dead, 0, slots // 2 - rng.integers(0, 20, 2 * TILE))
+    blocks = np.asarray(tile_blocks(Ranges(*(jnp.asarray(x, jnp.int32) for x in (g_end, v_lo, v_hi))), block, TILE))
+    seen = Ranges(g_end, v_lo, v_hi).mask(np.arange(slots)).reshape(2, TILE, slots // block, block)
+    for tile, (a_full, a, b, b_full, c_full, c) in enumerate(blocks):
+        assert 0 <= a_full <= a <= b <= b_full <= c_full <= c <= slots // block
+        visited = {*range(a), *range(b, c)}
+        assert {*np.nonzero(seen[tile].any((0, 2)))[0]} <= visited
+        alive = seen[tile].any((1, 2))
+        whole = seen[tile][alive].all((0, 2))
+        assert all(whole[i] for i in (*range(a_full), *range(b_full, c_full)))
+        assert live_block_count(blocks)[tile] == len(visited)
+
+
+def test_few_tiles_are_split() -> None:
+    def splits(rows: int, slots: int) -> tuple[int, int]:
+        return wgmma.choose_config(rows, 4, slots).splits, mma.choose_config(rows, 4, slots).splits
+
+    assert splits(126 * 128, 60_928) == (1, 1)
+    assert splits(7, 60_928) == (33, 66)
+    assert splits(7, 256) == (1, 1)
+    odd = wgmma.choose_config(7, 4, 192)
+    assert odd == dataclasses.replace(wgmma.choose_config(7, 4, 256), block=64, stages=4)
+
+
+def test_every_card_has_shared_memory_for_two_programs() -> None:
+    """Kilobytes of a multiprocessor, from NVIDIA's programming guide; a program needs one of them for itself."""
+    memory = {"8.0": 164, "8.6": 100, "8.9": 100, "9.0": 228, "12.0": 100}
+    assert memory.keys() == mma.SIZES.keys() == set(attention.MMA_CARDS)
+    for capability, kilobytes in memory.items():
+        tile, block = mma.SIZES[capability]
+        assert mma.PROGRAMS * ((tile + 2 * block) * max(tiles.HEAD_WIDTHS) * 2 / 1024 + 1) <= kilobytes
+
+
+LLM = PRESETS["video-xl-2"].llm
+SHAPES = [(2304, 60_928, 128, 1), (128, 380_032, 128, 1), (1, 380_032, 128, 1), (1, 192, 128, 1), (256, 1024, 64, 2)]
+"""Tokens, slots, head width and batch of prefill, time tokens, decoding, a text cache, and another head width."""
+
+
+@pytest.mark.parametrize("card", [("wgmma", "9.0"), *(("mma", c) for c in attention.MMA_CARDS)], ids="-".join)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_lowers_for_cuda_at_the_released_shapes(
+    card: tuple[str, str], dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the default sizes for each card. float16 is lowered at one shape."""
+    name, capability = card
+    monkeypatch.setattr(mosaic_utils, "_infer_arch", lambda: tuple(map(int, capability.split("."))))
+    shape = jax.ShapeDtypeStruct
+    for tokens, slots, h, batch in SHAPES if dtype == "bfloat16" else SHAPES[-1:]:
+        q = shape((batch, tokens, LLM.heads, h), dtype)
+        kv = shape((LLM.layers, LLM.kv_heads, slots, h), dtype)
+        source = Source(kv, kv, shape((batch,), jnp.int32), Ranges(*[shape((batch, tokens), jnp.int32)] * 3))
+        run = jax.jit(functools.partial(arena_attention, attention=Attention(name, capability)))
+        lowered = run.trace(q, source).lower(lowering_platforms=("cuda",))
+        assert "mosaic_gpu" in lowered.as_text()
+
+
+@dataclasses.dataclass
+class Card:
+    """What `choose_attention` asks of a device."""
+
+    compute_capability: str
+    platform: str = "gpu"
+    device_kind: str = "a card"
+    core_count: int = 84
+
+
+@pytest.mark.parametrize(
+    ("capability", "h", "dtype", "name", "reason"),
+    [
+        ("9.0", 128, "bfloat16", "wgmma", ""),
+        ("8.6", 128, "float16", "mma", ""),
+        ("12.0", 64, "bfloat16", "mma", ""),
+        ("10.0", 128, "bfloat16", "blockwise", "this card has 10.0"),
+        ("7.5", 128, "float16", "blockwise", "this card has 7.5"),
+        ("8.0", 128, "float32", "blockwise", "float32 queries"),
+        ("9.0", 32, "bfloat16", "blockwise", "head width 32"),
+    ],
+)
+def test_every_card_gets_its_kernel_and_the_log_says_why_not(
+    capability: str, h: int, dtype: str, name: str, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    attention._log_choice.cache_clear()
+    with caplog.at_level("INFO", "xl2jax"):
+        chosen = attention.choose_attention("auto", Card(capability), h, jnp.dtype(dtype))  # type: ignore[arg-type]
+    assert chosen == Attention(name, capability, 84)
+    assert f"arena attention: {name} (auto on a card" in caplog.text
+    assert reason in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "card", "message"),
+    [
+        ("wgmma", Card("8.0"), "needs compute capability 9.0, this card has 8.0"),
+        ("mma", Card("10.0"), "needs compute capability 8.0 or 8.6 or 8.9 or 9.0 or 12.0, this card has 10.0"),
+        ("mma", Card("", "cpu"), "needs an NVIDIA GPU, not cpu"),
+    ],
+)
+def test_a_kernel_that_is_named_never_falls_back(name: str, card: Card, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        attention.choose_attention(name, card, 128, jnp.bfloat16)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("h", "dtype", "slots", "message"),
+    [
+        (32, jnp.bfloat16, 128, "head width 32 is not supported"),
+        (64, jnp.float32, 128, "float32 queries"),
+        (64, jnp.bfloat16, 100, "100 cache slots"),
+    ],
+)
+def test_what_is_not_served_is_an_error_by_name(h: int, dtype: jax.typing.DTypeLike, slots: int, message: str) -> None:
+    q, kv = jnp.zeros((1, 2, 2, h), dtype), jnp.zeros((1, 1, slots, h), dtype)
+    ints = jnp.zeros((1, 2), jnp.int32)
+    source = Source(kv, kv, jnp.zeros(1, jnp.int32), Ranges(ints, ints, ints))
+    for name in KERNELS:
+        with pytest.raises(UserError, match=message):
+            arena_attention(q, source, attention=Attention(name))

@@ -1,0 +1,62 @@
+"""Keys and values as attention reads them: plain or in 8 bits, and the part of them that queries see."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xl2jax.ops.ranges import Ranges
+
+
+class QuantizedKV(NamedTuple):
+    """Keys or values in 8 bits: `values * scale`, with a scale for each token and head."""
+
+    values: jax.Array
+    """int8 [..., K, S, H]"""
+    scale: jax.Array
+    """[..., K, S]; unpacked keys and values have its dtype."""
+
+
+type KVArray = jax.Array | QuantizedKV
+
+
+def quantize(x: jax.Array) -> QuantizedKV:
+    """Quantises symmetrically: the largest magnitude along H becomes 127. The error is at most half a scale."""
+    scale = (jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1) / 127).astype(x.dtype)
+    # Unpacking multiplies by the rounded scale, so the division uses the rounded scale too.
+    steps = x.astype(jnp.float32) / jnp.where(scale == 0, 1, scale).astype(jnp.float32)[..., None]
+    return QuantizedKV(jnp.clip(jnp.round(steps), -127, 127).astype(jnp.int8), scale)
+
+
+def unpack(x: KVArray) -> jax.Array:
+    """Keys or values in the dtype of the computation."""
+    if isinstance(x, QuantizedKV):
+        return (x.values.astype(jnp.float32) * x.scale.astype(jnp.float32)[..., None]).astype(x.scale.dtype)
+    return x
+
+
+class Source(NamedTuple):
+    """Slots of keys and values, and what the queries see of them."""
+
+    k: KVArray
+    """[R, K, S, H]: rows of slots, which are cache layers or batch rows."""
+    v: KVArray
+    """[R, K, S, H]"""
+    rows: Any
+    """int32 [B]: the row of k and v that each batch row reads. Nothing is copied."""
+    ranges: Ranges
+    """int32 [B, T] each."""
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """R, K, S, H."""
+        rows, kv_heads, slots, h = (self.k.values if isinstance(self.k, QuantizedKV) else self.k).shape
+        return rows, kv_heads, slots, h
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of keys and values once they are unpacked."""
+        return np.dtype(self.k.scale.dtype if isinstance(self.k, QuantizedKV) else self.k.dtype)

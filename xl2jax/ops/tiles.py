@@ -1,0 +1,203 @@
+"""How the GPU kernels divide arena attention: tiles of rows, runs of key blocks, and splits.
+
+The query heads of a KV head are folded into rows, so that a tile spans few tokens and even a single decoded token reads
+every key once. The rows of a tile see at most two runs of key blocks. Six integers a tile say where the runs start and
+end, and which of their blocks need no mask:
+
+    blocks      0 ... a_full ... a        b ... b_full ... c_full ... c
+    needed      [0, a)                    [b, c)
+    unmasked    [0, a_full)               [b_full, c_full)
+
+Unmasked blocks are visited first. Where there are few tiles, each tile's blocks are split over several programs, whose
+results are merged by their log-sum-exp.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from xl2jax.arithmetic import ceil_div, round_up
+from xl2jax.errors import UserError
+from xl2jax.ops.kv import Source
+from xl2jax.ops.ranges import NEGATIVE, Ranges
+
+HEAD_WIDTHS = (64, 128)
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelConfig:
+    """Sizes that a kernel is compiled for."""
+
+    tile: int = 128
+    """Rows of a program."""
+    block: int = 128
+    """Slots of a key block."""
+    stages: int = 2
+    """Key blocks in shared memory."""
+    splits: int = 1
+    """Programs that share the blocks of a tile."""
+
+
+def unsupported(
+    head_width: int, queries: jax.typing.DTypeLike, keys: jax.typing.DTypeLike, slots: int = 64
+) -> str | None:
+    """Why the GPU kernels do not support such arrays, or None."""
+    if head_width not in HEAD_WIDTHS:
+        return f"head width {head_width} is not supported (only {' and '.join(map(str, HEAD_WIDTHS))})"
+    if queries not in (jnp.bfloat16, jnp.float16) or keys != queries:
+        return f"{jnp.dtype(queries)} queries and {jnp.dtype(keys)} keys are not supported (only 16 bit)"
+    if slots % 64:
+        return f"{slots} cache slots are not a multiple of 64"
+    return None
+
+
+def split_count(programs: int, slots: int, block: int, wanted: int) -> int:
+    """How many programs share a tile's blocks, so that at least `wanted` programs have four blocks of work or more."""
+    return min(max(wanted // programs, 1), max(slots // (4 * block), 1))
+
+
+def tile_blocks(ranges: Ranges, block: int, tile: int) -> jax.Array:
+    """Ranges of rows [..., R] -> int32 [..., R / tile, 6]: a_full, a, b, b_full, c_full, c (in blocks).
+
+    Rows that see nothing have no influence on a tile's blocks. The kernels set their results to zero.
+    """
+    g_end, v_lo, v_hi = (x.reshape(*x.shape[:-1], -1, tile) for x in ranges)
+    big = jnp.iinfo(jnp.int32).max // 2
+    seen = v_hi > v_lo
+    alive = seen | (g_end > 0)
+    any_alive = alive.any(-1)
+
+    def lowest(x: jax.Array, where: jax.Array) -> jax.Array:
+        return jnp.min(jnp.where(where, x, big), axis=-1)
+
+    def highest(x: jax.Array, where: jax.Array) -> jax.Array:
+        return jnp.max(jnp.where(where, x, 0), axis=-1)
+
+    a = ceil_div(highest(g_end, alive), block)
+    a_full = jnp.where(any_alive, lowest(g_end, alive) // block, 0)
+    any_seen = seen.any(-1)
+    b = jnp.where(any_seen, jnp.maximum(lowest(v_lo, seen) // block, a), a)
+    c = jnp.where(any_seen, jnp.maximum(ceil_div(highest(v_hi, seen), block), b), b)
+    # An unmasked block lies inside the interval of every row that sees something.
+    all_seen = (seen | ~alive).all(-1) & any_seen
+    b_full = jnp.clip(ceil_div(highest(v_lo, seen), block), b, c)
+    c_full = jnp.where(all_seen, jnp.clip(lowest(v_hi, seen) // block, b_full, c), b_full)
+    return jnp.stack([jnp.minimum(a_full, a), a, b, b_full, c_full, c], axis=-1).astype(jnp.int32)
+
+
+def live_block_count(blocks: jax.Array) -> jax.Array:
+    """The number of blocks that each tile visits, [...], from `tile_blocks`."""
+    return blocks[..., 1] + blocks[..., 5] - blocks[..., 2]
+
+
+class Work(NamedTuple):
+    """What a program computes: the `first` to `last` of the blocks that a tile visits."""
+
+    batch_row: Any
+    kv_head: Any
+    tile: Any
+    split: Any
+    bounds: tuple[Any, ...]
+    """a_full, a, b, b_full, c_full, c (see the module's docstring)."""
+    unmasked: Any
+    """How many of the tile's blocks need no mask. They are visited first."""
+    first: Any
+    last: Any
+
+    @classmethod
+    def of_program(cls, blocks: Any, splits: int) -> Work:
+        """The work of the program at the grid's axes `part`, `kv_head` and `tile`; `blocks` [B, tiles, 6]."""
+        part, kv_head, tile = lax.axis_index("part"), lax.axis_index("kv_head"), lax.axis_index("tile")
+        batch_row, split = lax.div(part, splits), lax.rem(part, splits)
+        bounds = tuple(blocks[batch_row, tile, i] for i in range(6))
+        a_full, a, b, b_full, c_full, c = bounds
+        unmasked, total = a_full + c_full - b_full, a + c - b
+        first, last = lax.div(total * split, splits), lax.div(total * (split + 1), splits)
+        return cls(batch_row, kv_head, tile, split, bounds, unmasked, first, last)
+
+    @property
+    def first_masked(self) -> Any:
+        """Where the program's masked blocks begin, between `first` and `last`."""
+        return jnp.clip(self.unmasked, self.first, self.last)
+
+    def block_at(self, i: Any) -> Any:
+        """The i-th block of the tile: the unmasked ones, then the three masked runs."""
+        a_full, a, b, b_full, c_full, _ = self.bounds
+        masked = i - self.unmasked
+        left, middle = a - a_full, b_full - b
+        unmasked_id = jnp.where(i < a_full, i, b_full + i - a_full)
+        masked_id = jnp.where(
+            masked < left,
+            a_full + masked,
+            jnp.where(masked < left + middle, b + masked - left, c_full + masked - left - middle),
+        )
+        return jnp.where(i < self.unmasked, unmasked_id, masked_id)
+
+
+type Launch = Callable[..., tuple[jax.Array, jax.Array]]
+"""`launch(q, k, v, rows, ranges, blocks, config)` runs a kernel: q [B, K, R, H] folded, R a multiple of the tile, ranges
+[B, R], blocks [B, tiles, 6] -> out [splits, B, K, R, H] in q's dtype, lse [splits, B, K, R] float32."""
+
+
+def attend_tiles(
+    name: str,
+    q: jax.Array,
+    sources: tuple[Source, ...],
+    choose: Callable[[int, int, int], KernelConfig],
+    launch: Launch,
+) -> tuple[jax.Array, jax.Array]:
+    """The arena op by a kernel. `choose(rows, programs of one row, slots)` gives the sizes for a source.
+
+    Raises UserError for shapes and dtypes that the kernel `name` does not support.
+    """
+    batch, tokens, heads, h = q.shape
+    kv_heads = sources[0].shape[1]
+    group = heads // kv_heads
+    rows = tokens * group
+    folded = q.reshape(batch, tokens, kv_heads, group, h).transpose(0, 2, 1, 3, 4).reshape(batch, kv_heads, rows, h)
+    outs, lses = [], []
+    for source in sources:
+        slots = source.shape[2]
+        reason = unsupported(h, q.dtype, source.dtype, slots)
+        if reason:
+            raise UserError(f"attention {name!r}: {reason}")
+        config = choose(rows, batch * kv_heads, slots)
+        padding = round_up(rows, config.tile) - rows
+
+        def fold(x: jax.Array, padding: int = padding) -> jax.Array:  # [B, T] -> [B, R]
+            return jnp.pad(jnp.repeat(x, group, axis=1), ((0, 0), (0, padding)))
+
+        ranges = Ranges(*map(fold, source.ranges))
+        # All rows of a single token have the same ranges, so that one row stands for the tile.
+        blocks = (
+            tile_blocks(source.ranges, config.block, 1)
+            if tokens == 1
+            else tile_blocks(ranges, config.block, config.tile)
+        )
+        queries = jnp.pad(folded, ((0, 0), (0, 0), (0, padding), (0, 0)))
+        out, lse = launch(queries, source.k, source.v, source.rows, ranges, blocks, config)
+        outs.append(out[:, :, :, :rows])
+        lses.append(lse[:, :, :, :rows])
+    out, lse = _merge_splits(outs, lses)
+    out = out.reshape(batch, kv_heads, tokens, group, h).transpose(0, 2, 1, 3, 4)
+    lse = lse.reshape(batch, kv_heads, tokens, group).transpose(0, 2, 1, 3)
+    return out.reshape(q.shape).astype(q.dtype), lse.reshape(batch, tokens, heads)
+
+
+def _merge_splits(outs: list[jax.Array], lses: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Parts [splits, ...] of every source -> attention over all of their slots."""
+    out, lse = jnp.concatenate(outs), jnp.concatenate(lses)
+    if len(out) == 1:
+        return out[0], lse[0]
+    top = lse.max(0)
+    # A part that sees nothing has NEGATIVE, whose share is 0 unless all parts see nothing.
+    shares = jnp.exp(lse - top)
+    total = shares.sum(0)
+    merged = jnp.sum(out.astype(jnp.float32) * shares[..., None], axis=0) / total[..., None]
+    return merged, jnp.where(top > NEGATIVE / 2, top + jnp.log(total), NEGATIVE)
