@@ -19,7 +19,7 @@ from xl2jax import FrameSampling, PrefillConfig, TokenSampling
 from xl2jax.arithmetic import ceil_div
 from xl2jax.errors import UserError
 from xl2jax.inference import bilevel, compiled, generate, memory, relevance, session
-from xl2jax.inference.generate import DECODE_ROWS, extend, sample
+from xl2jax.inference.generate import extend, sample
 from xl2jax.models.param_tree import flatten, unflatten
 from xl2jax.ops.attention import BLOCKWISE
 from xl2jax.prompt import PromptTokenizer
@@ -183,9 +183,9 @@ def test_float16_answers_and_says_when_it_overflows(checkpoint: Path, clip: Path
 def test_steps_of_eight_rows_and_unrolled_layers_say_the_same(
     model: xl2jax.Model, watched: xl2jax.WatchedVideo
 ) -> None:
-    """Decoding as on a GPU. The answer fills its text cache up to the rows of padding."""
+    """Decoding as on a GPU. The answer fills its text cache to the last slot."""
     suffix, network = session.suffix_ids([5, 6, 7], 0, 3), model.network
-    stop, greedy, new_tokens = np.array([-1], np.int32), TokenSampling(), 512 - 3 - DECODE_ROWS
+    stop, greedy, new_tokens = np.array([-1], np.int32), TokenSampling(), 512 - 3
     answers = []
     for platform in ("cpu", "gpu"):
         net = dataclasses.replace(network, platform=platform)

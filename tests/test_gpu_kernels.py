@@ -77,10 +77,10 @@ def some_ranges(tokens: int, slots: int, seed: int) -> Ranges:
     [
         ("wgmma", 40, 384, 4, 2, KernelConfig(TILE, 64, 2)),
         ("wgmma", 70, 512, 2, 1, KernelConfig(TILE, 128, 2)),
-        ("wgmma", 1, 640, 7, 1, KernelConfig(TILE, 64, 4, splits=3)),
+        ("wgmma", 1, 640, 7, 1, KernelConfig(TILE, 64, 4, splits=(3,))),
         ("mma", 40, 384, 4, 2, KernelConfig(64, 32, 1)),
         ("mma", 70, 512, 2, 1, KernelConfig(128, 64, 1)),
-        ("mma", 1, 640, 7, 1, KernelConfig(64, 64, 1, splits=3)),
+        ("mma", 1, 640, 7, 1, KernelConfig(64, 64, 1, splits=(3,))),
     ],
 )
 def test_against_the_reference(
@@ -123,7 +123,7 @@ def test_short_lists_and_batches(name: str, splits: int) -> None:
     g_end = np.array([[0] * 8, [1] * 8])
     v_lo, v_hi = np.array([[0] * 8, [64] * 8]), np.array([[0] * 8, [0] * 8])
     q, source = problem(Ranges(g_end, v_lo, v_hi), slots=256, heads=1, kv_heads=1)
-    config = KernelConfig(TILE, 64, 1 if name == "mma" else 2, splits)
+    config = KernelConfig(TILE, 64, 1 if name == "mma" else 2, (splits,))
     assert_reference(name, q, source, config=config)
 
 
@@ -132,7 +132,7 @@ def test_two_sources_are_merged(name: str) -> None:
     """As in decoding: the video's slots, split over programs, and those of the text. One query sees only the text."""
     q, video = problem(Ranges(*np.array([[[100, 0]], [[128, 0]], [[300, 0]]])), slots=384, heads=7, kv_heads=1, rows=1)
     _, text = problem(Ranges(*np.array([[[9, 10]], [[0, 0]], [[0, 0]]])), slots=128, heads=7, kv_heads=1, rows=1)
-    config = KernelConfig(64 if name == "mma" else TILE, 64, 1 if name == "mma" else 2, splits=2)
+    config = KernelConfig(64 if name == "mma" else TILE, 64, 1 if name == "mma" else 2, splits=(2, 1))
     assert_reference(name, q, video, text, config=config)
 
 
@@ -176,14 +176,15 @@ def test_tile_blocks(seed: int, block: int) -> None:
 
 
 def test_few_tiles_are_split() -> None:
-    def splits(rows: int, slots: int) -> tuple[int, int]:
+    def splits(rows: int, *slots: int) -> tuple[tuple[int, ...], ...]:
         return wgmma.choose_config(rows, 4, slots).splits, mma.choose_config(rows, 4, slots).splits
 
-    assert splits(126 * 128, 60_928) == (1, 1)
-    assert splits(7, 60_928) == (33, 66)
-    assert splits(7, 256) == (1, 1)
-    odd = wgmma.choose_config(7, 4, 192)
-    assert odd == dataclasses.replace(wgmma.choose_config(7, 4, 256), block=64, stages=4)
+    assert splits(126 * 128, 60_928) == ((1,), (1,))
+    assert splits(7, 60_928) == ((33,), (66,))
+    assert splits(7, 256) == ((1,), (1,))
+    assert splits(7, 60_928, 512) == ((32, 1), (65, 1))
+    odd = wgmma.choose_config(7, 4, (192,))
+    assert odd == dataclasses.replace(wgmma.choose_config(7, 4, (256,)), block=64, stages=4)
 
 
 def test_every_card_has_shared_memory_for_two_programs() -> None:

@@ -15,9 +15,6 @@ from xl2jax.inference.cache import KV, KVCache, attend_text
 from xl2jax.models.qwen2 import Qwen2
 from xl2jax.ops.attention import Attention
 
-DECODE_ROWS = 8
-"""Rows of a decoding step on a GPU: the new token and padding. The text cache has room for them behind the last token."""
-
 GREEDY_BELOW = 1e-4
 """Lower temperatures are treated as greedy, since logits divided by them would leave float32's range."""
 
@@ -84,21 +81,26 @@ def extend(
     length: jax.Array,
     *,
     attention: Attention,
+    rows: int | None = None,
     unroll: bool = False,
 ) -> tuple[KVCache, jax.Array]:
-    """Runs ids [T], of which the first `length` are real, behind `context` and `text`, which has room for all T.
+    """Runs ids [T], of which the first `length` are real, behind `context` and `text`.
 
-    Returns the text cache with them and the hidden states [T, D]. Neither cache is changed in place unless donated.
+    `rows` >= T pads everything but attention and its cache to as many rows. Returns the text cache with them and the hidden states [T, D]. Neither cache is changed in place unless donated.
     """
-    start = text.global_length
-    positions = context.length + start + jnp.arange(ids.shape[0], dtype=jnp.int32)
+    start, tokens = text.global_length, ids.shape[0]
+    rows = tokens if rows is None else rows
+    padding = ((0, rows - tokens), (0, 0))
+    positions = context.length + start + jnp.arange(rows, dtype=jnp.int32)
 
     def attend(kv: KV, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[KV, jax.Array]:
+        q, k, v = (x[:tokens] for x in (q, k, v))
         kv, out, _ = attend_text(q, k, v, context, kv, start, length, layer, attention)
-        return kv, out
+        return kv, jnp.pad(out, (*padding, (0, 0)))
 
-    hidden, (k, v) = llm.forward(llm.embed_tokens(ids), positions, attend, (text.k, text.v), unroll=unroll)
-    return text._replace(k=k, v=v, global_length=start + length), hidden
+    x = jnp.pad(llm.embed_tokens(ids), padding)
+    hidden, (k, v) = llm.forward(x, positions, attend, (text.k, text.v), unroll=unroll)
+    return text._replace(k=k, v=v, global_length=start + length), hidden[:tokens]
 
 
 def sample(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
@@ -154,8 +156,8 @@ def decode(
     Returns (state, ids [size], number of new ids).
     """
     on_gpu = platform == "gpu"
-    # For products of fewer rows XLA would pad every operand to eight rows and slice every result.
-    rows = DECODE_ROWS if on_gpu else 1
+    # XLA pads the operands of smaller products to eight rows and slices their results, in kernels of their own.
+    rows = 8 if on_gpu else 1
 
     def unfinished(carry: tuple[DecodeState, jax.Array, jax.Array]) -> jax.Array:
         state, _, n = carry
@@ -163,8 +165,9 @@ def decode(
 
     def next_token(carry: tuple[DecodeState, jax.Array, jax.Array]) -> tuple[DecodeState, jax.Array, jax.Array]:
         state, ids, n = carry
-        token = jnp.pad(state.token[None], (0, rows - 1))
-        text, hidden = extend(llm, context, state.text, token, jnp.int32(1), attention=attention, unroll=on_gpu)
+        text, hidden = extend(
+            llm, context, state.text, state.token[None], jnp.int32(1), attention=attention, rows=rows, unroll=on_gpu
+        )
         state = _next(llm, hidden[0], text, state.key, stop, sampling)
         return state, ids.at[n].set(state.token), n + 1
 

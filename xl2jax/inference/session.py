@@ -30,7 +30,7 @@ from xl2jax.inference.bilevel import (
     mixed_slots,
 )
 from xl2jax.inference.cache import KVCache
-from xl2jax.inference.generate import DECODE_ROWS, DecodeState, SuffixIds, TokenSampling
+from xl2jax.inference.generate import DecodeState, SuffixIds, TokenSampling
 from xl2jax.inference.layout import VideoLayout
 from xl2jax.inference.network import Network
 from xl2jax.inference.offload import HostKV, fetch, pool_host
@@ -270,7 +270,7 @@ def text_size(tokens: int) -> int:
 
 def new_text(network: Network, suffix: SuffixIds, new_tokens: int) -> KVCache:
     """An empty cache for a suffix and `new_tokens` more. Raises UserError where there is no memory for it."""
-    slots = max(text_size(int(suffix.end) + new_tokens + DECODE_ROWS), _MIN_TEXT_SLOTS)
+    slots = max(text_size(int(suffix.end) + new_tokens), _MIN_TEXT_SLOTS)
     need, free = slots * memory.slot_bytes(network.config, network.dtype), memory.available_bytes()
     if need > free:
         raise UserError(

@@ -22,8 +22,8 @@ from jax.experimental.mosaic.gpu.mma import MMALayouts
 
 from xl2jax.arithmetic import ceil_div
 from xl2jax.ops.kv import Source
-from xl2jax.ops.ranges import NEGATIVE, Ranges
-from xl2jax.ops.tiles import KernelConfig, Work, attend_tiles, split_count
+from xl2jax.ops.ranges import NEGATIVE
+from xl2jax.ops.tiles import KernelConfig, Refs, Tiles, Work, attend_tiles, launch_kernel, split_counts
 
 _LOG2E = math.log2(math.e)
 
@@ -38,11 +38,11 @@ PROGRAMS = 2
 
 
 def choose_config(
-    rows: int, batch_heads: int, slots: int, capability: str = "9.0", multiprocessors: int = 132
+    rows: int, batch_heads: int, slots: tuple[int, ...], capability: str = "9.0", multiprocessors: int = 132
 ) -> KernelConfig:
-    """Sizes for `rows` folded rows of each of `batch_heads` KV heads."""
+    """Sizes for `rows` folded rows of each of `batch_heads` KV heads, and the slots of each source."""
     tile, block = SIZES[capability] if rows > FEW_ROWS else (FEW_ROWS, 64)
-    splits = split_count(batch_heads * ceil_div(rows, tile), slots, block, PROGRAMS * multiprocessors)
+    splits = split_counts(batch_heads * ceil_div(rows, tile), slots, block, PROGRAMS * multiprocessors)
     return KernelConfig(tile, block, 1, splits)
 
 
@@ -62,26 +62,11 @@ def attend_mma(
     Raises UserError for shapes and dtypes that the kernel does not support.
     """
 
-    def choose(rows: int, batch_heads: int, slots: int) -> KernelConfig:
+    def choose(rows: int, batch_heads: int, slots: tuple[int, ...]) -> KernelConfig:
         return config or choose_config(rows, batch_heads, slots, capability, multiprocessors)
 
     tma = interpret is not None or int(capability.split(".")[0]) >= 9
     return attend_tiles("mma", q, sources, choose, functools.partial(_launch, tma=tma, interpret=interpret))
-
-
-class _Global(NamedTuple):
-    """Arguments and results of the kernel in global memory."""
-
-    q: Any
-    k: Any
-    v: Any
-    rows: Any
-    g_end: Any
-    v_lo: Any
-    v_hi: Any
-    blocks: Any
-    out: Any
-    lse: Any
 
 
 class _Shared(NamedTuple):
@@ -201,10 +186,10 @@ class _Program:
 
     # --- the program ---
 
-    def run(self, refs: _Global, shared: _Shared, barriers: _Barriers) -> None:
+    def run(self, refs: Refs, shared: _Shared, barriers: _Barriers) -> None:
         tile, block, stages = self.config.tile, self.config.block, self.config.stages
-        work = Work.of_program(refs.blocks, self.config.splits)
-        row = refs.rows[work.batch_row]
+        work = Work.of_program(refs.tiles.blocks, self.config.splits)
+        row = refs.tiles.rows[work.source, work.batch_row]
         rows = pl.ds(work.tile * tile, tile)
 
         def stage_of(i: Any) -> Any:
@@ -214,19 +199,28 @@ class _Program:
             """Starts to load the keys (values) of the i-th block."""
             slots, stage = pl.ds(work.block_at(i) * block, block), stage_of(i)
             barrier = getattr(barriers, name)
-            source, target = getattr(refs, name), getattr(shared, name)
-            self.copy(source.at[row, work.kv_head, slots], target.at[stage], barrier.at[stage] if self.tma else None)
+            target = getattr(shared, name).at[stage]
+
+            def copy(number: int) -> None:
+                source = getattr(refs.tiles, name)[number]
+                self.copy(source.at[row, work.kv_head, slots], target, barrier.at[stage] if self.tma else None)
+
+            work.of_source(copy, len(refs.tiles.k))
 
         def arrived(name: str, i: Any) -> None:
             self.wait(getattr(barriers, name).at[stage_of(i)] if self.tma else None)
 
-        self.copy(refs.q.at[work.batch_row, work.kv_head, rows], shared.q, barriers.q)
+        self.copy(refs.tiles.q.at[work.batch_row, work.kv_head, rows], shared.q, barriers.q)
         pl.when(work.first < work.last)(lambda: fetch("k", work.first))
         self.wait(barriers.q)
-        g_end, v_lo, v_hi = (
-            self.load(x.at[work.batch_row, rows], self.accumulator_rows, shared=False)
-            for x in (refs.g_end, refs.v_lo, refs.v_hi)
-        )
+
+        def ranges() -> tuple[Any, ...]:
+            """g_end, v_lo, v_hi of the tile's rows. They are loaded where they are used, to save registers."""
+            refs_of_ranges = refs.tiles.ranges
+            layout = self.accumulator_rows
+            place = (work.source, work.batch_row, rows)
+            return tuple(self.load(x.at[place], layout, shared=False) for x in refs_of_ranges)
+
         scale = self.head_width**-0.5 * _LOG2E
 
         def spread(x: Any, width: int = block) -> Any:  # [tile] -> [tile, width]
@@ -245,6 +239,7 @@ class _Program:
             arrived("v", i)
             pl.when(i + 1 < work.last)(lambda: fetch("k", i + 1))
             if masked:
+                g_end, v_lo, v_hi = ranges()
                 column = self.columns(work.block_at(i) * block)
                 seen = (column < spread(g_end)) | ((column >= spread(v_lo)) & (column < spread(v_hi)))
                 scores = jnp.where(seen, scores, self.full((tile, block), NEGATIVE))
@@ -265,6 +260,7 @@ class _Program:
         carry = lax.fori_loop(work.first, work.first_masked, functools.partial(step, masked=False), carry)
         acc, top, norm = lax.fori_loop(work.first_masked, work.last, functools.partial(step, masked=True), carry)
         # Rows that see nothing went through the unmasked blocks of the others.
+        g_end, v_lo, v_hi = ranges()
         norm = jnp.where((g_end > 0) | (v_hi > v_lo), norm, self.full((tile,), 0.0))
         empty = norm <= 0.0
         safe = jnp.where(empty, self.full((tile,), 1.0), norm)
@@ -272,7 +268,7 @@ class _Program:
         wide = spread(share, self.head_width)
         # What is not a number stays out of rows that see nothing.
         out = jnp.where(wide > 0.0, acc * wide, self.full(acc.shape, 0.0))
-        result = (work.split, work.batch_row, work.kv_head, rows)
+        result = (work.part, work.batch_row, work.kv_head, rows)
         self.store(refs.out.at[result], out)
         refs.lse[result] = jnp.where(empty, self.full((tile,), NEGATIVE), top / _LOG2E + jnp.log(safe))
 
@@ -281,32 +277,12 @@ def _parts(size: int, part: int) -> list[Any]:
     return [pl.ds(i, part) for i in range(0, size, part)]
 
 
-def _launch(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    rows: jax.Array,
-    ranges: Ranges,
-    blocks: jax.Array,
-    config: KernelConfig,
-    *,
-    tma: bool,
-    interpret: Any,
-) -> tuple[jax.Array, jax.Array]:
+def _launch(tiles: Tiles, config: KernelConfig, *, tma: bool, interpret: Any) -> tuple[jax.Array, jax.Array]:
     """See `tiles.Launch`."""
-    batch, kv_heads, padded, h = q.shape
-    program = _Program(config, h, q.dtype, tma, compiled=interpret is None)
+    kernel = _Program(config, tiles.q.shape[-1], tiles.q.dtype, tma, compiled=interpret is None)
 
-    def kernel(*refs: Any) -> None:
-        run = functools.partial(program.run, _Global(*refs))
-        pl.run_scoped(run, program.shared_memory, program.barriers)
+    def program(refs: Refs) -> None:
+        pl.run_scoped(functools.partial(kernel.run, refs), kernel.shared_memory, kernel.barriers)
 
-    results = (config.splits, batch, kv_heads, padded)
-    return plgpu.kernel(
-        kernel,
-        out_type=(jax.ShapeDtypeStruct((*results, h), q.dtype), jax.ShapeDtypeStruct(results, jnp.float32)),
-        grid=(kv_heads, padded // config.tile, batch * config.splits),
-        grid_names=("kv_head", "tile", "part"),
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
-        **({} if interpret is None else {"interpret": interpret}),
-    )(q, k, v, rows, *ranges, blocks)
+    params = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
+    return launch_kernel(tiles, config, program, interpret, compiler_params=params)

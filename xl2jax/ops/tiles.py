@@ -15,16 +15,19 @@ results are merged by their log-sum-exp.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
 from xl2jax.arithmetic import ceil_div, round_up
 from xl2jax.errors import UserError
-from xl2jax.ops.kv import Source
+from xl2jax.ops.kv import KVArray, Source
 from xl2jax.ops.ranges import NEGATIVE, Ranges
 
 HEAD_WIDTHS = (64, 128)
@@ -40,8 +43,8 @@ class KernelConfig:
     """Slots of a key block."""
     stages: int = 2
     """Key blocks in shared memory."""
-    splits: int = 1
-    """Programs that share the blocks of a tile."""
+    splits: tuple[int, ...] = (1,)
+    """Programs that share the blocks that a tile visits in each source."""
 
 
 def unsupported(
@@ -57,9 +60,13 @@ def unsupported(
     return None
 
 
-def split_count(programs: int, slots: int, block: int, wanted: int) -> int:
-    """How many programs share a tile's blocks, so that at least `wanted` programs have four blocks of work or more."""
-    return min(max(wanted // programs, 1), max(slots // (4 * block), 1))
+def split_counts(programs: int, slots: tuple[int, ...], block: int, wanted: int) -> tuple[int, ...]:
+    """How many programs share a tile's blocks in each source, where there are `programs` tiles.
+
+    About `wanted` programs run, and each has four blocks of work or more.
+    """
+    each = max(wanted // programs, len(slots))
+    return tuple(min(max(each * n // sum(slots), 1), max(n // (4 * block), 1)) for n in slots)
 
 
 def tile_blocks(ranges: Ranges, block: int, tile: int) -> jax.Array:
@@ -97,12 +104,14 @@ def live_block_count(blocks: jax.Array) -> jax.Array:
 
 
 class Work(NamedTuple):
-    """What a program computes: the `first` to `last` of the blocks that a tile visits."""
+    """What a program computes: the `first` to `last` of the blocks that a tile visits in a source."""
 
     batch_row: Any
     kv_head: Any
     tile: Any
-    split: Any
+    part: Any
+    """The program's number among all that share the tile, of all sources."""
+    source: Any
     bounds: tuple[Any, ...]
     """a_full, a, b, b_full, c_full, c (see the module's docstring)."""
     unmasked: Any
@@ -111,15 +120,30 @@ class Work(NamedTuple):
     last: Any
 
     @classmethod
-    def of_program(cls, blocks: Any, splits: int) -> Work:
-        """The work of the program at the grid's axes `part`, `kv_head` and `tile`; `blocks` [B, tiles, 6]."""
-        part, kv_head, tile = lax.axis_index("part"), lax.axis_index("kv_head"), lax.axis_index("tile")
-        batch_row, split = lax.div(part, splits), lax.rem(part, splits)
-        bounds = tuple(blocks[batch_row, tile, i] for i in range(6))
+    def of_program(cls, blocks: Any, splits: tuple[int, ...]) -> Work:
+        """The work of the program at the grid's axes; `blocks` [sources, B, tiles, 6]."""
+        program, kv_head, tile = lax.axis_index("program"), lax.axis_index("kv_head"), lax.axis_index("tile")
+        batch_row, part = lax.div(program, sum(splits)), lax.rem(program, sum(splits))
+        source, split, count = jnp.int32(0), part, jnp.int32(splits[0])
+        for number in range(1, len(splits)):
+            before = sum(splits[:number])
+            here = part >= before
+            source = jnp.where(here, number, source)
+            split = jnp.where(here, part - before, split)
+            count = jnp.where(here, splits[number], count)
+        bounds = tuple(blocks[source, batch_row, tile, i] for i in range(6))
         a_full, a, b, b_full, c_full, c = bounds
         unmasked, total = a_full + c_full - b_full, a + c - b
-        first, last = lax.div(total * split, splits), lax.div(total * (split + 1), splits)
-        return cls(batch_row, kv_head, tile, split, bounds, unmasked, first, last)
+        first, last = lax.div(total * split, count), lax.div(total * (split + 1), count)
+        return cls(batch_row, kv_head, tile, part, source, bounds, unmasked, first, last)
+
+    def of_source(self, run: Callable[[int], None], sources: int) -> None:
+        """Runs `run(number)` for the program's source, whose number is then static."""
+        if sources == 1:
+            run(0)
+            return
+        for number in range(sources):
+            pl.when(self.source == number)(functools.partial(run, number))
 
     @property
     def first_masked(self) -> Any:
@@ -140,19 +164,69 @@ class Work(NamedTuple):
         return jnp.where(i < self.unmasked, unmasked_id, masked_id)
 
 
-type Launch = Callable[..., tuple[jax.Array, jax.Array]]
-"""`launch(q, k, v, rows, ranges, blocks, config)` runs a kernel: q [B, K, R, H] folded, R a multiple of the tile, ranges
-[B, R], blocks [B, tiles, 6] -> out [splits, B, K, R, H] in q's dtype, lse [splits, B, K, R] float32."""
+class Tiles(NamedTuple):
+    """The arguments of a kernel."""
+
+    q: jax.Array
+    """[B, K, R, H]: folded and padded, R a multiple of the tile."""
+    k: tuple[KVArray, ...]
+    """[rows, K, S, H] of each source."""
+    v: tuple[KVArray, ...]
+    rows: jax.Array
+    """int32 [sources, B]"""
+    ranges: Ranges
+    """int32 [sources, B, R] each."""
+    blocks: jax.Array
+    """int32 [sources, B, tiles, 6]"""
+
+
+class Refs(NamedTuple):
+    """Arguments and results of a kernel in global memory."""
+
+    tiles: Any
+    """`Tiles` of references."""
+    out: Any
+    """[parts, B, K, R, H], with a part for every split."""
+    lse: Any
+    """[parts, B, K, R]"""
+
+
+def launch_kernel(
+    tiles: Tiles, config: KernelConfig, program: Callable[[Refs], None], interpret: Any, **options: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Runs `program` for each KV head, tile and split: (out, lse) of `Refs`. `options` are those of plgpu.kernel."""
+    batch, kv_heads, padded, h = tiles.q.shape
+    flat, tree = jax.tree.flatten(tiles)
+
+    def kernel(*refs: Any) -> None:
+        program(Refs(jax.tree.unflatten(tree, refs[: len(flat)]), *refs[len(flat) :]))
+
+    parts = sum(config.splits)
+    results = (parts, batch, kv_heads, padded)
+    run = plgpu.kernel(
+        kernel,
+        out_type=(jax.ShapeDtypeStruct((*results, h), tiles.q.dtype), jax.ShapeDtypeStruct(results, jnp.float32)),
+        grid=(kv_heads, padded // config.tile, batch * parts),
+        grid_names=("kv_head", "tile", "program"),
+        **options,
+        **({} if interpret is None else {"interpret": interpret}),
+    )
+    out, lse = run(*flat)
+    return out, lse
+
+
+type Launch = Callable[[Tiles, KernelConfig], tuple[jax.Array, jax.Array]]
+"""Runs a kernel: `out` of `Refs` in q's dtype, `lse` in float32."""
 
 
 def attend_tiles(
     name: str,
     q: jax.Array,
     sources: tuple[Source, ...],
-    choose: Callable[[int, int, int], KernelConfig],
+    choose: Callable[[int, int, tuple[int, ...]], KernelConfig],
     launch: Launch,
 ) -> tuple[jax.Array, jax.Array]:
-    """The arena op by a kernel. `choose(rows, programs of one row, slots)` gives the sizes for a source.
+    """The arena op by a kernel. `choose(rows, B * K, slots of each source)` gives its sizes.
 
     Raises UserError for shapes and dtypes that the kernel `name` does not support.
     """
@@ -160,39 +234,39 @@ def attend_tiles(
     kv_heads = sources[0].shape[1]
     group = heads // kv_heads
     rows = tokens * group
-    folded = q.reshape(batch, tokens, kv_heads, group, h).transpose(0, 2, 1, 3, 4).reshape(batch, kv_heads, rows, h)
-    outs, lses = [], []
     for source in sources:
-        slots = source.shape[2]
-        reason = unsupported(h, q.dtype, source.dtype, slots)
+        reason = unsupported(h, q.dtype, source.dtype, source.shape[2])
         if reason:
             raise UserError(f"attention {name!r}: {reason}")
-        config = choose(rows, batch * kv_heads, slots)
-        padding = round_up(rows, config.tile) - rows
+    config = choose(rows, batch * kv_heads, tuple(s.shape[2] for s in sources))
+    padding = round_up(rows, config.tile) - rows
+    ranges: Ranges = jax.tree.map(lambda *x: jnp.stack(x), *(s.ranges for s in sources))
 
-        def fold(x: jax.Array, padding: int = padding) -> jax.Array:  # [B, T] -> [B, R]
-            return jnp.pad(jnp.repeat(x, group, axis=1), ((0, 0), (0, padding)))
+    def fold(x: jax.Array) -> jax.Array:  # [sources, B, T] -> [sources, B, R]
+        return jnp.pad(jnp.repeat(x, group, axis=2), ((0, 0), (0, 0), (0, padding)))
 
-        ranges = Ranges(*map(fold, source.ranges))
-        # All rows of a single token have the same ranges, so that one row stands for the tile.
-        blocks = (
-            tile_blocks(source.ranges, config.block, 1)
-            if tokens == 1
-            else tile_blocks(ranges, config.block, config.tile)
-        )
-        queries = jnp.pad(folded, ((0, 0), (0, 0), (0, padding), (0, 0)))
-        out, lse = launch(queries, source.k, source.v, source.rows, ranges, blocks, config)
-        outs.append(out[:, :, :, :rows])
-        lses.append(lse[:, :, :, :rows])
-    out, lse = _merge_splits(outs, lses)
+    folded = Ranges(*map(fold, ranges))
+    # All rows of a single token have the same ranges, so that one row stands for the tile.
+    blocks = tile_blocks(ranges, config.block, 1) if tokens == 1 else tile_blocks(folded, config.block, config.tile)
+    queries = q.reshape(batch, tokens, kv_heads, group, h).transpose(0, 2, 1, 3, 4).reshape(batch, kv_heads, rows, h)
+    queries = jnp.pad(queries, ((0, 0), (0, 0), (0, padding), (0, 0)))
+    arguments = Tiles(
+        queries,
+        tuple(s.k for s in sources),
+        tuple(s.v for s in sources),
+        jnp.stack([s.rows for s in sources]),
+        folded,
+        blocks,
+    )
+    out, lse = launch(arguments, config)
+    out, lse = _merge_parts(out[:, :, :, :rows], lse[:, :, :, :rows])
     out = out.reshape(batch, kv_heads, tokens, group, h).transpose(0, 2, 1, 3, 4)
     lse = lse.reshape(batch, kv_heads, tokens, group).transpose(0, 2, 1, 3)
     return out.reshape(q.shape).astype(q.dtype), lse.reshape(batch, tokens, heads)
 
 
-def _merge_splits(outs: list[jax.Array], lses: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Parts [splits, ...] of every source -> attention over all of their slots."""
-    out, lse = jnp.concatenate(outs), jnp.concatenate(lses)
+def _merge_parts(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Parts [parts, ...] -> attention over all of their slots."""
     if len(out) == 1:
         return out[0], lse[0]
     top = lse.max(0)

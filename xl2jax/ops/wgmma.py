@@ -20,8 +20,8 @@ from jax import lax
 
 from xl2jax.arithmetic import ceil_div
 from xl2jax.ops.kv import Source
-from xl2jax.ops.ranges import NEGATIVE, Ranges
-from xl2jax.ops.tiles import KernelConfig, Work, attend_tiles, split_count
+from xl2jax.ops.ranges import NEGATIVE
+from xl2jax.ops.tiles import KernelConfig, Refs, Tiles, Work, attend_tiles, launch_kernel, split_counts
 
 ROWS = 64
 """Rows of a compute warpgroup (the height of a wgmma)."""
@@ -29,10 +29,10 @@ TILE = 2 * ROWS
 _LOG2E = math.log2(math.e)
 
 
-def choose_config(rows: int, batch_heads: int, slots: int, multiprocessors: int = 132) -> KernelConfig:
-    """Sizes for `rows` folded rows of each of `batch_heads` KV heads."""
-    block = 128 if slots % 128 == 0 else 64
-    splits = split_count(batch_heads * ceil_div(rows, TILE), slots, block, multiprocessors)
+def choose_config(rows: int, batch_heads: int, slots: tuple[int, ...], multiprocessors: int = 132) -> KernelConfig:
+    """Sizes for `rows` folded rows of each of `batch_heads` KV heads, and the slots of each source."""
+    block = 64 if any(n % 128 for n in slots) else 128
+    splits = split_counts(batch_heads * ceil_div(rows, TILE), slots, block, multiprocessors)
     return KernelConfig(TILE, block, 2 if block == 128 else 4, splits)
 
 
@@ -49,7 +49,7 @@ def attend_wgmma(
     Raises UserError for shapes and dtypes that the kernel does not support.
     """
 
-    def choose(rows: int, batch_heads: int, slots: int) -> KernelConfig:
+    def choose(rows: int, batch_heads: int, slots: tuple[int, ...]) -> KernelConfig:
         return config or choose_config(rows, batch_heads, slots, multiprocessors)
 
     return attend_tiles("wgmma", q, sources, choose, functools.partial(_launch, interpret=interpret))
@@ -91,21 +91,6 @@ class _Shape:
         )
 
 
-class _Global(NamedTuple):
-    """Arguments and results of the kernel in global memory."""
-
-    q: Any
-    k: Any
-    v: Any
-    rows: Any
-    g_end: Any
-    v_lo: Any
-    v_hi: Any
-    blocks: Any
-    out: Any
-    lse: Any
-
-
 class _Shared(NamedTuple):
     """Shared memory of a program. `q`, `lse`, `ranges` and `weights` have a part for each compute warpgroup."""
 
@@ -130,14 +115,14 @@ class _Barriers(NamedTuple):
     turn: Any
 
 
-def _compute(shape: _Shape, refs: _Global, shared: _Shared, barriers: _Barriers, work: Work, wg: Any) -> None:
+def _compute(shape: _Shape, refs: Refs, shared: _Shared, barriers: _Barriers, work: Work, wg: Any) -> None:
     """A compute warpgroup: 64 rows of the tile over all blocks of the program."""
     plgpu.set_max_registers(232, action="increase")
     q_smem, lse_smem, ranges = (x.at[wg] for x in (shared.q, shared.lse, shared.ranges))
     rows = pl.ds(work.tile * TILE + wg * ROWS, ROWS)
-    plgpu.copy_gmem_to_smem(refs.q.at[work.batch_row, work.kv_head, rows], q_smem, barriers.q_ready.at[wg])
-    for i, ref in enumerate((refs.g_end, refs.v_lo, refs.v_hi)):
-        plgpu.copy_gmem_to_smem(ref.at[work.batch_row, rows], ranges.at[i], barriers.q_ready.at[wg])
+    plgpu.copy_gmem_to_smem(refs.tiles.q.at[work.batch_row, work.kv_head, rows], q_smem, barriers.q_ready.at[wg])
+    for i, ref in enumerate(refs.tiles.ranges):
+        plgpu.copy_gmem_to_smem(ref.at[work.source, work.batch_row, rows], ranges.at[i], barriers.q_ready.at[wg])
     plgpu.barrier_wait(barriers.q_ready.at[wg])
     g_end, v_lo, v_hi = ranges[0], ranges[1], ranges[2]
     scale = shape.head_width**-0.5 * _LOG2E
@@ -198,8 +183,8 @@ def _compute(shape: _Shape, refs: _Global, shared: _Shared, barriers: _Barriers,
     q_smem[...] = jnp.where(wide > 0.0, acc / wide, 0.0).astype(shape.dtype)
     lse_smem[...] = jnp.where(norm > 0.0, top / _LOG2E + jnp.log(norm), NEGATIVE)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(q_smem, refs.out.at[work.split, work.batch_row, work.kv_head, rows])
-    plgpu.copy_smem_to_gmem(lse_smem, refs.lse.at[work.split, work.batch_row, work.kv_head, rows])
+    plgpu.copy_smem_to_gmem(q_smem, refs.out.at[work.part, work.batch_row, work.kv_head, rows])
+    plgpu.copy_smem_to_gmem(lse_smem, refs.lse.at[work.part, work.batch_row, work.kv_head, rows])
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -223,16 +208,21 @@ def _add_weighted(shape: _Shape, acc: Any, weights: Any, values: Any, weights_sm
     return acc + pl.run_scoped(weigh_smem, plgpu.ACC((ROWS, shape.head_width), jnp.float32))
 
 
-def _load(shape: _Shape, refs: _Global, shared: _Shared, barriers: _Barriers, work: Work) -> None:
+def _load(shape: _Shape, refs: Refs, shared: _Shared, barriers: _Barriers, work: Work) -> None:
     """The loading warpgroup: keeps keys and values of the next blocks in flight."""
     plgpu.set_max_registers(40, action="decrease")
-    row = refs.rows[work.batch_row]
+    row = refs.tiles.rows[work.source, work.batch_row]
     stages, count = shape.stages, work.last - work.first
 
     def issue(i: Any, stage: Any) -> None:
         slots = pl.ds(work.block_at(work.first + i) * shape.block, shape.block)
-        plgpu.copy_gmem_to_smem(refs.k.at[row, work.kv_head, slots], shared.k.at[stage], barriers.k_ready.at[stage])
-        plgpu.copy_gmem_to_smem(refs.v.at[row, work.kv_head, slots], shared.v.at[stage], barriers.v_ready.at[stage])
+
+        def copy(number: int) -> None:
+            k, v = (x[number].at[row, work.kv_head, slots] for x in (refs.tiles.k, refs.tiles.v))
+            plgpu.copy_gmem_to_smem(k, shared.k.at[stage], barriers.k_ready.at[stage])
+            plgpu.copy_gmem_to_smem(v, shared.v.at[stage], barriers.v_ready.at[stage])
+
+        work.of_source(copy, len(refs.tiles.k))
 
     def wait_for_free(i: Any) -> Any:
         stage = lax.rem(i, jnp.array(stages, i.dtype))
@@ -253,40 +243,18 @@ def _load(shape: _Shape, refs: _Global, shared: _Shared, barriers: _Barriers, wo
         wait_for_free(i)
 
 
-def _launch(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    rows: jax.Array,
-    ranges: Ranges,
-    blocks: jax.Array,
-    config: KernelConfig,
-    *,
-    interpret: Any,
-) -> tuple[jax.Array, jax.Array]:
+def _launch(tiles: Tiles, config: KernelConfig, *, interpret: Any) -> tuple[jax.Array, jax.Array]:
     """See `tiles.Launch`."""
-    batch, kv_heads, padded, h = q.shape
-    compiled = interpret is None
-    shape = _Shape(config.block, config.stages, h, q.dtype, compiled)
+    shape = _Shape(config.block, config.stages, tiles.q.shape[-1], tiles.q.dtype, compiled=interpret is None)
 
-    def program(refs: _Global, shared: _Shared, barriers: _Barriers) -> None:
+    def run(refs: Refs, shared: _Shared, barriers: _Barriers) -> None:
         wg = lax.axis_index("wg")
-        work = Work.of_program(refs.blocks, config.splits)
+        work = Work.of_program(refs.tiles.blocks, config.splits)
         pl.when(wg < 2)(lambda: _compute(shape, refs, shared, barriers, work, wg))
         pl.when(wg == 2)(lambda: _load(shape, refs, shared, barriers, work))
 
-    def kernel(*refs: Any) -> None:
-        run = functools.partial(program, _Global(*refs))
-        pl.run_scoped(run, shape.shared_memory, shape.barriers, collective_axes="wg")
+    def program(refs: Refs) -> None:
+        pl.run_scoped(functools.partial(run, refs), shape.shared_memory, shape.barriers, collective_axes="wg")
 
-    results = (config.splits, batch, kv_heads, padded)
-    return plgpu.kernel(
-        kernel,
-        out_type=(jax.ShapeDtypeStruct((*results, h), q.dtype), jax.ShapeDtypeStruct(results, jnp.float32)),
-        grid=(kv_heads, padded // TILE, batch * config.splits),
-        grid_names=("kv_head", "tile", "part"),
-        num_threads=3,
-        thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        **({} if compiled else {"interpret": interpret}),
-    )(q, k, v, rows, *ranges, blocks)
+    params = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
+    return launch_kernel(tiles, config, program, interpret, num_threads=3, thread_name="wg", compiler_params=params)
