@@ -19,7 +19,7 @@ from xl2jax.errors import UserError
 from xl2jax.inference.layout import PrefillConfig, VideoLayout, natural_ranges
 from xl2jax.ops import attention, mma, tiles, wgmma
 from xl2jax.ops.attention import Attention, arena_attention
-from xl2jax.ops.kv import Source
+from xl2jax.ops.kv import Source, quantize
 from xl2jax.ops.mma import attend_mma
 from xl2jax.ops.ranges import NEGATIVE, Ranges, merge
 from xl2jax.ops.reference import attend_reference
@@ -49,6 +49,8 @@ def problem(ranges: Ranges, *, slots: int, heads: int, kv_heads: int, h: int = 6
 
 
 def reference(q: jax.Array, *sources: Source) -> list[np.ndarray]:
+    """In float32, to which quantised sources are unpacked without a rounding."""
+    sources = tuple(jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, s) for s in sources)
     return [np.asarray(x, np.float32) for x in merge([attend_reference(q, source) for source in sources])]
 
 
@@ -136,6 +138,19 @@ def test_two_sources_are_merged(name: str) -> None:
     assert_reference(name, q, video, text, config=config)
 
 
+@pytest.mark.parametrize("text", [False, True])
+def test_a_quantised_source_is_read_in_place(text: bool) -> None:
+    """Alone, and beside a text cache of 16 bits that has more slots. The error is that of 16-bit products."""
+    ranges = Ranges(*np.array([[[100]], [[128]], [[200]]]))
+    q, video = problem(ranges, slots=256, heads=7, kv_heads=1)
+    video = video._replace(k=quantize(video.k), v=quantize(video.v))
+    sources = [video]
+    if text:
+        _, other = problem(Ranges(*np.array([[[310]], [[0]], [[0]]])), slots=320, heads=7, kv_heads=1)
+        sources.append(other)
+    assert_reference("mma", q, *sources, config=KernelConfig(64, 64, 1, splits=(2, 1)[: len(sources)]))
+
+
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_chunk_of_a_video(name: str) -> None:
     """Visual tokens of a video's last chunk, as prefill has them. Key blocks that they do not see are never loaded."""
@@ -202,20 +217,26 @@ SHAPES = [(2304, 60_928, 128, 1), (128, 380_032, 128, 1), (1, 380_032, 128, 1), 
 
 
 @pytest.mark.parametrize("card", [("wgmma", "9.0"), *(("mma", c) for c in attention.MMA_CARDS)], ids="-".join)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("kind", ["bfloat16", "float16", "int8"])
 def test_lowers_for_cuda_at_the_released_shapes(
-    card: tuple[str, str], dtype: str, monkeypatch: pytest.MonkeyPatch
+    card: tuple[str, str], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the default sizes for each card. float16 is lowered at one shape."""
+    """With the default sizes for each card. float16 and 8 bits are lowered at one shape, with the text of decoding."""
     name, capability = card
     monkeypatch.setattr(mosaic_utils, "_infer_arch", lambda: tuple(map(int, capability.split("."))))
     shape = jax.ShapeDtypeStruct
-    for tokens, slots, h, batch in SHAPES if dtype == "bfloat16" else SHAPES[-1:]:
+    dtype = "bfloat16" if kind == "int8" else kind
+    for tokens, slots, h, batch in SHAPES if kind == "bfloat16" else SHAPES[2:3]:
         q = shape((batch, tokens, LLM.heads, h), dtype)
-        kv = shape((LLM.layers, LLM.kv_heads, slots, h), dtype)
-        source = Source(kv, kv, shape((batch,), jnp.int32), Ranges(*[shape((batch, tokens), jnp.int32)] * 3))
+
+        def source(slots: int, quantized: bool, h: int = h, batch: int = batch, tokens: int = tokens) -> Source:
+            kv = shape((LLM.layers, LLM.kv_heads, slots, h), dtype)
+            kv = jax.eval_shape(quantize, kv) if quantized else kv
+            return Source(kv, kv, shape((batch,), jnp.int32), Ranges(*[shape((batch, tokens), jnp.int32)] * 3))
+
+        sources = [source(slots, kind == "int8"), *([] if kind == "bfloat16" else [source(512, False)])]
         run = jax.jit(functools.partial(arena_attention, attention=Attention(name, capability)))
-        lowered = run.trace(q, source).lower(lowering_platforms=("cuda",))
+        lowered = run.trace(q, *sources).lower(lowering_platforms=("cuda",))
         assert "mosaic_gpu" in lowered.as_text()
 
 

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from xl2jax.errors import UserError
 from xl2jax.ops.blockwise import attend_blockwise, backward_blockwise
-from xl2jax.ops.kv import Source
+from xl2jax.ops.kv import Source, unpack_row
 from xl2jax.ops.ranges import merge
 from xl2jax.ops.reference import attend_reference
 
@@ -67,9 +67,12 @@ def _merged(attend: Callable[[jax.Array, Source], Results]) -> Callable[..., Res
 
 
 def _attend_wgmma(attention: Attention, q: jax.Array, sources: tuple[Source, ...]) -> Results:
-    from xl2jax.ops import wgmma  # Pallas is slow to import
+    from xl2jax.ops import mma, wgmma  # Pallas is slow to import
 
-    return wgmma.attend_wgmma(q, sources, attention.multiprocessors)
+    # A wgmma reads 16-bit keys from shared memory. The other kernel unpacks them there, which pays for few rows.
+    if any(s.quantized for s in sources) and q.shape[1] * q.shape[2] // sources[0].shape[1] <= mma.FEW_ROWS:
+        return mma.attend_mma(q, sources, attention.capability, attention.multiprocessors)
+    return wgmma.attend_wgmma(q, tuple(map(unpack_row, sources)), attention.multiprocessors)
 
 
 def _attend_mma(attention: Attention, q: jax.Array, sources: tuple[Source, ...]) -> Results:

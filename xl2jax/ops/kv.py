@@ -60,3 +60,15 @@ class Source(NamedTuple):
     def dtype(self) -> np.dtype:
         """The dtype of keys and values once they are unpacked."""
         return np.dtype(self.k.scale.dtype if isinstance(self.k, QuantizedKV) else self.k.dtype)
+
+    @property
+    def quantized(self) -> bool:
+        return isinstance(self.k, QuantizedKV)
+
+
+def unpack_row(source: Source) -> Source:
+    """A quantised source with only the rows that are read, unpacked. Other sources are returned as they are."""
+    if not source.quantized:
+        return source
+    k, v = (unpack(jax.tree.map(lambda a: a[source.rows], x)) for x in (source.k, source.v))
+    return Source(k, v, jnp.arange(k.shape[0], dtype=jnp.int32), source.ranges)

@@ -21,7 +21,7 @@ from jax import lax
 from jax.experimental.mosaic.gpu.mma import MMALayouts
 
 from xl2jax.arithmetic import ceil_div
-from xl2jax.ops.kv import Source
+from xl2jax.ops.kv import QuantizedKV, Source, unpack_row
 from xl2jax.ops.ranges import NEGATIVE
 from xl2jax.ops.tiles import KernelConfig, Refs, Tiles, Work, attend_tiles, launch_kernel, split_counts
 
@@ -65,16 +65,24 @@ def attend_mma(
     def choose(rows: int, batch_heads: int, slots: tuple[int, ...]) -> KernelConfig:
         return config or choose_config(rows, batch_heads, slots, capability, multiprocessors)
 
+    # Many rows read every block many times: it is cheaper to unpack it once. Few rows read it in place.
+    if q.shape[1] * q.shape[2] // sources[0].shape[1] > FEW_ROWS:
+        sources = tuple(map(unpack_row, sources))
     tma = interpret is not None or int(capability.split(".")[0]) >= 9
     return attend_tiles("mma", q, sources, choose, functools.partial(_launch, tma=tma, interpret=interpret))
 
 
 class _Shared(NamedTuple):
-    """Shared memory of a program: queries [tile, H], keys and values [stages, block, H]."""
+    """Shared memory of a program."""
 
     q: Any
+    """[tile, H]"""
     k: Any
+    """[block, H]"""
     v: Any
+    packed_k: Any
+    """int8 [block, H]; None where no source is quantised."""
+    packed_v: Any
 
 
 class _Barriers(NamedTuple):
@@ -93,20 +101,27 @@ class _Program:
     head_width: int
     dtype: Any
     tma: bool
+    quantized: bool
+    """Whether a source has 8 bits."""
     compiled: bool
 
     @property
     def shared_memory(self) -> _Shared:
-        tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
-        keys = plgpu.SMEM((self.config.stages, self.config.block, self.head_width), self.dtype, transforms=tiled)
-        return _Shared(plgpu.SMEM((self.config.tile, self.head_width), self.dtype, transforms=tiled), keys, keys)
+        def slots(count: int, dtype: Any) -> Any:
+            width = min(self.head_width, 128 // jnp.dtype(dtype).itemsize)
+            tiled = (
+                plgpu.TilingTransform((8, width)),  # type: ignore[abstract]
+                plgpu.SwizzleTransform(width * jnp.dtype(dtype).itemsize),  # type: ignore[abstract]
+            )
+            return plgpu.SMEM((count, self.head_width), dtype, transforms=tiled)
+
+        keys = slots(self.config.block, self.dtype)
+        packed = slots(self.config.block, jnp.int8) if self.quantized else None
+        return _Shared(slots(self.config.tile, self.dtype), keys, keys, packed, packed)
 
     @property
     def barriers(self) -> _Barriers:
-        stages = self.config.stages
-        if not self.tma:
-            return _Barriers(None, None, None)
-        return _Barriers(plgpu.Barrier(), plgpu.Barrier(num_barriers=stages), plgpu.Barrier(num_barriers=stages))
+        return _Barriers(*(plgpu.Barrier() if self.tma else None for _ in range(3)))
 
     # --- loads ---
 
@@ -126,6 +141,11 @@ class _Program:
 
     def load(self, ref: Any, layout: Any, *, shared: bool = True) -> Any:
         return plgpu.load(ref, layout=layout, optimized=shared) if self.compiled else ref[...]
+
+    def unpack(self, packed: Any, target: Any) -> None:
+        """Whole numbers of 8 bits in shared memory as numbers of 16 bits."""
+        x = self.load(packed, plgpu.Layout.WGMMA_UPCAST_2X).astype(self.dtype)
+        target[...] = plgpu.layout_cast(x, plgpu.Layout.WGMMA) if self.compiled else x
 
     def full(self, shape: tuple[int, ...], value: float) -> Any:
         """A float32 array in the layout of accumulators, or of their rows."""
@@ -187,28 +207,46 @@ class _Program:
     # --- the program ---
 
     def run(self, refs: Refs, shared: _Shared, barriers: _Barriers) -> None:
-        tile, block, stages = self.config.tile, self.config.block, self.config.stages
+        tile, block = self.config.tile, self.config.block
         work = Work.of_program(refs.tiles.blocks, self.config.splits)
         row = refs.tiles.rows[work.source, work.batch_row]
         rows = pl.ds(work.tile * tile, tile)
-
-        def stage_of(i: Any) -> Any:
-            return lax.rem(i - work.first, jnp.array(stages, i.dtype))
+        sources = {"k": refs.tiles.k, "v": refs.tiles.v}
 
         def fetch(name: str, i: Any) -> None:
             """Starts to load the keys (values) of the i-th block."""
-            slots, stage = pl.ds(work.block_at(i) * block, block), stage_of(i)
-            barrier = getattr(barriers, name)
-            target = getattr(shared, name).at[stage]
+            slots = pl.ds(work.block_at(i) * block, block)
 
             def copy(number: int) -> None:
-                source = getattr(refs.tiles, name)[number]
-                self.copy(source.at[row, work.kv_head, slots], target, barrier.at[stage] if self.tma else None)
+                source, target = sources[name][number], getattr(shared, name)
+                if isinstance(source, QuantizedKV):
+                    source, target = source.values, getattr(shared, f"packed_{name}")
+                self.copy(source.at[row, work.kv_head, slots], target, getattr(barriers, name))
 
             work.of_source(copy, len(refs.tiles.k))
 
-        def arrived(name: str, i: Any) -> None:
-            self.wait(getattr(barriers, name).at[stage_of(i)] if self.tma else None)
+        def arrived(name: str) -> None:
+            self.wait(getattr(barriers, name))
+
+            def unpack(number: int) -> None:
+                if isinstance(sources[name][number], QuantizedKV):
+                    self.unpack(getattr(shared, f"packed_{name}"), getattr(shared, name))
+
+            work.of_source(unpack, len(refs.tiles.k))
+
+        def scaled(name: str, x: Any, i: Any) -> Any:
+            """x [tile, block] times the scale of each slot of the i-th block, where the source has scales."""
+            for number, source in enumerate(sources[name]):
+                if isinstance(source, QuantizedKV):
+                    count, _, slots = source.scale.shape
+                    # Other sources may have further rows and slots. Their scales are 1.
+                    first = jnp.minimum(work.block_at(i) * block, slots - block)
+                    place = (jnp.minimum(row, count - 1), work.kv_head, pl.ds(first, block))
+                    scale = self.load(source.scale.at[place], self.accumulator.reduce(0), shared=False)
+                    mine = (work.source == number).astype(jnp.float32)
+                    scale = scale.astype(jnp.float32) * mine + (1.0 - mine)
+                    x = x * lax.broadcast_in_dim(scale, x.shape, [1])
+            return x
 
         self.copy(refs.tiles.q.at[work.batch_row, work.kv_head, rows], shared.q, barriers.q)
         pl.when(work.first < work.last)(lambda: fetch("k", work.first))
@@ -228,16 +266,16 @@ class _Program:
 
         def step(i: Any, carry: tuple[Any, Any, Any], *, masked: bool) -> tuple[Any, Any, Any]:
             acc, top, norm = carry
-            keys, values = shared.k.at[stage_of(i)], shared.v.at[stage_of(i)]
-            arrived("k", i)
+            arrived("k")
             fetch("v", i)
             scores = self.full((tile, block), 0.0)
             for part in _parts(self.head_width, 64):
                 left = self.load(shared.q.at[:, part], plgpu.Layout.MMA_LHS(self.dtype))
-                right = self.load(keys.at[:, part].transpose((1, 0)), plgpu.Layout.MMA_RHS(self.dtype))
+                right = self.load(shared.k.at[:, part].transpose((1, 0)), plgpu.Layout.MMA_RHS(self.dtype))
                 scores = self.add_product(scores, left, right)
-            arrived("v", i)
+            arrived("v")
             pl.when(i + 1 < work.last)(lambda: fetch("k", i + 1))
+            scores = scaled("k", scores, i)
             if masked:
                 g_end, v_lo, v_hi = ranges()
                 column = self.columns(work.block_at(i) * block)
@@ -250,9 +288,9 @@ class _Program:
             decay = jnp.exp2(top - new_top)
             norm = norm * decay + p.sum(axis=1)
             acc = acc * spread(decay, self.head_width)
-            weights = p.astype(self.dtype)
+            weights = scaled("v", p, i).astype(self.dtype)
             for part in _parts(block, 16):
-                right = self.load(values.at[part], plgpu.Layout.MMA_RHS(self.dtype))
+                right = self.load(shared.v.at[part], plgpu.Layout.MMA_RHS(self.dtype))
                 acc = self.add_product(acc, self.as_left(weights[:, part.start : part.start + 16]), right)
             return acc, new_top, norm
 
@@ -279,7 +317,8 @@ def _parts(size: int, part: int) -> list[Any]:
 
 def _launch(tiles: Tiles, config: KernelConfig, *, tma: bool, interpret: Any) -> tuple[jax.Array, jax.Array]:
     """See `tiles.Launch`."""
-    kernel = _Program(config, tiles.q.shape[-1], tiles.q.dtype, tma, compiled=interpret is None)
+    quantized = any(isinstance(x, QuantizedKV) for x in tiles.k)
+    kernel = _Program(config, tiles.q.shape[-1], tiles.q.dtype, tma, quantized, compiled=interpret is None)
 
     def program(refs: Refs) -> None:
         pl.run_scoped(functools.partial(kernel.run, refs), kernel.shared_memory, kernel.barriers)
