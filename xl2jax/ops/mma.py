@@ -131,11 +131,16 @@ class _Program:
             plgpu.commit_smem()
         plgpu.copy_gmem_to_smem(source, target, barrier, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
 
-    def wait(self, barrier: Any) -> None:
+    def wait(self, barrier: Any, in_flight: Any) -> None:
+        """Waits for a load. With cp.async, `in_flight` (0 or 1) loads that were started later may go on."""
         if self.tma:
             plgpu.barrier_wait(barrier)
         else:
-            plgpu.wait_gmem_to_smem(0)
+            if isinstance(in_flight, int):
+                plgpu.wait_gmem_to_smem(in_flight)
+                return
+            for count in (0, 1):
+                pl.when(in_flight == count)(functools.partial(plgpu.wait_gmem_to_smem, count))
 
     # --- registers ---
 
@@ -207,74 +212,80 @@ class _Program:
     # --- the program ---
 
     def run(self, refs: Refs, shared: _Shared, barriers: _Barriers) -> None:
-        tile, block = self.config.tile, self.config.block
         work = Work.of_program(refs.tiles.blocks, self.config.splits)
-        row = refs.tiles.rows[work.source, work.batch_row]
+        work.of_source(lambda number: self.attend(number, work, refs, shared, barriers), len(refs.tiles.k))
+
+    def attend(self, number: int, work: Work, refs: Refs, shared: _Shared, barriers: _Barriers) -> None:
+        """The program's work, which is in source `number`."""
+        tile, block = self.config.tile, self.config.block
         rows = pl.ds(work.tile * tile, tile)
-        sources = {"k": refs.tiles.k, "v": refs.tiles.v}
+        place = (number, work.batch_row, rows)
+        sources = {"k": refs.tiles.k[number], "v": refs.tiles.v[number]}
+        packed = isinstance(sources["k"], QuantizedKV)
+        row = refs.tiles.rows[number, work.batch_row]
+
+        def slots(i: Any) -> tuple[Any, ...]:
+            return row, work.kv_head, pl.ds(work.block_at(i) * block, block)
 
         def fetch(name: str, i: Any) -> None:
             """Starts to load the keys (values) of the i-th block."""
-            slots = pl.ds(work.block_at(i) * block, block)
+            source, target = sources[name], getattr(shared, f"packed_{name}" if packed else name)
+            self.copy((source.values if packed else source).at[slots(i)], target, getattr(barriers, name))
 
-            def copy(number: int) -> None:
-                source, target = sources[name][number], getattr(shared, name)
-                if isinstance(source, QuantizedKV):
-                    source, target = source.values, getattr(shared, f"packed_{name}")
-                self.copy(source.at[row, work.kv_head, slots], target, getattr(barriers, name))
-
-            work.of_source(copy, len(refs.tiles.k))
-
-        def arrived(name: str) -> None:
-            self.wait(getattr(barriers, name))
-
-            def unpack(number: int) -> None:
-                if isinstance(sources[name][number], QuantizedKV):
-                    self.unpack(getattr(shared, f"packed_{name}"), getattr(shared, name))
-
-            work.of_source(unpack, len(refs.tiles.k))
+        def fetch_if_any(name: str, i: Any) -> None:
+            pl.when(i < work.last)(lambda: fetch(name, i))
 
         def scaled(name: str, x: Any, i: Any) -> Any:
-            """x [tile, block] times the scale of each slot of the i-th block, where the source has scales."""
-            for number, source in enumerate(sources[name]):
-                if isinstance(source, QuantizedKV):
-                    count, _, slots = source.scale.shape
-                    # Other sources may have further rows and slots. Their scales are 1.
-                    first = jnp.minimum(work.block_at(i) * block, slots - block)
-                    place = (jnp.minimum(row, count - 1), work.kv_head, pl.ds(first, block))
-                    scale = self.load(source.scale.at[place], self.accumulator.reduce(0), shared=False)
-                    mine = (work.source == number).astype(jnp.float32)
-                    scale = scale.astype(jnp.float32) * mine + (1.0 - mine)
-                    x = x * lax.broadcast_in_dim(scale, x.shape, [1])
-            return x
-
-        self.copy(refs.tiles.q.at[work.batch_row, work.kv_head, rows], shared.q, barriers.q)
-        pl.when(work.first < work.last)(lambda: fetch("k", work.first))
-        self.wait(barriers.q)
+            """x [tile, block] times the scale of each slot of the i-th block, where there are scales."""
+            if not packed:
+                return x
+            scale = self.load(sources[name].scale.at[slots(i)], self.accumulator.reduce(0), shared=False)
+            return x * lax.broadcast_in_dim(scale.astype(jnp.float32), x.shape, [1])
 
         def ranges() -> tuple[Any, ...]:
             """g_end, v_lo, v_hi of the tile's rows. They are loaded where they are used, to save registers."""
-            refs_of_ranges = refs.tiles.ranges
             layout = self.accumulator_rows
-            place = (work.source, work.batch_row, rows)
-            return tuple(self.load(x.at[place], layout, shared=False) for x in refs_of_ranges)
+            return tuple(self.load(x.at[place], layout, shared=False) for x in refs.tiles.ranges)
 
+        self.copy(refs.tiles.q.at[work.batch_row, work.kv_head, rows], shared.q, barriers.q)
+        fetch_if_any("k", work.first)
+        self.wait(barriers.q, 0)
+        if packed:
+            fetch_if_any("v", work.first)
         scale = self.head_width**-0.5 * _LOG2E
 
         def spread(x: Any, width: int = block) -> Any:  # [tile] -> [tile, width]
             return lax.broadcast_in_dim(x, (tile, width), [0])
 
+        def arrived_keys(i: Any) -> None:
+            """Waits for keys, and starts the load that now has room: of these values, or of the next keys if packed."""
+            if packed:
+                self.wait(barriers.k, 1)  # the values are in flight
+                self.unpack(shared.packed_k, shared.k)
+                fetch_if_any("k", i + 1)
+            else:
+                self.wait(barriers.k, 0)
+                fetch("v", i)
+
+        def arrived_values(i: Any) -> None:
+            """Waits for values, and starts to load the next keys, or the next values if packed."""
+            if packed:
+                self.wait(barriers.v, jnp.where(i + 1 < work.last, 1, 0))  # the next keys are in flight
+                self.unpack(shared.packed_v, shared.v)
+                fetch_if_any("v", i + 1)
+            else:
+                self.wait(barriers.v, 0)
+                fetch_if_any("k", i + 1)
+
         def step(i: Any, carry: tuple[Any, Any, Any], *, masked: bool) -> tuple[Any, Any, Any]:
             acc, top, norm = carry
-            arrived("k")
-            fetch("v", i)
+            arrived_keys(i)
             scores = self.full((tile, block), 0.0)
             for part in _parts(self.head_width, 64):
                 left = self.load(shared.q.at[:, part], plgpu.Layout.MMA_LHS(self.dtype))
                 right = self.load(shared.k.at[:, part].transpose((1, 0)), plgpu.Layout.MMA_RHS(self.dtype))
                 scores = self.add_product(scores, left, right)
-            arrived("v")
-            pl.when(i + 1 < work.last)(lambda: fetch("k", i + 1))
+            arrived_values(i)
             scores = scaled("k", scores, i)
             if masked:
                 g_end, v_lo, v_hi = ranges()
@@ -302,10 +313,9 @@ class _Program:
         norm = jnp.where((g_end > 0) | (v_hi > v_lo), norm, self.full((tile,), 0.0))
         empty = norm <= 0.0
         safe = jnp.where(empty, self.full((tile,), 1.0), norm)
-        share = jnp.where(empty, self.full((tile,), 0.0), 1.0 / safe)
-        wide = spread(share, self.head_width)
+        share = spread(jnp.where(empty, self.full((tile,), 0.0), 1.0 / safe), self.head_width)
         # What is not a number stays out of rows that see nothing.
-        out = jnp.where(wide > 0.0, acc * wide, self.full(acc.shape, 0.0))
+        out = jnp.where(share > 0.0, acc * share, self.full(acc.shape, 0.0))
         result = (work.part, work.batch_row, work.kv_head, rows)
         self.store(refs.out.at[result], out)
         refs.lse[result] = jnp.where(empty, self.full((tile,), NEGATIVE), top / _LOG2E + jnp.log(safe))
