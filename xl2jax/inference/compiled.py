@@ -30,12 +30,7 @@ cuBLAS reads the weights in place and fuses both. On an H200 this halves the tim
 tower an eighth faster. The option has no effect on other devices."""
 
 
-DECODE_OPTIONS = COMPILER_OPTIONS | {"xla_gpu_dot_merger_threshold_mb": 0}
-"""XLA merges the products for q, k and v into one, for which it copies their weights behind each other in every step. On an
-H100 a step of the released model takes 0.4 ms longer with that."""
-
-
-def program(function: Callable[..., Any], compiler_options: dict[str, Any] = COMPILER_OPTIONS, **options: Any) -> Any:
+def program(function: Callable[..., Any], **options: Any) -> Any:
     """Compiles a function whose first argument is the `Network`, in the network's matmul precision."""
 
     @functools.wraps(function)
@@ -43,7 +38,7 @@ def program(function: Callable[..., Any], compiler_options: dict[str, Any] = COM
         with network.precision():
             return function(network, *args, **kwargs)
 
-    return jax.jit(precise, compiler_options=compiler_options, **options)
+    return jax.jit(precise, compiler_options=COMPILER_OPTIONS, **options)
 
 
 @functools.partial(program, static_argnames="frames_at_once")
@@ -180,7 +175,7 @@ def ask(
     return generate.first_token(llm, text, hidden, suffix.end, key, stop, sampling), hidden
 
 
-@functools.partial(program, compiler_options=DECODE_OPTIONS, static_argnames="size", donate_argnames="state")
+@functools.partial(program, static_argnames="size", donate_argnames="state")
 def decode(
     network: Network,
     context: KVCache,

@@ -86,21 +86,18 @@ def extend(
 ) -> tuple[KVCache, jax.Array]:
     """Runs ids [T], of which the first `length` are real, behind `context` and `text`.
 
-    `rows` >= T pads everything but attention and its cache to as many rows. Returns the text cache with them and the hidden states [T, D]. Neither cache is changed in place unless donated.
+    `rows` and `unroll` are those of `Qwen2.forward`. Returns the text cache with them and the hidden states [T, D]. Neither cache is changed in place unless donated.
     """
     start, tokens = text.global_length, ids.shape[0]
-    rows = tokens if rows is None else rows
-    padding = ((0, rows - tokens), (0, 0))
-    positions = context.length + start + jnp.arange(rows, dtype=jnp.int32)
+    positions = context.length + start + jnp.arange(tokens, dtype=jnp.int32)
 
     def attend(kv: KV, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[KV, jax.Array]:
-        q, k, v = (x[:tokens] for x in (q, k, v))
         kv, out, _ = attend_text(q, k, v, context, kv, start, length, layer, attention)
-        return kv, jnp.pad(out, (*padding, (0, 0)))
+        return kv, out
 
-    x = jnp.pad(llm.embed_tokens(ids), padding)
-    hidden, (k, v) = llm.forward(x, positions, attend, (text.k, text.v), unroll=unroll)
-    return text._replace(k=k, v=v, global_length=start + length), hidden[:tokens]
+    x = llm.embed_tokens(ids)
+    hidden, (k, v) = llm.forward(x, positions, attend, (text.k, text.v), rows=rows, unroll=unroll)
+    return text._replace(k=k, v=v, global_length=start + length), hidden
 
 
 def sample(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
@@ -156,8 +153,6 @@ def decode(
     Returns (state, ids [size], number of new ids).
     """
     on_gpu = platform == "gpu"
-    # XLA pads the operands of smaller products to eight rows and slices their results, in kernels of their own.
-    rows = 8 if on_gpu else 1
 
     def unfinished(carry: tuple[DecodeState, jax.Array, jax.Array]) -> jax.Array:
         state, _, n = carry
@@ -166,7 +161,14 @@ def decode(
     def next_token(carry: tuple[DecodeState, jax.Array, jax.Array]) -> tuple[DecodeState, jax.Array, jax.Array]:
         state, ids, n = carry
         text, hidden = extend(
-            llm, context, state.text, state.token[None], jnp.int32(1), attention=attention, rows=rows, unroll=on_gpu
+            llm,
+            context,
+            state.text,
+            state.token[None],
+            jnp.int32(1),
+            attention=attention,
+            rows=8 if on_gpu else None,
+            unroll=on_gpu,
         )
         state = _next(llm, hidden[0], text, state.key, stop, sampling)
         return state, ids.at[n].set(state.token), n + 1

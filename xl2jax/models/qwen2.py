@@ -18,8 +18,17 @@ type Attend[S] = Callable[[S, jax.Array, jax.Array, jax.Array, jax.Array], tuple
 """`(state, layer, q, k, v) -> (state, out)`: q and out [..., T, N, H], k and v [..., T, K, H], rotated."""
 
 
+def pad_tokens(x: jax.Array, rows: int) -> jax.Array:
+    """[..., T, D] -> [..., rows, D] with zeros behind."""
+    missing = rows - x.shape[-2]
+    return jnp.pad(x, (*((0, 0),) * (x.ndim - 2), (0, missing), (0, 0))) if missing else x
+
+
 class DecoderLayer(nnx.Module):
-    """RMSNorm, GQA with RoPE, RMSNorm, SwiGLU; the attention itself is passed in."""
+    """RMSNorm, GQA with RoPE, RMSNorm, SwiGLU; the attention itself is passed in.
+
+    x may have more rows than `cos` and `sin` have tokens. Those behind are padding, which attention does not get.
+    """
 
     def __init__(
         self, config: LLMConfig, *, param_dtype: jax.typing.DTypeLike, rngs: nnx.Rngs, lora: LoRAConfig | None = None
@@ -46,12 +55,13 @@ class DecoderLayer(nnx.Module):
     def __call__[S](
         self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend[S], state: S, index: jax.Array
     ) -> tuple[jax.Array, S]:
-        y = self.input_norm(x)
+        y = self.input_norm(x)[..., : cos.shape[-3], :]
         q, k, v = (
             einops.rearrange(f(y), "... t (n h) -> ... t n h", h=self.head_width) for f in (self.q, self.k, self.v)
         )
         state, out = attend(state, index, rotate(q, cos, sin), rotate(k, cos, sin), v)
-        x = x + self.o(einops.rearrange(out, "... t n h -> ... t (n h)"))
+        out = pad_tokens(einops.rearrange(out, "... t n h -> ... t (n h)"), x.shape[-2])
+        x = x + self.o(out)
         y = self.post_attention_norm(x)
         return x + self.down(nnx.silu(self.gate(y)) * self.up(y)), state
 
@@ -86,6 +96,7 @@ class Qwen2(nnx.Module):
         *,
         remat: bool = False,
         unroll: bool = False,
+        rows: int | None = None,
     ) -> tuple[jax.Array, S]:
         """Embeddings [..., T, D] at integer positions [..., T] -> normed hidden states [..., T, D].
 
@@ -95,9 +106,14 @@ class Qwen2(nnx.Module):
         Args:
           remat: the backward pass recomputes each layer.
           unroll: see `scan_layers`.
+          rows: pads everything but q, k, v and attention to so many tokens. XLA on GPUs pads the operands of products of
+            fewer than eight rows, and slices their results, in kernels of their own.
         """
+        tokens = x.shape[-2]
+        if rows is not None:
+            x = pad_tokens(x, rows)
         (x, state), _ = self._run_layers(x, positions, attend, state, remat=remat, unroll=unroll)
-        return self.norm(x), state
+        return self.norm(x)[..., :tokens, :], state
 
     def layer_outputs[S](self, x: jax.Array, positions: jax.Array, attend: Attend[S], state: S) -> jax.Array:
         """The output of every layer, [L, ..., T, D], for the arguments of `forward`.

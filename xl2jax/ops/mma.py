@@ -235,12 +235,15 @@ class _Program:
         def fetch_if_any(name: str, i: Any) -> None:
             pl.when(i < work.last)(lambda: fetch(name, i))
 
-        def scaled(name: str, x: Any, i: Any) -> Any:
-            """x [tile, block] times the scale of each slot of the i-th block, where there are scales."""
+        def scale_of(name: str, i: Any) -> Any:
+            """The scale of each slot of the i-th block, or None. It is loaded long before it is used."""
             if not packed:
-                return x
-            scale = self.load(sources[name].scale.at[slots(i)], self.accumulator.reduce(0), shared=False)
-            return x * lax.broadcast_in_dim(scale.astype(jnp.float32), x.shape, [1])
+                return None
+            return self.load(sources[name].scale.at[slots(i)], self.accumulator.reduce(0), shared=False)
+
+        def scaled(x: Any, scale: Any) -> Any:
+            """x [tile, block] times the scale of each slot."""
+            return x if scale is None else x * lax.broadcast_in_dim(scale.astype(jnp.float32), x.shape, [1])
 
         def ranges() -> tuple[Any, ...]:
             """g_end, v_lo, v_hi of the tile's rows. They are loaded where they are used, to save registers."""
@@ -279,6 +282,7 @@ class _Program:
 
         def step(i: Any, carry: tuple[Any, Any, Any], *, masked: bool) -> tuple[Any, Any, Any]:
             acc, top, norm = carry
+            k_scale, v_scale = scale_of("k", i), scale_of("v", i)
             arrived_keys(i)
             scores = self.full((tile, block), 0.0)
             for part in _parts(self.head_width, 64):
@@ -286,7 +290,7 @@ class _Program:
                 right = self.load(shared.k.at[:, part].transpose((1, 0)), plgpu.Layout.MMA_RHS(self.dtype))
                 scores = self.add_product(scores, left, right)
             arrived_values(i)
-            scores = scaled("k", scores, i)
+            scores = scaled(scores, k_scale)
             if masked:
                 g_end, v_lo, v_hi = ranges()
                 column = self.columns(work.block_at(i) * block)
@@ -299,7 +303,7 @@ class _Program:
             decay = jnp.exp2(top - new_top)
             norm = norm * decay + p.sum(axis=1)
             acc = acc * spread(decay, self.head_width)
-            weights = scaled("v", p, i).astype(self.dtype)
+            weights = scaled(p, v_scale).astype(self.dtype)
             for part in _parts(block, 16):
                 right = self.load(shared.v.at[part], plgpu.Layout.MMA_RHS(self.dtype))
                 acc = self.add_product(acc, self.as_left(weights[:, part.start : part.start + 16]), right)
