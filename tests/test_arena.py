@@ -17,7 +17,7 @@ from xl2jax.inference.layout import PrefillConfig, VideoLayout, natural_ranges
 from xl2jax.ops import attention, blockwise
 from xl2jax.ops.attention import Attention, arena_attention, choose_attention
 from xl2jax.ops.blockwise import attend_blockwise
-from xl2jax.ops.kv import Source
+from xl2jax.ops.kv import Source, quantize
 from xl2jax.ops.ranges import NEGATIVE, Ranges, merge
 from xl2jax.ops.reference import attend_reference
 
@@ -212,3 +212,22 @@ def test_gradients_of_two_sources_are_those_of_one() -> None:
         *(jax.value_and_grad(functools.partial(loss, s), (0, 1, 2))(q, k, v) for s in (False, True)), strict=True
     ):
         jax.tree.map(lambda a, b: close(a, b, 1e-5), two, one)
+
+
+def test_8_bits_have_no_gradient() -> None:
+    q, k, v, *rest = jax.tree.map(jnp.asarray, problem(7, t=4, s=16))
+    source = Source(quantize(k), quantize(v), *rest)
+    assert np.isfinite(arena_attention(q, source)[0]).all()
+    with pytest.raises(UserError, match="no gradient"):
+        jax.grad(lambda q: arena_attention(q, source)[0].sum())(q)
+
+
+def test_what_is_not_finite_is_not_hidden() -> None:
+    q, k, v, rows, (g_end, v_lo, _) = problem(8, t=3, s=16, rows=1)
+    k[:, :, 12] = np.nan
+    out, lse = attend("blockwise", q, k, v, rows, Ranges(np.full_like(g_end, 12), v_lo, v_lo))
+    assert np.isfinite(out).all()
+    assert np.isfinite(lse).all()
+    out, lse = attend("blockwise", q, k, v, rows, Ranges(np.full_like(g_end, 13), v_lo, v_lo))
+    assert np.isnan(out).all()
+    assert np.isnan(lse).all()

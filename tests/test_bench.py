@@ -172,4 +172,10 @@ def test_bad_options(refused: Callable[..., str]) -> None:
     assert "--preset" in refused(bench.main, "prefill", "--preset", "huge")
     assert "must be a whole number from 1" in refused(bench.main, "prefill", "--chunk-groups", "0")
     assert "--frames" in refused(bench.main, "e2e", "--frames", "30")
+    for name in ("prefill", "decode", "e2e"):
+        assert "attention 'foo': choose auto" in refused(bench.main, name, "--attention", "foo")
+    assert "--size must be" in refused(bench.main, "read", "--size", 0)
+    assert "--profile must be" in refused(bench.main, "e2e", "--profile", -1)
+    assert "--fps must be above 0" in refused(bench.main, "e2e", "--fps", "nan")
+    assert "no such folder" in refused(bench.main, "e2e", "--plot", "none/x.png")
     assert "needs a GPU" in refused(bench.main, "kernels")

@@ -335,6 +335,11 @@ def test_options_out_of_range(options: dict, message: str, model: xl2jax.Model, 
         model.ask(watched, "What?", **options)
 
 
+def test_settings_may_be_numpy_scalars() -> None:
+    assert FrameSampling(np.float32(2), np.int64(4), np.int64(8)).max_frames == 8
+    assert TokenSampling(np.float32(0.5)).temperature == 0.5
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -212,6 +212,7 @@ def test_a_second_run_of_infer_compiles_nothing(checkpoint: Path, clip: Path, tm
         (infer_main, ("--video", "a", "--max-frame", 3), "--max-frame, 3; Perhaps you meant: --max-frames INT"),
         (infer_main, ("--video", "a", "--max-frames", "x"), "--max-frames: invalid literal for int()"),
         (infer_main, ("--video", "a", "--dtype", "int4"), "invalid choice 'int4' for argument '--dtype'"),
+        (infer_main, ("--video", "a", "--max-frames", "x" * 150), "'" + "x" * 150 + "'"),
         (train.main, ("--bar",), "Unrecognized options: --bar"),
         (bench.main, ("foo",), "Unrecognized options: foo; Available subcommands: prefill"),
     ],
@@ -222,3 +223,12 @@ def test_a_wrong_flag_is_one_line(
     line = refused(main, *flags)
     assert message in line
     assert line.endswith("--help)")
+
+
+def test_help_on_a_narrow_terminal() -> None:
+    env = os.environ | {"COLUMNS": "3"}
+    run = subprocess.run(
+        [sys.executable, "infer.py", "--help"], cwd=ROOT, env=env, capture_output=True, timeout=60, check=False
+    )
+    assert run.returncode == 0
+    assert b"--video" in run.stdout

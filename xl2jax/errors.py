@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import numbers
 from collections.abc import Iterable
 
 
@@ -36,12 +38,16 @@ def listing(names: Iterable[str], limit: int = 6) -> str:
 
 
 def require_whole(name: str, value: object, low: int, high: int = 1 << 20) -> None:
-    """Raises UserError unless `value` is an int from `low` to `high`."""
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+    """Raises UserError unless `value` is a whole number from `low` to `high`."""
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or not low <= int(value) <= high:  # type: ignore[call-overload]
         raise UserError(f"{name} must be a whole number from {low} to {high:,}, not {shorten(value)}")
 
 
 def require_number(name: str, value: object) -> None:
-    """Raises UserError unless `value` is an int or a float."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise UserError(f"{name} must be a number, not {shorten(repr(value))}")
+    """Raises UserError unless `value` is a real number that a float can hold."""
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):
+            float(value)
+            return
+    raise UserError(f"{name} must be a number, not {shorten(repr(value))}")

@@ -26,7 +26,9 @@ from xl2jax.bench.setup import machine
 from xl2jax.bench.train import TrainBenchArgs, train_rows
 from xl2jax.commands.flags import BilevelFlags, PrefillFlags, choices, whole_numbers
 from xl2jax.config import FRAMES_PER_GROUP, PRESETS
-from xl2jax.errors import UserError
+from xl2jax.errors import UserError, require_number, require_whole
+from xl2jax.ops.attention import check_name
+from xl2jax.system.atomic import check_file_target
 from xl2jax.system.backend import start_backend
 from xl2jax.system.tables import print_table
 from xl2jax.system.terminal import flag_errors, run_command
@@ -55,6 +57,7 @@ def main() -> None:
 
 def _prefill(args: PrefillArgs) -> None:
     _check_preset(args.preset)
+    check_name(args.attention)
     args.prefill.config()  # raises UserError for sizes out of range
     _check_step_groups(args.step_groups)
     modes = choices("--modes", args.modes, ("chunked", "dense"))
@@ -63,12 +66,14 @@ def _prefill(args: PrefillArgs) -> None:
 
 def _decode(args: DecodeArgs) -> None:
     _check_preset(args.preset)
+    check_name(args.attention)
     args.decode.bilevel()  # raises UserError for sizes out of range
     modes = choices("--modes", args.modes, ("dense", "bilevel"))
     _run_rows("decode", args, modes, whole_numbers("--groups", args.groups))
 
 
 def _read(args: ReadArgs) -> None:
+    require_whole("--size", args.size, 1, 4096)
     modes, frames = choices("--modes", args.modes, MODES), whole_numbers("--frames", args.frames)
     _check_video(args.video, args.synthetic)
     _run_rows("read", args, modes, frames)
@@ -93,6 +98,14 @@ def _train(args: TrainBenchArgs) -> None:
 
 def _e2e(args: E2EArgs) -> None:
     _check_preset(args.preset)
+    check_name(args.attention)
+    require_whole("--profile", args.profile, 0)
+    require_whole("--dense-up-to", args.dense_up_to, 0)
+    require_number("--fps", args.fps)
+    if not 0 < args.fps <= 1000:
+        raise UserError(f"--fps must be above 0, and at most 1000, not {args.fps}")
+    if args.plot is not None:
+        check_file_target(args.plot)
     args.prefill.config()  # both raise UserError for sizes out of range
     args.decode.bilevel()
     _check_step_groups(args.step_groups)

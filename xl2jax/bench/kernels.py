@@ -1,4 +1,4 @@
-"""`bench kernels`: every implementation of arena attention that this device runs, checked and then timed.
+"""`bench kernels`: every implementation of arena attention that this GPU runs, checked and then timed.
 
 Each one is first compared with float32 on random inputs. Then it is timed: medians of many runs in one dispatch, beside
 cuDNN's dense causal attention and the matrix and copy rates of the card, all in the same process.

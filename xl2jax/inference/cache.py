@@ -10,7 +10,7 @@ import numpy as np
 
 from xl2jax.config import LLMConfig
 from xl2jax.ops.attention import Attention, arena_attention
-from xl2jax.ops.kv import KVArray, QuantizedKV, Source, quantize
+from xl2jax.ops.kv import KVArray, QuantizedKV, Source, kv_dtype, kv_shape, quantize
 from xl2jax.ops.ranges import Ranges, first_slots
 
 
@@ -37,13 +37,13 @@ class KVCache(NamedTuple):
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """L, K, S, H."""
-        layers, kv_heads, slots, h = (self.k.values if isinstance(self.k, QuantizedKV) else self.k).shape
+        layers, kv_heads, slots, h = kv_shape(self.k)
         return layers, kv_heads, slots, h
 
     @property
     def dtype(self) -> np.dtype:
         """The dtype of keys and values once they are unpacked."""
-        return np.dtype(self.k.scale.dtype if isinstance(self.k, QuantizedKV) else self.k.dtype)
+        return kv_dtype(self.k)
 
     @property
     def slots(self) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +13,8 @@ from xl2jax.errors import UserError, require_number, require_whole
 from xl2jax.inference.cache import KV, KVCache, attend_text
 from xl2jax.models.qwen2 import Qwen2
 from xl2jax.ops.attention import Attention
+
+MAX_TEMPERATURE = 1_000_000
 
 GREEDY_BELOW = 1e-4
 """Lower temperatures are treated as greedy, since logits divided by them would leave float32's range."""
@@ -29,8 +30,8 @@ class TokenSampling:
     def __post_init__(self) -> None:
         require_number("temperature", self.temperature)
         require_number("top-p", self.top_p)
-        if not (math.isfinite(self.temperature) and self.temperature >= 0 and 0 < self.top_p <= 1):
-            raise UserError("temperature must be 0 or more, and top-p above 0 and at most 1")
+        if not (0 <= self.temperature <= MAX_TEMPERATURE and 0 < self.top_p <= 1):  # and not nan
+            raise UserError(f"temperature must be from 0 to {MAX_TEMPERATURE:,}, and top-p above 0 and at most 1")
 
     def traced(self) -> Sampling:
         """The settings as arguments of a compiled program, so that another temperature compiles nothing."""
@@ -86,7 +87,12 @@ def extend(
 ) -> tuple[KVCache, jax.Array]:
     """Runs ids [T], of which the first `length` are real, behind `context` and `text`.
 
-    `rows` and `unroll` are those of `Qwen2.forward`. Returns the text cache with them and the hidden states [T, D]. Neither cache is changed in place unless donated.
+    Neither cache is changed in place unless it is donated.
+
+    Args:
+      rows, unroll: see `Qwen2.forward`.
+
+    Returns the text cache with the new tokens, and their hidden states [T, D].
     """
     start, tokens = text.global_length, ids.shape[0]
     positions = context.length + start + jnp.arange(tokens, dtype=jnp.int32)

@@ -8,7 +8,7 @@ Shapes of the op, whatever the implementation:
     -> lse        [B, T, N]      float32 (float64) log-sum-exp of the scaled scores, NEGATIVE where nothing is seen
 
 A query sees the slots of all sources together. Slots that no query sees may hold any finite value. The XLA
-implementations also tolerate NaN there.
+implementations also tolerate NaN there. Where a query sees NaN or infinity, its result is not finite.
 """
 
 from __future__ import annotations
@@ -49,8 +49,15 @@ class Attention:
     """The GPU's number of multiprocessors. Work is split until all of them have some."""
 
     def __post_init__(self) -> None:
-        if self.name not in IMPLEMENTATIONS:
-            raise UserError(f"attention {self.name!r}: choose auto, {', '.join(IMPLEMENTATIONS)}")
+        if self.name == "auto":
+            raise UserError("attention 'auto' is not an implementation: choose_attention chooses one")
+        check_name(self.name)
+
+
+def check_name(name: str) -> None:
+    """Raises UserError unless `name` is "auto" or one of `IMPLEMENTATIONS`."""
+    if name not in ("auto", *IMPLEMENTATIONS):
+        raise UserError(f"attention {name!r}: choose auto, {', '.join(IMPLEMENTATIONS)}")
 
 
 type Results = tuple[jax.Array, jax.Array]
@@ -69,8 +76,8 @@ def _merged(attend: Callable[[jax.Array, Source], Results]) -> Callable[..., Res
 def _attend_wgmma(attention: Attention, q: jax.Array, sources: tuple[Source, ...]) -> Results:
     from xl2jax.ops import mma, wgmma  # Pallas is slow to import
 
-    # A wgmma reads 16-bit keys from shared memory. The other kernel unpacks them there, which pays for few rows.
-    if any(s.quantized for s in sources) and q.shape[1] * q.shape[2] // sources[0].shape[1] <= mma.FEW_ROWS:
+    # A wgmma reads 16-bit keys from shared memory. The other kernel unpacks keys of 8 bits there.
+    if mma.reads_in_place(q, sources):
         return mma.attend_mma(q, sources, attention.capability, attention.multiprocessors)
     return wgmma.attend_wgmma(q, tuple(map(unpack_row, sources)), attention.multiprocessors)
 
@@ -91,12 +98,20 @@ IMPLEMENTATIONS: dict[str, Callable[[Attention, jax.Array, tuple[Source, ...]], 
 BLOCKWISE = Attention("blockwise")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _differentiable(attention: Attention, q: jax.Array, sources: tuple[Source, ...]) -> Results:
+@functools.partial(jax.jit, static_argnums=0)
+def _attend(attention: Attention, q: jax.Array, sources: tuple[Source, ...]) -> Results:
+    """The op of its own, so that unrolled layers trace and lower it once."""
     return IMPLEMENTATIONS[attention.name](attention, q, sources)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _differentiable(attention: Attention, q: jax.Array, sources: tuple[Source, ...]) -> Results:
+    return _attend(attention, q, sources)
+
+
 def _forward(attention: Attention, q: jax.Array, sources: tuple[Source, ...]) -> tuple[Results, tuple[Any, ...]]:
+    if any(s.quantized for s in sources):
+        raise UserError("attention to keys and values of 8 bits has no gradient")
     result = _differentiable(attention, q, sources)
     return result, (q, sources, *result)
 
@@ -106,7 +121,7 @@ def _vjp(attention: Attention, residuals: tuple[Any, ...], cotangents: Results) 
     # With out and lse over all sources, the gradients of each source are those of its own slots.
     grads = [backward_blockwise((q, source, *result), cotangents) for source in sources]
     d_q = functools.reduce(jnp.add, (d_q for d_q, _, _ in grads))
-    return d_q, tuple(Source(d_k, d_v, None, None) for _, d_k, d_v in grads)  # type: ignore[arg-type]
+    return d_q.astype(q.dtype), tuple(Source(d_k, d_v, None, None) for _, d_k, d_v in grads)  # type: ignore[arg-type]
 
 
 _differentiable.defvjp(_forward, _vjp)
@@ -161,7 +176,7 @@ def _unsupported(
 def arena_attention(q: jax.Array, *sources: Source, attention: Attention = BLOCKWISE) -> Results:
     """Attention of the queries to all slots that they see in the sources. Shapes as in the module's docstring.
 
-    Differentiable in q, k and v (out and lse). The backward pass is blockwise XLA whatever the implementation.
+    Differentiable in q, k and v (out and lse), unless they have 8 bits. The backward pass is blockwise XLA whatever the implementation.
 
     Raises:
       UserError: the implementation does not support these shapes or dtypes. There is no fallback.
@@ -170,8 +185,9 @@ def arena_attention(q: jax.Array, *sources: Source, attention: Attention = BLOCK
     batch, tokens, heads, head_width = q.shape
     for source in sources:
         kv_rows, kv_heads, slots, _ = source.shape
-        if not isinstance(source.k, tuple):
-            chex.assert_shape((source.k, source.v), (kv_rows, kv_heads, slots, head_width))
+        chex.assert_trees_all_equal_shapes_and_dtypes(source.k, source.v)
+        for x in jax.tree.leaves(source.k):  # a scale has no axis H
+            chex.assert_shape(x, (kv_rows, kv_heads, slots, head_width)[: x.ndim])
         chex.assert_shape(source.rows, (batch,))
         chex.assert_shape(list(source.ranges), (batch, tokens))
         chex.assert_is_divisible(heads, kv_heads)

@@ -136,7 +136,7 @@ def _attend_tile(
     shape = (kv_heads, t, n // kv_heads)
     init = (jnp.zeros((*shape, h), dtype), jnp.full(shape, NEGATIVE, dtype), jnp.zeros(shape, dtype))
     acc, top, total = jax.lax.fori_loop(jnp.int32(0), count, body, init)
-    seen = top > NEGATIVE / 2
+    seen = ~(top <= NEGATIVE / 2)  # also where it is NaN
     total = jnp.where(seen, total, 1.0)
     out = jnp.where(seen[..., None], acc / total[..., None], 0.0)
     lse = jnp.where(seen, top + jnp.log(total), NEGATIVE)
@@ -146,7 +146,7 @@ def _attend_tile(
 def backward_blockwise(
     residuals: tuple[Any, ...], cotangents: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of q, k and v, blockwise in float32 (float64). The scores are recomputed with lse.
+    """Gradients of q, k and v, blockwise in float32 (float64), which q's keeps. The scores are recomputed with lse.
 
     residuals: q, a source that is not quantised, and out and lse, which may be those of several sources.
     """
@@ -194,4 +194,4 @@ def backward_blockwise(
     per_tile = (jnp.repeat(rows, tiles), *jax.tree.map(lambda x: _to_tiles(x, tile), (ranges, q, d_out, lse, shared)))
     (d_k, d_v), d_q = jax.lax.scan(tile_gradients, (jnp.zeros(k.shape, dtype), jnp.zeros(v.shape, dtype)), per_tile)
     d_q = d_q.reshape(b, tiles * tile, n, h)[:, :t]
-    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype)
+    return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype)

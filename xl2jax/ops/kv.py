@@ -38,6 +38,16 @@ def unpack(x: KVArray) -> jax.Array:
     return x
 
 
+def kv_shape(x: KVArray) -> tuple[int, ...]:
+    """The shape of keys or values, [..., K, S, H]."""
+    return (x.values if isinstance(x, QuantizedKV) else x).shape
+
+
+def kv_dtype(x: KVArray) -> np.dtype:
+    """The dtype of keys or values once they are unpacked."""
+    return np.dtype((x.scale if isinstance(x, QuantizedKV) else x).dtype)
+
+
 class Source(NamedTuple):
     """Slots of keys and values, and what the queries see of them."""
 
@@ -53,13 +63,13 @@ class Source(NamedTuple):
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """R, K, S, H."""
-        rows, kv_heads, slots, h = (self.k.values if isinstance(self.k, QuantizedKV) else self.k).shape
+        rows, kv_heads, slots, h = kv_shape(self.k)
         return rows, kv_heads, slots, h
 
     @property
     def dtype(self) -> np.dtype:
         """The dtype of keys and values once they are unpacked."""
-        return np.dtype(self.k.scale.dtype if isinstance(self.k, QuantizedKV) else self.k.dtype)
+        return kv_dtype(self.k)
 
     @property
     def quantized(self) -> bool:

@@ -38,12 +38,32 @@ PROGRAMS = 2
 
 
 def choose_config(
-    rows: int, batch_heads: int, slots: tuple[int, ...], capability: str = "9.0", multiprocessors: int = 132
+    rows: int,
+    batch_heads: int,
+    slots: tuple[int, ...],
+    capability: str = "9.0",
+    multiprocessors: int = 132,
+    *,
+    packed: bool = False,
 ) -> KernelConfig:
-    """Sizes for `rows` folded rows of each of `batch_heads` KV heads, and the slots of each source."""
+    """Sizes for `rows` folded rows of each of `batch_heads` KV heads, and the slots of each source.
+
+    packed: whether a source has 8 bits. Its blocks of 64 slots, packed and unpacked, take 64 kB with the queries.
+    """
     tile, block = SIZES[capability] if rows > FEW_ROWS else (FEW_ROWS, 64)
-    splits = split_counts(batch_heads * ceil_div(rows, tile), slots, block, PROGRAMS * multiprocessors)
+    programs = 1 if packed and SIZES[capability][1] < 64 else PROGRAMS
+    splits = split_counts(batch_heads * ceil_div(rows, tile), slots, block, programs * multiprocessors)
     return KernelConfig(tile, block, 1, splits)
+
+
+def reads_in_place(q: jax.Array, sources: tuple[Source, ...]) -> bool:
+    """Whether the kernel reads sources of 8 bits in place. Otherwise they are unpacked first.
+
+    Many rows read every block many times, so that unpacking it once costs less. In float16, softmax weights times a
+    scale would be too small for the second product.
+    """
+    rows = q.shape[1] * q.shape[2] // sources[0].shape[1]
+    return any(s.quantized for s in sources) and rows <= FEW_ROWS and q.dtype == jnp.bfloat16
 
 
 def attend_mma(
@@ -63,11 +83,11 @@ def attend_mma(
     """
 
     def choose(rows: int, batch_heads: int, slots: tuple[int, ...]) -> KernelConfig:
-        return config or choose_config(rows, batch_heads, slots, capability, multiprocessors)
+        return config or choose_config(rows, batch_heads, slots, capability, multiprocessors, packed=packed)
 
-    # Many rows read every block many times: it is cheaper to unpack it once. Few rows read it in place.
-    if q.shape[1] * q.shape[2] // sources[0].shape[1] > FEW_ROWS:
+    if not reads_in_place(q, sources):
         sources = tuple(map(unpack_row, sources))
+    packed = any(s.quantized for s in sources)
     tma = interpret is not None or int(capability.split(".")[0]) >= 9
     return attend_tiles("mma", q, sources, choose, functools.partial(_launch, tma=tma, interpret=interpret))
 
@@ -136,10 +156,7 @@ class _Program:
         if self.tma:
             plgpu.barrier_wait(barrier)
         else:
-            if isinstance(in_flight, int):
-                plgpu.wait_gmem_to_smem(in_flight)
-                return
-            for count in (0, 1):
+            for count in (0, 1):  # the instruction takes a constant
                 pl.when(in_flight == count)(functools.partial(plgpu.wait_gmem_to_smem, count))
 
     # --- registers ---
@@ -312,14 +329,13 @@ class _Program:
         carry = (self.full((tile, self.head_width), 0.0), self.full((tile,), NEGATIVE), self.full((tile,), 0.0))
         carry = lax.fori_loop(work.first, work.first_masked, functools.partial(step, masked=False), carry)
         acc, top, norm = lax.fori_loop(work.first_masked, work.last, functools.partial(step, masked=True), carry)
-        # Rows that see nothing went through the unmasked blocks of the others.
+        # Rows that see nothing went through the unmasked blocks of the others. Their NaN ends here; that of others stays.
         g_end, v_lo, v_hi = ranges()
         norm = jnp.where((g_end > 0) | (v_hi > v_lo), norm, self.full((tile,), 0.0))
-        empty = norm <= 0.0
+        empty = norm == 0.0
         safe = jnp.where(empty, self.full((tile,), 1.0), norm)
-        share = spread(jnp.where(empty, self.full((tile,), 0.0), 1.0 / safe), self.head_width)
-        # What is not a number stays out of rows that see nothing.
-        out = jnp.where(share > 0.0, acc * share, self.full(acc.shape, 0.0))
+        wide = spread(norm, self.head_width)
+        out = jnp.where(wide == 0.0, self.full(acc.shape, 0.0), acc * spread(1.0 / safe, self.head_width))
         result = (work.part, work.batch_row, work.kv_head, rows)
         self.store(refs.out.at[result], out)
         refs.lse[result] = jnp.where(empty, self.full((tile,), NEGATIVE), top / _LOG2E + jnp.log(safe))

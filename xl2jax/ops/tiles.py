@@ -98,11 +98,6 @@ def tile_blocks(ranges: Ranges, block: int, tile: int) -> jax.Array:
     return jnp.stack([jnp.minimum(a_full, a), a, b, b_full, c_full, c], axis=-1).astype(jnp.int32)
 
 
-def live_block_count(blocks: jax.Array) -> jax.Array:
-    """The number of blocks that each tile visits, [...], from `tile_blocks`."""
-    return blocks[..., 1] + blocks[..., 5] - blocks[..., 2]
-
-
 class Work(NamedTuple):
     """What a program computes: the `first` to `last` of the blocks that a tile visits in a source."""
 
@@ -247,7 +242,8 @@ def attend_tiles(
 
     folded = Ranges(*map(fold, ranges))
     # All rows of a single token have the same ranges, so that one row stands for the tile.
-    blocks = tile_blocks(ranges, config.block, 1) if tokens == 1 else tile_blocks(folded, config.block, config.tile)
+    one = tokens == 1 and rows <= config.tile
+    blocks = tile_blocks(ranges, config.block, 1) if one else tile_blocks(folded, config.block, config.tile)
     queries = q.reshape(batch, tokens, kv_heads, group, h).transpose(0, 2, 1, 3, 4).reshape(batch, kv_heads, rows, h)
     queries = jnp.pad(queries, ((0, 0), (0, 0), (0, padding), (0, 0)))
     arguments = Tiles(

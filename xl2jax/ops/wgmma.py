@@ -177,11 +177,11 @@ def _compute(shape: _Shape, refs: Refs, shared: _Shared, barriers: _Barriers, wo
     carry = lax.fori_loop(work.first, work.first_masked, functools.partial(step, masked=False), carry)
     acc, top, norm = lax.fori_loop(work.first_masked, work.last, functools.partial(step, masked=True), carry)
     pl.when(wg == 0)(take_turn)
-    # Rows that see nothing went through the unmasked blocks of the others.
+    # Rows that see nothing went through the unmasked blocks of the others. Their NaN ends here; that of others stays.
     norm = jnp.where((g_end > 0) | (v_hi > v_lo), norm, 0.0)
     wide = lax.broadcast_in_dim(norm, acc.shape, [0])
-    q_smem[...] = jnp.where(wide > 0.0, acc / wide, 0.0).astype(shape.dtype)
-    lse_smem[...] = jnp.where(norm > 0.0, top / _LOG2E + jnp.log(norm), NEGATIVE)
+    q_smem[...] = jnp.where(wide == 0.0, 0.0, acc / wide).astype(shape.dtype)
+    lse_smem[...] = jnp.where(norm == 0.0, NEGATIVE, top / _LOG2E + jnp.log(norm))
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(q_smem, refs.out.at[work.part, work.batch_row, work.kv_head, rows])
     plgpu.copy_smem_to_gmem(lse_smem, refs.lse.at[work.part, work.batch_row, work.kv_head, rows])
@@ -245,6 +245,7 @@ def _load(shape: _Shape, refs: Refs, shared: _Shared, barriers: _Barriers, work:
 
 def _launch(tiles: Tiles, config: KernelConfig, *, interpret: Any) -> tuple[jax.Array, jax.Array]:
     """See `tiles.Launch`."""
+    assert config.tile == TILE
     shape = _Shape(config.block, config.stages, tiles.q.shape[-1], tiles.q.dtype, compiled=interpret is None)
 
     def run(refs: Refs, shared: _Shared, barriers: _Barriers) -> None:

@@ -13,6 +13,7 @@ import io
 import logging
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -53,7 +54,10 @@ def setup_logging() -> None:
 @contextlib.contextmanager
 def flag_errors() -> Iterator[None]:
     """Around `tyro.cli`, whose boxes of several lines it turns into UserErrors of one line."""
-    written = io.StringIO()
+    written, columns = io.StringIO(), os.environ.get("COLUMNS")
+    # An error is not wrapped. Help is, but tyro does not end on terminals of a few columns.
+    help_width = max(shutil.get_terminal_size().columns, 20)
+    os.environ["COLUMNS"] = str(help_width if {"-h", "--help"} & set(sys.argv) else 100_000)
     try:
         with contextlib.redirect_stderr(written):
             yield
@@ -61,6 +65,11 @@ def flag_errors() -> Iterator[None]:
         if not e.code:  # --help
             raise
         raise UserError(_flag_error(written.getvalue())) from None
+    finally:
+        if columns is None:
+            os.environ.pop("COLUMNS", None)
+        else:
+            os.environ["COLUMNS"] = columns
 
 
 def _flag_error(box: str) -> str:
@@ -72,7 +81,7 @@ def _flag_error(box: str) -> str:
             sections.append([])
         elif not line.startswith(" " * 9):
             sections[-1].append(line.strip())
-    texts = [" ".join(section).rstrip(".") for section in sections]
+    texts = [" ".join(dict.fromkeys(section)).rstrip(".") for section in sections]
     if texts[-1].endswith("--help"):
         help_command = f" (see {re.sub('^For full helptext, (run|see):? ', '', texts.pop())})"
     texts = [re.sub(r"^Error parsing ", "", t) for t in texts if not t.startswith("Argument helptext")]
