@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -41,7 +41,7 @@ class KernelArgs:
     windows: str = "3,11"
     """Comma-separated numbers of chunks that a visual token sees before its own."""
     dense_up_to: int = 1000
-    """cuDNN's dense attention is timed up to this many groups."""
+    """cuDNN's dense attention and XLA's blockwise attention are timed up to this many groups."""
     json: bool = False
     """Prints the rows as JSON."""
 
@@ -190,15 +190,18 @@ def decode_row(attention: Attention, groups: int, copy_gb_s: float, *, quantized
     }
 
 
-def kernel_rows(args: KernelArgs) -> list[dict[str, Any]]:
+def kernel_rows(args: KernelArgs) -> Iterator[dict[str, Any]]:
+    """Yields rows of checks, a row of the card's rates, and rows for each length."""
     served = implementations()
-    rows = [row for attention in served for row in check(attention)]
-    rows.append({"op": "ceilings", **ceilings()})
-    matrix, copy = rows[-1]["matrix_tflops"], rows[-1]["copy_gb_s"]
+    for attention in served:
+        yield from check(attention)
+    rates = ceilings()
+    yield {"op": "ceilings", **rates}
+    matrix, copy = rates["matrix_tflops"], rates["copy_gb_s"]
     for groups in whole_numbers("--groups", args.groups):
+        timed = served if groups <= args.dense_up_to else served[:-1]
         for window in whole_numbers("--windows", args.windows, low=0):
-            rows += [prefill_row(a, groups, window, matrix) for a in served]
+            yield from (prefill_row(a, groups, window, matrix) for a in timed)
         if groups <= args.dense_up_to:
-            rows.append(dense_row(groups, matrix))
-        rows += [decode_row(a, groups, copy, quantized=quantized) for quantized in (False, True) for a in served]
-    return rows
+            yield dense_row(groups, matrix)
+        yield from (decode_row(a, groups, copy, quantized=q) for q in (False, True) for a in timed)

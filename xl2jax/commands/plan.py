@@ -174,6 +174,11 @@ def largest(config: VideoXL2Config, layout: VideoLayout, args: PlanArgs) -> int:
     return bisect.bisect_left(range(1, layout.groups + 1), True, key=too_long) * FRAMES_PER_GROUP
 
 
+def _not_measured(device: str | None) -> str:
+    """What the times say of a card that nobody has measured."""
+    return "" if device in ("h100", "h200", None) else "; nothing was measured on this card"
+
+
 def layout_of(config: VideoXL2Config, tokenizer: PromptTokenizer | None, frames: int, seconds: float) -> VideoLayout:
     """The layout of a video of that many frames. Without a tokenizer, tokens are counted as Qwen's has them."""
     groups = frames // FRAMES_PER_GROUP
@@ -222,7 +227,7 @@ def _report(args: PlanArgs, prediction: Prediction, fitting: int, others: list[s
     if prediction.seconds is not None:
         lines += ["", *(f"{name:28} {s:8.3g} s" for name, s in prediction.seconds.items())]
         shares = f"{VISION_SHARE} for vision, {PREFILL_SHARE} for prefill, {DECODE_SHARE} of the bandwidth for decoding"
-        lines.append(f"(datasheet rates x {shares})")
+        lines.append(f"(estimates: datasheet rates x {shares}, as read on an H200{_not_measured(args.device)})")
     if prediction.fits:
         verdict = "it fits"
     elif fitting:
