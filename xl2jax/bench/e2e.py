@@ -73,7 +73,7 @@ class E2EArgs:
     profile: int = 0
     """Prints this many of the costliest kernels of each stage."""
     attention: str = "auto"
-    """The attention implementation; auto takes the fastest one for this device."""
+    """auto (the fastest one for this device and dtype), blockwise, reference, wgmma or mma."""
     json: bool = False
     """Prints the rows as JSON."""
 

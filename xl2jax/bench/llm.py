@@ -35,7 +35,7 @@ class PrefillArgs:
     step_groups: int | None = None
     """Groups that go through the layers together; by default as many as in infer.py on this device."""
     attention: str = "auto"
-    """The attention implementation; auto takes the fastest one for this device."""
+    """auto (the fastest one for this device and dtype), blockwise, reference, wgmma or mma."""
     json: bool = False
     """Prints the rows as JSON."""
 
@@ -54,7 +54,7 @@ class DecodeArgs:
     """The type of weights and activations."""
     decode: tyro.conf.OmitArgPrefixes[BilevelFlags] = dataclasses.field(default_factory=BilevelFlags)
     attention: str = "auto"
-    """The attention implementation; auto takes the fastest one for this device."""
+    """auto (the fastest one for this device and dtype), blockwise, reference, wgmma or mma."""
     json: bool = False
     """Prints the rows as JSON."""
 
