@@ -123,7 +123,7 @@ def test_padding_queries_poisoned_with_nan(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("splits", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_short_lists_and_batches(name: str, splits: int) -> None:
     """Tiles may have no block, one block, or fewer blocks than splits and stages."""
     g_end = np.array([[0] * 8, [1] * 8])
@@ -175,7 +175,7 @@ def test_more_heads_than_a_tile_has_rows(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("value", [np.nan, pytest.param(np.inf, marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")
 def test_what_is_not_finite_is_not_hidden(name: str, value: float) -> None:
     """A value that one query sees and the others do not. Without it an overflow in float16 would go unnoticed."""
@@ -253,7 +253,7 @@ SHAPES = [(2304, 60_928, 128, 1), (128, 380_032, 128, 1), (1, 380_032, 128, 1), 
 
 
 @pytest.mark.parametrize("card", [("wgmma", "9.0"), *(("mma", c) for c in attention.MMA_CARDS)], ids="-".join)
-@pytest.mark.parametrize("kind", ["bfloat16", "float16", "int8"])
+@pytest.mark.parametrize("kind", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow), "int8"])
 def test_lowers_for_cuda_at_the_released_shapes(
     card: tuple[str, str], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
