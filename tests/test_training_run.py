@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import resource
 import shutil
 import signal
 import socket
@@ -31,7 +30,6 @@ from xl2jax.config import PRESETS
 from xl2jax.testing import make_checkpoint
 from xl2jax.training import run as run_module
 from xl2jax.training.identity import MAY_DIFFER
-from xl2jax.training.state import Checkpoints
 from xl2jax.training.step import Steps
 from xl2jax.training.telemetry import Telemetry
 
@@ -383,25 +381,24 @@ def test_two_processes_train_save_and_resume(trained: Trained, start: Start, tmp
     same_training(tmp_path / "single", tmp_path, checkpoint)
 
 
-def test_a_failed_save_gives_one_line(
-    trained: Trained, single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a full disk the earlier checkpoint is unchanged, and the run resumes from it when there is space."""
+FULL_DISK = """
+import resource
+from xl2jax.training.state import Checkpoints
+save, hard = Checkpoints.save, resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+Checkpoints.save = lambda *x: (resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard)), save(*x))
+"""
+
+
+def test_a_failed_save_gives_one_line(trained: Trained, start: Start, single: Path, tmp_path: Path) -> None:
+    """On a full disk the earlier checkpoint is unchanged, and the run resumes from it when there is space.
+
+    The failing run has a process of its own, which ends Orbax's threads: in this one they could still be writing when
+    the run resumes.
+    """
     shutil.copytree(reference(trained, single) / "run", tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")
     kept = {p: p.read_bytes() for p in (tmp_path / "run" / "checkpoints" / "1").rglob("*") if p.is_file()}
-    save, before = Checkpoints.save, resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def limited(*x: Any) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-        save(*x)
-
-    with monkeypatch.context() as m:
-        m.setattr(Checkpoints, "save", limited)
-        try:
-            out = trained(tmp_path / "run", *SHORT, file="eight.json", status=2)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    out = finished(start(tmp_path / "run", *SHORT, file="eight.json", code=FULL_DISK), 2)
     assert "Traceback" not in out
     assert [line for line in out.splitlines() if line.startswith("error: ")] == [last_line(out)]
     assert "checkpoints: cannot be written (" in last_line(out)

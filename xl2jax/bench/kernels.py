@@ -114,18 +114,22 @@ def check(attention: Attention) -> list[dict[str, Any]]:
     Raises UserError where it is above `MAX_ERROR`.
     """
     rows = []
-    for name, groups, window in (("prefill", 8, 3), ("prefill, window 0", 6, 0), ("decode", 32, 3)):
+    for name, groups, window in (
+        ("prefill", 8, 3), ("prefill, window 0", 6, 0), ("decode", 32, 3), ("decode, int8", 32, 3)
+    ):  # fmt: skip
         tokens, slots = video_queries(groups, window)
         q, k, v = arrays(len(tokens.slot), slots, groups)
         ranges = jax.tree.map(jnp.asarray, tokens.ranges.batched())
-        if name == "decode":
+        if name.startswith("decode"):
             q, ranges = q[:, -1:], ranges.select(slice(-1, None))
-        row = jnp.zeros(1, jnp.int32)
+        source = Source(k, v, jnp.zeros(1, jnp.int32), ranges)
+        if name.endswith("int8"):
+            source = source._replace(k=quantize(k), v=quantize(v))
+        # Numbers of 8 bits are unpacked to float32, so that rounding them to 8 bits is not counted.
+        wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, (q, source))
         with jax.default_matmul_precision("highest"):
-            wide, wide_k, wide_v = (x.astype(jnp.float32) for x in (q, k, v))
-            expected, expected_lse = jax.jit(attend_reference)(wide, Source(wide_k, wide_v, row, ranges))
-        run = jax.jit(functools.partial(arena_attention, attention=attention))
-        out, lse = run(q, Source(k, v, row, ranges))
+            expected, expected_lse = jax.jit(attend_reference)(*wide)
+        out, lse = jax.jit(functools.partial(arena_attention, attention=attention))(q, source)
         error = jnp.linalg.norm(out.astype(jnp.float32) - expected) / jnp.linalg.norm(expected)
         if not error < MAX_ERROR:
             raise UserError(f"attention {attention.name!r} is wrong on this card ({name}): relative L2 {error:.2g}")

@@ -176,7 +176,8 @@ def _unsupported(
 def arena_attention(q: jax.Array, *sources: Source, attention: Attention = BLOCKWISE) -> Results:
     """Attention of the queries to all slots that they see in the sources. Shapes as in the module's docstring.
 
-    Differentiable in q, k and v (out and lse), unless they have 8 bits. The backward pass is blockwise XLA whatever the implementation.
+    Differentiable in q, k and v (out and lse), unless k and v have 8 bits. The backward pass is blockwise XLA whatever
+    the implementation.
 
     Raises:
       UserError: the implementation does not support these shapes or dtypes. There is no fallback.

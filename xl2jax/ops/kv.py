@@ -24,7 +24,10 @@ type KVArray = jax.Array | QuantizedKV
 
 
 def quantize(x: jax.Array) -> QuantizedKV:
-    """Quantises symmetrically: the largest magnitude along H becomes 127. The error is at most half a scale."""
+    """Quantises symmetrically: the largest magnitude along H becomes 127. The error is at most half a scale.
+
+    In float16 that holds for magnitudes from 0.01 on: the scales of smaller ones are subnormal and so less exact.
+    """
     scale = (jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1) / 127).astype(x.dtype)
     # Unpacking multiplies by the rounded scale, so the division uses the rounded scale too.
     steps = x.astype(jnp.float32) / jnp.where(scale == 0, 1, scale).astype(jnp.float32)[..., None]
@@ -56,7 +59,7 @@ class Source(NamedTuple):
     v: KVArray
     """[R, K, S, H]"""
     rows: Any
-    """int32 [B]: the row of k and v that each batch row reads. Nothing is copied."""
+    """int32 [B]: the row of k and v that each batch row reads, in place unless it has to be unpacked."""
     ranges: Ranges
     """int32 [B, T] each."""
 

@@ -270,4 +270,4 @@ def _merge_parts(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
     shares = jnp.exp(lse - top)
     total = shares.sum(0)
     merged = jnp.sum(out.astype(jnp.float32) * shares[..., None], axis=0) / total[..., None]
-    return merged, jnp.where(top > NEGATIVE / 2, top + jnp.log(total), NEGATIVE)
+    return merged, jnp.where(top <= NEGATIVE / 2, NEGATIVE, top + jnp.log(total))  # NaN stays NaN

@@ -73,9 +73,13 @@ def flag_errors() -> Iterator[None]:
 
 
 def _flag_error(box: str) -> str:
-    """The sections of tyro's box in one line. Rules part them; lines that are indented further repeat the help text."""
+    """The sections of tyro's box in one line.
+
+    Rules part the sections. The lines that are indented further repeat the help text.
+    """
     lines = [line.strip("│").rstrip() for line in box.splitlines() if line.startswith("│")]
-    sections, help_command = [[]], ""  # type: list[list[str]], str
+    sections: list[list[str]] = [[]]
+    help_command = ""
     for line in lines:
         if line.strip().startswith("─"):
             sections.append([])
