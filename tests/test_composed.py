@@ -22,7 +22,6 @@ from xl2jax.commands.flags import DEFAULT_CHECKPOINT
 from xl2jax.errors import UserError
 from xl2jax.evaluation.scenes import COLOURS, HELD_OUT, PAIRS, SHAPES, make_scene
 from xl2jax.models.video_xl2 import VideoXL2, abstract_model, normalise
-from xl2jax.ops.dense import dense_attention
 from xl2jax.prompt import PromptTokenizer
 from xl2jax.recipes.demo import composed_training, stages
 from xl2jax.recipes.demo.composed_rows import MAX_REPRESENTED_GROUPS, NO_TARGET, Phase, Rows, compose, digits
@@ -217,7 +216,7 @@ def test_weighted_layers_agree_with_repeated_keys(model: VideoXL2) -> None:
             state: None, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, repeated: jax.Array = repeated
         ) -> tuple[None, jax.Array]:
             mask = (repeated[None, :] <= jnp.arange(24)[:, None])[None, None]
-            return None, dense_attention(q, k[:, repeated], v[:, repeated], mask=mask)
+            return None, jax.nn.dot_product_attention(q, k[:, repeated], v[:, repeated], mask=mask)
 
         expected, _ = model.llm.forward(x[row : row + 1], positions[row : row + 1], attend, None)
         np.testing.assert_allclose(model.llm.norm(layers[-1][row : row + 1]), expected, rtol=1e-3, atol=1e-4)

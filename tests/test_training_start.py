@@ -216,7 +216,7 @@ def test_samples_that_fail_during_training(tmp_path: Path, caplog: pytest.LogCap
     """The place of a file that vanished after the start stays empty; with --strict the run ends."""
     config = dataclasses.replace(TRAINING["stage4"], checkpoint="c", data=tmp_path, output=tmp_path)
     read = [{"failed": ["s1: gone.mp4: no such file"], "samples": ["s0"]}]
-    step = run_module._Step(3, Metrics(*[jnp.float32(1)] * 4), read, 10, 1e9)  # type: ignore[arg-type]
+    step = run_module._Step(3, Metrics(*[jnp.float32(1)] * 4), read, 10, 1e9, 1e6)  # type: ignore[arg-type]
     with telemetry(tmp_path) as log:
         run_module._record(step, log, config)
         assert "skipped sample s1: gone.mp4: no such file (1 so far)" in caplog.text

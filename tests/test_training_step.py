@@ -7,6 +7,8 @@ import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,7 @@ from xl2jax.models.lora import LoRAConfig
 from xl2jax.models.param_tree import flatten
 from xl2jax.ops.dense import dense_attention, padded_attention
 from xl2jax.training.config import PRESETS, TrainConfig, trained_names
-from xl2jax.training.loss import IGNORE, TokenBatch
+from xl2jax.training.loss import IGNORE, TokenBatch, cross_entropies
 from xl2jax.training.sharding import make_mesh, param_spec
 from xl2jax.training.state import abstract_state, merge_adapter, new_state, parameter_shapes
 from xl2jax.training.step import Params, StepConfig, Sums, TrainState, gradients, learning_rate, optimizer, update
@@ -51,8 +53,8 @@ def batch(model: xl2jax.Model) -> tuple[np.ndarray, TokenBatch]:
     labels[visual >= 0] = IGNORE
     labels[0, 24:] = labels[1, 12:] = IGNORE
     labels[:, 0] = IGNORE
-    segment = np.where(np.arange(40) < np.array([[24], [12]]), 0, -1).astype(np.int32)
-    return pixels, TokenBatch(*map(jnp.asarray, (ids, visual, labels, segment)))
+    lengths = np.array([[24, 0], [12, 0]], np.int32)
+    return pixels, TokenBatch(*map(jnp.asarray, (ids, visual, labels, lengths)))
 
 
 def close(a: Params, b: Params, tolerance: float = 1e-5) -> None:
@@ -87,16 +89,13 @@ def test_rows_and_packed_rows_add_up_to_the_batch(micro, params, batch) -> None:
     packed = [np.concatenate([x[0, :24], x[1, :12], fill]) for x, fill in zip(
         (ids, visual, labels), ([0] * 4, [-1] * 4, [IGNORE] * 4), strict=True
     )]  # fmt: skip
-    segment = np.array([0] * 24 + [1] * 12 + [-1] * 4)
     # The second row is empty, as the last rows of an epoch may be.
-    rows = [
-        np.stack([x, np.full_like(x, fill)]) for x, fill in zip((*packed, segment), (0, -1, IGNORE, -1), strict=True)
-    ]
-    tokens = TokenBatch(*(jnp.asarray(x, jnp.int32) for x in rows))
+    rows = [np.stack([x, np.full_like(x, fill)]) for x, fill in zip(packed, (0, -1, IGNORE), strict=True)]
+    tokens = TokenBatch(*(jnp.asarray(x, jnp.int32) for x in (*rows, [[24, 12], [0, 0]])))
     one: Sums = micro(params, batch[0], tokens)
     assert float(one.loss) == pytest.approx(float(whole.loss), rel=1e-6)
     close(whole.grads, one.grads)
-    unseparated: Sums = micro(params, batch[0], tokens._replace(segment=jnp.zeros_like(tokens.ids)))
+    unseparated: Sums = micro(params, batch[0], tokens._replace(lengths=jnp.asarray([[36, 0], [0, 0]])))
     assert float(unseparated.loss) != pytest.approx(float(whole.loss), rel=1e-4)
 
 
@@ -112,8 +111,8 @@ def test_adapters_start_at_zero_and_merge_exactly(model: xl2jax.Model, params: P
     config = StepConfig(model.config, lora, "float32", True)
     run = jax.jit(lambda adapters, *batch: gradients(config, adapters, params, *batch), compiler_options=FAST_COMPILE)
     plain: Sums = micro(params, *batch)
-    # Rows with one sample have no segments. Only the program differs.
-    alone = (batch[0], batch[1]._replace(segment=None))
+    # Rows with one sample need no lengths. Only the program differs.
+    alone = (batch[0], batch[1]._replace(lengths=None))
     start: Sums = run(zero, *alone)
     assert float(start.loss) == pytest.approx(float(plain.loss), rel=1e-5)
     assert set(start.grads) == set(names)
@@ -303,11 +302,38 @@ def test_training_operations(model: xl2jax.Model) -> None:
     config: VideoXL2Config = xl2jax.PRESETS["video-xl-2"]
     names = list(parameter_shapes(config, None))
     of = {part: {n for n in names if n.startswith(part)} for part in ("vision", "dts", "projector", "llm")}
-    everything = sample_flops(config, set(names), 10, 1500)
-    llm = sample_flops(config, of["llm"], 10, 1500) - sample_flops(config, of["llm"], 10, 0)
+    everything = sample_flops(config, set(names), 10, 1500, 1500)
+    llm = sample_flops(config, of["llm"], 10, 1500, 1500) - sample_flops(config, of["llm"], 10, 0, 0)
     assert llm == pytest.approx(3 * 1500 * (13.1e9 + 2 * 3584 * 152064), rel=0.03)
-    assert sample_flops(config, of["llm"], 10, 1500) < sample_flops(config, of["projector"] | of["llm"], 10, 1500)
-    assert sample_flops(config, of["projector"], 10, 1500) < everything
+    assert sample_flops(config, of["llm"], 10, 1500, 1500) < sample_flops(
+        config, of["projector"] | of["llm"], 10, 1500, 1500
+    )
+    assert sample_flops(config, of["projector"], 10, 1500, 1500) < everything
     # SigLIP 0.65 TFLOP a frame, DTS 0.165 TFLOP a group (forward).
-    vision = sample_flops(config, of["vision"], 1, 0)
+    vision = sample_flops(config, of["vision"], 1, 0, 0)
     assert vision == pytest.approx(3 * 4 * 0.65e12 + 2 * 0.165e12, rel=0.1)
+
+
+def test_cross_entropies_of_the_labelled_tokens() -> None:
+    """Loss and gradients equal those of all logits at once, in float64: rows with many, few and no labels."""
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        hidden, kernel = jnp.asarray(rng.standard_normal((3, 700, 8))), jnp.asarray(rng.standard_normal((8, 50)))
+        share = np.array([[0.9], [0.01], [0.0]])
+        labels = jnp.asarray(np.where(rng.random((3, 700)) < share, rng.integers(0, 50, (3, 700)), IGNORE))
+
+        def at_once(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
+            rows = jnp.take_along_axis(
+                jax.nn.log_softmax(hidden[:, :-1] @ kernel), jnp.maximum(labels, 0)[:, 1:, None], axis=-1
+            )[..., 0]
+            return -jnp.sum(jnp.where(labels[:, 1:] == IGNORE, 0.0, rows))
+
+        def in_blocks(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
+            llm: Any = SimpleNamespace(unembedding=lambda: kernel)
+            total, count = cross_entropies(llm, hidden, labels)
+            assert float(count) == np.sum(np.asarray(labels)[:, 1:] != IGNORE) > 600
+            return total
+
+        got, expected = (jax.value_and_grad(f, (0, 1))(hidden, kernel) for f in (in_blocks, at_once))
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)

@@ -16,7 +16,7 @@ from xl2jax.bench.kernels import ceilings
 from xl2jax.bench.setup import PREFIX, TIMES, timed
 from xl2jax.config import FRAMES_PER_GROUP, PRESETS
 from xl2jax.inference import memory
-from xl2jax.inference.layout import bucket
+from xl2jax.training.batches import padded_groups, padded_tokens
 from xl2jax.training.config import PRESETS as TRAINING
 from xl2jax.training.config import TrainConfig, trained_names
 from xl2jax.training.loss import IGNORE, TokenBatch
@@ -102,7 +102,7 @@ def train_rows(args: TrainBenchArgs) -> Iterator[dict[str, Any]]:
             losses.append(float(metrics.loss))
     median = statistics.median(seconds)
     tokens = int(batch[1].ids.shape[1])
-    operations = rows * sample_flops(model, set(names), groups, tokens)
+    operations = rows * sample_flops(model, set(names), groups, tokens, args.answer_tokens)
     row: dict[str, Any] = {
         "train": args.train,
         "trained_parameters": int(sum(np.prod(shapes[n].shape) for n in names)),
@@ -148,7 +148,7 @@ def _batch(
     rng = np.random.default_rng(0)
     per_group = TIMES + visual_tokens
     used = PREFIX + groups * per_group + answer
-    length = bucket(used, 64)
+    length = padded_tokens(used)
     ids = rng.integers(0, vocab, (rows, length)).astype(np.int32)
     inside = np.arange(length) - PREFIX
     within = (inside >= 0) & (inside < groups * per_group) & (inside % per_group >= TIMES)
@@ -156,6 +156,7 @@ def _batch(
     position = np.arange(length)
     counted = (position >= used - answer) & (position < used)
     labels = np.where(counted, ids, IGNORE).astype(np.int32)
-    pixels = rng.integers(0, 256, (rows, groups * FRAMES_PER_GROUP, size, size, 3), np.uint8)
+    frames = padded_groups(groups) * FRAMES_PER_GROUP
+    pixels = rng.integers(0, 256, (rows, frames, size, size, 3), np.uint8)
     columns = (ids, np.broadcast_to(place, ids.shape).astype(np.int32), labels)
     return pixels, TokenBatch(*map(jnp.asarray, columns))

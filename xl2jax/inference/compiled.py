@@ -23,11 +23,7 @@ from xl2jax.inference.network import Network
 from xl2jax.inference.prefill import Step
 from xl2jax.inference.relevance import AttentionScorer
 from xl2jax.models.video_xl2 import normalise
-
-COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
-"""XLA's Triton matrix products first copy the weights of each scanned layer, and run bias and GELU as separate kernels.
-cuBLAS reads the weights in place and fuses both. On an H200 this halves the time of a decode step and makes the vision
-tower an eighth faster. The option has no effect on other devices."""
+from xl2jax.system.backend import COMPILER_OPTIONS
 
 
 def program(function: Callable[..., Any], **options: Any) -> Any:

@@ -30,5 +30,5 @@ class LoRALinear(nnx.Linear):
         self.lora_scale = lora.alpha / lora.rank
 
     def __call__(self, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
-        low = inputs @ self.lora_a[...] @ self.lora_b[...]
-        return super().__call__(inputs, *args, **kwargs) + low * self.lora_scale
+        low = (inputs @ self.lora_a[...]) * self.lora_scale
+        return super().__call__(inputs, *args, **kwargs) + low @ self.lora_b[...]

@@ -147,9 +147,13 @@ class Qwen2(nnx.Module):
 
         return scan_layers(self.layers, body, (x, state), remat=remat, unroll=unroll)
 
+    def unembedding(self) -> jax.Array:
+        """The matrix [D, vocab] whose product with a hidden state gives the logits."""
+        return self.embed.embedding[...].T if self.tied else self.lm_head.kernel[...]
+
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [..., D] -> logits [..., vocab], float32 (float64 for float64)."""
-        kernel = self.embed.embedding[...].T if self.tied else self.lm_head.kernel[...]
+        kernel = self.unembedding()
         if hidden.ndim > 1:
             return product("...d,dv->...v", hidden, kernel)
         # For one 16-bit row XLA would first write all of lm_head as float32. For eight rows it does not.

@@ -15,56 +15,53 @@ import jax
 import jax.numpy as jnp
 
 
-def dense_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool = False, mask: jax.Array | None = None
-) -> jax.Array:
+def dense_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool = False) -> jax.Array:
     """Scaled dot-product attention. q [B, T, N, H], k and v [B, S, K, H] -> [B, T, N, H].
 
     N is a multiple of K (GQA). The softmax is float32 (float64 for float64). On NVIDIA GPUs cuDNN computes 16-bit
     arrays whose head width is a multiple of 8 up to 128; XLA computes everything else.
-
-    Args:
-      causal: a query at t sees the keys up to t.
-      mask: bool [B, 1, T, S], True where a key is seen; with `causal`, a key has to pass both.
+    With `causal`, a query at t sees the keys up to t.
     """
     if q.dtype == jnp.float64:
-        return _float64(q, k, v, causal=causal, mask=mask)
+        return _float64(q, k, v, causal=causal)
 
-    def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
-        if mask is None and not causal and (q.shape[1] % 2 or k.shape[1] % 2):
+    def cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        if not causal and (q.shape[1] % 2 or k.shape[1] % 2):
             return _odd_lengths(q, k, v)
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="cudnn")
+        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
 
-    def xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+    def xla(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         # XLA on CPUs has no product of float16 arrays that is summed in float32.
         dtype = jnp.float32 if q.dtype == jnp.float16 else q.dtype
         q_, k_, v_ = (x.astype(dtype) for x in (q, k, v))
-        out = jax.nn.dot_product_attention(q_, k_, v_, mask=mask, is_causal=causal, implementation="xla")
+        out = jax.nn.dot_product_attention(q_, k_, v_, is_causal=causal, implementation="xla")
         return out.astype(q.dtype)
 
-    supported = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
-    if supported and _has_cuda():
-        return jax.lax.platform_dependent(q, k, v, mask, cuda=cudnn, default=xla)
-    return xla(q, k, v, mask)
+    if runs_in_cudnn(q) and cuda_capability() is not None:
+        return jax.lax.platform_dependent(q, k, v, cuda=cudnn, default=xla)
+    return xla(q, k, v)
+
+
+def runs_in_cudnn(q: jax.Array) -> bool:
+    """Whether cuDNN has attention for the dtype and the head width of q [..., H]."""
+    return q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
 
 
 @functools.cache
-def _has_cuda() -> bool:
-    """Whether this process has an NVIDIA GPU. Without one JAX cannot even trace cuDNN's attention."""
+def cuda_capability() -> tuple[int, ...] | None:
+    """The compute capability of this process's NVIDIA GPU. Without one, JAX cannot even trace cuDNN's attention."""
     try:
-        return len(jax.devices("cuda")) > 0
+        return tuple(int(x) for x in str(jax.devices("cuda")[0].compute_capability).split("."))
     except RuntimeError:  # JAX knows no such platform
-        return False
+        return None
 
 
-def _float64(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool, mask: jax.Array | None) -> jax.Array:
+def _float64(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool) -> jax.Array:
     """Attention in float64. jax.nn.dot_product_attention computes the softmax in float32 for every dtype."""
     kv_heads = k.shape[2]
     queries = einops.rearrange(q, "b t (k g) h -> b t k g h", k=kv_heads)
     scores = jnp.einsum("btkgh,bskh->bkgts", queries, k) * q.shape[-1] ** -0.5
     seen = jnp.tri(q.shape[1], k.shape[1], dtype=bool) if causal else jnp.ones((1, 1), bool)
-    if mask is not None:
-        seen = seen & mask[:, :, None]
     weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
     return einops.rearrange(jnp.einsum("bkgts,bskh->btkgh", weights, v), "b t k g h -> b t (k g) h")
 

@@ -25,6 +25,11 @@ MEMORY_FRACTION = 0.95
 PROGRAM_CACHE_BYTES = 4 << 30
 """Limit on the size of the cache of compiled programs. JAX evicts the least recently used ones."""
 
+COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+"""Options of all programs that run the networks. XLA's Triton matrix products first copy the weights of each scanned
+layer, and run bias and GELU as separate kernels. cuBLAS reads the weights in place and fuses both. On an H200 this halves
+the time of a decode step and makes the vision tower an eighth faster. The option has no effect on other devices."""
+
 _MEMORY_SETTINGS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
 

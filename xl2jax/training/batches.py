@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 from tqdm import tqdm
 
+from xl2jax.arithmetic import round_up
 from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.inference.layout import bucket
 from xl2jax.prompt import PromptTokenizer
@@ -54,6 +55,8 @@ class MicroBatch:
     rows: tuple[tuple[int, ...], ...]
     groups: int
     tokens: int
+    samples: int
+    """Number of samples that a row has room for: a power of two, so that few shapes are compiled."""
 
 
 def probe_records(
@@ -126,14 +129,29 @@ def plan_epoch(
     def micro_batch(part: list[tuple[int, ...]]) -> MicroBatch:
         return MicroBatch(
             rows=(*part, *[()] * (rows - len(part))),
-            groups=bucket(max(max(sum(lengths[i].groups for i in row) for row in part), 1)),
-            tokens=bucket(max(sum(lengths[i].tokens for i in row) for row in part), _TOKEN_UNIT),
+            groups=padded_groups(max(sum(lengths[i].groups for i in row) for row in part)),
+            tokens=padded_tokens(max(sum(lengths[i].tokens for i in row) for row in part)),
+            samples=1 << (max(len(row) for row in part) - 1).bit_length(),
         )
 
     return [
         [micro_batch(steps[n][i : i + rows]) for i in range(0, len(steps[n]), rows)]
         for n in rng.permutation(len(steps))
     ]
+
+
+def padded_groups(groups: int) -> int:
+    """The number of groups that rows of at most `groups` are padded to.
+
+    It is even: the patches of an odd number of groups are no multiple of 8, and on GPUs XLA would then pad the operands
+    of every product in the vision tower by copying them.
+    """
+    return round_up(max(groups, 1), 2) if groups <= 64 else bucket(groups, 2)
+
+
+def padded_tokens(tokens: int) -> int:
+    """The number of tokens that rows of at most `tokens` are padded to."""
+    return bucket(tokens, _TOKEN_UNIT)
 
 
 def _packed(window: list[int], lengths: Sequence[Length], limit: int) -> list[tuple[int, ...]]:

@@ -28,7 +28,7 @@ class Arrays(TypedDict):
     ids: np.ndarray  # int32 [B, T]; see `TokenBatch` for this and the next three
     visual: np.ndarray
     labels: np.ndarray
-    segment: np.ndarray
+    lengths: np.ndarray  # int32 [B, M]
     samples: list[str]  # ids of the samples that were read
     failed: list[str]  # "id: reason" for each sample that could not be read
 
@@ -48,12 +48,12 @@ class Loader:
         """Reads a micro-batch. The place of a sample that cannot be read stays empty."""
         shape, size = (len(batch.rows), batch.tokens), self.image_size
         frames = np.zeros((len(batch.rows), batch.groups * FRAMES_PER_GROUP, size, size, 3), np.uint8)
-        ids, segment = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
+        ids, lengths = np.zeros(shape, np.int32), np.zeros((len(batch.rows), batch.samples), np.int32)
         visual, labels = np.full(shape, -1, np.int32), np.full(shape, IGNORE, np.int32)
         samples, failed = [], []
         for b, row in enumerate(batch.rows):
-            t = f = 0
-            for number, index in enumerate(row):
+            t = f = read = 0
+            for index in row:
                 record = self.records[index]
                 try:
                     clip = open_media(record, self.sampling)
@@ -66,15 +66,16 @@ class Loader:
                 if columns.stop > batch.tokens or f + len(pixels) > frames.shape[1]:
                     failed.append(f"{record.id}: longer than when training began; was the file changed?")
                     continue
-                ids[b, columns], labels[b, columns], segment[b, columns] = tokens.ids, tokens.labels, number
+                ids[b, columns], labels[b, columns] = tokens.ids, tokens.labels
                 offset = f // FRAMES_PER_GROUP * self.visual_tokens
                 visual[b, columns] = np.where(tokens.visual < 0, -1, tokens.visual + offset)
                 labels[b, t] = IGNORE  # in a packed row, the token before belongs to another sample
                 frames[b, f : f + len(pixels)] = pixels
-                t, f = columns.stop, f + len(pixels)
+                lengths[b, read] = len(tokens.ids)
+                t, f, read = columns.stop, f + len(pixels), read + 1
                 samples.append(record.id)
         return Arrays(
-            pixels=frames, ids=ids, visual=visual, labels=labels, segment=segment, samples=samples, failed=failed
+            pixels=frames, ids=ids, visual=visual, labels=labels, lengths=lengths, samples=samples, failed=failed
         )
 
 

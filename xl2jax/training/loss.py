@@ -8,10 +8,12 @@ import einops
 import jax
 import jax.numpy as jnp
 
-from xl2jax.arithmetic import round_up
+from xl2jax.arithmetic import ceil_div, round_up
 from xl2jax.models.qwen2 import Qwen2
 from xl2jax.models.video_xl2 import VideoXL2
 from xl2jax.ops.dense import dense_attention
+from xl2jax.ops.packed import packed_attention, sample_starts
+from xl2jax.ops.precision import accumulator, product
 from xl2jax.training.sharding import split_batch
 
 IGNORE = -100
@@ -29,8 +31,8 @@ class TokenBatch(NamedTuple):
     """int32 [B, T]: index into the visual tokens of the row, -1 for text."""
     labels: jax.Array
     """int32 [B, T]: the id of a token that the loss counts, else IGNORE."""
-    segment: jax.Array | None = None
-    """int32 [B, T] for packed rows: number of the sample within its row, -1 for padding. None: one sample a row."""
+    lengths: jax.Array | None = None
+    """int32 [B, M] for packed rows: tokens of each sample, 0 behind the last. None: one sample a row."""
 
 
 def embeddings(llm: Qwen2, visual: jax.Array, tokens: TokenBatch) -> jax.Array:
@@ -51,14 +53,13 @@ def hidden_states(model: VideoXL2, pixels: jax.Array, tokens: TokenBatch, *, rem
     visual = visual.reshape(b, -1, visual.shape[-1])
     x = split_batch(embeddings(model.llm, visual, tokens))
     positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
-    mask = None
-    if tokens.segment is not None:
-        changed = jnp.diff(tokens.segment, axis=1, prepend=tokens.segment[:, :1]) != 0
-        positions -= jax.lax.cummax(jnp.where(changed, positions, 0), axis=1)
-        mask = (tokens.segment[:, :, None] == tokens.segment[:, None, :])[:, None]
+    if tokens.lengths is not None:
+        positions -= sample_starts(tokens.lengths, x.shape[1])
 
     def attend(state: None, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[None, jax.Array]:
-        return None, split_batch(dense_attention(q, k, v, causal=True, mask=mask))
+        if tokens.lengths is None:
+            return None, split_batch(dense_attention(q, k, v, causal=True))
+        return None, split_batch(packed_attention(q, k, v, tokens.lengths))
 
     return model.llm.forward(x, positions, attend, None, remat=remat)[0]
 
@@ -73,22 +74,60 @@ def token_loss(
 def cross_entropies(llm: Qwen2, hidden: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Normed hidden states [B, T, D], labels [B, T] -> (sum of cross-entropies, number of labelled tokens), float32.
 
-    Labels are shifted: the hidden state at t predicts the label at t + 1. Logits never exist for the whole batch: they
-    are computed for a few hundred tokens of each row at a time, and recomputed in the backward pass.
+    Labels are shifted: the hidden state at t predicts the label at t + 1. Only tokens with a label need logits. They
+    are computed for a few hundred tokens of each row at a time, and again in the backward pass.
     """
     hidden, labels = hidden[:, :-1], labels[:, 1:]
+    counted = labels != IGNORE
+    # Tokens with a label come first, so that the blocks behind them need not be computed.
+    order = jnp.argsort(~counted, axis=1, stable=True)
+    hidden, labels = jnp.take_along_axis(hidden, order[..., None], axis=1), jnp.take_along_axis(labels, order, axis=1)
     block = min(_LOSS_BLOCK, labels.shape[1])
     padding = round_up(labels.shape[1], block) - labels.shape[1]
     hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
     labels = jnp.pad(labels, ((0, 0), (0, padding)), constant_values=IGNORE)
+    hidden, labels = (einops.rearrange(x, "b (n t) ... -> n b t ...", t=block) for x in (hidden, labels))
+    used = jnp.max(ceil_div(jnp.sum(counted, axis=1), block))
+    return _sum_of_blocks(hidden, llm.unembedding(), labels, used), jnp.sum(counted).astype(jnp.float32)
 
-    @jax.checkpoint
-    def of_block(xs: tuple[jax.Array, jax.Array]) -> jax.Array:
-        hidden, labels = xs
-        counted = labels != IGNORE
-        logits = llm.logits(hidden)
-        picked = jnp.take_along_axis(logits, jnp.where(counted, labels, 0)[..., None], axis=-1)[..., 0]
-        return jnp.sum(jnp.where(counted, jax.nn.logsumexp(logits, axis=-1) - picked, 0.0))
 
-    blocks = tuple(einops.rearrange(x, "b (n t) ... -> n b t ...", t=block) for x in (hidden, labels))
-    return jnp.sum(jax.lax.map(of_block, blocks)), jnp.sum(labels != IGNORE).astype(jnp.float32)
+def _loss_of_block(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
+    """The sum of the cross-entropies of hidden states [B, T, D] and labels [B, T]."""
+    counted = labels != IGNORE
+    logits = product("btd,dv->btv", hidden, kernel)
+    picked = jnp.take_along_axis(logits, jnp.where(counted, labels, 0)[..., None], axis=-1)[..., 0]
+    return jnp.sum(jnp.where(counted, jax.nn.logsumexp(logits, axis=-1) - picked, 0.0))
+
+
+@jax.custom_vjp
+def _sum_of_blocks(hidden: jax.Array, kernel: jax.Array, labels: jax.Array, used: jax.Array) -> jax.Array:
+    """The sum of `_loss_of_block` over the first `used` of hidden [n, B, T, D] and labels [n, B, T]."""
+
+    def add(i: jax.Array, total: jax.Array) -> jax.Array:
+        return total + _loss_of_block(hidden[i], kernel, labels[i])
+
+    return jax.lax.fori_loop(0, used, add, jnp.zeros((), accumulator(hidden.dtype)))
+
+
+type _Residuals = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+
+
+def _sum_of_blocks_forward(*args: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return _sum_of_blocks(*args), args
+
+
+def _sum_of_blocks_backward(residuals: _Residuals, gradient: jax.Array) -> tuple[jax.Array, jax.Array, None, None]:
+    hidden, kernel, labels, used = residuals
+
+    def add(i: jax.Array, grads: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        d_hidden, d_kernel = grads
+        _, pullback = jax.vjp(lambda hidden, kernel: _loss_of_block(hidden, kernel, labels[i]), hidden[i], kernel)
+        d_block, d_part = pullback(gradient)
+        return d_hidden.at[i].set(d_block), d_kernel + d_part.astype(d_kernel.dtype)
+
+    zeros = jnp.zeros_like(hidden), jnp.zeros(kernel.shape, accumulator(kernel.dtype))
+    d_hidden, d_kernel = jax.lax.fori_loop(0, used, add, zeros)
+    return d_hidden, d_kernel.astype(kernel.dtype), None, None
+
+
+_sum_of_blocks.defvjp(_sum_of_blocks_forward, _sum_of_blocks_backward)

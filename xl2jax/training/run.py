@@ -236,6 +236,9 @@ class _Step:
     read: list[Arrays]
     tokens: int
     operations: float
+    """Of all samples, but for the logits."""
+    label_operations: float
+    """Of the logits of one labelled token."""
 
 
 def _steps(
@@ -292,8 +295,9 @@ def _steps(
                 used = [samples[i].length for m in micro for row in m.rows for i in row]
                 read: list[Arrays] = []
                 state, metrics = one_step(state, frozen, _on_devices(arrays, read, run), len(micro))
-                operations = sum(sample_flops(model, trained, x.groups, x.tokens) for x in used)
-                dispatched = _Step(number, metrics, read, sum(x.tokens for x in used), operations)
+                operations = sum(sample_flops(model, trained, x.groups, x.tokens, 0) for x in used)
+                of_label = sample_flops(model, trained, 0, 0, 1)
+                dispatched = _Step(number, metrics, read, sum(x.tokens for x in used), operations, of_label)
                 if pending is not None:
                     _record(pending, telemetry, config)
                 pending = dispatched
@@ -331,7 +335,8 @@ def _record(step: _Step, telemetry: Telemetry, config: TrainConfig) -> None:
             f"step {step.number}: loss {values['loss']}, gradient norm {values['grad_norm']}; samples {samples}; "
             f"the last checkpoint in {config.output} is unchanged"
         )
-    telemetry.step(step.number, values, step.tokens, step.operations)
+    operations = step.operations + step.label_operations * values["labelled_tokens"]
+    telemetry.step(step.number, values, step.tokens, operations)
 
 
 def _on_devices(arrays: Iterator[Arrays], read: list[Arrays], run: _Run) -> Iterator[tuple[jax.Array, TokenBatch]]:
@@ -344,5 +349,5 @@ def _on_devices(arrays: Iterator[Arrays], read: list[Arrays], run: _Run) -> Iter
     for part in arrays:
         pixels = put(part["pixels"])
         read.append({**part, "pixels": part["pixels"][:0]})
-        segment = put(part["segment"]) if run.config.packing else None
-        yield pixels, TokenBatch(put(part["ids"]), put(part["visual"]), put(part["labels"]), segment)
+        lengths = put(part["lengths"]) if run.config.packing else None
+        yield pixels, TokenBatch(put(part["ids"]), put(part["visual"]), put(part["labels"]), lengths)

@@ -18,6 +18,7 @@ from xl2jax.config import VideoXL2Config
 from xl2jax.models.lora import LoRAConfig
 from xl2jax.models.param_tree import unflatten
 from xl2jax.models.video_xl2 import VideoXL2, abstract_model, normalise
+from xl2jax.system.backend import COMPILER_OPTIONS
 from xl2jax.training.config import TrainConfig
 from xl2jax.training.loss import TokenBatch, token_loss
 
@@ -147,24 +148,25 @@ class Steps:
         shardings = jax.tree.map(lambda s: s.sharding, abstract)
         scalar = shardings.step
         sums = Sums(scalar, scalar, shardings.params)
+        jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
         result = (shardings, Metrics(*[scalar] * len(Metrics._fields)))
 
         def micro(params: Params, frozen: Params, pixels: jax.Array, tokens: TokenBatch) -> Sums:
             return gradients(config, params, frozen, pixels, tokens)
 
-        @functools.partial(jax.jit, donate_argnums=0, out_shardings=result)
+        @functools.partial(jit, donate_argnums=0, out_shardings=result)
         def whole(state: TrainState, frozen: Params, *batch: Any) -> tuple[TrainState, Metrics]:
             return update(tx, schedule, state, micro(state.params, frozen, *batch))
 
-        @functools.partial(jax.jit, donate_argnums=0, out_shardings=sums)
+        @functools.partial(jit, donate_argnums=0, out_shardings=sums)
         def accumulate(so_far: Sums, params: Params, frozen: Params, *batch: Any) -> Sums:
             return jax.tree.map(jnp.add, so_far, micro(params, frozen, *batch))
 
-        @functools.partial(jax.jit, donate_argnums=0, out_shardings=result)
+        @functools.partial(jit, donate_argnums=0, out_shardings=result)
         def apply(state: TrainState, so_far: Sums) -> tuple[TrainState, Metrics]:
             return update(tx, schedule, state, so_far)
 
-        @functools.partial(jax.jit, out_shardings=sums)
+        @functools.partial(jit, out_shardings=sums)
         def zeros() -> Sums:
             grads = {n: jnp.zeros(p.shape, MASTER) for n, p in abstract.params.items()}
             return Sums(jnp.float32(0), jnp.float32(0), grads)

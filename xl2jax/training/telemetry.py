@@ -26,8 +26,10 @@ from xl2jax.system.schema import Schema, parse_json, read_bytes
 logger = logging.getLogger(__name__)
 
 
-def sample_flops(config: VideoXL2Config, trained: set[str], groups: int, tokens: int) -> float:
+def sample_flops(config: VideoXL2Config, trained: set[str], groups: int, tokens: int, labelled: int) -> float:
     """Operations of the forward and backward pass of one sample, without recomputation.
+
+    Logits are only needed for `labelled` of the tokens.
 
     The backward pass of a part costs as much as its forward pass for the gradients of activations, and as much again
     for the gradient of its weights. A part that needs neither costs only its forward pass.
@@ -35,7 +37,8 @@ def sample_flops(config: VideoXL2Config, trained: set[str], groups: int, tokens:
     parts = {
         "vision": 4 * groups * flops.vision(config),
         "merge": groups * flops.dts_and_projector(config),
-        "llm": tokens * (flops.llm_linear(config.llm) + 2.0 * config.llm.width * config.llm.vocab)
+        "llm": tokens * flops.llm_linear(config.llm)
+        + labelled * 2.0 * config.llm.width * config.llm.vocab
         + flops.attention(config.llm, tokens * (tokens + 1) / 2),
     }
     owner = {"vision": "vision", "dts": "merge", "projector": "merge", "llm": "llm"}
