@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import einops
 import jax
 from flax import nnx
@@ -10,6 +12,18 @@ from xl2jax.config import VisionConfig
 from xl2jax.models.layers import scan_layers, stack_layers
 from xl2jax.ops.dense import dense_attention
 from xl2jax.ops.precision import gelu
+
+
+class RowLayerNorm(nnx.LayerNorm):
+    """nnx.LayerNorm, computed on a matrix of rows by itself.
+
+    XLA then reads every row once, in one kernel, which takes half the time on an H100. It does not for more axes, or
+    when the residual sum before is fused with it.
+    """
+
+    def __call__(self, x: jax.Array, **kwargs: Any) -> jax.Array:
+        rows = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]))
+        return super().__call__(rows, **kwargs).reshape(x.shape)
 
 
 class VisionLayer(nnx.Module):
@@ -23,7 +37,7 @@ class VisionLayer(nnx.Module):
             return nnx.Linear(n, m, param_dtype=param_dtype, rngs=rngs)
 
         def norm() -> nnx.LayerNorm:
-            return nnx.LayerNorm(width, epsilon=config.eps, use_fast_variance=False, param_dtype=param_dtype, rngs=rngs)
+            return RowLayerNorm(width, epsilon=config.eps, use_fast_variance=False, param_dtype=param_dtype, rngs=rngs)
 
         self.norm1, self.norm2 = norm(), norm()
         self.q, self.k, self.v, self.out = (linear(width, width) for _ in range(4))
