@@ -145,7 +145,7 @@ def _check_step_groups(step_groups: int | None) -> None:
 
 def _check_file_flags(args: E2EArgs) -> None:
     """Raises UserError for flags that have no effect with a video file, or no effect without one."""
-    of_files = ("checkpoint", "fps", "cache_dtype", "offload", "plot")
+    of_files = ("checkpoint", "fps", "offload", "plot")
     of_random = ("preset", "step_groups", "dense_up_to", "whole", "check", "profile")
     file = args.video is not None or args.synthetic is not None
     given = [n for n in (of_random if file else of_files) if getattr(args, n) != getattr(E2EArgs, n)]

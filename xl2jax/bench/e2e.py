@@ -51,7 +51,7 @@ class E2EArgs:
     fps: float = 1.0
     """Frames a second that are taken from the file, up to --frames."""
     cache_dtype: Literal["int8"] | None = None
-    """Keeps the video KV in 8 bits."""
+    """Keeps the KV in 8 bits."""
     offload: bool = False
     """Keeps the dense video KV in host memory."""
     plot: Path | None = None
@@ -213,7 +213,10 @@ def video_row(args: E2EArgs, params: nnx.State, count: int, ceiling: float, prof
 
     def setup(config: PrefillConfig) -> Setup:
         groups = count // FRAMES_PER_GROUP
-        return Setup(PRESETS[args.preset], params, groups, config, args.step_groups, args.attention)
+        quantized = args.cache_dtype == "int8"
+        return Setup(
+            PRESETS[args.preset], params, groups, config, args.step_groups, args.attention, quantized=quantized
+        )
 
     config = args.prefill.config()
     video = setup(config)
