@@ -12,6 +12,9 @@ from pydantic import Field
 from xl2jax.errors import UserError
 from xl2jax.system.schema import Schema, check, is_file, path_problem, quoted, read_json
 
+type Weights = Literal["int8", "int4"]
+"""Matrices in 8 or in 4 bits (`xl2jax.ops.weights`)."""
+
 FRAMES_PER_GROUP = 4
 """Frames that DTS merges into one group: it has two temporal strides of 2."""
 
@@ -56,6 +59,9 @@ class LLMConfig:
     rope_theta: float = 1e6
     eps: float = 1e-6
     tied_embeddings: bool = False
+    weights: Weights | None = dataclasses.field(default=None, repr=False)
+    """How the matrices are stored: in 8 or 4 bits, or in the dtype of the other parameters. It is no part of
+    config.json. `repr` leaves it out: caches and runs are told apart by the parameters themselves."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +77,10 @@ class VideoXL2Config:
     def visual_tokens(self) -> int:
         """V, visual tokens of one group."""
         return (self.grid // self.pool_stride) ** 2
+
+    def with_weights(self, weights: Weights | None) -> VideoXL2Config:
+        """The same sizes with the LLM's matrices in 8 or 4 bits, or in the dtype of the other parameters."""
+        return dataclasses.replace(self, llm=dataclasses.replace(self.llm, weights=weights))
 
     @classmethod
     def from_hf(cls, folder: str | Path) -> VideoXL2Config:

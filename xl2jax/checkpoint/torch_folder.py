@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from xl2jax.checkpoint.safetensors_io import (
     ShardWriter,
     Stored,
     TensorFolder,
-    cast,
 )
 from xl2jax.config import VISION_FOLDER, VideoXL2Config, vision_config_path
 from xl2jax.errors import UserError, listing
@@ -90,10 +89,9 @@ class TorchCheckpoint:
             f"{self.files.folder}: stored as {' and '.join(sorted(stored))}; choose --dtype {', '.join(DTYPE_NAMES)}"
         )
 
-    def read(self, entry: Entry, dtype: str) -> np.ndarray:
-        """One tensor in the layout of this model."""
-        array = entry.transform.to_jax(self.files.read(entry.torch_name))
-        return cast(array, dtype, f"{self.files.folder}: {entry.torch_name}")
+    def read(self, parts: Sequence[Entry]) -> list[np.ndarray]:
+        """Reads tensors in their stored dtype, in the layout of this model."""
+        return [e.transform.to_jax(self.files.read(e.torch_name)) for e in parts]
 
 
 def copy_companions(source: Path, target: Path) -> None:

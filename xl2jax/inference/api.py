@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from xl2jax.checkpoint.params import load_params
 from xl2jax.checkpoint.sources import find_checkpoint
-from xl2jax.config import FRAMES_PER_GROUP, VideoXL2Config
+from xl2jax.config import FRAMES_PER_GROUP, VideoXL2Config, Weights
 from xl2jax.errors import UserError
 from xl2jax.inference import compiled, memory, session
 from xl2jax.inference.bilevel import BilevelConfig
@@ -341,17 +341,19 @@ def load(
     checkpoint: str | Path,
     *,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    weights: Weights | None = None,
     implementation: str = "auto",
     progress: bool = False,
     verify_checksums: bool = True,
 ) -> Model:
     """Loads an Orbax folder (`xl2jax.checkpoint.convert`), a PyTorch folder or a hub id (`org/name` or `org/name@revision`).
 
-    `dtype` None keeps the stored dtype. `verify_checksums` compares each tensor of an Orbax folder with the checksum
+    `dtype` None keeps the stored dtype. `weights` quantises the LLM's matrices to 8 or 4 bits, a tensor at a time as they
+    are read; without it they are as the checkpoint stores them. `verify_checksums` compares each tensor of an Orbax folder with the checksum
     that the folder stores for it. Raises UserError where the checkpoint cannot be used.
     """
     folder = find_checkpoint(checkpoint)
     config = VideoXL2Config.from_hf(folder)
     tokenizer = PromptTokenizer.load(folder, config.llm.vocab)
-    config, params = load_params(folder, dtype, progress=progress, verify=verify_checksums)
+    config, params = load_params(folder, dtype, weights, progress=progress, verify=verify_checksums)
     return Model(config, params, tokenizer, implementation=implementation)
