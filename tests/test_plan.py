@@ -123,6 +123,7 @@ def test_options_that_would_fit_do(command: Callable[..., tuple[int, str, str]])
     assert "--cache-dtype int8" in offered
     for option in offered:
         assert command(plan.main, "--frames", 6000, *flags, *option.split())[0] == 0
-    refused_too = {"--pool 16", "--cache-dtype int8", "--offload", "--cache-dtype int8 --offload"} - set(offered)
-    for option in refused_too:
+    assert offered[0] == "--weights int8"
+    assert not any("--weights int8" in o for o in offered[1:])
+    for option in {"--pool 16", "--cache-dtype int8", "--offload"} - set(offered):
         assert command(plan.main, "--frames", 6000, *flags, *option.split())[0] == 1

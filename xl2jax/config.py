@@ -24,6 +24,14 @@ VISION_FOLDER = "vision_tower"
 _SO400M_NAME = "siglip-so400m-patch14-384"
 
 
+def foreign_weights(method: str) -> str:
+    """The message that weights which others quantised are not read, and what to do."""
+    return (
+        f"the weights are quantised in a format that is not read ({method}): give the model as its authors released it, "
+        "and --weights int8 or int4 to quantise it on loading"
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
     """SigLIP vision tower. `layers` counts the stored layers; the last one is not used."""
@@ -101,11 +109,9 @@ class VideoXL2Config:
         if raw.get("mm_vision_tower") is None:
             kind = quoted(raw.get("model_type", "unknown"))
             raise UserError(f"{path}: not a Video-XL-2 checkpoint (model_type {kind}, no mm_vision_tower)")
-        if raw.get("quantization_config") is not None:
-            raise UserError(
-                f"{path}: the checkpoint is quantised (it has a quantization_config), which cannot be read: "
-                "give the original one in 16 or 32 bits"
-            )
+        if (foreign := raw.get("quantization_config")) is not None:
+            method = foreign.get("quant_method", "unknown") if isinstance(foreign, dict) else foreign
+            raise UserError(f"{path}: {foreign_weights(quoted(method))}")
         fields = check(raw, _ModelFields, path)
         config = cls(
             vision=_vision_config(folder, fields.mm_vision_tower),

@@ -32,8 +32,7 @@ def load_params(
 ) -> tuple[VideoXL2Config, nnx.State]:
     """The config and the parameters of a checkpoint, on the default device. See `ParamReader`."""
     reader = ParamReader(folder, dtype, weights, verify=verify)
-    params = {n: jnp.asarray(array) for n, array in reader.read_all(progress=progress)}
-    return reader.config, unflatten(params, reader.config)
+    return reader.config, reader.load(progress=progress)
 
 
 class ParamReader:
@@ -55,6 +54,8 @@ class ParamReader:
 
     config: VideoXL2Config
     """The sizes, and how the matrices are stored once they are read."""
+    dtype: str
+    """That of all parameters but quantised matrices."""
 
     def __init__(self, folder: Path, dtype: str | None = None, weights: Weights | None = None, *, verify: bool = True):
         self._folder = folder
@@ -66,12 +67,12 @@ class ParamReader:
             if weights is not None and stored not in (None, weights):
                 raise UserError(f"{folder}: its weights are {stored} already: leave out --weights {weights}")
             self.config = orbax.config.with_weights(weights or stored)
-            self._dtype, self._source = dtype or orbax.dtype, orbax.read
+            self.dtype, self._source = dtype or orbax.dtype, orbax.read
         else:
             torch = TorchCheckpoint(folder)
             stored, table = None, torch.entries
             self.config = torch.config.with_weights(weights)
-            self._dtype, self._source = torch.dtype(dtype), torch.read
+            self.dtype, self._source = torch.dtype(dtype), torch.read
         self._parts = _by_param(tensors(self.config))
         self._stored = _by_param(table)
         self._quantized: dict[str, np.ndarray] = {}
@@ -81,10 +82,20 @@ class ParamReader:
         """Dotted names of all parameters."""
         return list(self._parts)
 
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all parameters."""
+        return sum(map(self.nbytes, self.names))
+
+    def load(self, *, progress: bool = False) -> nnx.State:
+        """All parameters, on the default device."""
+        params = {n: jnp.asarray(array) for n, array in self.read_all(progress=progress)}
+        return unflatten(params, self.config)
+
     def nbytes(self, name: str) -> int:
         """Bytes of a parameter as `read` returns it."""
         return sum(
-            math.prod(t.shape) * (t.dtype or DTYPES[DTYPE_NAMES[self._dtype]]).itemsize for t in self._parts[name]
+            math.prod(t.shape) * (t.dtype or DTYPES[DTYPE_NAMES[self.dtype]]).itemsize for t in self._parts[name]
         )
 
     def read(self, name: str) -> np.ndarray:
@@ -105,12 +116,12 @@ class ParamReader:
         parts = {n: self.read(n) for n in self._parts if base_name(n) == base and is_quantized(n)}
         where = f"{self._folder}: {name}"
         if ".layers." not in name:
-            return cast(dequantized(name, parts), self._dtype, where)
+            return cast(dequantized(name, parts), self.dtype, where)
         layers = ({n: x[i] for n, x in parts.items()} for i in range(self.config.llm.layers))
-        return np.stack([cast(dequantized(name, layer), self._dtype, where) for layer in layers])
+        return np.stack([cast(dequantized(name, layer), self.dtype, where) for layer in layers])
 
     def _cast(self, tensor: Tensor, array: np.ndarray) -> np.ndarray:
-        return array if tensor.dtype is not None else cast(array, self._dtype, self._where(tensor))
+        return array if tensor.dtype is not None else cast(array, self.dtype, self._where(tensor))
 
     def _where(self, tensor: Tensor) -> str:
         return f"{self._folder}: {tensor.torch_name if isinstance(tensor, Entry) else tensor.name}"
