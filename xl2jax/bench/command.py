@@ -92,6 +92,8 @@ def _train(args: TrainBenchArgs) -> None:
     _check_preset(args.preset)
     if args.frames < FRAMES_PER_GROUP or args.rows < 1 or args.steps < 1:
         raise UserError(f"--frames must be {FRAMES_PER_GROUP} or more, --rows and --steps 1 or more")
+    if args.train == "all" and args.weights is not None:
+        raise UserError("--weights has no use with --train all: quantised matrices cannot be trained themselves")
     start_backend(keep_programs=False)
     _print_rows(train_rows(args), args.json)
 
@@ -145,7 +147,7 @@ def _check_step_groups(step_groups: int | None) -> None:
 
 def _check_file_flags(args: E2EArgs) -> None:
     """Raises UserError for flags that have no effect with a video file, or no effect without one."""
-    of_files = ("checkpoint", "fps", "cache_dtype", "offload", "plot")
+    of_files = ("checkpoint", "fps", "offload", "plot")
     of_random = ("preset", "step_groups", "dense_up_to", "whole", "check", "profile")
     file = args.video is not None or args.synthetic is not None
     given = [n for n in (of_random if file else of_files) if getattr(args, n) != getattr(E2EArgs, n)]

@@ -59,7 +59,11 @@ class Setup:
         prefill_config: PrefillConfig,
         step_groups: int | None,
         attention: str,
+        *,
+        quantized: bool = False,
     ):
+        """`quantized`: the video's KV is in 8 bits."""
+        self.quantized = quantized
         self.network = Network.create(config, params, attention)
         self.layout = VideoLayout(PREFIX, (TIMES,) * groups, config.visual_tokens)
         self.plan = make_plan(self.layout, prefill_config, self.network.platform, step_groups=step_groups)
@@ -77,7 +81,9 @@ class Setup:
 
     def start(self) -> session.VideoPrefill:
         """Begins a prefill: the prefix is in the cache."""
-        return session.VideoPrefill(self.network, self.layout, self.plan, [0] * PREFIX, self._time_ids)
+        return session.VideoPrefill(
+            self.network, self.layout, self.plan, [0] * PREFIX, self._time_ids, quantized=self.quantized
+        )
 
     def prefill(self, segments: int | None = None) -> session.VideoKV:
         """Prefills the whole video, or its first `segments` segments."""

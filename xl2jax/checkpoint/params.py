@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from xl2jax.checkpoint.orbax_folder import OrbaxFolder, is_orbax
+from xl2jax.checkpoint.orbax_folder import OrbaxFolder, is_orbax, read_manifest
 from xl2jax.checkpoint.param_names import Entry, Tensor, tensors
 from xl2jax.checkpoint.quantizing import base_name, dequantized, quantized, weights_of
 from xl2jax.checkpoint.safetensors_io import DTYPE_NAMES, DTYPES, cast
@@ -20,6 +20,19 @@ from xl2jax.config import VideoXL2Config, Weights
 from xl2jax.errors import UserError
 from xl2jax.models.param_tree import is_quantized, unflatten
 from xl2jax.system.terminal import byte_bar
+
+
+def stored_config(folder: Path, weights: Weights | None = None) -> VideoXL2Config:
+    """The sizes of a checkpoint, and how its matrices are once they are read with `weights`. Reads no tensor.
+
+    Raises:
+      UserError: its matrices are quantised already, and otherwise than `weights` asks for.
+    """
+    config = VideoXL2Config.from_hf(folder)
+    stored = read_manifest(folder).weights if is_orbax(folder) else None
+    if weights is not None and stored not in (None, weights):
+        raise UserError(f"{folder}: its weights are {stored} already: leave out --weights {weights}")
+    return config.with_weights(weights or stored)
 
 
 def load_params(
@@ -61,17 +74,14 @@ class ParamReader:
         self._folder = folder
         self._source: Callable[[Sequence[Any]], list[np.ndarray]]  # of `Tensor`, or of `Entry` in the PyTorch layout
         table: Sequence[Tensor]
+        self.config = stored_config(folder, weights)
         if is_orbax(folder):
-            orbax = OrbaxFolder(folder, VideoXL2Config.from_hf(folder), verify=verify)
-            stored, table = orbax.config.llm.weights, orbax.tensors
-            if weights is not None and stored not in (None, weights):
-                raise UserError(f"{folder}: its weights are {stored} already: leave out --weights {weights}")
-            self.config = orbax.config.with_weights(weights or stored)
+            orbax = OrbaxFolder(folder, self.config, verify=verify)
+            table = orbax.tensors
             self.dtype, self._source = dtype or orbax.dtype, orbax.read
         else:
             torch = TorchCheckpoint(folder)
-            stored, table = None, torch.entries
-            self.config = torch.config.with_weights(weights)
+            table = torch.entries
             self.dtype, self._source = torch.dtype(dtype), torch.read
         self._parts = _by_param(tensors(self.config))
         self._stored = _by_param(table)

@@ -33,6 +33,13 @@ def is_quantized(name: str) -> bool:
     return name.rpartition(".")[2].startswith(PART_PREFIX)
 
 
+def parameter_count(name: str, array: jax.Array | jax.ShapeDtypeStruct) -> int:
+    """The number of parameters that an array holds: two in a byte of 4 bits, and none in scales and zero points."""
+    if not is_quantized(name):
+        return array.size
+    return array.size * (2 if array.dtype == jnp.uint8 else 1) if name.endswith(f".{PART_PREFIX}") else 0
+
+
 def cast(params: nnx.State, dtype: jax.typing.DTypeLike) -> nnx.State:
     """The parameters in `dtype`, except for the parts of matrices in 8 or 4 bits."""
 
