@@ -14,6 +14,9 @@ from xl2jax.inference.layout import PrefillConfig, VideoLayout, natural_ranges
 from xl2jax.models.layers import rope_tables, rotate
 from xl2jax.ops.kv import quantize, unpack
 
+BLOCK = 64
+"""Tokens that share the scale of a channel, where scales of channels are tried."""
+
 
 def layer_rows(config: LLMConfig, cache: KVCache, layout: VideoLayout, key_bias: jax.Array) -> list[dict[str, Any]]:
     """A row for each layer of the cache of a video. `key_bias` is [L, K * H]. See `errors`."""
@@ -41,7 +44,8 @@ def errors(k: jax.Array, v: jax.Array, positions: jax.Array, bias: jax.Array, th
       keys, beside their mean: the error relative to the un-rotated keys without their mean over all tokens. Keys that
         have a part in common, such as the bias, take their scale from it, and the error with the scale. Beside what
         tells the tokens apart it then is larger than it looks.
-      the same without bias: that error where the rotated bias is taken off before rounding, and given back afterwards.
+      without bias: that error where the rotated bias is taken off before rounding, and given back afterwards.
+      by channel: that error where `BLOCK` tokens share a scale for each channel, in place of a scale for each token.
     """
     cos, sin = rope_tables(positions, k.shape[-1], theta)
     k32, v32 = k.astype(jnp.float32), v.astype(jnp.float32)
@@ -53,6 +57,12 @@ def errors(k: jax.Array, v: jax.Array, positions: jax.Array, bias: jax.Array, th
     def error(x: jax.Array) -> float:
         return float(jnp.linalg.norm(unpack(quantize(x)).astype(jnp.float32) - x.astype(jnp.float32)))
 
+    # The missing tokens of the last block repeat its last one, so that they widen no scale and have no error to count.
+    missing = -k.shape[1] % BLOCK
+    blocks = jnp.pad(k, ((0, 0), (0, missing), (0, 0)), mode="edge").reshape(k.shape[0], -1, BLOCK, k.shape[2])
+    by_channel = unpack(quantize(blocks.swapaxes(2, 3))).swapaxes(2, 3).reshape(k.shape[0], -1, k.shape[2])
+    channel_error = by_channel[:, : k.shape[1]].astype(jnp.float32) - k32
+
     def norm(x: jax.Array) -> float:
         return max(float(jnp.linalg.norm(x)), float(np.finfo(np.float32).tiny))
 
@@ -60,6 +70,7 @@ def errors(k: jax.Array, v: jax.Array, positions: jax.Array, bias: jax.Array, th
         "key bias": float(jnp.linalg.norm(bias.astype(jnp.float32), axis=-1).max()),
         "keys": error(k) / norm(k32),
         "keys, beside their mean": error(k) / norm(varying),
-        "the same without bias": error(less) / norm(varying),
+        "without bias": error(less) / norm(varying),
+        "by channel": norm(channel_error) / norm(varying),
         "values": error(v) / norm(v32),
     }

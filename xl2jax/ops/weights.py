@@ -133,9 +133,12 @@ def _multiply_few(x: jax.Array, matrix: QuantizedMatrix) -> jax.Array:
     rows = x.astype(wide)[..., None, :]
     if matrix.zero is None:
         return jnp.sum(rows * matrix.codes.astype(wide), axis=-1) * matrix.scale.astype(wide)
-    first, second = _halves(matrix, wide)
-    rows = rows.reshape(*rows.shape[:-1], first.shape[-2], 2, -1)
-    return jnp.sum(rows[..., 0, :] * first + rows[..., 1, :] * second, axis=(-2, -1))
+    # Each group is summed over its codes alone, so that scale and zero point cost once a group.
+    packed = matrix.codes.reshape(*matrix.scale.shape, -1).astype(jnp.int32)
+    halves = rows.reshape(*rows.shape[:-1], matrix.scale.shape[-1], 2, -1)
+    terms = (packed & 15).astype(wide) * halves[..., 0, :] + (packed >> 4).astype(wide) * halves[..., 1, :]
+    groups = jnp.sum(terms, axis=-1) - matrix.zero.astype(wide) * jnp.sum(halves, axis=(-2, -1))
+    return jnp.sum(groups * matrix.scale.astype(wide), axis=-1)
 
 
 def lookup(matrix: QuantizedMatrix, ids: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
