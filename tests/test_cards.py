@@ -19,13 +19,16 @@ from xl2jax.system.cards import DEVICES, matrix_rate
         ("NVIDIA A100-PCIE-40GB", "a100-40g"),
         ("NVIDIA L40", "l40"),
         ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA GeForce RTX 4060 Ti", "rtx4060ti-16g"),
+        ("NVIDIA GeForce RTX 4060", "rtx4060"),
+        ("NVIDIA L4", "l4"),
     ],
 )
 def test_the_rate_of_a_device_kind(device_kind: str, name: str) -> None:
     assert matrix_rate(device_kind) == DEVICES[name].matrix_rate
 
 
-@pytest.mark.parametrize("device_kind", ["cpu", "NVIDIA L40S", "NVIDIA GH200 480GB"])
+@pytest.mark.parametrize("device_kind", ["cpu", "NVIDIA L40S", "NVIDIA GeForce RTX 3060 Ti", "NVIDIA GH200 480GB"])
 def test_other_devices_have_no_known_rate(device_kind: str) -> None:
     """Names that contain the name of a listed GPU are other GPUs."""
     assert matrix_rate(device_kind) is None

@@ -121,7 +121,7 @@ def changed(folder: Path, change: dict[str, Any], name: str = "config.json") -> 
         ({"mm_vision_tower": 7}, "mm_vision_tower: should be a valid string, not 7"),
         ({"mm_vision_tower": "x" * 5000}, "neither SigLIP-SO400M"),
         ({"mm_vision_tower": "x\x00"}, "neither SigLIP-SO400M"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "is quantised"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
         ({"hidden_size": "64"}, "hidden_size: should be a valid integer, not '64'"),
         ({"hidden_size": REMOVED}, "hidden_size: is missing"),
         ({"hidden_size": 2**60}, "hidden_size: should be less than or equal to 1048576"),

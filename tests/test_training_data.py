@@ -25,7 +25,7 @@ from xl2jax.errors import UserError
 from xl2jax.prompt import IM_END, IM_START
 from xl2jax.training import batches
 from xl2jax.training import loader as loader_module
-from xl2jax.training.batches import Length, MicroBatch, plan_epoch, probe_records
+from xl2jax.training.batches import Length, MicroBatch, padded_groups, plan_epoch, probe_records
 from xl2jax.training.loader import Loader, read_ahead
 from xl2jax.training.loss import IGNORE
 from xl2jax.training.records import Record, read_records
@@ -298,3 +298,13 @@ def test_the_place_of_an_unreadable_sample_stays_empty(records: list[Record], mo
         if records[row[0]].id in ("bad", "gone"):
             assert (part["labels"][b] == IGNORE).all()
             assert not part["pixels"][b].any()
+
+
+def test_shapes_of_rows() -> None:
+    """Few shapes, little padding: even numbers of groups above 4, and room for a power of two of samples."""
+    assert [padded_groups(n) for n in (0, 1, 3, 4, 5, 37, 63, 64, 65, 97)] == [1, 1, 3, 4, 6, 38, 64, 64, 80, 112]
+    for n in range(65, 400):
+        assert n <= padded_groups(n) <= 1.25 * n + 2
+    lengths = [Length(1, 50)] * 11
+    [[row]] = [step for step in plan_epoch(lengths, 1, 1, 0, 0, pack_to=550)]
+    assert (row.samples, len(row.rows[0])) == (16, 11)

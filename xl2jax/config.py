@@ -12,6 +12,9 @@ from pydantic import Field
 from xl2jax.errors import UserError
 from xl2jax.system.schema import Schema, check, is_file, path_problem, quoted, read_json
 
+type Weights = Literal["int8", "int4"]
+"""Matrices in 8 or in 4 bits (`xl2jax.ops.weights`)."""
+
 FRAMES_PER_GROUP = 4
 """Frames that DTS merges into one group: it has two temporal strides of 2."""
 
@@ -19,6 +22,14 @@ VISION_FOLDER = "vision_tower"
 """Name of the folder beside config.json that holds the vision tower's config.json."""
 
 _SO400M_NAME = "siglip-so400m-patch14-384"
+
+
+def foreign_weights(method: str) -> str:
+    """The message that weights which others quantised are not read, and what to do."""
+    return (
+        f"the weights are quantised in a format that is not read ({method}): give the model as its authors released it, "
+        "and --weights int8 or int4 to quantise it on loading"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +67,9 @@ class LLMConfig:
     rope_theta: float = 1e6
     eps: float = 1e-6
     tied_embeddings: bool = False
+    weights: Weights | None = dataclasses.field(default=None, repr=False)
+    """How the matrices are stored: in 8 or 4 bits, or in the dtype of the other parameters. It is no part of
+    config.json. `repr` leaves it out: caches and runs are told apart by the parameters themselves."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +85,10 @@ class VideoXL2Config:
     def visual_tokens(self) -> int:
         """V, visual tokens of one group."""
         return (self.grid // self.pool_stride) ** 2
+
+    def with_weights(self, weights: Weights | None) -> VideoXL2Config:
+        """The same sizes with the LLM's matrices in 8 or 4 bits, or in the dtype of the other parameters."""
+        return dataclasses.replace(self, llm=dataclasses.replace(self.llm, weights=weights))
 
     @classmethod
     def from_hf(cls, folder: str | Path) -> VideoXL2Config:
@@ -91,11 +109,9 @@ class VideoXL2Config:
         if raw.get("mm_vision_tower") is None:
             kind = quoted(raw.get("model_type", "unknown"))
             raise UserError(f"{path}: not a Video-XL-2 checkpoint (model_type {kind}, no mm_vision_tower)")
-        if raw.get("quantization_config") is not None:
-            raise UserError(
-                f"{path}: the checkpoint is quantised (it has a quantization_config), which cannot be read: "
-                "give the original one in 16 or 32 bits"
-            )
+        if (foreign := raw.get("quantization_config")) is not None:
+            method = foreign.get("quant_method", "unknown") if isinstance(foreign, dict) else foreign
+            raise UserError(f"{path}: {foreign_weights(quoted(method))}")
         fields = check(raw, _ModelFields, path)
         config = cls(
             vision=_vision_config(folder, fields.mm_vision_tower),

@@ -15,6 +15,7 @@ from xl2jax.inference import session
 from xl2jax.inference.bilevel import BilevelConfig
 from xl2jax.inference.cache import KVCache
 from xl2jax.inference.layout import PrefillConfig
+from xl2jax.models.param_tree import cast
 from xl2jax.ops.kv import unpack
 
 _GROUPS, _LAYERS = 24, 3
@@ -60,7 +61,7 @@ def check_rows(config: VideoXL2Config, dtype: str, frames: np.ndarray, attention
     with jax.default_matmul_precision("highest"):
         _, visual, kv = run(exact, "blockwise")
         expected, expected_visual = _filled(kv.cache), np.asarray(visual)
-    params = jax.tree.map(lambda x: x.astype(dtype), exact)
+    params = cast(exact, dtype)
     rows, caches = [], {}
     for implementation in dict.fromkeys((attention, "blockwise")):
         setup, visual, kv = run(params, implementation)

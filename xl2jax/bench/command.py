@@ -1,4 +1,4 @@
-"""`xl2jax bench prefill|decode|read|kernels|e2e|train`.
+"""`xl2jax bench prefill|decode|read|kernels|e2e|check|train`.
 
 Every row of `prefill`, `decode`, `read` and `e2e --video` runs in a process of its own, so that it has its own peak
 memory and compilation. The other commands run in one process.
@@ -22,9 +22,10 @@ from xl2jax.bench.file import file_row, plot_rows
 from xl2jax.bench.kernels import KernelArgs, kernel_rows
 from xl2jax.bench.llm import DecodeArgs, PrefillArgs, decode_row, prefill_row
 from xl2jax.bench.read import MODES, ReadArgs, ensure_video, parse_synthetic, read_row
+from xl2jax.bench.rounding import CheckArgs, rounding_tables
 from xl2jax.bench.setup import machine
 from xl2jax.bench.train import TrainBenchArgs, train_rows
-from xl2jax.commands.flags import BilevelFlags, PrefillFlags, choices, whole_numbers
+from xl2jax.commands.flags import BilevelFlags, PrefillFlags, choices, require_checkpoint, whole_numbers
 from xl2jax.config import FRAMES_PER_GROUP, PRESETS
 from xl2jax.errors import UserError, require_number, require_whole
 from xl2jax.ops.attention import check_name
@@ -92,6 +93,8 @@ def _train(args: TrainBenchArgs) -> None:
     _check_preset(args.preset)
     if args.frames < FRAMES_PER_GROUP or args.rows < 1 or args.steps < 1:
         raise UserError(f"--frames must be {FRAMES_PER_GROUP} or more, --rows and --steps 1 or more")
+    if args.train == "all" and args.weights is not None:
+        raise UserError("--weights has no use with --train all: quantised matrices cannot be trained themselves")
     start_backend(keep_programs=False)
     _print_rows(train_rows(args), args.json)
 
@@ -123,12 +126,27 @@ def _e2e(args: E2EArgs) -> None:
         plot_rows(args.plot, rows)
 
 
+def _check(args: CheckArgs) -> None:
+    args.kinds()  # raises UserError
+    require_checkpoint(args.checkpoint)
+    start_backend()
+    table, layers = rounding_tables(args)
+    if args.json:
+        print(json.dumps({"machine": machine(), "rows": table, "layers": layers}))
+        return
+    print(machine())
+    print_table(table, decimals=4)
+    print("\nKV in 8 bits, by layer")
+    print_table(layers, decimals=4)
+
+
 _COMMANDS: dict[str, tuple[type, Callable[..., None]]] = {
     "prefill": (PrefillArgs, _prefill),
     "decode": (DecodeArgs, _decode),
     "read": (ReadArgs, _read),
     "kernels": (KernelArgs, _kernels),
     "e2e": (E2EArgs, _e2e),
+    "check": (CheckArgs, _check),
     "train": (TrainBenchArgs, _train),
 }
 

@@ -26,7 +26,7 @@ from xl2jax.bench.check import check_rows
 from xl2jax.bench.kernels import ceilings
 from xl2jax.bench.setup import DECODE_TOKENS, Setup, random_params, timed
 from xl2jax.commands.flags import BilevelFlags, PrefillFlags, whole_numbers
-from xl2jax.config import FRAMES_PER_GROUP, PRESETS, VideoXL2Config
+from xl2jax.config import FRAMES_PER_GROUP, PRESETS, VideoXL2Config, Weights
 from xl2jax.inference import compiled, flops, memory, session
 from xl2jax.inference.bilevel import BilevelConfig
 from xl2jax.inference.layout import PrefillConfig
@@ -51,7 +51,7 @@ class E2EArgs:
     fps: float = 1.0
     """Frames a second that are taken from the file, up to --frames."""
     cache_dtype: Literal["int8"] | None = None
-    """Keeps the KV in 8 bits."""
+    """dtype of the video's KV; by default --dtype."""
     offload: bool = False
     """Keeps the dense video KV in host memory."""
     plot: Path | None = None
@@ -60,6 +60,8 @@ class E2EArgs:
     """The sizes of the model, by name: video-xl-2 is the released one."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """The type of weights and activations."""
+    weights: Weights | None = None
+    """Has the LLM's matrices in 8 or 4 bits."""
     prefill: tyro.conf.OmitArgPrefixes[PrefillFlags] = dataclasses.field(default_factory=PrefillFlags)
     step_groups: int | None = None
     """Groups that go through the networks together; by default as many as in infer.py on this device."""
@@ -127,7 +129,7 @@ def random_frames(config: VideoXL2Config, count: int) -> np.ndarray:
 
 def vision_row(args: E2EArgs, params: nnx.State, ceiling: float, profile: _Profiler) -> dict[str, Any]:
     """Frames per second of the tower alone, and of tower, DTS and projector."""
-    config = PRESETS[args.preset]
+    config = PRESETS[args.preset].with_weights(args.weights)
     network = Network.create(config, params, args.attention)
     count = (args.step_groups or default_steps(network.platform)[0]) * FRAMES_PER_GROUP
     frames = jnp.asarray(random_frames(config, count))
@@ -213,10 +215,8 @@ def video_row(args: E2EArgs, params: nnx.State, count: int, ceiling: float, prof
 
     def setup(config: PrefillConfig) -> Setup:
         groups = count // FRAMES_PER_GROUP
-        quantized = args.cache_dtype == "int8"
-        return Setup(
-            PRESETS[args.preset], params, groups, config, args.step_groups, args.attention, quantized=quantized
-        )
+        model, quantized = PRESETS[args.preset].with_weights(args.weights), args.cache_dtype == "int8"
+        return Setup(model, params, groups, config, args.step_groups, args.attention, quantized=quantized)
 
     config = args.prefill.config()
     video = setup(config)
@@ -238,7 +238,7 @@ def e2e_rows(args: E2EArgs) -> Iterator[dict[str, Any]]:
     yield {"stage": "card", **card}
     ceiling = card["matrix_tflops"] * 1e12
     profile = _Profiler(args.profile)
-    config = PRESETS[args.preset]
+    config = PRESETS[args.preset].with_weights(args.weights)
     if args.check:
         yield from check_rows(config, args.dtype, random_frames(config, 32), args.attention)
     params = random_params(config, args.dtype)

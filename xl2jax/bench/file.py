@@ -42,7 +42,9 @@ def file_row(args: E2EArgs, _: str, frames: int) -> dict[str, Any]:
     """
     path = ensure_video(args.video, args.synthetic or "")
     sampling = FrameSampling(args.fps, None, frames)
-    model = xl2jax.load(args.checkpoint or DEFAULT_CHECKPOINT, dtype=args.dtype, implementation=args.attention)
+    model = xl2jax.load(
+        args.checkpoint or DEFAULT_CHECKPOINT, dtype=args.dtype, weights=args.weights, implementation=args.attention
+    )
     before, started = memory.host_peak_bytes(), time.perf_counter()
     clip = open_video(path, sampling)
     for _batch in clip.batches(64, model.config.vision.image_size, workers=default_workers()):

@@ -12,7 +12,7 @@ import tyro
 
 from xl2jax.bench.setup import DECODE_TOKENS, Setup, random_params, timed
 from xl2jax.commands.flags import BilevelFlags, PrefillFlags
-from xl2jax.config import PRESETS
+from xl2jax.config import PRESETS, Weights
 from xl2jax.inference import memory
 from xl2jax.inference.cache import KVCache
 from xl2jax.inference.layout import PrefillConfig
@@ -31,6 +31,8 @@ class PrefillArgs:
     """The sizes of the model, by name: video-xl-2 is the released one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """The type of weights and activations."""
+    weights: Weights | None = None
+    """Has the LLM's matrices in 8 or 4 bits."""
     prefill: tyro.conf.OmitArgPrefixes[PrefillFlags] = dataclasses.field(default_factory=PrefillFlags)
     step_groups: int | None = None
     """Groups that go through the layers together; by default as many as in infer.py on this device."""
@@ -52,6 +54,8 @@ class DecodeArgs:
     """The sizes of the model, by name: video-xl-2 is the released one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """The type of weights and activations."""
+    weights: Weights | None = None
+    """Has the LLM's matrices in 8 or 4 bits."""
     decode: tyro.conf.OmitArgPrefixes[BilevelFlags] = dataclasses.field(default_factory=BilevelFlags)
     attention: str = "auto"
     """auto (the fastest one for this device and dtype), blockwise, reference, wgmma or mma."""
@@ -63,7 +67,7 @@ def prefill_row(args: PrefillArgs, mode: str, groups: int) -> dict[str, Any]:
     config = args.prefill.config()
     if mode == "dense":
         config = dataclasses.replace(config, window_chunks=None)
-    model = PRESETS[args.preset]
+    model = PRESETS[args.preset].with_weights(args.weights)
     setup = Setup(model, random_params(model, args.dtype), groups, config, args.step_groups, args.attention)
     jax.block_until_ready((setup.network.params, setup.visual))
     before = memory.used_bytes()  # of imports, runtime and parameters
@@ -82,7 +86,7 @@ def prefill_row(args: PrefillArgs, mode: str, groups: int) -> dict[str, Any]:
 
 
 def decode_row(args: DecodeArgs, mode: str, groups: int) -> dict[str, Any]:
-    model = PRESETS[args.preset]
+    model = PRESETS[args.preset].with_weights(args.weights)
     setup = Setup(model, random_params(model, args.dtype), groups, PrefillConfig(), None, args.attention)
     jax.block_until_ready((setup.network.params, setup.visual))
     before = memory.used_bytes()

@@ -62,6 +62,7 @@ class Setup:
         *,
         quantized: bool = False,
     ):
+        """`quantized`: the video's KV is in 8 bits."""
         self.quantized = quantized
         self.network = Network.create(config, params, attention)
         self.layout = VideoLayout(PREFIX, (TIMES,) * groups, config.visual_tokens)
@@ -80,9 +81,8 @@ class Setup:
 
     def start(self) -> session.VideoPrefill:
         """Begins a prefill: the prefix is in the cache."""
-        prefix = [0] * PREFIX
         return session.VideoPrefill(
-            self.network, self.layout, self.plan, prefix, self._time_ids, quantized=self.quantized
+            self.network, self.layout, self.plan, [0] * PREFIX, self._time_ids, quantized=self.quantized
         )
 
     def prefill(self, segments: int | None = None) -> session.VideoKV:

@@ -14,8 +14,9 @@ import numpy as np
 
 from xl2jax.bench.kernels import ceilings
 from xl2jax.bench.setup import PREFIX, TIMES, timed
-from xl2jax.config import FRAMES_PER_GROUP, PRESETS
+from xl2jax.config import FRAMES_PER_GROUP, PRESETS, Weights
 from xl2jax.inference import memory
+from xl2jax.models.param_tree import is_quantized
 from xl2jax.training.batches import padded_groups, padded_tokens
 from xl2jax.training.config import PRESETS as TRAINING
 from xl2jax.training.config import TrainConfig, trained_names
@@ -40,6 +41,8 @@ class TrainBenchArgs:
     """Which parameters are trained."""
     lora_rank: int = 64
     """Rank of the adapters."""
+    weights: Weights | None = None
+    """Has the frozen matrices of the LLM in 8 or 4 bits, not with --train all."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """The type of activations."""
     fsdp: int | None = None
@@ -58,7 +61,7 @@ def train_rows(args: TrainBenchArgs) -> Iterator[dict[str, Any]]:
     """Yields the rates of the card, then the step: its median seconds after a first step that compiles."""
     rates = ceilings() if jax.default_backend() == "gpu" else {}
     yield rates
-    model = PRESETS[args.preset]
+    model = PRESETS[args.preset].with_weights(args.weights)
     config = dataclasses.replace(
         TRAINING["stage4"],
         checkpoint="random",
@@ -101,7 +104,7 @@ def train_rows(args: TrainBenchArgs) -> Iterator[dict[str, Any]]:
             seconds.append(took)
             losses.append(float(metrics.loss))
     median = statistics.median(seconds)
-    tokens = int(batch[1].ids.shape[1])
+    tokens = _used_tokens(groups, model.visual_tokens, args.answer_tokens)  # without padding
     operations = rows * sample_flops(model, set(names), groups, tokens, args.answer_tokens)
     row: dict[str, Any] = {
         "train": args.train,
@@ -128,11 +131,15 @@ def _random(config: TrainConfig, shapes: dict[str, Any], trained: set[str], mesh
     out = {}
     for number, (name, s) in enumerate(shapes.items()):
         dtype = jnp.dtype(MASTER if name in trained else config.compute_dtype)
-        shape = s.shape
+        dtype, shape = s.dtype if is_quantized(name) else dtype, s.shape
 
         def make(name: str = name, shape: Any = shape, dtype: Any = dtype, number: int = number) -> jax.Array:
             if name.endswith(("bias", "lora_b")):
                 return jnp.zeros(shape, dtype)
+            if jnp.issubdtype(dtype, jnp.integer):
+                return jax.random.randint(jax.random.key(number), shape, 0, 100, dtype)
+            if name.endswith("codes_scale"):
+                return jnp.full(shape, 1e-4, dtype)
             if name.endswith("scale"):
                 return jnp.ones(shape, dtype)
             width = 0.02 if name.endswith("embedding") else float(np.prod(shape[-2:-1])) ** -0.5
@@ -142,12 +149,15 @@ def _random(config: TrainConfig, shapes: dict[str, Any], trained: set[str], mesh
     return out
 
 
+def _used_tokens(groups: int, visual_tokens: int, answer: int) -> int:
+    return PREFIX + groups * (TIMES + visual_tokens) + answer
+
+
 def _batch(
     rows: int, groups: int, visual_tokens: int, size: int, vocab: int, answer: int
 ) -> tuple[np.ndarray, TokenBatch]:
     rng = np.random.default_rng(0)
-    per_group = TIMES + visual_tokens
-    used = PREFIX + groups * per_group + answer
+    per_group, used = TIMES + visual_tokens, _used_tokens(groups, visual_tokens, answer)
     length = padded_tokens(used)
     ids = rng.integers(0, vocab, (rows, length)).astype(np.int32)
     inside = np.arange(length) - PREFIX

@@ -5,6 +5,9 @@ tokenizer.json, ...                      copies of upstream's files
 params/                                  the Orbax checkpoint; each layer has its own arrays
 unused.safetensors                       tensors that upstream stores but never uses
 xl2jax.json                              {"format": 2, "dtype": "bfloat16", "checksums": {name: digits}}
+
+With the LLM's matrices in 8 or 4 bits, xl2jax.json has format 3 and "weights": "int8". Each matrix then is several arrays:
+`codes`, `codes_scale` and, in 4 bits, `codes_zero` (`xl2jax.ops.weights`).
 """
 
 from __future__ import annotations
@@ -25,9 +28,9 @@ import orbax.checkpoint.experimental.v1 as ocp
 from flax import traverse_util
 
 from xl2jax.checkpoint.array_checks import checksum
-from xl2jax.checkpoint.param_names import Entry, entries
+from xl2jax.checkpoint.param_names import Tensor, tensors
 from xl2jax.checkpoint.safetensors_io import DTYPE_NAMES, DTYPES, ShardWriter, TensorFolder
-from xl2jax.config import VideoXL2Config
+from xl2jax.config import VideoXL2Config, Weights
 from xl2jax.errors import UserError, first_line, listing
 from xl2jax.system.schema import Schema, is_file, read_json, require_readable, unreadable
 from xl2jax.system.terminal import machine_fault
@@ -39,10 +42,11 @@ _BATCH_BYTES = 64 << 20  # Orbax reads and writes arrays of about this size toge
 
 
 class Manifest(Schema):
-    """The contents of xl2jax.json. Format 1 had no checksums."""
+    """The contents of xl2jax.json. Format 1 had no checksums, and formats before 3 no quantised matrices."""
 
-    format: Literal[1, 2]
+    format: Literal[1, 2, 3]
     dtype: Literal["float32", "bfloat16", "float16"]
+    weights: Weights | None = None
     checksums: dict[str, str] | None = None
 
 
@@ -56,6 +60,8 @@ def read_manifest(folder: Path) -> Manifest:
     manifest = read_json(folder / MANIFEST, Manifest)
     if manifest.format != 1 and manifest.checksums is None:
         raise UserError(f"{folder / MANIFEST}: checksums: is missing; convert the checkpoint again")
+    if (manifest.format == 3) != (manifest.weights is not None):
+        raise UserError(f"{folder / MANIFEST}: format and weights contradict each other; convert the checkpoint again")
     return manifest
 
 
@@ -73,9 +79,11 @@ class OrbaxFolder:
 
     def __init__(self, folder: Path, config: VideoXL2Config, *, verify: bool = True):
         self.folder, self._path = folder, (folder / PARAMS).absolute()
-        self.entries = entries(config)
         ignore_closed_loops()
         manifest = read_manifest(folder)
+        self.config = config.with_weights(manifest.weights)
+        self.tensors = tensors(self.config)
+        self._places = {t.name: i for i, t in enumerate(self.tensors)}
         self.dtype: str = manifest.dtype
         self._stored = self._dtypes()
         self._ahead: dict[str, np.ndarray] = {}
@@ -111,16 +119,17 @@ class OrbaxFolder:
             dtypes = {name: np.dtype(leaf.dtype) for name, leaf in stored.items()}
         except Exception as e:  # Orbax raises many types, depending on its storage
             raise machine_fault(e) or self._damaged(e) from e
-        wanted = {e.name: e.shape for e in self.entries}
+        wanted = {t.name: t for t in self.tensors}
         problems = [n for n in shapes if n not in wanted]
-        problems += [n for n, shape in wanted.items() if shapes.get(n) != shape]
-        problems += [n for n, dtype in dtypes.items() if dtype not in _FLOATS and n not in problems]
+        problems += [n for n, t in wanted.items() if shapes.get(n) != t.shape]
+        kinds = {n: _FLOATS if t.dtype is None else [t.dtype] for n, t in wanted.items()}
+        problems += [n for n, dtype in dtypes.items() if n not in problems and dtype not in kinds[n]]
         if problems:
             raise UserError(f"{self._path}: the arrays do not fit config.json: {listing(problems)}")
         return dtypes
 
-    def read(self, parts: Sequence[Entry]) -> list[np.ndarray]:
-        """Reads tensors in their stored dtype. Reading in the order of `entries` is fastest.
+    def read(self, parts: Sequence[Tensor]) -> list[np.ndarray]:
+        """Reads tensors in their stored dtype. Reading in the order of `tensors` is fastest.
 
         A call of Orbax takes 50 to 200 ms, so the tensors that follow are read together with those asked for.
         """
@@ -128,21 +137,21 @@ class OrbaxFolder:
             self._ahead = self._load(self._with_next(parts))
         return [self._ahead.pop(e.name) for e in parts]
 
-    def _with_next(self, parts: Sequence[Entry]) -> list[Entry]:
-        """`parts` and the entries after them, as long as they have at most `_BATCH_BYTES` together."""
+    def _with_next(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """`parts` and the tensors after them, as long as they have at most `_BATCH_BYTES` together."""
         together = list(parts)
         size = sum(map(self._nbytes, together))
-        for entry in self.entries[self.entries.index(together[-1]) + 1 :]:
-            size += self._nbytes(entry)
+        for tensor in self.tensors[self._places[together[-1].name] + 1 :]:
+            size += self._nbytes(tensor)
             if size > _BATCH_BYTES:
                 break
-            together.append(entry)
+            together.append(tensor)
         return together
 
-    def _nbytes(self, entry: Entry) -> int:
-        return math.prod(entry.shape) * self._stored[entry.name].itemsize
+    def _nbytes(self, tensor: Tensor) -> int:
+        return math.prod(tensor.shape) * self._stored[tensor.name].itemsize
 
-    def _load(self, parts: list[Entry]) -> dict[str, np.ndarray]:
+    def _load(self, parts: list[Tensor]) -> dict[str, np.ndarray]:
         abstract: dict[str, Any] = dict.fromkeys(self._stored, ocp.PLACEHOLDER)
         for e in parts:
             abstract[e.name] = np.empty(e.shape, self._stored[e.name])
@@ -211,8 +220,9 @@ def _system_errors() -> Iterator[None]:
 class OrbaxWriter:
     """Writes the tensors of an Orbax model folder. Config and tokenizer files are copied elsewhere."""
 
-    def __init__(self, folder: Path, dtype: str):
-        self._folder, self._path, self._dtype = folder, (folder / PARAMS).absolute(), dtype
+    def __init__(self, folder: Path, dtype: str, weights: Weights | None = None):
+        self._folder, self._path = folder, (folder / PARAMS).absolute()
+        self._dtype, self._weights = dtype, weights
         self._checksums: dict[str, str] = {}
         self._batch: dict[str, np.ndarray] = {}
         ignore_closed_loops()
@@ -245,5 +255,8 @@ class OrbaxWriter:
             self._flush()
         with _system_errors():
             ocp.partial.finalize(self._path)
-        manifest = {"format": 2, "dtype": self._dtype, "checksums": self._checksums}
+        manifest: dict[str, Any] = {"format": 2, "dtype": self._dtype}
+        if self._weights is not None:
+            manifest |= {"format": 3, "weights": self._weights}
+        manifest["checksums"] = self._checksums
         (self._folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")

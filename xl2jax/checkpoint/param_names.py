@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from xl2jax.config import VideoXL2Config
-from xl2jax.models.param_tree import flatten
+from xl2jax.models.param_tree import flatten, is_quantized
 from xl2jax.models.video_xl2 import abstract_model
 
 type Shape = tuple[int, ...]
@@ -96,13 +96,21 @@ def is_unused(torch_name: str, config: VideoXL2Config) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class Tensor:
     """One tensor of one layer. `name` contains the layer number; `param` is the name of the stacked parameter."""
 
     name: str
     param: str
     layer: int | None
     shape: Shape
+    dtype: np.dtype | None
+    """That of a part of a quantised matrix. None: the dtype of the checkpoint."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry(Tensor):
+    """One tensor of one layer, and its counterpart in upstream's model."""
+
     torch_name: str
     torch_shape: Shape
     transform: Transform
@@ -120,23 +128,34 @@ def _patterns() -> list[tuple[re.Pattern[str], str, Transform]]:
 
 
 @functools.cache
-def entries(config: VideoXL2Config) -> tuple[Entry, ...]:
-    """Every tensor of a checkpoint with this config, layer by layer."""
-    patterns = _patterns()
+def tensors(config: VideoXL2Config) -> tuple[Tensor, ...]:
+    """Every tensor of a model with this config, layer by layer."""
     out = []
     for param, leaf in flatten(nnx.state(abstract_model(config, jnp.float32))).items():
-        stacked = ".layers." in param
-        for layer in range(leaf.shape[0]) if stacked else (None,):
-            name = param if layer is None else param.replace(".layers.", f".layers.{layer}.")
-            shape = leaf.shape[1:] if stacked else leaf.shape
-            matches = [(m, theirs, tr) for p, theirs, tr in patterns if (m := p.fullmatch(name))]
-            if len(matches) != 1:
-                raise AssertionError(f"{len(matches)} rows of the name table match {name}")
-            match, theirs, transform = matches[0]
-            numbers = {k: int(v) for k, v in match.groupdict().items()}
-            stage = 3 * numbers.get("s", 0)
-            torch_name = theirs.format(i=numbers.get("i"), s0=stage, s1=stage + 1, s2=stage + 2)
-            # A zero-stride array has the tensor's shape but takes no memory.
-            torch_shape = transform.to_torch(np.broadcast_to(np.int8(0), shape), config).shape
-            out.append(Entry(name, param, layer, shape, torch_name, torch_shape, transform))
+        dtype = np.dtype(leaf.dtype) if is_quantized(param) else None
+        if ".layers." not in param:
+            out.append(Tensor(param, param, None, leaf.shape, dtype))
+            continue
+        for layer in range(leaf.shape[0]):
+            name = param.replace(".layers.", f".layers.{layer}.")
+            out.append(Tensor(name, param, layer, leaf.shape[1:], dtype))
+    return tuple(out)
+
+
+@functools.cache
+def entries(config: VideoXL2Config) -> tuple[Entry, ...]:
+    """Every tensor of an unquantised checkpoint with these sizes, layer by layer."""
+    patterns = _patterns()
+    out = []
+    for tensor in tensors(config.with_weights(None)):
+        matches = [(m, theirs, tr) for p, theirs, tr in patterns if (m := p.fullmatch(tensor.name))]
+        if len(matches) != 1:
+            raise AssertionError(f"{len(matches)} rows of the name table match {tensor.name}")
+        match, theirs, transform = matches[0]
+        numbers = {k: int(v) for k, v in match.groupdict().items()}
+        stage = 3 * numbers.get("s", 0)
+        torch_name = theirs.format(i=numbers.get("i"), s0=stage, s1=stage + 1, s2=stage + 2)
+        # A zero-stride array has the tensor's shape but takes no memory.
+        torch_shape = transform.to_torch(np.broadcast_to(np.int8(0), tensor.shape), config).shape
+        out.append(Entry(**vars(tensor), torch_name=torch_name, torch_shape=torch_shape, transform=transform))
     return tuple(out)

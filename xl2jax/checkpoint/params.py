@@ -2,91 +2,173 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from xl2jax.checkpoint.orbax_folder import OrbaxFolder, is_orbax
-from xl2jax.checkpoint.param_names import Entry
+from xl2jax.checkpoint.orbax_folder import OrbaxFolder, is_orbax, read_manifest
+from xl2jax.checkpoint.param_names import Entry, Tensor, tensors
+from xl2jax.checkpoint.quantizing import base_name, dequantized, quantized, weights_of
 from xl2jax.checkpoint.safetensors_io import DTYPE_NAMES, DTYPES, cast
 from xl2jax.checkpoint.torch_folder import TorchCheckpoint
-from xl2jax.config import VideoXL2Config
-from xl2jax.models.param_tree import unflatten
+from xl2jax.config import VideoXL2Config, Weights
+from xl2jax.errors import UserError
+from xl2jax.models.param_tree import is_quantized, unflatten
 from xl2jax.system.terminal import byte_bar
 
 
+def stored_config(folder: Path, weights: Weights | None = None) -> VideoXL2Config:
+    """The sizes of a checkpoint, and how its matrices are once they are read with `weights`. Reads no tensor.
+
+    Raises:
+      UserError: its matrices are quantised already, and otherwise than `weights` asks for.
+    """
+    config = VideoXL2Config.from_hf(folder)
+    stored = read_manifest(folder).weights if is_orbax(folder) else None
+    if weights is not None and stored not in (None, weights):
+        raise UserError(f"{folder}: its weights are {stored} already: leave out --weights {weights}")
+    return config.with_weights(weights or stored)
+
+
 def load_params(
-    folder: Path, dtype: str | None = None, *, progress: bool = False, verify: bool = True
+    folder: Path,
+    dtype: str | None = None,
+    weights: Weights | None = None,
+    *,
+    progress: bool = False,
+    verify: bool = True,
 ) -> tuple[VideoXL2Config, nnx.State]:
     """The config and the parameters of a checkpoint, on the default device. See `ParamReader`."""
-    config = VideoXL2Config.from_hf(folder)
-    params = {n: jnp.asarray(array) for n, array in read_params(folder, dtype, progress=progress, verify=verify)}
-    return config, unflatten(params, config)
+    reader = ParamReader(folder, dtype, weights, verify=verify)
+    return reader.config, reader.load(progress=progress)
 
 
 class ParamReader:
     """Reads parameters by dotted name, with stacked layers, from a checkpoint that is opened and checked once.
 
-    Host memory holds one stacked parameter and its layers at a time.
+    Host memory holds one stacked parameter and its layers at a time. A matrix that is quantised on reading is quantised
+    layer by layer, from the numbers as they are stored.
 
     Args:
       folder: a checkpoint in either layout.
       dtype: `float32`, `bfloat16`, `float16`, or None for the stored dtype.
+      weights: quantises the LLM's matrices to 8 or 4 bits. None leaves them as they are stored.
       verify: whether tensors of an Orbax folder are compared with their checksums.
 
     Raises:
-      UserError: the checkpoint is incomplete; in `read`, a tensor is damaged, not finite or too large for `dtype`.
+      UserError: the checkpoint is incomplete, or its matrices are quantised otherwise than `weights` asks for; in
+        `read`, a tensor is damaged, not finite or too large for `dtype`.
     """
 
-    def __init__(self, folder: Path, dtype: str | None = None, *, verify: bool = True):
-        self._source: Callable[[list[Entry]], list[np.ndarray]]
+    config: VideoXL2Config
+    """The sizes, and how the matrices are stored once they are read."""
+    dtype: str
+    """That of all parameters but quantised matrices."""
+
+    def __init__(self, folder: Path, dtype: str | None = None, weights: Weights | None = None, *, verify: bool = True):
+        self._folder = folder
+        self._source: Callable[[Sequence[Any]], list[np.ndarray]]  # of `Tensor`, or of `Entry` in the PyTorch layout
+        table: Sequence[Tensor]
+        self.config = stored_config(folder, weights)
         if is_orbax(folder):
-            orbax = OrbaxFolder(folder, VideoXL2Config.from_hf(folder), verify=verify)
-            chosen, table = dtype or orbax.dtype, orbax.entries
-            self._source = lambda parts: [
-                cast(array, chosen, f"{folder}: {e.name}") for e, array in zip(parts, orbax.read(parts), strict=True)
-            ]
+            orbax = OrbaxFolder(folder, self.config, verify=verify)
+            table = orbax.tensors
+            self.dtype, self._source = dtype or orbax.dtype, orbax.read
         else:
             torch = TorchCheckpoint(folder)
-            chosen, table = torch.dtype(dtype), torch.entries
-            self._source = lambda parts: [torch.read(entry, chosen) for entry in parts]
-        self._itemsize = DTYPES[DTYPE_NAMES[chosen]].itemsize
-        self._parts: dict[str, list[Entry]] = {}
-        for entry in table:
-            self._parts.setdefault(entry.param, []).append(entry)
+            table = torch.entries
+            self.dtype, self._source = torch.dtype(dtype), torch.read
+        self._parts = _by_param(tensors(self.config))
+        self._stored = _by_param(table)
+        self._quantized: dict[str, np.ndarray] = {}
 
     @property
     def names(self) -> list[str]:
         """Dotted names of all parameters."""
         return list(self._parts)
 
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all parameters."""
+        return sum(map(self.nbytes, self.names))
+
+    def load(self, *, progress: bool = False) -> nnx.State:
+        """All parameters, on the default device."""
+        params = {n: jnp.asarray(array) for n, array in self.read_all(progress=progress)}
+        return unflatten(params, self.config)
+
     def nbytes(self, name: str) -> int:
-        """Bytes of a parameter in `dtype`."""
-        return sum(int(np.prod(e.shape)) for e in self._parts[name]) * self._itemsize
+        """Bytes of a parameter as `read` returns it."""
+        return sum(
+            math.prod(t.shape) * (t.dtype or DTYPES[DTYPE_NAMES[self.dtype]]).itemsize for t in self._parts[name]
+        )
 
     def read(self, name: str) -> np.ndarray:
-        """One parameter in `dtype`; layers are stacked along the first axis."""
-        parts = self._parts[name]
-        arrays = self._source(parts)
-        return arrays[0] if parts[0].layer is None else np.stack(arrays)
+        """One parameter; layers are stacked along the first axis."""
+        if name in self._stored:
+            parts = self._stored[name]
+            arrays = [self._cast(t, x) for t, x in zip(parts, self._source(parts), strict=True)]
+            return arrays[0] if parts[0].layer is None else np.stack(arrays)
+        if name not in self._quantized:
+            self._quantized = self._quantize(base_name(name))
+        return self._quantized.pop(name)
+
+    def plain(self, name: str) -> np.ndarray:
+        """One parameter of the unquantised model, by its name there, in `dtype`. A quantised matrix is unpacked."""
+        if name in self._parts:
+            return self.read(name)
+        base = base_name(name)
+        parts = {n: self.read(n) for n in self._parts if base_name(n) == base and is_quantized(n)}
+        where = f"{self._folder}: {name}"
+        if ".layers." not in name:
+            return cast(dequantized(name, parts), self.dtype, where)
+        layers = ({n: x[i] for n, x in parts.items()} for i in range(self.config.llm.layers))
+        return np.stack([cast(dequantized(name, layer), self.dtype, where) for layer in layers])
+
+    def _cast(self, tensor: Tensor, array: np.ndarray) -> np.ndarray:
+        return array if tensor.dtype is not None else cast(array, self.dtype, self._where(tensor))
+
+    def _where(self, tensor: Tensor) -> str:
+        return f"{self._folder}: {tensor.torch_name if isinstance(tensor, Entry) else tensor.name}"
+
+    def _quantize(self, base: str) -> dict[str, np.ndarray]:
+        """The parts of a matrix, with stacked layers."""
+        out: dict[str, np.ndarray] = {}
+        (param,) = (n for n in self._stored if base_name(n) == base and n not in self._parts)
+        layers = self._stored[param]
+        for i, tensor in enumerate(layers):
+            (array,) = self._source([tensor])
+            kind = weights_of(tensor, self.config)
+            assert kind is not None
+            for name, part in quantized(tensor, array, kind, self._where(tensor)).items():
+                if tensor.layer is None:
+                    out[name] = part
+                    continue
+                stacked = f"{base}.{name.rpartition('.')[2]}"
+                if stacked not in out:
+                    out[stacked] = np.empty((len(layers), *part.shape), part.dtype)
+                out[stacked][i] = part
+        return out
+
+    def read_all(
+        self, *, progress: bool = False, wanted: Callable[[str], bool] = lambda _: True
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """Yields (dotted name, array) of the parameters whose name is `wanted`."""
+        names = [n for n in self.names if wanted(n)]
+        with byte_bar("load", sum(map(self.nbytes, names)), progress) as bar:
+            for name in names:
+                array = self.read(name)
+                yield name, array
+                bar.update(array.nbytes)
 
 
-def read_params(
-    folder: Path,
-    dtype: str | None = None,
-    *,
-    progress: bool = False,
-    wanted: Callable[[str], bool] = lambda _: True,
-    verify: bool = True,
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields (dotted name, array) of the parameters whose name is `wanted`. See `ParamReader`."""
-    reader = ParamReader(folder, dtype, verify=verify)
-    names = [n for n in reader.names if wanted(n)]
-    with byte_bar("load", sum(map(reader.nbytes, names)), progress) as bar:
-        for name in names:
-            array = reader.read(name)
-            yield name, array
-            bar.update(array.nbytes)
+def _by_param[T: Tensor](table: Sequence[T]) -> dict[str, list[T]]:
+    parts: dict[str, list[T]] = {}
+    for tensor in table:
+        parts.setdefault(tensor.param, []).append(tensor)
+    return parts

@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,8 @@ from xl2jax.checkpoint.safetensors_io import (
     ShardWriter,
     Stored,
     TensorFolder,
-    cast,
 )
-from xl2jax.config import VISION_FOLDER, VideoXL2Config, vision_config_path
+from xl2jax.config import VISION_FOLDER, VideoXL2Config, foreign_weights, vision_config_path
 from xl2jax.errors import UserError, listing
 from xl2jax.models.param_tree import flatten
 from xl2jax.system.atomic import replacing_folder
@@ -39,6 +38,11 @@ _COMPANIONS = (
     "special_tokens_map.json", "chat_template.jinja", "chat_template.json", "generation_config.json", "README.md",
 )  # fmt: skip
 _SHARD_BYTES = 4 << 30
+_FOREIGN = {
+    "GPTQ": ".g_idx", "AWQ": ".qweight", "bitsandbytes, 4 bits": ".absmax", "bitsandbytes, 8 bits": ".SCB",
+    "compressed-tensors": ".weight_packed", "scaled 8 bits": ".weight_scale",
+}  # fmt: skip
+"""Formats of quantised weights, and how the name of one of their tensors ends. GPTQ has AWQ's names too."""
 
 
 class TorchCheckpoint:
@@ -55,6 +59,9 @@ class TorchCheckpoint:
         known = {e.torch_name: e for e in self.entries}
         shapes = self.files.shapes
         self.unused = [n for n in shapes if n not in known and is_unused(n, self.config)]
+        for method, end in _FOREIGN.items():
+            if any(n.endswith(end) for n in shapes):
+                raise UserError(f"{folder}: {foreign_weights(method)}")
         unknown = [n for n in shapes if n not in known and not is_unused(n, self.config)]
         missing = [n for n in known if n not in shapes]
         misshapen = [
@@ -90,10 +97,9 @@ class TorchCheckpoint:
             f"{self.files.folder}: stored as {' and '.join(sorted(stored))}; choose --dtype {', '.join(DTYPE_NAMES)}"
         )
 
-    def read(self, entry: Entry, dtype: str) -> np.ndarray:
-        """One tensor in the layout of this model."""
-        array = entry.transform.to_jax(self.files.read(entry.torch_name))
-        return cast(array, dtype, f"{self.files.folder}: {entry.torch_name}")
+    def read(self, parts: Sequence[Entry]) -> list[np.ndarray]:
+        """Reads tensors in their stored dtype, in the layout of this model."""
+        return [e.transform.to_jax(self.files.read(e.torch_name)) for e in parts]
 
 
 def copy_companions(source: Path, target: Path) -> None:

@@ -13,6 +13,7 @@ from xl2jax.checkpoint.convert import orbax_to_torch, torch_to_orbax
 from xl2jax.checkpoint.orbax_folder import is_orbax
 from xl2jax.checkpoint.safetensors_io import DtypeName
 from xl2jax.checkpoint.sources import find_checkpoint
+from xl2jax.config import Weights
 from xl2jax.errors import UserError
 from xl2jax.system.terminal import flag_errors
 
@@ -27,8 +28,10 @@ class Args:
     """Folder to create; it must not exist."""
     dtype: DtypeName | None = None
     """dtype of the tensors in the result; by default the dtype of the source."""
+    weights: Weights | None = None
+    """Quantises the LLM's matrices to 8 or 4 bits; --dtype is that of all other tensors."""
     reverse: bool = False
-    """Converts Orbax to the PyTorch layout."""
+    """Converts Orbax to the PyTorch layout, in which matrices of 8 or 4 bits are unpacked."""
     verify_checksums: bool = True
     """Compares each tensor of an Orbax folder with the checksum that the folder stores for it."""
 
@@ -40,10 +43,12 @@ def main() -> None:
     if args.reverse != is_orbax(source):
         kind = "is an Orbax checkpoint: add --reverse" if is_orbax(source) else "is not an Orbax checkpoint of xl2jax"
         raise UserError(f"{source} {kind}")
+    if args.reverse and args.weights is not None:
+        raise UserError("--weights has no effect with --reverse, which unpacks matrices: leave one out")
     if args.reverse:
         orbax_to_torch(source, args.dst, args.dtype, progress=True, verify=args.verify_checksums)
     elif not args.verify_checksums:
         raise UserError("--no-verify-checksums has no effect without --reverse: leave it out")
     else:
-        torch_to_orbax(source, args.dst, args.dtype, progress=True)
+        torch_to_orbax(source, args.dst, args.dtype, args.weights, progress=True)
     print(f"wrote {args.dst}", file=sys.stderr)

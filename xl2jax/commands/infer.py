@@ -21,7 +21,7 @@ import tyro
 import xl2jax
 from xl2jax.checkpoint.sources import find_checkpoint
 from xl2jax.commands.flags import DEFAULT_CHECKPOINT, OFFLOAD_IS_DENSE, PrefillFlags, require_checkpoint
-from xl2jax.config import VideoXL2Config
+from xl2jax.config import VideoXL2Config, Weights
 from xl2jax.errors import UserError
 from xl2jax.inference import memory
 from xl2jax.inference.api import Answer, Model
@@ -75,6 +75,8 @@ class ComputeArgs:
 
     dtype: Literal["bfloat16", "float32", "float16"] | None = None
     """dtype of parameters, KV and activations; by default that of the checkpoint."""
+    weights: Weights | None = None
+    """Quantises the LLM's matrices to 8 or 4 bits on loading; by default they are as the checkpoint stores them."""
     window_chunks: int | Literal["all"] = 3
     """How many chunks (of 16 frames) before its own a visual token sees during prefill; all is dense prefill."""
     top_chunks: int | Literal["all"] | None = None
@@ -203,7 +205,7 @@ def main() -> int:
         check_pool(request.bilevel, VideoXL2Config.from_hf(folder).visual_tokens)
     start_backend()
     started = time.perf_counter()
-    model = xl2jax.load(folder, dtype=args.compute.dtype, progress=True)
+    model = xl2jax.load(folder, dtype=args.compute.dtype, weights=args.compute.weights, progress=True)
     load_seconds = time.perf_counter() - started
     for question in args.questions:
         suffix(model.tokenizer, question)  # a question that is too long is refused before the video is watched
@@ -330,6 +332,7 @@ def _report(
         "programs": {"compiled": programs.compiled, "from_cache": programs.from_cache},
         "device": f"{device.platform}: {device.device_kind}",
         "dtype": model.dtype,
+        "weights": model.config.llm.weights,
         "cache": {
             "bytes": sum(x.nbytes for x in jax.tree.leaves((kv.cache.k, kv.cache.v))),
             "host_bytes": 0 if kv.host is None else kv.host.nbytes,

@@ -14,7 +14,7 @@ import tyro
 
 import xl2jax
 from xl2jax.commands.flags import DEFAULT_CHECKPOINT, PrefillFlags, choices, require_checkpoint, shares, whole_numbers
-from xl2jax.config import FRAMES_PER_GROUP
+from xl2jax.config import FRAMES_PER_GROUP, Weights
 from xl2jax.evaluation.needle import KINDS, NeedleConfig, needle, parse_modes, summary
 from xl2jax.evaluation.questions import NEEDLE_KINDS, Kind
 from xl2jax.inference.bilevel import BilevelConfig
@@ -64,6 +64,8 @@ class Args:
     """Asks in a wording that was not used in training."""
     dtype: Literal["bfloat16", "float32"] | None = None
     """dtype of parameters and activations; by default that of the checkpoint."""
+    weights: Weights | None = None
+    """Quantises the LLM's matrices to 8 or 4 bits on loading."""
     json: bool = False
     """Prints one JSON object instead of a table."""
     plot: Path | None = None
@@ -95,7 +97,7 @@ def main() -> None:
     if args.plot is not None:
         check_file_target(args.plot)
     start_backend()
-    model = xl2jax.load(args.checkpoint, dtype=args.dtype)
+    model = xl2jax.load(args.checkpoint, dtype=args.dtype, weights=args.weights)
     results = needle(config, model)
     rows = summary(results)
     if args.plot is not None:

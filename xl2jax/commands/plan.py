@@ -12,27 +12,22 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import functools
 import json
-import math
 from pathlib import Path
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import tyro
-from flax import nnx
 
 from xl2jax.checkpoint.sources import find_checkpoint
 from xl2jax.commands.flags import OFFLOAD_IS_DENSE, BilevelFlags, PrefillFlags
-from xl2jax.config import FRAMES_PER_GROUP, PRESETS, VideoXL2Config
+from xl2jax.config import FRAMES_PER_GROUP, PRESETS, VideoXL2Config, Weights
 from xl2jax.errors import UserError
 from xl2jax.inference import flops, memory, prefill
 from xl2jax.inference.bilevel import BilevelConfig
 from xl2jax.inference.layout import VideoLayout
 from xl2jax.inference.selection import check_pool
-from xl2jax.models.param_tree import flatten
-from xl2jax.models.video_xl2 import abstract_model
 from xl2jax.prompt import PREFIX, PromptTokenizer, time_text
 from xl2jax.system.backend import start_backend
 from xl2jax.system.cards import DEVICES
@@ -51,7 +46,10 @@ class PlanArgs:
     """Frames of the video."""
     checkpoint: str | None = None
     """Checkpoint folder or hub id; by default the sizes of the released model."""
-    device: Literal["h200", "h100", "a100-80g", "a100-40g", "l40", "rtx4090", "here"] = "here"
+    device: Literal[
+        "h200", "h100", "a100-80g", "a100-40g", "l40", "l4", "rtx5090", "rtx4090", "rtx3090", "rtx5060ti-16g",
+        "rtx4060ti-16g", "rtx3060-12g", "rtx4060", "here",
+    ] = "here"  # fmt: skip
     """The device to predict for. "here" is the device of this machine, whose memory alone is predicted."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """dtype of parameters and KV."""
@@ -59,6 +57,8 @@ class PlanArgs:
     """Seconds between two frames, on which the number of time tokens depends."""
     prefill: tyro.conf.OmitArgPrefixes[PrefillFlags] = dataclasses.field(default_factory=PrefillFlags)
     decode: tyro.conf.OmitArgPrefixes[BilevelFlags] = dataclasses.field(default_factory=BilevelFlags)
+    weights: Weights | None = None
+    """Quantises the LLM's matrices; by default they have --dtype."""
     cache_dtype: Literal["int8"] | None = None
     """dtype of the KV cache; by default --dtype."""
     offload: bool = False
@@ -86,13 +86,9 @@ class Prediction:
         return self.total <= self.available
 
 
-@functools.cache
-def _parameters(config: VideoXL2Config) -> int:
-    return sum(math.prod(s.shape) for s in flatten(nnx.state(abstract_model(config, jnp.float32))).values())
-
-
 def predict_memory(config: VideoXL2Config, layout: VideoLayout, args: PlanArgs) -> tuple[dict[str, float], float]:
     """(bytes by purpose, bytes at the peak) as `infer.py` counts them on that device."""
+    config = config.with_weights(args.weights)
     platform = "gpu" if args.device != "here" else jax.default_backend()
     plan = prefill.make_plan(layout, args.prefill.config(), platform)
     bilevel = _bilevel(args, layout)
@@ -106,7 +102,7 @@ def predict_memory(config: VideoXL2Config, layout: VideoLayout, args: PlanArgs) 
         quantized=args.cache_dtype == "int8",
         offload=args.offload,
     )
-    weights = _parameters(config) * jnp.dtype(args.dtype).itemsize
+    weights = memory.weight_bytes(config, args.dtype)
     parts: dict[str, float] = {"weights": weights, "KV cache": need.cache}
     if args.offload:
         parts["KV cache kept on the device"] = need.kept
@@ -134,7 +130,7 @@ def predict(config: VideoXL2Config, layout: VideoLayout, args: PlanArgs) -> Pred
     device = DEVICES[args.device]
     read = parts.get("mixed KV", layout.tokens * memory.slot_bytes(config, args.dtype))
     embedding = 0 if config.llm.tied_embeddings else config.llm.vocab * config.llm.width
-    weights = parts["weights"] - embedding * jnp.dtype(args.dtype).itemsize
+    weights = parts["weights"] - embedding * (1 if args.weights is not None else jnp.dtype(args.dtype).itemsize)
     frames = layout.groups * FRAMES_PER_GROUP
     vision = frames * flops.vision(config) + layout.groups * flops.dts_and_projector(config)
     seconds = {
@@ -147,20 +143,20 @@ def predict(config: VideoXL2Config, layout: VideoLayout, args: PlanArgs) -> Pred
 
 def alternatives(config: VideoXL2Config, layout: VideoLayout, args: PlanArgs) -> list[str]:
     """Flags with which the same video fits, small changes first."""
-    options = memory.smaller_options(
-        _bilevel(args, layout), config.visual_tokens, quantized=args.cache_dtype == "int8", offload=args.offload
-    )
+    now = memory.Choices(_bilevel(args, layout), args.cache_dtype == "int8", args.offload, args.weights)
     out = []
-    for flags, (bilevel, quantized, offload) in options.items():
+    for flags, choices in memory.smaller_options(now, config.visual_tokens).items():
+        pool = choices.bilevel.pool if choices.bilevel else args.decode.pool
         other = dataclasses.replace(
             args,
-            decode=dataclasses.replace(args.decode, pool=bilevel.pool if bilevel else args.decode.pool),
-            cache_dtype="int8" if quantized else None,
-            offload=offload,
+            decode=dataclasses.replace(args.decode, pool=pool),
+            cache_dtype="int8" if choices.quantized else None,
+            offload=choices.offload,
+            weights=choices.weights,
         )
         if predict_memory(config, layout, other)[1] <= _available(args):
             out.append(flags)
-    return out
+    return memory.simplest(out)
 
 
 def largest(config: VideoXL2Config, layout: VideoLayout, args: PlanArgs) -> int:

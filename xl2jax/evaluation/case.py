@@ -159,7 +159,7 @@ class Case:
         return Reply(k, v, np.asarray(hidden)[:n], np.asarray(ids))
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:
-        return np.asarray(_logits(self.network, hidden))
+        return np.asarray(token_logits(self.network, hidden))
 
 
 class Reply(NamedTuple):
@@ -172,7 +172,8 @@ class Reply(NamedTuple):
 
 
 @compiled.program
-def _logits(network: Network, hidden: jax.Array) -> jax.Array:
+def token_logits(network: Network, hidden: jax.Array) -> jax.Array:
+    """Hidden states [..., D] -> logits [..., vocab], float32."""
     return network.model.llm.logits(hidden)
 
 

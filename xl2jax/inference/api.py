@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import logging
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -24,9 +25,9 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from xl2jax.checkpoint.params import load_params
+from xl2jax.checkpoint.params import ParamReader
 from xl2jax.checkpoint.sources import find_checkpoint
-from xl2jax.config import FRAMES_PER_GROUP, VideoXL2Config
+from xl2jax.config import FRAMES_PER_GROUP, VideoXL2Config, Weights
 from xl2jax.errors import UserError
 from xl2jax.inference import compiled, memory, session
 from xl2jax.inference.bilevel import BilevelConfig
@@ -42,6 +43,8 @@ from xl2jax.models.param_tree import flatten
 from xl2jax.prompt import PREFIX, PromptTokenizer, Suffix, Turn, suffix
 from xl2jax.video.clip import Backend, Clip, FrameSampling, open_video
 from xl2jax.video.read_ahead import default_workers, resize
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,28 +215,28 @@ class Model:
         `loaded`: the KV comes from a file, so that its offloaded part is never on the device.
         """
 
-        def need(
-            layout: VideoLayout,
-            bilevel: BilevelConfig | None = bilevel,
-            quantized: bool = cache.quantized,
-            offload: bool = cache.offload,
-        ) -> memory.MemoryNeed:
+        now = memory.Choices(bilevel, cache.quantized, cache.offload, self.config.llm.weights)
+
+        def need(layout: VideoLayout, choices: memory.Choices = now) -> memory.MemoryNeed:
             estimate = memory.memory_need(
-                self.config,
+                self.config.with_weights(choices.weights),
                 self.plan(layout, config),
                 layout,
-                bilevel,
+                choices.bilevel,
                 self.dtype,
                 self.network.platform,
-                quantized=quantized,
-                offload=offload,
+                quantized=choices.quantized,
+                offload=choices.offload,
             )
             return dataclasses.replace(estimate, cache=estimate.kept) if loaded else estimate
 
-        options = memory.smaller_options(
-            bilevel, layout.visual_tokens, quantized=cache.quantized, offload=cache.offload
-        )
-        others = {flags: need(layout, *option) for flags, option in options.items()}
+        def in_all(choices: memory.Choices) -> int:
+            """Bytes beside the parameters as they are now."""
+            weights = memory.weight_bytes(self.config.with_weights(choices.weights), self.dtype)
+            return need(layout, choices).total + weights - memory.weight_bytes(self.config, self.dtype)
+
+        options = memory.smaller_options(now, layout.visual_tokens)
+        others = {flags: in_all(choices) for flags, choices in options.items()}
         memory.check_fits(layout, need, others, held=sum(v.device_bytes for v in list(self._videos)))
 
     def layout(self, time_ids: list[list[int]]) -> VideoLayout:
@@ -341,17 +344,23 @@ def load(
     checkpoint: str | Path,
     *,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    weights: Weights | None = None,
     implementation: str = "auto",
     progress: bool = False,
     verify_checksums: bool = True,
 ) -> Model:
     """Loads an Orbax folder (`xl2jax.checkpoint.convert`), a PyTorch folder or a hub id (`org/name` or `org/name@revision`).
 
-    `dtype` None keeps the stored dtype. `verify_checksums` compares each tensor of an Orbax folder with the checksum
+    `dtype` None keeps the stored dtype. `weights` quantises the LLM's matrices to 8 or 4 bits, a tensor at a time as they
+    are read; without it they are as the checkpoint stores them. `verify_checksums` compares each tensor of an Orbax folder with the checksum
     that the folder stores for it. Raises UserError where the checkpoint cannot be used.
     """
     folder = find_checkpoint(checkpoint)
     config = VideoXL2Config.from_hf(folder)
     tokenizer = PromptTokenizer.load(folder, config.llm.vocab)
-    config, params = load_params(folder, dtype, progress=progress, verify=verify_checksums)
-    return Model(config, params, tokenizer, implementation=implementation)
+    reader = ParamReader(folder, dtype, weights, verify=verify_checksums)
+    smaller = memory.weight_bytes(reader.config.with_weights("int8"), reader.dtype)
+    memory.check_weights_fit(reader.total_bytes, smaller if reader.config.llm.weights is None else None)
+    if weights is None and reader.config.llm.weights is not None:
+        logger.info("the LLM's matrices are %s, as the checkpoint stores them", reader.config.llm.weights)
+    return Model(reader.config, reader.load(progress=progress), tokenizer, implementation=implementation)

@@ -56,7 +56,7 @@ def encode(network: Network, frames: jax.Array, *, frames_at_once: int) -> jax.A
 def checksum(x: jax.Array) -> jax.Array:
     """A uint32 hash of all bits of an array, for telling checkpoints apart. A changed or moved element goes unnoticed
     with a probability of about 1 in 2**32."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint32).reshape(-1)
+    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").reshape(-1)
     h = bits.astype(jnp.uint32) + jnp.arange(bits.size, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # MurmurHash3's finaliser
         h = (h ^ (h >> shift)) * jnp.uint32(factor)

@@ -173,7 +173,7 @@ def decode(
             state.token[None],
             jnp.int32(1),
             attention=attention,
-            rows=8 if on_gpu else None,
+            rows=8 if on_gpu and not llm.quantized else None,
             unroll=on_gpu,
         )
         state = _next(llm, hidden[0], text, state.key, stop, sampling)

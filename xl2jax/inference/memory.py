@@ -5,20 +5,25 @@ from __future__ import annotations
 import bisect
 import contextlib
 import dataclasses
+import itertools
 import os
 import resource
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
-from xl2jax.config import FRAMES_PER_GROUP, VideoXL2Config
+from xl2jax.config import FRAMES_PER_GROUP, VideoXL2Config, Weights
 from xl2jax.errors import UserError
 from xl2jax.inference.bilevel import BilevelConfig, mixed_slots
 from xl2jax.inference.layout import VideoLayout, bucket
 from xl2jax.inference.prefill import PrefillPlan, default_steps
+from xl2jax.models.param_tree import flatten
+from xl2jax.models.video_xl2 import abstract_model
 
 _WORKSPACE = 256 << 20
 """Bytes for XLA's runtime and small temporaries."""
@@ -40,6 +45,12 @@ class MemoryNeed:
     @property
     def total(self) -> int:
         return max(self.cache, self.kept + self.pooled + self.mixed) + self.workspace
+
+
+def weight_bytes(config: VideoXL2Config, dtype: jax.typing.DTypeLike) -> int:
+    """Bytes of the parameters, of which those that are not quantised have `dtype`."""
+    params = flatten(nnx.state(abstract_model(config, jnp.dtype(dtype))))
+    return sum(x.size * x.dtype.itemsize for x in params.values())
 
 
 def slot_bytes(config: VideoXL2Config, dtype: jax.typing.DTypeLike, *, quantized: bool = False) -> int:
@@ -81,6 +92,8 @@ def memory_need(
     tokens = plan.step_groups * (plan.visual_tokens + plan.time_cap)
     # The hidden states of a whole segment are part of the result.
     prefill = tokens * (4 * c.mlp_width + (8 + plan.segment_steps) * c.width) * itemsize
+    if c.weights is not None:  # the matrices of one layer are unpacked
+        prefill += c.width * (3 * c.mlp_width + 2 * (c.heads + c.kv_heads) * c.head_width) * itemsize
     patches = FRAMES_PER_GROUP * default_steps(platform)[0] * v.patch_grid**2
     # XLA materialises the scores of all heads of a frame; cuDNN does not.
     scores = 0 if gpu else 2 * v.heads * v.patch_grid**2 * 4
@@ -91,20 +104,45 @@ def memory_need(
     return MemoryNeed(cache, kept, pooled, mixed, _WORKSPACE + max(prefill, vision, layer))
 
 
-def smaller_options(
-    bilevel: BilevelConfig | None, visual_tokens: int, *, quantized: bool, offload: bool
-) -> dict[str, tuple[BilevelConfig | None, bool, bool]]:
-    """Settings that need less memory: flags of infer.py -> (bilevel, quantized, offload), small changes first."""
-    out: dict[str, tuple[BilevelConfig | None, bool, bool]] = {}
-    if bilevel is not None and bilevel.pool < visual_tokens:
-        pool = min(4 * bilevel.pool, visual_tokens)
-        out[f"--pool {pool}"] = (dataclasses.replace(bilevel, pool=pool), quantized, offload)
-    if not quantized:
-        out["--cache-dtype int8"] = (bilevel, True, offload)
-    if bilevel is not None and not offload:
-        out["--offload"] = (bilevel, quantized, True)
-        if not quantized:
-            out["--cache-dtype int8 --offload"] = (bilevel, True, True)
+class Choices(NamedTuple):
+    """The settings on which the memory of a video and of the model depends."""
+
+    bilevel: BilevelConfig | None
+    quantized: bool
+    offload: bool
+    weights: Weights | None
+
+
+def smaller_options(now: Choices, visual_tokens: int) -> dict[str, Choices]:
+    """Settings that need less memory, by the flags of infer.py that they add to `now`.
+
+    Single flags come first, and of those the one that costs least accuracy and time.
+    """
+    steps: dict[str, Choices] = {}
+    if now.weights is None:
+        steps["--weights int8"] = now._replace(weights="int8")
+    if now.bilevel is not None and now.bilevel.pool < visual_tokens:
+        pool = min(4 * now.bilevel.pool, visual_tokens)
+        steps[f"--pool {pool}"] = now._replace(bilevel=dataclasses.replace(now.bilevel, pool=pool))
+    if not now.quantized:
+        steps["--cache-dtype int8"] = now._replace(quantized=True)
+    if now.bilevel is not None and not now.offload:
+        steps["--offload"] = now._replace(offload=True)
+    out = dict(steps)
+    joined = [flags for flags in steps if "--pool" not in flags]
+    for size in range(2, len(joined) + 1):
+        for flags in itertools.combinations(joined, size):
+            changed = {k: v for f in flags for k, v in steps[f]._asdict().items() if v != getattr(now, k)}
+            out[" ".join(flags)] = now._replace(**changed)
+    return out
+
+
+def simplest(fitting: Iterable[str]) -> list[str]:
+    """Flags that fit, without those that only add flags to others before them."""
+    out: list[str] = []
+    for flags in fitting:
+        if not any(f"{earlier} " in f"{flags} " for earlier in out):
+            out.append(flags)
     return out
 
 
@@ -127,13 +165,13 @@ def available_bytes() -> int:
 def check_fits(
     layout: VideoLayout,
     need_of: Callable[[VideoLayout], MemoryNeed],
-    others: Mapping[str, MemoryNeed] | None = None,
+    others: Mapping[str, int] | None = None,
     *,
     held: int = 0,
 ) -> None:
     """Raises UserError if a video needs more memory than is free.
 
-    The message says how many frames would fit, and with which of `others` (flags -> need of the same video) all would.
+    The message says how many frames would fit, and with which of `others` (flags -> bytes for the same video) all would.
     `held`: bytes of other watched videos, which could be closed.
     """
     free, need = available_bytes(), need_of(layout)
@@ -147,7 +185,8 @@ def check_fits(
     groups = bisect.bisect_left(range(1, layout.groups), True, key=lambda g: not fits(g))
     frames = groups * FRAMES_PER_GROUP
     advice = [f"{frames} frames would fit (--max-frames {frames})" if frames else "not even 4 frames fit"]
-    advice += [f"all fit with {flags}" for flags, other in (others or {}).items() if other.total <= free]
+    fitting = simplest(flags for flags, other in (others or {}).items() if other <= free)
+    advice += [f"all fit with {' or '.join(fitting)}"] if fitting else []
     if held:
         enough = "all fit then" if need.total <= free + held else "which is not enough for all"
         advice.append(f"other watched videos hold {held / 2**30:.2f} GiB: close() them ({enough})")
@@ -155,6 +194,15 @@ def check_fits(
         f"{layout.groups * FRAMES_PER_GROUP} frames need {need.total / 2**30:.2f} GiB beside the model "
         f"(KV cache {need.cache / 2**30:.2f}), {free / 2**30:.2f} GiB are free: {'; '.join(advice)}"
     )
+
+
+def check_weights_fit(need: int, smaller: int | None) -> None:
+    """Raises UserError if the parameters need more memory than is free. `smaller`: what they need in 8 bits, if less."""
+    free = available_bytes()
+    if need <= free:
+        return
+    advice = "" if smaller is None else f"; --weights int8 needs {smaller / 2**30:.2f} GiB"
+    raise UserError(f"the model needs {need / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free{advice}")
 
 
 def used_bytes() -> int:

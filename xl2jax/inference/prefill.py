@@ -180,7 +180,7 @@ def prefill_segment(
 
         def skip(cache: KVCache) -> tuple[KVCache, jax.Array]:
             shape = (visuals + s.time_ids.shape[0], embeddings.shape[-1])
-            return cache, jnp.zeros(shape, llm.embed.embedding.dtype)
+            return cache, jnp.zeros(shape, llm.dtype)
 
         # Steps that pad the last segment are skipped.
         return jax.lax.cond(s.visuals > 0, lambda c: run(c, xs), skip, cache)
@@ -200,7 +200,7 @@ def prefill_segment(
 
             return kv, jnp.concatenate([part(None, visuals), part(visuals, None)])
 
-        x = jnp.concatenate([embeddings.astype(llm.embed.embedding.dtype), llm.embed_tokens(s.time_ids)])
+        x = jnp.concatenate([embeddings.astype(llm.dtype), llm.embed_tokens(s.time_ids)])
         hidden, (k, v) = llm.forward(x, s.position, attend, (cache.k, cache.v))
         cache = KVCache(k, v, cache.global_length + s.times, cache.visual_start, cache.visual_length + s.visuals)
         return cache, hidden

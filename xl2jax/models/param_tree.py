@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from xl2jax.config import VideoXL2Config
+from xl2jax.models.linear import PART_PREFIX
 from xl2jax.models.lora import LoRAConfig
 from xl2jax.models.video_xl2 import abstract_model
 
@@ -23,3 +26,25 @@ def unflatten(params: dict[str, jax.Array], config: VideoXL2Config, lora: LoRACo
     names = list(flatten(state))
     treedef = jax.tree.structure(state)
     return jax.tree.unflatten(treedef, [params[name] for name in names])
+
+
+def is_quantized(name: str) -> bool:
+    """Whether the parameter with a dotted name is a part of a matrix in 8 or 4 bits. Such parts are never cast."""
+    return name.rpartition(".")[2].startswith(PART_PREFIX)
+
+
+def parameter_count(name: str, array: jax.Array | jax.ShapeDtypeStruct) -> int:
+    """The number of parameters that an array holds: two in a byte of 4 bits, and none in scales and zero points."""
+    if not is_quantized(name):
+        return array.size
+    return array.size * (2 if array.dtype == jnp.uint8 else 1) if name.endswith(f".{PART_PREFIX}") else 0
+
+
+def cast(params: nnx.State, dtype: jax.typing.DTypeLike) -> nnx.State:
+    """The parameters in `dtype`, except for the parts of matrices in 8 or 4 bits."""
+
+    def convert(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        name = ".".join(str(k.key) for k in path if hasattr(k, "key"))
+        return leaf if is_quantized(name) else leaf.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(convert, params)

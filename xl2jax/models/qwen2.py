@@ -7,12 +7,15 @@ from collections.abc import Callable
 import einops
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from xl2jax.config import LLMConfig
 from xl2jax.models.layers import rope_tables, rotate, scan_layers, stack_layers
-from xl2jax.models.lora import LoRAConfig, LoRALinear
+from xl2jax.models.linear import QuantizedEmbed, QuantizedLinear
+from xl2jax.models.lora import LoRAConfig, LoRALinear, LoRAQuantizedLinear
 from xl2jax.ops.precision import accumulator, product
+from xl2jax.ops.weights import multiply, unpack
 
 type Attend[S] = Callable[[S, jax.Array, jax.Array, jax.Array, jax.Array], tuple[S, jax.Array]]
 """`(state, layer, q, k, v) -> (state, out)`: q and out [..., T, N, H], k and v [..., T, K, H], rotated."""
@@ -36,7 +39,11 @@ class DecoderLayer(nnx.Module):
         c = config
         self.head_width = c.head_width
 
-        def linear(n: int, m: int, bias: bool = False) -> nnx.Linear:
+        def linear(n: int, m: int, bias: bool = False) -> nnx.Linear | QuantizedLinear:
+            if c.weights is not None and lora is not None:
+                return LoRAQuantizedLinear(n, m, c.weights, lora, use_bias=bias, param_dtype=param_dtype, rngs=rngs)
+            if c.weights is not None:
+                return QuantizedLinear(n, m, c.weights, use_bias=bias, param_dtype=param_dtype, rngs=rngs)
             if lora is not None:
                 return LoRALinear(n, m, lora, use_bias=bias, param_dtype=param_dtype, rngs=rngs)
             return nnx.Linear(n, m, use_bias=bias, param_dtype=param_dtype, rngs=rngs)
@@ -67,23 +74,45 @@ class DecoderLayer(nnx.Module):
 
 
 class Qwen2(nnx.Module):
-    """Embedding, stacked decoder layers, final norm, lm_head."""
+    """Embedding, stacked decoder layers, final norm, lm_head.
+
+    With `config.weights` the matrices are in 8 or 4 bits. Embedding and lm_head then always have 8: they are a seventh
+    of the released LLM, and the logits depend on lm_head directly.
+    """
 
     def __init__(
         self, config: LLMConfig, *, param_dtype: jax.typing.DTypeLike, rngs: nnx.Rngs, lora: LoRAConfig | None = None
     ):
         self.head_width, self.rope_theta = config.head_width, config.rope_theta
-        self.embed = nnx.Embed(config.vocab, config.width, param_dtype=param_dtype, rngs=rngs)
+        self.quantized = config.weights is not None
+        self.embed: nnx.Embed | QuantizedEmbed
+        self.lm_head: nnx.Linear | QuantizedLinear
+        if self.quantized:
+            self.embed = QuantizedEmbed(config.vocab, config.width, "int8", rngs=rngs)
+        else:
+            self.embed = nnx.Embed(config.vocab, config.width, param_dtype=param_dtype, rngs=rngs)
         self.layers = stack_layers(
             lambda rngs: DecoderLayer(config, param_dtype=param_dtype, rngs=rngs, lora=lora), config.layers, rngs
         )
         self.norm = nnx.RMSNorm(config.width, epsilon=config.eps, param_dtype=param_dtype, rngs=rngs)
         if not config.tied_embeddings:
-            self.lm_head = nnx.Linear(config.width, config.vocab, use_bias=False, param_dtype=param_dtype, rngs=rngs)
+            width, vocab = config.width, config.vocab
+            if self.quantized:
+                self.lm_head = QuantizedLinear(width, vocab, "int8", use_bias=False, param_dtype=param_dtype, rngs=rngs)
+            else:
+                self.lm_head = nnx.Linear(width, vocab, use_bias=False, param_dtype=param_dtype, rngs=rngs)
         self.tied = config.tied_embeddings
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of activations, which is that of all parameters but quantised matrices."""
+        assert self.norm.scale is not None
+        return np.dtype(self.norm.scale[...].dtype)
 
     def embed_tokens(self, ids: jax.Array) -> jax.Array:
         """Token ids [...] -> embeddings [..., D] in the parameters' dtype."""
+        if isinstance(self.embed, QuantizedEmbed):
+            return self.embed.lookup(ids, self.dtype)
         # A call of nnx.Embed would cast to the dtype that it was built with, whatever dtype its parameters have.
         return self.embed.embedding[...][ids]
 
@@ -148,11 +177,17 @@ class Qwen2(nnx.Module):
         return scan_layers(self.layers, body, (x, state), remat=remat, unroll=unroll)
 
     def unembedding(self) -> jax.Array:
-        """The matrix [D, vocab] whose product with a hidden state gives the logits."""
-        return self.embed.embedding[...].T if self.tied else self.lm_head.kernel[...]
+        """The matrix [D, vocab] whose product with a hidden state gives the logits, in the dtype of activations."""
+        head = self.embed if self.tied else self.lm_head
+        if isinstance(head, QuantizedEmbed | QuantizedLinear):
+            return unpack(head.matrix, self.dtype).T
+        return head.embedding[...].T if isinstance(head, nnx.Embed) else head.kernel[...]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [..., D] -> logits [..., vocab], float32 (float64 for float64)."""
+        head = self.embed if self.tied else self.lm_head
+        if isinstance(head, QuantizedEmbed | QuantizedLinear):
+            return multiply(hidden, head.matrix, accumulator(hidden.dtype))
         kernel = self.unembedding()
         if hidden.ndim > 1:
             return product("...d,dv->...v", hidden, kernel)

@@ -51,7 +51,7 @@ def runs_in_cudnn(q: jax.Array) -> bool:
 def cuda_capability() -> tuple[int, ...] | None:
     """The compute capability of this process's NVIDIA GPU. Without one, JAX cannot even trace cuDNN's attention."""
     try:
-        return tuple(int(x) for x in str(jax.devices("cuda")[0].compute_capability).split("."))
+        return tuple(int(x) for x in str(jax.local_devices(backend="cuda")[0].compute_capability).split("."))
     except RuntimeError:  # JAX knows no such platform
         return None
 

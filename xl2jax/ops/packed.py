@@ -1,4 +1,4 @@
-"""Causal attention within the samples of packed rows: for training. No array has T x T elements."""
+"""Causal attention within the samples of packed rows, for training. No mask of T x T is made."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from xl2jax.ops.attention import arena_attention
 from xl2jax.ops.dense import cuda_capability, runs_in_cudnn
 from xl2jax.ops.kv import Source
 from xl2jax.ops.ranges import Ranges
+
+
+MAX_CUDNN_SAMPLES = 8
+"""Samples of a row up to which cuDNN is used. Its workspace is 0.2 GiB a sample for 8,192 tokens of the released model."""
 
 
 def sample_starts(lengths: jax.Array, tokens: int) -> jax.Array:
@@ -25,8 +29,8 @@ def sample_starts(lengths: jax.Array, tokens: int) -> jax.Array:
 def packed_attention(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array) -> jax.Array:
     """Scaled dot-product attention. q [B, T, N, H], k and v [B, T, K, H] -> [B, T, N, H].
 
-    A query sees the tokens of its sample up to itself. On Hopper GPUs and newer ones cuDNN computes 16-bit arrays; XLA
-    computes everything else, blockwise.
+    A query sees the tokens of its sample up to itself. On NVIDIA GPUs of compute capability 9.0 to 10.x cuDNN computes
+    16-bit arrays with few samples (it has run on 9.0 only); XLA computes everything else, blockwise.
 
     Args:
       lengths: int32 [B, M], the tokens of each sample of a row, which begins with the first sample; 0 behind the last.
@@ -45,7 +49,8 @@ def packed_attention(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Arra
         return jax.vmap(row)(q, k.swapaxes(1, 2), v.swapaxes(1, 2), ranges.v_lo)
 
     capability = cuda_capability()
-    if runs_in_cudnn(q) and capability is not None and capability >= (9, 0):
+    served = capability is not None and (9, 0) <= capability < (11, 0) and lengths.shape[1] <= MAX_CUDNN_SAMPLES
+    if runs_in_cudnn(q) and served:
         return jax.lax.platform_dependent(q, k, v, lengths, cuda=_cudnn, default=blockwise)
     return blockwise(q, k, v, lengths)
 

@@ -11,8 +11,10 @@ from typing import Literal
 
 import tyro
 
+from xl2jax.config import Weights
 from xl2jax.errors import UserError
 from xl2jax.models.lora import LoRAConfig
+from xl2jax.models.param_tree import is_quantized
 from xl2jax.system.atomic import check_folder_target
 from xl2jax.video.frame_sampling import FrameSampling, FrameTimes
 
@@ -53,6 +55,8 @@ class TrainConfig:
     lora_rank: int = 0
     """Rank of LoRA adapters on the LLM's linear layers, which are then frozen (upstream: 64). 0: no adapters."""
     lora_alpha: float = 16.0
+    weights: Weights | None = None
+    """Quantises the LLM's matrices, which stay frozen, to 8 or 4 bits; needs --lora-rank. The adapters keep their dtype."""
 
     learning_rate: float = 1e-5
     rates: tuple[str, ...] = ()
@@ -141,6 +145,10 @@ class TrainConfig:
                 raise UserError(f"--{name} must be from 0 to below 1, not {getattr(self, name)}")
         if not 0 <= self.weight_decay < math.inf:
             raise UserError(f"--weight-decay must be 0 or more, not {self.weight_decay}")
+        if self.weights is not None and not self.lora_rank:
+            raise UserError(
+                f"--weights {self.weights} needs --lora-rank: quantised matrices cannot be trained themselves"
+            )
         self.part_rates()
         are_set = [x is not None for x in (self.coordinator, self.processes, self.process)]
         if any(are_set) and not all(are_set):
@@ -195,11 +203,13 @@ def trained_names(config: TrainConfig, names: Sequence[str]) -> list[str]:
         return out
 
     adapters = {n for n in names if n.rpartition(".")[2] in ("lora_a", "lora_b")}
-    adapted = {n.rpartition(".")[0] + ".kernel" for n in adapters}
+    adapted = {n.rpartition(".")[0] + ".kernel" for n in adapters} | {n for n in names if is_quantized(n)}
     chosen = config.train if config.train is not None else (() if config.lora else ("*",))
     wanted = matching(chosen, "--train")
     if wanted & adapted and config.train is not None:
-        raise UserError(f"--train includes {min(wanted & adapted)}, which --lora-rank freezes")
+        name = min(wanted & adapted)
+        reason = "is quantised and so cannot be trained" if is_quantized(name) else "--lora-rank freezes"
+        raise UserError(f"--train includes {name}, which {reason}")
     wanted = (wanted | adapters) - matching(config.freeze, "--freeze")
     matching([p for p, _ in config.part_rates()], "--rates")
     if not wanted:

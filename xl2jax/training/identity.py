@@ -24,10 +24,11 @@ MAY_DIFFER = {
     "output", "fsdp", "tensor", "coordinator", "processes", "process", "workers", "threads", "save_every", "keep",
     "export", "export_dtype", "tensorboard", "wandb", "dry_run", "validate_data", "preset", "micro_batch", "checkpoint",
     "data", "media_root", "strict", "compile_cache",
+    "weights",  # compared as a part of the model, since a checkpoint may be quantised already
 }  # fmt: skip
 _DESCRIPTIONS = {
     "weights": "other weights in --checkpoint",
-    "model": "another config.json in --checkpoint",
+    "model": "another config.json in --checkpoint, or other --weights",
     "tokenizer": "another tokenizer in --checkpoint",
     "format": "another version of this program",
 }
@@ -40,8 +41,8 @@ def settings_of(
     settings = {k: str(v) for k, v in dataclasses.asdict(config).items() if k not in MAY_DIFFER}
     return {
         **settings,
-        "format": "2",
-        "model": digest(model),
+        "format": "3",
+        "model": digest(*filter(None, (model, model.llm.weights))),
         "tokenizer": digest(tokenizer.tokenizer.to_str()),
         "weights": weights_fingerprint(checkpoint),
     }

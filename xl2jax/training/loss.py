@@ -45,7 +45,7 @@ def embeddings(llm: Qwen2, visual: jax.Array, tokens: TokenBatch) -> jax.Array:
 def hidden_states(model: VideoXL2, pixels: jax.Array, tokens: TokenBatch, *, remat: bool) -> jax.Array:
     """Pixels [B, F, H, W, 3] in [-1, 1] and tokens [B, T] -> normed hidden states [B, T, D].
 
-    Attention is dense and causal within a sample. Padding is at the end of a row, so no other token attends to it.
+    Attention is causal within a sample. Padding is at the end of a row, so no other token attends to it.
     """
     b, f = pixels.shape[:2]
     pixels = split_batch(pixels.reshape(b * f, *pixels.shape[2:]))

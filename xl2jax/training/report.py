@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from xl2jax.arithmetic import ceil_div
 from xl2jax.config import FRAMES_PER_GROUP, VideoXL2Config
+from xl2jax.models.param_tree import is_quantized, parameter_count
 from xl2jax.training.batches import Probe
 from xl2jax.training.config import TrainConfig
 from xl2jax.training.records import Record, RecordSet
@@ -41,15 +42,24 @@ def memory_per_device(
     master, compute = jnp.dtype(MASTER).itemsize, jnp.dtype(config.compute_dtype).itemsize
     local = {n: _share(n, s.shape, mesh) for n, s in shapes.items()}
     training = sum(local[n] for n in trained)
+    frozen = {n: shapes[n].dtype.itemsize if is_quantized(n) else compute for n in local.keys() - set(trained)}
     gradient = training * (2.0 if config.global_batch > config.micro_batch * batch_devices(mesh) else 1.0)
     return {
-        "frozen parameters": compute * (sum(local.values()) - training),
+        "frozen parameters": sum(size * local[n] for n, size in frozen.items()),
         "master parameters": master * training,
         "optimizer state": 2 * master * training,
         "gradients": master * gradient,
         "compute copies": compute * training if master != compute else 0.0,
         "activations (estimate)": _activations(config, step.model, compute),
+        **({"an unpacked layer": _unpacked(step.model, compute, mesh)} if step.model.llm.weights is not None else {}),
     }
+
+
+def _unpacked(model: VideoXL2Config, itemsize: int, mesh: Mesh) -> float:
+    """Bytes of one layer's matrices, and of lm_head, when quantised ones are unpacked."""
+    t = model.llm
+    layer = t.width * (3 * t.mlp_width + 2 * (t.heads + t.kv_heads) * t.head_width)
+    return itemsize * (layer + t.width * t.vocab) / mesh.shape["tensor"]
 
 
 def _activations(config: TrainConfig, model: VideoXL2Config, itemsize: int) -> float:
@@ -76,7 +86,7 @@ def plan_report(
     """The plan as text: parameters by part, memory per device, and steps."""
     lines = [f"{'part':24} {'parameters':>14} {'trained':>14}"]
     chosen = set(trained)
-    total = {n: math.prod(s.shape) for n, s in shapes.items()}
+    total = {n: parameter_count(n, s) for n, s in shapes.items()}
     for part in _PARTS:
         sizes = {n: size for n, size in total.items() if n.startswith(f"{part}.")}
         lines.append(f"{part:24} {sum(sizes.values()):14,} {sum(s for n, s in sizes.items() if n in chosen):14,}")

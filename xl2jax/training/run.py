@@ -16,8 +16,8 @@ import optax
 from jax.sharding import Mesh
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from xl2jax.checkpoint.params import stored_config
 from xl2jax.checkpoint.sources import find_checkpoint
-from xl2jax.config import VideoXL2Config
 from xl2jax.errors import UserError
 from xl2jax.prompt import PromptTokenizer
 from xl2jax.system.backend import start_backend
@@ -85,7 +85,12 @@ def train(config: TrainConfig) -> int:
 def _prepare(config: TrainConfig) -> _Run:
     """Checks everything that can be checked before media or weights are read."""
     folder = find_checkpoint(config.checkpoint)
-    model = VideoXL2Config.from_hf(folder)
+    model = stored_config(folder, config.weights)
+    if model.llm.weights is not None and not config.lora_rank:
+        raise UserError(
+            f"{folder}: its weights are {model.llm.weights}, which cannot be trained themselves: add --lora-rank, or start "
+            "from a checkpoint in 16 or 32 bits"
+        )
     tokenizer = PromptTokenizer.load(folder, model.llm.vocab)
     mesh = make_mesh(config.fsdp, config.tensor)
     check_tensor(model, config.tensor)

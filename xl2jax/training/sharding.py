@@ -25,6 +25,9 @@ _TENSOR = (
     (("*.layers.o.kernel", "*.layers.out.kernel", "*.layers.down.kernel", "*.layers.fc2.kernel"), -2),
     (("*.layers.o.lora_a", "*.layers.down.lora_a", "llm.embed.embedding"), -2),
     (("llm.lm_head.kernel",), -1),
+    # Quantised matrices have outputs first. Their scales have an axis of inputs in 4 bits only.
+    (("*.layers.[qkv].codes", "*.layers.gate.codes", "*.layers.up.codes", "llm.embed.codes", "llm.lm_head.codes"), -2),
+    (("*.layers.o.codes", "*.layers.down.codes"), -1),
 )
 
 

@@ -21,13 +21,13 @@ from jax.sharding import Mesh
 
 from xl2jax.checkpoint.orbax_folder import ignore_closed_loops
 from xl2jax.checkpoint.param_names import Entry, entries
-from xl2jax.checkpoint.params import ParamReader, read_params
+from xl2jax.checkpoint.params import ParamReader
 from xl2jax.checkpoint.safetensors_io import DTYPE_NAMES, DTYPES
 from xl2jax.checkpoint.torch_folder import write_torch
 from xl2jax.config import VideoXL2Config
 from xl2jax.errors import UserError, first_line
 from xl2jax.models.lora import LoRAConfig
-from xl2jax.models.param_tree import flatten
+from xl2jax.models.param_tree import flatten, is_quantized
 from xl2jax.models.video_xl2 import VideoXL2, abstract_model
 from xl2jax.system.schema import check
 from xl2jax.system.terminal import machine_fault
@@ -74,15 +74,17 @@ def load_parameters(
 ) -> Params:
     """Reads the `wanted` parameters of a checkpoint, and puts each on the mesh as it is read. Adapters are initialised.
 
-    Parameters in `trained` have the dtype `MASTER`, the others the compute dtype.
+    Parameters in `trained` have the dtype `MASTER`, the others the compute dtype; parts of quantised matrices keep theirs.
     """
 
     def place(name: str, array: np.ndarray) -> jax.Array:
         dtype = DTYPES[DTYPE_NAMES[MASTER if name in trained else config.compute_dtype]]
+        dtype = array.dtype if is_quantized(name) else dtype
         sharding = param_sharding(name, array.shape, mesh)
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index].astype(dtype))
 
-    read = read_params(folder, "float32", progress=progress, wanted=lambda name: name in wanted)
+    reader = ParamReader(folder, "float32", config.model.llm.weights)
+    read = reader.read_all(progress=progress, wanted=lambda name: name in wanted)
     params = {name: place(name, array) for name, array in read}
     shapes = parameter_shapes(config.model, config.lora)
     new = {n: shapes[n] for n in wanted if n not in params}
@@ -211,10 +213,11 @@ def export(target: Path, config: StepConfig, params: Params, dtype: str, source:
     """Writes the model in upstream's PyTorch layout, with adapters merged into their weights.
 
     Trained parameters come from `params`; everything else, including config and tokenizer, from the checkpoint
-    `source`. Process 0 writes, but all processes must call this.
+    `source`. Matrices that were quantised in training are the unpacked ones, which the adapters were trained with.
+    Process 0 writes, but all processes must call this.
     """
     main = jax.process_index() == 0
-    frozen = ParamReader(source, "float32") if main else None
+    frozen = ParamReader(source, "float32", config.model.llm.weights) if main else None
 
     def gathered(name: str) -> np.ndarray:
         array = params[name]
@@ -229,7 +232,7 @@ def export(target: Path, config: StepConfig, params: Params, dtype: str, source:
         adapter = (gathered(f"{base}.lora_a"), gathered(f"{base}.lora_b")) if f"{base}.lora_a" in params else None
         if frozen is None:
             return None
-        array = frozen.read(name)
+        array = frozen.plain(name)
         if adapter is None or config.lora is None:
             return array
         return merge_adapter(array, adapter[0], adapter[1], config.lora)

@@ -16,7 +16,7 @@ from flax import nnx
 
 from xl2jax.config import VideoXL2Config
 from xl2jax.models.lora import LoRAConfig
-from xl2jax.models.param_tree import unflatten
+from xl2jax.models.param_tree import is_quantized, unflatten
 from xl2jax.models.video_xl2 import VideoXL2, abstract_model, normalise
 from xl2jax.system.backend import COMPILER_OPTIONS
 from xl2jax.training.config import TrainConfig
@@ -119,7 +119,8 @@ def gradients(config: StepConfig, params: Params, frozen: Params, pixels: jax.Ar
     """Loss sum and gradients of one micro-batch. Pixels are uint8 [B, F, H, W, 3]."""
 
     def loss_of(params: Params) -> tuple[jax.Array, jax.Array]:
-        compute = {n: p.astype(config.compute_dtype) for n, p in (frozen | params).items()}
+        whole = frozen | params
+        compute = {n: p if is_quantized(n) else p.astype(config.compute_dtype) for n, p in whole.items()}
         return token_loss(assemble(config, compute), normalise(pixels), tokens, remat=config.remat)
 
     (loss, count), grads = jax.value_and_grad(loss_of, has_aux=True)(params)

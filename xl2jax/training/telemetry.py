@@ -29,10 +29,9 @@ logger = logging.getLogger(__name__)
 def sample_flops(config: VideoXL2Config, trained: set[str], groups: int, tokens: int, labelled: int) -> float:
     """Operations of the forward and backward pass of one sample, without recomputation.
 
-    Logits are only needed for `labelled` of the tokens.
-
     The backward pass of a part costs as much as its forward pass for the gradients of activations, and as much again
     for the gradient of its weights. A part that needs neither costs only its forward pass.
+    Logits are only needed for `labelled` of the tokens.
     """
     parts = {
         "vision": 4 * groups * flops.vision(config),
