@@ -40,6 +40,10 @@ def main() -> None:
     with flag_errors():
         args = tyro.cli(Args, prog="xl2jax convert")
     source = find_checkpoint(args.src)
+    if args.weights is not None and not args.reverse and is_orbax(source):
+        raise UserError(
+            f"{source} is an Orbax checkpoint: --weights needs the PyTorch folder or hub id that it was made from"
+        )
     if args.reverse != is_orbax(source):
         kind = "is an Orbax checkpoint: add --reverse" if is_orbax(source) else "is not an Orbax checkpoint of xl2jax"
         raise UserError(f"{source} {kind}")
