@@ -258,5 +258,6 @@ def test_advice_names_what_would_fit(
     monkeypatch.setattr(memory, "available_bytes", lambda: need.total)
     flags = ("--video", clip, "--checkpoint", checkpoint, "--max-new-tokens", 2, "--question", QUESTION)
     line = refused(infer.main, *flags)
-    assert "all fit with --cache-dtype int8" in line
+    # 8-bit weights free more than the KV takes here.
+    assert line.endswith("all fit with --weights int8 or --cache-dtype int8")
     assert command(infer.main, *flags, "--cache-dtype", "int8")[0] == 0

@@ -93,6 +93,9 @@ def test_flags_that_contradict(
     )
     assert "int8 already" in refused(needle.main, "--checkpoint", stored, "--weights", "int4")
     assert load_params(stored, None, "int8")[0].llm.weights == "int8"
+    assert "needs the PyTorch folder" in refused(convert.main, stored, tmp_path / "out", "--weights", "int8")
+    with pytest.raises(UserError, match="weights must be int8, int4 or None, not 'int2'"):
+        xl2jax.load(checkpoint, weights="int2")  # type: ignore[arg-type]
     assert "no effect with --reverse" in refused(
         convert.main, stored, tmp_path / "out", "--reverse", "--weights", "int8"
     )

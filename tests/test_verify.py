@@ -69,6 +69,23 @@ def test_int8_kv_agrees_within_its_rounding(goldens: Path, command: Callable[...
     assert 1e-4 < by_name["bilevel0_suffix_logits"] < 1e-2  # 8 bits are really used
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("weights", "low", "high"), [("int8", 1e-3, 5e-2), ("int4", 5e-2, 0.5)])
+def test_quantised_weights_agree_within_their_rounding(
+    weights: str, low: float, high: float, goldens: Path, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    status, out, err = command(verify.main, goldens / "tiny", "--only", "bilevel", "--weights", weights, "--json")
+    assert status == 0, err
+    by_name = {r["name"]: r["relative_l2"] for r in json.loads(out)["cases"][0]["rows"]}
+    assert low < by_name["bilevel0_suffix_logits"] < high  # so many bits are really used
+
+
+def test_quantised_weights_have_no_gradients(goldens: Path, refused: Callable[..., str]) -> None:
+    flags = ("--weights", "int8", "--dtype", "float64")
+    assert "leave out train" in refused(verify.main, goldens / "tiny", "--only", "train", *flags)
+    assert "train" not in verify._sections(goldens / "tiny", verify.Args((), dtype="float64", weights="int8"))
+
+
 def test_float32_decides_no_gradient_at_width_32(
     goldens: Path, command: Callable[..., tuple[int, str, str]], refused: Callable[..., str]
 ) -> None:

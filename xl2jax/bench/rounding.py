@@ -24,6 +24,8 @@ class CheckArgs:
     """Checkpoint folder or hub id."""
     weights: str = "int8,int4"
     """Bits of the LLM's matrices that are compared."""
+    stored: str | None = None
+    """A quantised folder that was made from --checkpoint, which is compared too."""
     frames: int = 64
     """Frames of each video."""
     videos: int = 4
@@ -44,6 +46,9 @@ def rounding_tables(args: CheckArgs) -> tuple[list[dict[str, Any]], list[dict[st
     kinds, folder = args.kinds(), find_checkpoint(args.checkpoint)
     if (stored := stored_config(folder).llm.weights) is not None:
         raise UserError(f"{folder}: its weights are {stored}: give the checkpoint that they were made from")
+    other = None if args.stored is None else find_checkpoint(args.stored)
+    if other is not None and stored_config(other).llm.weights is None:
+        raise UserError(f"{other}: is not quantised: give a folder that convert --weights made")
     videos = Videos(args.frames, args.videos)
     plain = xl2jax.load(folder, dtype=args.dtype)
     expected = read(plain, videos, CacheConfig())
@@ -57,4 +62,6 @@ def rounding_tables(args: CheckArgs) -> tuple[list[dict[str, Any]], list[dict[st
     del plain  # the device holds one model at a time
     for weights in kinds:
         table += rows(xl2jax.load(folder, dtype=args.dtype, weights=weights), weights)
+    if other is not None:
+        table += rows(xl2jax.load(other, dtype=args.dtype), f"{stored_config(other).llm.weights}, stored")
     return table, expected.layers

@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from xl2jax.checkpoint.orbax_folder import OrbaxFolder, OrbaxWriter
 from xl2jax.checkpoint.param_names import Entry, tensors
-from xl2jax.checkpoint.quantizing import base_name, dequantized, quantized, weights_of
+from xl2jax.checkpoint.quantizing import base_name, dequantized, named_parts, quantized, weights_of
 from xl2jax.checkpoint.safetensors_io import DTYPE_NAMES, DTYPES, cast
 from xl2jax.checkpoint.torch_folder import TorchCheckpoint, copy_companions, write_torch
 from xl2jax.config import VideoXL2Config, Weights
+from xl2jax.ops.weights import QuantizedMatrix
 from xl2jax.system.atomic import replacing_folder
 from xl2jax.system.terminal import byte_bar
 
 
 def torch_to_orbax(
-    source: Path, target: Path, dtype: str | None, weights: Weights | None = None, *, progress: bool = False
+    source: Path,
+    target: Path,
+    dtype: str | None,
+    weights: Weights | None = None,
+    *,
+    calibrated: Mapping[str, QuantizedMatrix] | None = None,
+    progress: bool = False,
 ) -> None:
     """Converts a folder in the PyTorch layout. Host memory holds a few tensors at a time.
 
     `weights` quantises the LLM's matrices, from the numbers as they are stored. `dtype` is that of all other tensors.
+    `calibrated` are matrices that were quantised before, by their names (`xl2jax.inference.calibration`).
 
     Raises:
       UserError: `source` is incomplete or damaged, or `target` cannot be written. Then `target` does not exist.
@@ -39,7 +48,13 @@ def torch_to_orbax(
         for entry in torch.entries:
             (array,) = torch.read([entry])
             kind, where = weights_of(entry, config), f"{source}: {entry.torch_name}"
-            parts = {entry.name: cast(array, chosen, where)} if kind is None else quantized(entry, array, kind, where)
+            ready = None if calibrated is None else calibrated.get(base_name(entry.name))
+            if kind is None:
+                parts = {entry.name: cast(array, chosen, where)}
+            elif ready is not None:
+                parts = named_parts(base_name(entry.name), ready)
+            else:
+                parts = quantized(entry, array, kind, where)
             for name, part in parts.items():
                 writer.write(name, part)
                 bar.update(part.nbytes)

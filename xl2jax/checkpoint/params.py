@@ -19,6 +19,7 @@ from xl2jax.checkpoint.torch_folder import TorchCheckpoint
 from xl2jax.config import VideoXL2Config, Weights
 from xl2jax.errors import UserError
 from xl2jax.models.param_tree import is_quantized, unflatten
+from xl2jax.system.schema import quoted
 from xl2jax.system.terminal import byte_bar
 
 
@@ -26,8 +27,10 @@ def stored_config(folder: Path, weights: Weights | None = None) -> VideoXL2Confi
     """The sizes of a checkpoint, and how its matrices are once they are read with `weights`. Reads no tensor.
 
     Raises:
-      UserError: its matrices are quantised already, and otherwise than `weights` asks for.
+      UserError: its matrices are quantised already, and otherwise than `weights` asks for; or `weights` is unknown.
     """
+    if weights not in (None, "int8", "int4"):
+        raise UserError(f"weights must be int8, int4 or None, not {quoted(weights)}")
     config = VideoXL2Config.from_hf(folder)
     stored = read_manifest(folder).weights if is_orbax(folder) else None
     if weights is not None and stored not in (None, weights):

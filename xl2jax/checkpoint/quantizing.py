@@ -43,6 +43,11 @@ def _turned(name: str, array: np.ndarray) -> np.ndarray:
     return array if name.endswith(".embedding") else array.T
 
 
+def named_parts(base: str, matrix: QuantizedMatrix) -> dict[str, np.ndarray]:
+    """The parts of a matrix by their names, which begin with `base`."""
+    return {f"{base}.{_PARTS[f]}": np.asarray(x) for f, x in matrix._asdict().items() if x is not None}
+
+
 def quantized(tensor: Tensor, array: np.ndarray, weights: Weights, where: str) -> dict[str, np.ndarray]:
     """The parts of a tensor of the unquantised model, by their names.
 
@@ -59,11 +64,10 @@ def quantized(tensor: Tensor, array: np.ndarray, weights: Weights, where: str) -
 
     with ThreadPoolExecutor(min(os.cpu_count() or 1, len(blocks))) as pool:
         done = list(pool.map(one, blocks))
-    parts = {
-        f"{base}.{_PARTS[field]}": np.concatenate([np.asarray(getattr(block, field)) for block in done])
-        for field in QuantizedMatrix._fields
-        if getattr(done[0], field) is not None
-    }
+    fields = [
+        None if first is None else np.concatenate(f) for first, f in zip(done[0], zip(*done, strict=True), strict=True)
+    ]
+    parts = named_parts(base, QuantizedMatrix(*fields))  # type: ignore[arg-type]
     # A NaN or an infinity among the elements becomes one in their scale.
     if not np.isfinite(parts[f"{base}.{_PARTS['scale']}"].astype(np.float32)).all():
         raise UserError(f"{where}: has NaN or infinite numbers: the weights are damaged, or their training diverged")

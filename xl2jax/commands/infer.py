@@ -19,9 +19,10 @@ import jax
 import tyro
 
 import xl2jax
+from xl2jax.checkpoint.params import stored_config
 from xl2jax.checkpoint.sources import find_checkpoint
 from xl2jax.commands.flags import DEFAULT_CHECKPOINT, OFFLOAD_IS_DENSE, PrefillFlags, require_checkpoint
-from xl2jax.config import VideoXL2Config, Weights
+from xl2jax.config import Weights
 from xl2jax.errors import UserError
 from xl2jax.inference import memory
 from xl2jax.inference.api import Answer, Model
@@ -201,8 +202,9 @@ def main() -> int:
     programs = program_count()
     clip = None if request.reads_cache else request.open()
     folder = find_checkpoint(args.checkpoint)
+    config = stored_config(folder, args.compute.weights)
     if request.bilevel is not None:
-        check_pool(request.bilevel, VideoXL2Config.from_hf(folder).visual_tokens)
+        check_pool(request.bilevel, config.visual_tokens)
     start_backend()
     started = time.perf_counter()
     model = xl2jax.load(folder, dtype=args.compute.dtype, weights=args.compute.weights, progress=True)

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import tyro
 
+from xl2jax.checkpoint.params import stored_config
 from xl2jax.checkpoint.sources import find_checkpoint
 from xl2jax.commands.flags import OFFLOAD_IS_DENSE, BilevelFlags, PrefillFlags
 from xl2jax.config import FRAMES_PER_GROUP, PRESETS, VideoXL2Config, Weights
@@ -198,7 +199,8 @@ def main() -> int:
     config, tokenizer = PRESETS["video-xl-2"], None
     if args.checkpoint is not None:
         folder: Path = find_checkpoint(args.checkpoint)
-        config = VideoXL2Config.from_hf(folder)
+        config = stored_config(folder, args.weights)
+        args = dataclasses.replace(args, weights=config.llm.weights)
         tokenizer = PromptTokenizer.load(folder, config.llm.vocab)
     if args.device == "here":
         start_backend(keep_programs=False)

@@ -15,7 +15,7 @@ import numpy as np
 import tyro
 
 from xl2jax.commands.flags import choices
-from xl2jax.config import VideoXL2Config
+from xl2jax.config import VideoXL2Config, Weights
 from xl2jax.errors import UserError
 from xl2jax.evaluation.verify import SECTIONS, STEMS, Row, verify
 from xl2jax.models.dts import NORM_GROUPS
@@ -36,6 +36,8 @@ class Args:
     """dtype of the computation. In float64 all tensors agree with float64 goldens to 1e-9."""
     cache_dtype: Literal["int8"] | None = None
     """dtype of the video's KV; by default --dtype. int8 has a wider limit."""
+    weights: Weights | None = None
+    """Quantises the LLM's matrices, with wider limits and without training; greedy ids are then reported only."""
     json: bool = False
     """Prints one JSON object instead of tables."""
 
@@ -68,6 +70,10 @@ def _sections(folder: Path, args: Args) -> tuple[str, ...]:
     expected = folder / "expected"
     available = tuple(s for s in SECTIONS if (expected / f"{STEMS.get(s, s)}.safetensors").is_file())
     chosen = available if args.only is None else tuple(choices("--only", args.only, SECTIONS))
+    if "train" in chosen and args.weights is not None:
+        if args.only is not None:
+            raise UserError(f"--only {args.only} and --weights: quantised matrices have no gradients: leave out train")
+        chosen = tuple(s for s in chosen if s != "train")
     if not (folder / "case.json").is_file():
         raise UserError(f"{folder}: not a case folder (no case.json)")
     width = VideoXL2Config.from_hf(folder / "checkpoint").vision.width
@@ -90,7 +96,9 @@ def _verify_case(folder: Path, sections: tuple[str, ...], args: Args) -> list[Ro
         if not args.json:
             print(f"{'tensor':32} {'shape':>20} {'relative L2':>12} {'max abs':>10}  ok")
         quantized = args.cache_dtype == "int8"
-        for row in verify(folder, sections, Path(scratch) / "checkpoint", dtype=args.dtype, quantized=quantized):
+        for row in verify(
+            folder, sections, Path(scratch) / "checkpoint", dtype=args.dtype, quantized=quantized, weights=args.weights
+        ):
             rows.append(row)
             if not args.json:
                 shape = "x".join(map(str, row.shape))

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 
 from xl2jax.checkpoint.convert import torch_to_orbax
 from xl2jax.checkpoint.params import load_params
-from xl2jax.config import FRAMES_PER_GROUP
+from xl2jax.config import FRAMES_PER_GROUP, Weights
 from xl2jax.errors import UserError
 from xl2jax.inference import compiled, session
 from xl2jax.inference.cache import KVCache
@@ -28,6 +28,7 @@ from xl2jax.inference.layout import PrefillConfig, VideoLayout
 from xl2jax.inference.network import Network
 from xl2jax.inference.prefill import make_plan
 from xl2jax.models.dts import resample
+from xl2jax.models.param_tree import cast
 from xl2jax.models.video_xl2 import pad_to_groups
 
 VIDEO_ID = -200
@@ -45,13 +46,21 @@ def case_pixels(frames: int, size: int) -> np.ndarray:
 class Case:
     """A case folder, and the model loaded from its checkpoint through the real converter."""
 
-    def __init__(self, folder: Path, converted: Path, *, dtype: str = "float32", quantized: bool = False):
+    def __init__(
+        self,
+        folder: Path,
+        converted: Path,
+        *,
+        dtype: str = "float32",
+        quantized: bool = False,
+        weights: Weights | None = None,
+    ):
         self.folder, self.quantized, self.dtype = folder, quantized, dtype
         if not (folder / "case.json").is_file():
             raise UserError(f"{folder}: not a case folder (no case.json)")
-        torch_to_orbax(folder / "checkpoint", converted, "float32")
+        torch_to_orbax(folder / "checkpoint", converted, "float32", weights)
         self.config, params = load_params(converted)
-        self.network = Network.create(self.config, jax.tree.map(lambda x: x.astype(dtype), params))
+        self.network = Network.create(self.config, cast(params, dtype))
         inputs = self._tensors(folder / "inputs.safetensors")
         try:
             self.case: dict[str, Any] = json.loads((folder / "case.json").read_text())
