@@ -14,21 +14,25 @@ from xl2jax.ops.matvec import multiply_rows, supports
 from xl2jax.ops.weights import QuantizedMatrix, dequantize, part_shapes, quantize
 
 
-@pytest.mark.parametrize(("weights", "rows", "m", "n"), [("int8", 1, 128, 512), ("int4", 11, 64, 1024)])
+@pytest.mark.parametrize(("weights", "rows", "m", "n"), [("int8", 1, (128, 64), 512), ("int4", 11, (64,), 1024)])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_products_equal_those_of_the_numbers(weights: Weights, rows: int, m: int, n: int, dtype: str) -> None:
+def test_products_equal_those_of_the_numbers(
+    weights: Weights, rows: int, m: tuple[int, ...], n: int, dtype: str
+) -> None:
     """The kernel multiplies codes exactly and sums in float32. The reference has float64."""
     rng = np.random.default_rng(0)
-    matrix = quantize(rng.standard_normal((m, n)) * rng.uniform(0.1, 3, (m, 1)), weights)
+    matrices = [quantize(rng.standard_normal((m, n)) * rng.uniform(0.1, 3, (m, 1)), weights) for m in m]
     x = jnp.asarray(rng.standard_normal((rows, n)), dtype)
     params = plgpu.InterpretGPUParams(detect_races=True)
-    got = multiply_rows(x, QuantizedMatrix(*map(jnp.asarray, matrix[:2]), _maybe(matrix.zero)), interpret=params)
-    wide, numbers = np.asarray(x, np.float64), dequantize(matrix).astype(np.float64)
-    # In 4 bits an offset of 128 (or 1024) is added to each code, and its part of the sum is taken away again.
-    largest = np.abs(numbers) if weights == "int8" else np.repeat(np.asarray(matrix.scale, np.float64), 128, 1) * 1040
-    bound = 2.0**-24 * n * np.abs(wide) @ largest.T
-    assert (np.abs(np.asarray(got) - wide @ numbers.T) <= bound).all()
-    assert got.dtype == np.float32
+    got = multiply_rows(x, tuple(QuantizedMatrix(*map(_maybe, matrix)) for matrix in matrices), interpret=params)
+    for out, matrix in zip(got, matrices, strict=True):
+        wide, numbers = np.asarray(x, np.float64), dequantize(matrix).astype(np.float64)
+        # In 4 bits an offset of 128 (or 1024) is added to each code, and its part of the sum is taken away again.
+        scale = np.repeat(np.asarray(matrix.scale, np.float64), 128, 1) if weights == "int4" else 0
+        largest = np.abs(numbers) if weights == "int8" else 1040 * scale
+        bound = 2.0**-24 * n * np.abs(wide) @ largest.T
+        assert (np.abs(np.asarray(out) - wide @ numbers.T) <= bound).all()
+        assert out.dtype == np.float32
 
 
 def _maybe(x: object) -> jax.Array | None:
@@ -55,8 +59,10 @@ def test_lowers_for_cuda_at_the_released_shapes(
         for rows in (1, 16):
             assert supports(rows, matrix, "bfloat16")
             x = jax.ShapeDtypeStruct((rows, n), "bfloat16")
-            run = jax.jit(lambda *args: multiply_rows(*args))  # another function each time, so that nothing is cached
-            assert "mosaic_gpu" in run.trace(x, matrix).lower(lowering_platforms=("cuda",)).as_text()
+            run = jax.jit(
+                lambda x, *matrices: multiply_rows(x, matrices)
+            )  # another function each time, so that nothing is cached
+            assert "mosaic_gpu" in run.trace(x, matrix, matrix).lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_what_does_not_fit_is_left_to_xla() -> None:

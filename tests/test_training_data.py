@@ -306,5 +306,5 @@ def test_shapes_of_rows() -> None:
     for n in range(65, 400):
         assert n <= padded_groups(n) <= 1.25 * n + 2
     lengths = [Length(1, 50)] * 11
-    [[row]] = [step for step in plan_epoch(lengths, 1, 1, 0, 0, pack_to=550)]
+    [[row]] = plan_epoch(lengths, 1, 1, 0, 0, pack_to=550)
     assert (row.samples, len(row.rows[0])) == (16, 11)

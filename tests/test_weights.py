@@ -18,13 +18,12 @@ from xl2jax.config import PRESETS, VideoXL2Config, Weights
 from xl2jax.models.param_tree import cast, flatten, unflatten
 from xl2jax.models.qwen2 import Qwen2
 from xl2jax.models.video_xl2 import VideoXL2, abstract_model
+from xl2jax.ops.quantized_product import FEW_ROWS, multiply
 from xl2jax.ops.weights import (
-    FEW_ROWS,
     QuantizedMatrix,
     dequantize,
     group_size,
     lookup,
-    multiply,
     part_shapes,
     quantize,
     unpack,
@@ -95,9 +94,9 @@ def test_products_agree_with_float64(weights: Weights, rows: tuple[int, ...], dt
         terms = np.abs(np.asarray(x, np.float64)) @ np.abs(whole.T)
         eps = max(float(jnp.finfo(dtype).eps), float(np.finfo(np.float32).eps))
         # The unpacked matrix and the result are rounded to `dtype`, and n terms are added in float32.
-        assert multiply(x, q).dtype == dtype
-        assert (np.abs(np.asarray(multiply(x, q), np.float64) - exact) <= 4 * eps * terms + 1e-30).all()
-        wide = multiply(x, q, "float64" if dtype == "float64" else "float32")
+        assert multiply(x, (q,))[0].dtype == dtype
+        assert (np.abs(np.asarray(multiply(x, (q,))[0], np.float64) - exact) <= 4 * eps * terms + 1e-30).all()
+        wide = multiply(x, (q,), "float64" if dtype == "float64" else "float32")[0]
         assert (np.abs(np.asarray(wide, np.float64) - exact) <= 4 * eps * terms + 1e-30).all()
         ids = jnp.array([[3, 0], [m - 1, 3]])
         assert np.array_equal(lookup(q, ids, dtype), unpack(q, dtype)[ids])

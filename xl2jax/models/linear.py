@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xl2jax.config import Weights
-from xl2jax.ops.weights import QuantizedMatrix, lookup, multiply, part_shapes
+from xl2jax.ops.quantized_product import multiply
+from xl2jax.ops.weights import QuantizedMatrix, lookup, part_shapes
 
 PART_PREFIX = "codes"
 """Names of the parameters of a quantised matrix begin so: `codes`, `codes_scale`, `codes_zero`."""
@@ -44,8 +45,19 @@ class QuantizedLinear(Quantized):
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """[..., n] -> [..., m]."""
-        out = multiply(inputs, self.matrix)
+        return self.add_bias(multiply(inputs, (self.matrix,))[0])
+
+    def add_bias(self, out: jax.Array) -> jax.Array:
         return out if self.bias is None else out + self.bias[...]
+
+
+def apply_all(inputs: jax.Array, *layers: nnx.Linear | QuantizedLinear) -> tuple[jax.Array, ...]:
+    """The result of every layer. Quantised matrices are multiplied together, which saves launches of the kernel."""
+    quantized = [layer for layer in layers if type(layer) is QuantizedLinear]  # without an adapter
+    if len(quantized) < len(layers):
+        return tuple(layer(inputs) for layer in layers)
+    outs = multiply(inputs, tuple(layer.matrix for layer in quantized))
+    return tuple(layer.add_bias(out) for layer, out in zip(quantized, outs, strict=True))
 
 
 class QuantizedEmbed(Quantized):

@@ -12,10 +12,11 @@ from flax import nnx
 
 from xl2jax.config import LLMConfig
 from xl2jax.models.layers import rope_tables, rotate, scan_layers, stack_layers
-from xl2jax.models.linear import QuantizedEmbed, QuantizedLinear
+from xl2jax.models.linear import QuantizedEmbed, QuantizedLinear, apply_all
 from xl2jax.models.lora import LoRAConfig, LoRALinear, LoRAQuantizedLinear
 from xl2jax.ops.precision import accumulator, product
-from xl2jax.ops.weights import multiply, unpack
+from xl2jax.ops.quantized_product import multiply
+from xl2jax.ops.weights import unpack
 
 type Attend[S] = Callable[[S, jax.Array, jax.Array, jax.Array, jax.Array], tuple[S, jax.Array]]
 """`(state, layer, q, k, v) -> (state, out)`: q and out [..., T, N, H], k and v [..., T, K, H], rotated."""
@@ -64,13 +65,15 @@ class DecoderLayer(nnx.Module):
     ) -> tuple[jax.Array, S]:
         y = self.input_norm(x)[..., : cos.shape[-3], :]
         q, k, v = (
-            einops.rearrange(f(y), "... t (n h) -> ... t n h", h=self.head_width) for f in (self.q, self.k, self.v)
+            einops.rearrange(x, "... t (n h) -> ... t n h", h=self.head_width)
+            for x in apply_all(y, self.q, self.k, self.v)
         )
         state, out = attend(state, index, rotate(q, cos, sin), rotate(k, cos, sin), v)
         out = pad_tokens(einops.rearrange(out, "... t n h -> ... t (n h)"), x.shape[-2])
         x = x + self.o(out)
         y = self.post_attention_norm(x)
-        return x + self.down(nnx.silu(self.gate(y)) * self.up(y)), state
+        gate, up = apply_all(y, self.gate, self.up)
+        return x + self.down(nnx.silu(gate) * up), state
 
 
 class Qwen2(nnx.Module):
@@ -187,7 +190,7 @@ class Qwen2(nnx.Module):
         """Hidden states [..., D] -> logits [..., vocab], float32 (float64 for float64)."""
         head = self.embed if self.tied else self.lm_head
         if isinstance(head, QuantizedEmbed | QuantizedLinear):
-            return multiply(hidden, head.matrix, accumulator(hidden.dtype))
+            return multiply(hidden, (head.matrix,), accumulator(hidden.dtype))[0]
         kernel = self.unembedding()
         if hidden.ndim > 1:
             return product("...d,dv->...v", hidden, kernel)

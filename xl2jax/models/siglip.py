@@ -19,7 +19,7 @@ class RowLayerNorm(nnx.LayerNorm):
     residual sum before it is fused in, XLA reads the rows several times.
     """
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
         rows = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]))
         return super().__call__(rows).reshape(x.shape)
 

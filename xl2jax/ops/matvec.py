@@ -12,6 +12,7 @@ j for codes and x, so that nothing is exchanged between threads.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -28,12 +29,13 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
 from xl2jax.arithmetic import round_up
-from xl2jax.ops.weights import GROUP, KERNEL_ROWS, QuantizedMatrix
+from xl2jax.ops.weights import GROUP, QuantizedMatrix
 
 TILE = 64
 """Outputs of a program: 16 for each of its four warps."""
 CHUNK = 128
 """Bytes of a row of codes that a program reads at a time. The next chunk is in flight meanwhile."""
+MAX_ROWS = 16
 PROGRAMS = 600
 """Inputs are split among programs until there are about so many: four or five for each multiprocessor of a large card."""
 
@@ -57,10 +59,10 @@ class _Refs(NamedTuple):
     """[N, n]"""
     sums: Any
     """float32 [n / GROUP, N]: sums of x over each group of inputs; None in 8 bits."""
-    matrix: Any
-    """`QuantizedMatrix`"""
-    out: Any
-    """float32 [splits, m, N]: sums over a part of the inputs each, in 8 bits without the scale."""
+    matrices: tuple[Any, ...]
+    """`QuantizedMatrix` each."""
+    outs: tuple[Any, ...]
+    """float32 [splits, m, N] each: sums over a part of the inputs, in 8 bits without the scale."""
 
 
 def supports(rows: int, matrix: QuantizedMatrix, dtype: jax.typing.DTypeLike) -> bool:
@@ -68,36 +70,38 @@ def supports(rows: int, matrix: QuantizedMatrix, dtype: jax.typing.DTypeLike) ->
     m, width = matrix.codes.shape[-2:]
     grouped = matrix.scale.shape[-1] * GROUP == 2 * width if matrix.zero is not None else True
     fits = matrix.codes.ndim == 2 and m % TILE == 0 and width % CHUNK == 0 and grouped
-    return fits and rows <= KERNEL_ROWS and np.dtype(dtype) in (jnp.bfloat16, jnp.float16)
+    return fits and rows <= MAX_ROWS and np.dtype(dtype) in (jnp.bfloat16, jnp.float16)
 
 
-def multiply_rows(x: jax.Array, matrix: QuantizedMatrix, *, interpret: Any = None) -> jax.Array:
-    """x [R, n] times the transposed matrix [m, n]: float32 [R, m]. See `supports` for what may be given."""
+def multiply_rows(
+    x: jax.Array, matrices: tuple[QuantizedMatrix, ...], *, interpret: Any = None
+) -> tuple[jax.Array, ...]:
+    """x [R, n] times each of the transposed matrices [m, n], all of one kind: float32 [R, m] each. See `supports`."""
     rows, n = x.shape
     padded = jnp.pad(x, ((0, round_up(rows, 8) - rows), (0, 0)))
+    width, in_4_bits = matrices[0].codes.shape[1], matrices[0].zero is not None
     sums = None
-    if matrix.zero is not None:
+    if in_4_bits:
         sums = jnp.sum(padded.astype(jnp.float32).reshape(len(padded), n // GROUP, GROUP), axis=-1).T
-    m, width = matrix.codes.shape
-    splits = min(max(PROGRAMS // (m // TILE), 1), width // CHUNK)
-    arguments = (padded, sums, matrix)
-    flat, tree = jax.tree.flatten(arguments)
-    program = _Program(len(padded), x.dtype, splits, width // CHUNK, compiled=interpret is None)
+    tiles = tuple(len(matrix.codes) // TILE for matrix in matrices)
+    splits = min(max(PROGRAMS // sum(tiles), 1), width // CHUNK)
+    flat, tree = jax.tree.flatten((padded, sums, matrices))
+    program = _Program(len(padded), x.dtype, tiles, splits, width // CHUNK, in_4_bits, compiled=interpret is None)
 
     def kernel(*refs: Any) -> None:
-        x, sums, matrix = jax.tree.unflatten(tree, refs[:-1])
-        program.run(_Refs(x, sums, matrix, refs[-1]))
+        x, sums, matrices = jax.tree.unflatten(tree, refs[: len(flat)])
+        program.run(_Refs(x, sums, matrices, refs[len(flat) :]))
 
-    run = plgpu.kernel(
+    outs = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((splits, m, len(padded)), jnp.float32),
-        grid=(m // TILE, splits),
+        out_type=tuple(jax.ShapeDtypeStruct((splits, TILE * t, len(padded)), jnp.float32) for t in tiles),
+        grid=(sum(tiles), splits),
         grid_names=("tile", "split"),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         **({} if interpret is None else {"interpret": interpret}),
-    )
-    out = jnp.sum(run(*flat), axis=0)[:, :rows].T
-    return out * matrix.scale if matrix.zero is None else out
+    )(*flat)
+    products = (jnp.sum(out, axis=0)[:, :rows].T for out in outs)
+    return tuple(out if in_4_bits else out * matrix.scale for out, matrix in zip(products, matrices, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,9 +111,12 @@ class _Program:
     rows: int
     """N"""
     dtype: Any
+    tiles: tuple[int, ...]
+    """Tiles of each matrix."""
     splits: int
     chunks: int
     """Chunks of a whole row of codes."""
+    in_4_bits: bool
     compiled: bool
 
     @property
@@ -154,34 +161,48 @@ class _Program:
         return 128 if self.dtype == jnp.bfloat16 else 1024
 
     def run(self, refs: _Refs) -> None:
-        tile, split = lax.axis_index("tile"), lax.axis_index("split")
+        tile, before = lax.axis_index("tile"), 0
+        for number, tiles in enumerate(self.tiles):
+            here = (tile >= before) & (tile < before + tiles)
+            work = functools.partial(self.multiply, refs, number, tile - before)
+            work() if len(self.tiles) == 1 else pl.when(here)(work)
+            before += tiles
+
+    def multiply(self, refs: _Refs, number: int, tile: Any) -> None:
+        """The program's work: a tile of the matrix with that number."""
+        split = lax.axis_index("split")
         first, last = (lax.div(self.chunks * i, self.splits) for i in (split, split + 1))
         outputs = pl.ds(tile * TILE, TILE)
-        fetch = self.fetch_int8 if refs.matrix.zero is None else self.fetch_int4
+        add = self.add_group if self.in_4_bits else self.add_product
+
+        def fetch(i: Any) -> tuple[Any, ...]:
+            """Starts to load the i-th chunk."""
+            of_kind = self.fetch_int4 if self.in_4_bits else self.fetch_int8
+            return of_kind(refs, refs.matrices[number], outputs, i)
 
         def step(i: Any, carry: tuple[Any, Any]) -> tuple[Any, Any]:
             acc, now = carry
-            following = fetch(refs, outputs, jnp.minimum(i + 1, last - 1))
+            following = fetch(jnp.minimum(i + 1, last - 1))
             for part in now:
-                acc = self.add_product(acc, *part) if refs.matrix.zero is None else self.add_group(acc, *part)
+                acc = add(acc, *part)
             return acc, following
 
-        acc, _ = lax.fori_loop(first, last, step, (self.zeros(), fetch(refs, outputs, first)))
-        self.store(refs.out.at[split, outputs], acc)
+        acc, _ = lax.fori_loop(first, last, step, (self.zeros(), fetch(first)))
+        self.store(refs.outs[number].at[split, outputs], acc)
 
-    def fetch_int8(self, refs: _Refs, outputs: Any, i: Any) -> tuple[Any, ...]:
-        """Starts to load the i-th chunk: its codes and their x."""
+    def fetch_int8(self, refs: _Refs, matrix: Any, outputs: Any, i: Any) -> tuple[Any, ...]:
+        """A chunk's codes and their x."""
         inputs = pl.ds(i * CHUNK, CHUNK)
-        return ((self.load(refs.matrix.codes.at[outputs, inputs], _CODES), self.load(refs.x.at[:, inputs], _X)),)
+        return ((self.load(matrix.codes.at[outputs, inputs], _CODES), self.load(refs.x.at[:, inputs], _X)),)
 
-    def fetch_int4(self, refs: _Refs, outputs: Any, i: Any) -> tuple[Any, ...]:
-        """Starts to load the i-th chunk: for each group its codes, scale, zero point and sum, and both halves of x."""
+    def fetch_int4(self, refs: _Refs, matrix: Any, outputs: Any, i: Any) -> tuple[Any, ...]:
+        """For each group of a chunk its codes, scale, zero point and sum, and both halves of x."""
 
         def of_group(group: Any) -> tuple[Any, ...]:
             return (
-                self.load(refs.matrix.codes.at[outputs, pl.ds(group * _PER_LOAD, _PER_LOAD)], _CODES),
-                self.load(refs.matrix.scale.at[outputs, group], self.accumulator.reduce(1)),
-                self.load(refs.matrix.zero.at[outputs, group], self.accumulator.reduce(1)),
+                self.load(matrix.codes.at[outputs, pl.ds(group * _PER_LOAD, _PER_LOAD)], _CODES),
+                self.load(matrix.scale.at[outputs, group], self.accumulator.reduce(1)),
+                self.load(matrix.zero.at[outputs, group], self.accumulator.reduce(1)),
                 self.load(refs.sums.at[group], self.accumulator.reduce(0)),
                 *(self.load(refs.x.at[:, pl.ds((2 * group + half) * _PER_LOAD, _PER_LOAD)], _X) for half in (0, 1)),
             )

@@ -10,7 +10,6 @@ from xl2jax.ops.dense import cuda_capability, runs_in_cudnn
 from xl2jax.ops.kv import Source
 from xl2jax.ops.ranges import Ranges
 
-
 MAX_CUDNN_SAMPLES = 8
 """Samples of a row up to which cuDNN is used. Its workspace is 0.2 GiB a sample for 8,192 tokens of the released model."""
 

@@ -1,4 +1,4 @@
-"""Matrices in 8 or 4 bits, and products with them.
+"""Matrices in 8 or 4 bits. `xl2jax.ops.quantized_product` multiplies with them.
 
 A matrix is stored as [m, n], outputs first: one row's product then is a multiply and a sum over the last axis, which
 XLA does in one pass over the codes.
@@ -9,7 +9,6 @@ int4    two codes a byte; each group of 128 inputs of an output has a scale and 
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -19,18 +18,10 @@ import ml_dtypes
 import numpy as np
 
 from xl2jax.config import Weights
-from xl2jax.ops.dense import cuda_capability
-from xl2jax.ops.precision import accumulator, product
+from xl2jax.ops.precision import accumulator
 
 GROUP = 128
 """Inputs that share a scale and a zero point in 4 bits. Where it does not divide n, their greatest common divisor does."""
-FEW_ROWS = 3
-"""Up to so many rows are multiplied with the codes themselves. Every row is a pass over the codes, and unpacking the
-matrix costs as much as about four."""
-
-
-KERNEL_ROWS = 16
-"""Up to so many rows the GPU kernel multiplies."""
 
 
 class QuantizedMatrix(NamedTuple):
@@ -117,58 +108,6 @@ def unpack(matrix: QuantizedMatrix, dtype: jax.typing.DTypeLike) -> jax.Array:
         return (matrix.codes.astype(wide) * matrix.scale.astype(wide)[..., None]).astype(dtype)
     both = jnp.concatenate(_halves(matrix, wide), axis=-1).astype(dtype)
     return both.reshape(*both.shape[:-2], -1)
-
-
-def multiply(x: jax.Array, matrix: QuantizedMatrix, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
-    """x [..., n] times the transposed matrix [m, n]: [..., m] in `dtype`, by default that of x.
-
-    On NVIDIA GPUs from Ampere on a kernel multiplies up to 16 rows of 16 bits (xl2jax.ops.matvec), where the sizes of
-    the matrix fit it. XLA multiplies everything else.
-
-    Sums have the `accumulator` of x's dtype.
-    """
-    dtype = x.dtype if dtype is None else dtype
-    rows = math.prod(x.shape[:-1])
-    capability = cuda_capability()
-    if capability is not None and capability >= (8, 0) and rows <= KERNEL_ROWS:
-        from xl2jax.ops import matvec  # Pallas is slow to import
-
-        if matvec.supports(rows, matrix, x.dtype):
-            xla = functools.partial(_multiply_by_xla, dtype=dtype)
-            return jax.lax.platform_dependent(x, matrix, cuda=functools.partial(_by_kernel, dtype=dtype), default=xla)
-    return _multiply_by_xla(x, matrix, dtype)
-
-
-@functools.partial(jax.jit, static_argnames="dtype")
-def _by_kernel(x: jax.Array, matrix: QuantizedMatrix, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """The kernel as a function of its own, so that unrolled layers trace and lower it once."""
-    from xl2jax.ops.matvec import multiply_rows
-
-    out = multiply_rows(x.reshape(-1, x.shape[-1]), matrix)
-    return out.reshape(*x.shape[:-1], -1).astype(dtype)
-
-
-def _multiply_by_xla(x: jax.Array, matrix: QuantizedMatrix, dtype: jax.typing.DTypeLike) -> jax.Array:
-    if math.prod(x.shape[:-1]) <= FEW_ROWS:
-        return _multiply_few(x, matrix).astype(dtype)
-    whole = unpack(matrix, x.dtype)
-    if np.dtype(dtype) == x.dtype:
-        return jnp.einsum("...n,mn->...m", x, whole)
-    return product("...n,mn->...m", x, whole).astype(dtype)
-
-
-def _multiply_few(x: jax.Array, matrix: QuantizedMatrix) -> jax.Array:
-    """`multiply` for a few rows, without a copy of the matrix. Returns the `accumulator` of x's dtype."""
-    wide = accumulator(x.dtype)
-    rows = x.astype(wide)[..., None, :]
-    if matrix.zero is None:
-        return jnp.sum(rows * matrix.codes.astype(wide), axis=-1) * matrix.scale.astype(wide)
-    # Each group is summed over its codes alone, so that scale and zero point cost once a group.
-    packed = matrix.codes.reshape(*matrix.scale.shape, -1).astype(jnp.int32)
-    halves = rows.reshape(*rows.shape[:-1], matrix.scale.shape[-1], 2, -1)
-    terms = (packed & 15).astype(wide) * halves[..., 0, :] + (packed >> 4).astype(wide) * halves[..., 1, :]
-    groups = jnp.sum(terms, axis=-1) - matrix.zero.astype(wide) * jnp.sum(halves, axis=(-2, -1))
-    return jnp.sum(groups * matrix.scale.astype(wide), axis=-1)
 
 
 def lookup(matrix: QuantizedMatrix, ids: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:

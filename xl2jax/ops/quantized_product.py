@@ -1,0 +1,75 @@
+"""Products with matrices in 8 or 4 bits: by a kernel for a few rows on a GPU, else by XLA."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xl2jax.ops.dense import cuda_capability
+from xl2jax.ops.precision import accumulator, product
+from xl2jax.ops.weights import QuantizedMatrix, unpack
+
+FEW_ROWS = 3
+"""Up to so many rows are multiplied with the codes themselves. Every row is a pass over the codes, and unpacking the
+matrix costs as much as about four."""
+
+
+def multiply(
+    x: jax.Array, matrices: tuple[QuantizedMatrix, ...], dtype: jax.typing.DTypeLike | None = None
+) -> tuple[jax.Array, ...]:
+    """x [..., n] times each of the transposed matrices [m, n]: [..., m] in `dtype`, by default that of x.
+
+    On NVIDIA GPUs from Ampere on a kernel multiplies up to 16 rows of 16 bits with all of them (xl2jax.ops.matvec),
+    where the sizes of the matrices fit it. XLA multiplies everything else. Sums have the `accumulator` of x's dtype.
+    """
+    dtype = np.dtype(x.dtype if dtype is None else dtype)
+    rows, capability = math.prod(x.shape[:-1]), cuda_capability()
+    xla = functools.partial(_by_xla, dtype)
+    if capability is not None and capability >= (8, 0) and rows <= 16:
+        from xl2jax.ops.matvec import supports  # Pallas is slow to import
+
+        if all(supports(rows, matrix, x.dtype) for matrix in matrices):
+            kernel = functools.partial(_by_kernel, dtype)
+            return jax.lax.platform_dependent(x, matrices, cuda=kernel, default=xla)
+    return xla(x, matrices)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _by_kernel(dtype: np.dtype, x: jax.Array, matrices: tuple[QuantizedMatrix, ...]) -> tuple[jax.Array, ...]:
+    """The kernel as a function of its own, so that unrolled layers trace and lower it once."""
+    from xl2jax.ops.matvec import multiply_rows
+
+    outs = multiply_rows(x.reshape(-1, x.shape[-1]), matrices)
+    return tuple(out.reshape(*x.shape[:-1], -1).astype(dtype) for out in outs)
+
+
+def _by_xla(dtype: np.dtype, x: jax.Array, matrices: tuple[QuantizedMatrix, ...]) -> tuple[jax.Array, ...]:
+    few = math.prod(x.shape[:-1]) <= FEW_ROWS
+
+    def multiplied(matrix: QuantizedMatrix) -> jax.Array:
+        if few:
+            return multiply_codes(x, matrix).astype(dtype)
+        whole = unpack(matrix, x.dtype)
+        if dtype == x.dtype:
+            return jnp.einsum("...n,mn->...m", x, whole)
+        return product("...n,mn->...m", x, whole).astype(dtype)
+
+    return tuple(map(multiplied, matrices))
+
+
+def multiply_codes(x: jax.Array, matrix: QuantizedMatrix) -> jax.Array:
+    """x [..., n] times the transposed matrix, row by row and without a copy of it, in the `accumulator` of x's dtype."""
+    wide = accumulator(x.dtype)
+    rows = x.astype(wide)[..., None, :]
+    if matrix.zero is None:
+        return jnp.sum(rows * matrix.codes.astype(wide), axis=-1) * matrix.scale.astype(wide)
+    # Each group is summed over its codes alone, so that scale and zero point cost once a group.
+    packed = matrix.codes.reshape(*matrix.scale.shape, -1).astype(jnp.int32)
+    halves = rows.reshape(*rows.shape[:-1], matrix.scale.shape[-1], 2, -1)
+    terms = (packed & 15).astype(wide) * halves[..., 0, :] + (packed >> 4).astype(wide) * halves[..., 1, :]
+    groups = jnp.sum(terms, axis=-1) - matrix.zero.astype(wide) * jnp.sum(halves, axis=(-2, -1))
+    return jnp.sum(groups * matrix.scale.astype(wide), axis=-1)
