@@ -15,7 +15,7 @@ from xl2jax.commands import demo_clip, infer, needle
 from xl2jax.commands.flags import DEFAULT_CHECKPOINT
 from xl2jax.evaluation.needle import Mode, NeedleConfig, Result, make_cases, parse_modes, summary
 from xl2jax.evaluation.questions import NEEDLE_KINDS
-from xl2jax.inference.api import Answer
+from xl2jax.inference.answering import Answer
 
 
 def picture(path: Path) -> np.ndarray:

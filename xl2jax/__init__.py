@@ -35,7 +35,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from xl2jax.config import PRESETS, VideoXL2Config
     from xl2jax.errors import UserError
-    from xl2jax.inference.api import Answer, Model, load
+    from xl2jax.inference.answering import Answer
+    from xl2jax.inference.api import Model, load
     from xl2jax.inference.bilevel import BilevelConfig
     from xl2jax.inference.generate import TokenSampling
     from xl2jax.inference.layout import PrefillConfig
@@ -48,7 +49,8 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "config": ("PRESETS", "VideoXL2Config"),
     "errors": ("UserError",),
-    "inference.api": ("Answer", "Model", "load"),
+    "inference.answering": ("Answer",),
+    "inference.api": ("Model", "load"),
     "inference.bilevel": ("BilevelConfig",),
     "inference.generate": ("TokenSampling",),
     "inference.layout": ("PrefillConfig",),

@@ -25,7 +25,8 @@ from xl2jax.commands.flags import DEFAULT_CHECKPOINT, OFFLOAD_IS_DENSE, PrefillF
 from xl2jax.config import Weights
 from xl2jax.errors import UserError
 from xl2jax.inference import memory
-from xl2jax.inference.api import Answer, Model
+from xl2jax.inference.answering import Answer
+from xl2jax.inference.api import Model
 from xl2jax.inference.bilevel import BilevelConfig
 from xl2jax.inference.generate import TokenSampling, check_answer_options
 from xl2jax.inference.layout import PrefillConfig

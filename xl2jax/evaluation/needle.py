@@ -25,7 +25,8 @@ from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.errors import UserError
 from xl2jax.evaluation.questions import NEEDLE_KINDS, TEMPLATES, Kind, Question, ask
 from xl2jax.evaluation.scenes import Scene, make_scene, scene_clip
-from xl2jax.inference.api import Answer, Model
+from xl2jax.inference.answering import Answer
+from xl2jax.inference.api import Model
 from xl2jax.inference.bilevel import BilevelConfig
 from xl2jax.inference.layout import PrefillConfig
 from xl2jax.inference.relevance import AttentionScorer

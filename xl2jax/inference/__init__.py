@@ -12,6 +12,8 @@ session          the one driver of these programs; api, verify, needle and the b
 selection        which chunks a question reads
 selection_files  reads upstream's selection files
 video_cache      a watched video
+watching         a video that is being watched, a segment at a time
+answering        an answer in the making, a few tokens at a time
 store            keeps its cache in a file
 offload          keeps its cache in host memory
 progress         seconds by stage, and the pieces of an answer

@@ -10,6 +10,7 @@ for question in questions:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -20,47 +21,28 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
-import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
 from xl2jax.checkpoint.params import ParamReader
 from xl2jax.checkpoint.sources import find_checkpoint
-from xl2jax.config import FRAMES_PER_GROUP, VideoXL2Config, Weights
+from xl2jax.config import VideoXL2Config, Weights
 from xl2jax.errors import UserError
-from xl2jax.inference import compiled, memory, session
+from xl2jax.inference import compiled, memory
+from xl2jax.inference.answering import Answer, Answering
 from xl2jax.inference.bilevel import BilevelConfig
 from xl2jax.inference.generate import TokenSampling, check_answer_options
 from xl2jax.inference.layout import PrefillConfig, VideoLayout
 from xl2jax.inference.network import Network
-from xl2jax.inference.offload import to_host
 from xl2jax.inference.prefill import PrefillPlan, make_plan
-from xl2jax.inference.progress import AnswerStream, Stages, timed
-from xl2jax.inference.selection import Chunk, RelevanceConfig, check_bilevel, choose_context
-from xl2jax.inference.video_cache import THUMBNAIL_SIZE, CacheConfig, WatchedVideo, thumbnail_places
+from xl2jax.inference.selection import RelevanceConfig, check_bilevel
+from xl2jax.inference.video_cache import CacheConfig, WatchedVideo
+from xl2jax.inference.watching import Watching
 from xl2jax.models.param_tree import flatten
-from xl2jax.prompt import PREFIX, PromptTokenizer, Suffix, Turn, suffix
+from xl2jax.prompt import PREFIX, PromptTokenizer, Turn, suffix
 from xl2jax.video.clip import Backend, Clip, FrameSampling, open_video
-from xl2jax.video.read_ahead import default_workers, resize
 
 logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """An answer, and what it cost."""
-
-    question: str
-    text: str
-    finish_reason: Literal["stop", "length"]
-    """stop: the model ended its answer. length: it was cut off at `max_new_tokens`."""
-    new_tokens: int
-    suffix_tokens: int
-    context_tokens: int
-    """Tokens of the cache that this answer read."""
-    chunks: list[Chunk]
-    timings: dict[str, float]
 
 
 class Model:
@@ -74,7 +56,6 @@ class Model:
     ):
         self.network = Network.create(config, params, implementation)
         self.tokenizer = tokenizer
-        self._stop = np.asarray(tokenizer.stop_ids, np.int32)
         self._videos: weakref.WeakSet[WatchedVideo] = weakref.WeakSet()
         self._prefix = tokenizer.encode(*PREFIX)
 
@@ -133,61 +114,61 @@ class Model:
         Raises:
           UserError: unreadable video, more frames than memory holds, or activations that are not finite.
         """
-        sampling, config = sampling or FrameSampling(), config or PrefillConfig()
-        self.check_cache(cache, bilevel)
         started = time.perf_counter()
-        clip = video if isinstance(video, Clip) else open_video(video, sampling, backend=backend, folder_fps=folder_fps)
+        clip = (
+            video
+            if isinstance(video, Clip)
+            else open_video(video, sampling or FrameSampling(), backend=backend, folder_fps=folder_fps)
+        )
+        watching = self.start_watch(
+            clip, config, bilevel=bilevel, cache=cache, measure_stages=measure_stages, started=started
+        )
+        with tqdm(total=watching.total, desc="watch", unit="frame", disable=not progress) as bar:
+            for frames in watching.batches():
+                bar.update(len(frames))
+                watching.add(frames)
+        return self.adopt(watching.finish())
+
+    def start_watch(
+        self,
+        clip: Clip,
+        config: PrefillConfig | None = None,
+        *,
+        bilevel: BilevelConfig | None = BilevelConfig(),  # noqa: B008 (frozen)
+        cache: CacheConfig = CacheConfig(),  # noqa: B008 (frozen)
+        measure_stages: bool = False,
+        started: float | None = None,
+    ) -> Watching:
+        """Begins to watch an opened clip a segment at a time; `watch` is this, all of its segments, and `adopt`.
+
+        The arguments are those of `watch`. `started`: the reading of `time.perf_counter()` from which on `timings`
+        count, by default now.
+
+        Raises:
+          UserError: the settings do not suit the model or the video, or the video has more frames than memory holds.
+        """
+        started = time.perf_counter() if started is None else started
+        config = config or PrefillConfig()
+        self.check_cache(cache, bilevel)
         time_ids = self.tokenizer.time_ids(clip.times)
         layout = self.layout(time_ids)
         if bilevel is not None:
             check_bilevel(bilevel, layout)
         self.check_fits(layout, config, bilevel, cache)
-        plan = self.plan(layout, config)
-        timings = {"read": time.perf_counter() - started}
-        stages = Stages(measure_stages)
-        segment_frames = plan.segment_groups * FRAMES_PER_GROUP
-        wanted = thumbnail_places(clip)
-        thumbnails: list[tuple[float, np.ndarray]] = []
-        count = 0
-        with (
-            tqdm(total=len(clip.indices), desc="watch", unit="frame", disable=not progress) as bar,
-        ):
-            video_prefill = session.VideoPrefill(
-                self.network, layout, plan, self._prefix, time_ids, quantized=cache.quantized
-            )
-            batches = clip.batches(segment_frames, self.config.vision.image_size, workers=default_workers())
-            previous: jax.Array | None = None
-            for frames in timed(batches, timings, "read"):
-                shown = [i for i in wanted if count <= i < count + len(frames)]
-                thumbnails += [(clip.times[i], resize(frames[i - count], THUMBNAIL_SIZE)) for i in shown]
-                count += len(frames)
-                bar.update(len(frames))
-                stages.begin()
-                visual = session.encode(self.network, plan, frames)
-                stages.end("vision", visual)
-                video_prefill.add(visual, len(frames) // FRAMES_PER_GROUP)
-                stages.end("prefill", video_prefill.cache)
-                if previous is not None:
-                    # One segment is computed while the next is read and copied. A third would only hold memory.
-                    jax.block_until_ready(previous)
-                previous = visual
-            kv = video_prefill.finish()
-        compute = time.perf_counter() - started - timings["read"]
-        timings |= stages.seconds if measure_stages else {"compute": compute}
-        if cache.offload:
-            kv.cache, kv.host = to_host(kv.cache, plan.visual_start)
-        watched = WatchedVideo(
-            path=str(clip.path),
-            duration=clip.duration,
-            times=clip.times[:count],
-            kv=kv,
-            timings=timings,
-            thumbnails=thumbnails,
+        return Watching(
+            self.network,
+            clip,
+            layout,
+            self.plan(layout, config),
+            self._prefix,
+            time_ids,
+            cache,
+            started=started,
+            measure_stages=measure_stages,
         )
-        return self.adopt(watched)
 
     def adopt(self, video: WatchedVideo) -> WatchedVideo:
-        """Registers a video that was read from a cache file whose key names this model, and returns it."""
+        """Registers a video that this model watched, or that came from a cache file whose key names it. Returns it."""
         self._videos.add(video)
         return video
 
@@ -272,66 +253,53 @@ class Model:
           UserError: an empty or too long question, options out of range, a selection file without the question, a video
             that another model watched or that was closed, logits that are not finite.
         """
-        if video not in self._videos:
-            raise UserError(f"{video.path}: was watched by another model; watch it with the model that is asked")
-        check_answer_options(max_new_tokens, seed)
-        sampling = sampling or TokenSampling()
-        with video.reading():
-            return self._ask(
-                video,
-                question,
-                suffix(self.tokenizer, question, history),
-                max_new_tokens,
-                sampling,
-                seed,
-                bilevel,
-                relevance or RelevanceConfig(),
-                on_text,
-            )
+        answering = self.start_answer(
+            video,
+            question,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            seed=seed,
+            bilevel=bilevel,
+            relevance=relevance,
+            history=history,
+        )
+        with contextlib.closing(answering):
+            while not answering.finished:
+                piece = answering.step()
+                if piece and on_text is not None:
+                    on_text(piece)
+        return answering.answer
 
-    def _ask(
+    def start_answer(
         self,
         video: WatchedVideo,
         question: str,
-        text: Suffix,
-        max_new_tokens: int,
-        sampling: TokenSampling,
-        seed: int,
-        bilevel: BilevelConfig | None,
-        relevance: RelevanceConfig,
-        on_text: Callable[[str], None] | None,
-    ) -> Answer:
-        started = time.perf_counter()
-        ids = session.suffix_ids(text.ids, text.first, text.last)
-        context, chunks = choose_context(self.network, video, question, ids, bilevel, relevance)
-        jax.block_until_ready(context)
-        selected = time.perf_counter()
-        state, _ = session.start_answer(
-            self.network, context, ids, new_tokens=max_new_tokens, stop=self._stop, sampling=sampling, seed=seed
-        )
-        emit = AnswerStream(self.tokenizer, set(self.tokenizer.stop_ids), on_text)
-        first, answer_ids = 0.0, list[int]()
-        for answer_ids in session.answer_tokens(
-            self.network, context, state, new_tokens=max_new_tokens, stop=self._stop, sampling=sampling
-        ):
-            first = first or time.perf_counter()
-            emit(answer_ids)
-        decoded = time.perf_counter()
-        answer = emit.finish(answer_ids)
-        return Answer(
-            question=question,
-            text=answer,
-            finish_reason="stop" if answer_ids[-1] in self.tokenizer.stop_ids else "length",
-            new_tokens=len(answer_ids),
-            suffix_tokens=len(text.ids),
-            context_tokens=int(context.length),
-            chunks=chunks,
-            timings={
-                "select": selected - started,
-                "question": first - selected,
-                "decode": decoded - first,
-                "decode_tokens_per_s": (len(answer_ids) - 1) / (decoded - first) if len(answer_ids) > 1 else 0.0,
-            },
+        *,
+        max_new_tokens: int = 128,
+        sampling: TokenSampling | None = None,
+        seed: int = 0,
+        bilevel: BilevelConfig | None = BilevelConfig(),  # noqa: B008 (frozen)
+        relevance: RelevanceConfig | None = None,
+        history: Sequence[Turn] | None = None,
+    ) -> Answering:
+        """Chooses the chunks for a question and begins its answer; `ask` is this and all steps of it.
+
+        Arguments and errors are those of `ask`. The video cannot be closed before the answer is.
+        """
+        if video not in self._videos:
+            raise UserError(f"{video.path}: was watched by another model; watch it with the model that is asked")
+        check_answer_options(max_new_tokens, seed)
+        return Answering(
+            self.network,
+            self.tokenizer,
+            video,
+            question,
+            suffix(self.tokenizer, question, history),
+            max_new_tokens=max_new_tokens,
+            sampling=sampling or TokenSampling(),
+            seed=seed,
+            bilevel=bilevel,
+            relevance=relevance or RelevanceConfig(),
         )
 
     def chat(self, video: str | Path, question: str, frames: FrameSampling | None = None, **options: Any) -> str:

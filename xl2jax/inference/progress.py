@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -40,26 +40,21 @@ def timed[T](items: Iterator[T], timings: dict[str, float], name: str) -> Iterat
         yield item
 
 
-class AnswerStream:
-    """Turns growing id lists into pieces of text, holding back an incomplete multi-byte character."""
+class AnswerText:
+    """Turns growing id lists into pieces of text, holding back an incomplete multi-byte character.
 
-    def __init__(self, tokenizer: PromptTokenizer, stop: set[int], on_text: Callable[[str], None] | None):
-        self._tokenizer, self._stop, self._on_text = tokenizer, stop, on_text
-        self._sent = ""
+    Attributes:
+      sent: all pieces so far.
+    """
 
-    def _text(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids[:-1] if ids and ids[-1] in self._stop else ids)
+    def __init__(self, tokenizer: PromptTokenizer):
+        self._tokenizer = tokenizer
+        self.sent = ""
 
-    def __call__(self, ids: list[int], final: bool = False) -> None:
-        if self._on_text is None:
-            return
-        text = self._text(ids)
+    def add(self, ids: list[int], *, final: bool = False) -> str:
+        """The text of all `ids` that was not given before. `final` gives also what was held back."""
+        text = self._tokenizer.decode(ids)
         if text.endswith("\ufffd") and not final:
-            return
-        if text[len(self._sent) :]:
-            self._on_text(text[len(self._sent) :])
-            self._sent = text
-
-    def finish(self, ids: list[int]) -> str:
-        self(ids, final=True)
-        return self._text(ids)
+            return ""
+        piece, self.sent = text[len(self.sent) :], text
+        return piece

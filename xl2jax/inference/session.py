@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -306,7 +306,7 @@ def answer_tokens(
     new_tokens: int,
     stop: jax.Array | np.ndarray,
     sampling: TokenSampling,
-) -> Iterator[list[int]]:
+) -> Generator[list[int]]:
     """Decodes up to a token of `stop`, at most `new_tokens` tokens. Yields all ids so far every few tokens.
 
     `state` is donated. Raises UserError where the logits are not finite.

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import math
+from collections.abc import Generator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -150,6 +151,24 @@ def load_cache(
     Raises UserError where the file is not a cache or is damaged, or where it was made from something else. The message
     then names the difference.
     """
+    loading = loading_cache(path, model, key, video_path, bilevel, cache)
+    while True:
+        try:
+            next(loading)
+        except StopIteration as end:
+            watched: WatchedVideo = end.value
+            return watched
+
+
+def loading_cache(
+    path: Path,
+    model: Model,
+    key: dict[str, Any],
+    video_path: Path,
+    bilevel: BilevelConfig | None,
+    cache: CacheConfig = CacheConfig(),  # noqa: B008 (frozen)
+) -> Generator[None, None, WatchedVideo]:
+    """`load_cache` in steps: yields behind every tensor of the file, and returns the video."""
     with _CacheFile(path) as file:
         file.check_key(key)
         layout = model.layout(model.tokenizer.time_ids(file.about.times))
@@ -175,6 +194,7 @@ def load_cache(
                 visual[name][layer, :, :count] = array
             else:
                 arrays[name] = _put(arrays[name], array, layer, plan.visual_start)
+            yield
     filled = KVCache(
         *_cache_of(arrays),
         jnp.int32(layout.global_tokens),

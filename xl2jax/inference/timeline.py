@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from xl2jax.inference.api import Answer
+from xl2jax.inference.answering import Answer
 from xl2jax.inference.video_cache import WatchedVideo
 from xl2jax.system.figures import BLUE, GREY, new_figure, save_figure
 

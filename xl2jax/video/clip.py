@@ -103,15 +103,17 @@ class Clip:
             logger.warning("warning: %s: %s", self.path, "; ".join(problems))
 
 
-def open_reader(path: Path, backend: Backend = "auto", folder_fps: float = 1.0, threads: int = 0) -> Reader:
+def open_reader(
+    path: Path, backend: Backend = "auto", folder_fps: float = 1.0, threads: int = 0, max_pixels: int | None = None
+) -> Reader:
     """Opens a file with PyAV (`pyav` or `auto`) or decord, and a folder as images at `folder_fps`."""
     require_video_path(path)
     if backend not in ("auto", "pyav", "decord"):
         raise UserError(f"video backend {backend!r}: choose auto, pyav or decord")
     if path.is_dir():
-        return ImageReader(images_in(path), folder_fps)
+        return ImageReader(images_in(path), folder_fps, max_pixels)
     if backend != "decord":
-        return PyAVReader(path, threads)
+        return PyAVReader(path, threads, max_pixels)
     if importlib.util.find_spec("decord") is None:
         raise UserError("the video backend decord is not installed; use pyav")
     return DecordReader(path)
@@ -124,6 +126,7 @@ def open_video(
     backend: Backend = "auto",
     folder_fps: float = 1.0,
     threads: int = 0,
+    max_pixels: int | None = None,
 ) -> Clip:
     """Opens a video and chooses its frames. Decodes nothing; `Clip.check` decodes one frame.
 
@@ -133,6 +136,7 @@ def open_video(
       backend: `pyav`, `decord` or `auto`, which means pyav.
       folder_fps: frame rate of a folder of images.
       threads: threads of the pyav decoder; 0 lets FFmpeg choose. 1 is fastest when many files are read at once.
+      max_pixels: limit on the pixels of a frame, below the one that always holds; not with decord.
 
     Raises:
       UserError: the file is missing, not a regular file or unreadable, or it holds no video stream, no frames or an
@@ -144,7 +148,7 @@ def open_video(
     path, config = Path(path), config or FrameSampling()
     if not 0 < folder_fps < math.inf:
         raise UserError(f"folder fps must be above 0, not {folder_fps}")
-    reader = open_reader(path, backend, folder_fps, threads)
+    reader = open_reader(path, backend, folder_fps, threads, max_pixels)
     if reader.total == 0:
         raise UserError(f"{path}: holds no frames")
     if reader.fps <= 0:

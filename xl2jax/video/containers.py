@@ -95,14 +95,15 @@ def _playlist(path: Path) -> str | None:
     return None
 
 
-def video_stream(path: Path, container: Any) -> Any:
+def video_stream(path: Path, container: Any, max_pixels: int | None = None) -> Any:
     """The best video stream that is not a cover picture, an alpha plane or a depth map.
 
     Streams are ranked as in decord's FFmpeg: by the number of frames (counted up to 5), then by bit rate. Among equals
     FFmpeg's own choice wins.
 
     Raises:
-      UserError: the file has no such stream, FFmpeg does not know its codec, or its frames are too large.
+      UserError: the file has no such stream, FFmpeg does not know its codec, or its frames have more than `max_pixels`,
+        by default `MAX_PIXELS`.
     """
     from av.stream import Disposition as D
 
@@ -120,7 +121,7 @@ def video_stream(path: Path, container: Any) -> Any:
     best = container.streams.best("video")
     # max() returns the first of several equal streams, which the sort makes FFmpeg's choice.
     stream = max(sorted(known, key=lambda s: s.index != best.index), key=lambda s: ranks[s.index])
-    if stream.codec_context.width * stream.codec_context.height > MAX_PIXELS:
+    if stream.codec_context.width * stream.codec_context.height > (max_pixels or MAX_PIXELS):
         size = f"{stream.codec_context.width} x {stream.codec_context.height}"
         raise UserError(f"{path}: claims frames of {size} pixels, more than can be read")
     return stream

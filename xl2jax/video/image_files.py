@@ -27,8 +27,8 @@ _VIDEOS = {
 class ImageReader(Reader):
     """A sequence of image files, one per frame, at `fps` frames a second."""
 
-    def __init__(self, files: Sequence[Path], fps: float):
-        self._files = files
+    def __init__(self, files: Sequence[Path], fps: float, max_pixels: int | None = None):
+        self._files, self._max_pixels = files, max_pixels
         self.total, self.fps = len(files), fps
 
     def spans(self, indices: np.ndarray) -> list[np.ndarray]:
@@ -38,19 +38,19 @@ class ImageReader(Reader):
         previous, frame = -1, np.empty(0)
         for i in indices.tolist():
             if i != previous:
-                previous, frame = i, read_image(self._files[i])
+                previous, frame = i, read_image(self._files[i], self._max_pixels)
             yield frame
 
 
-def read_image(path: Path) -> np.ndarray:
+def read_image(path: Path, max_pixels: int | None = None) -> np.ndarray:
     """uint8 RGB [H, W, 3], rotated upright. 16-bit grey is scaled to 8 bits, and transparency is dropped.
 
     Raises:
-      UserError: the file is not an image, is damaged, or has more pixels than `MAX_PIXELS`.
+      UserError: the file is not an image, is damaged, or has more than `max_pixels`, by default `MAX_PIXELS`.
     """
     try:
         with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
+            if image.width * image.height > (max_pixels or MAX_PIXELS):
                 raise UserError(f"{path}: has {image.width} x {image.height} pixels, more than can be read")
             upright = ImageOps.exif_transpose(image)
             if upright.mode == "I" or upright.mode.startswith("I;16"):  # Pillow would clip values above 255

@@ -66,7 +66,7 @@ class _Packets:
     """Latest time in any stream, in seconds."""
 
 
-def read_index(path: Path) -> VideoIndex:
+def read_index(path: Path, max_pixels: int | None = None) -> VideoIndex:
     """Reads all packets of a video file. Warns if the file is cut off, and if the stated frame rate is not used.
 
     Raises:
@@ -75,7 +75,7 @@ def read_index(path: Path) -> VideoIndex:
     import av
 
     with opened(path) as container:
-        stream = video_stream(path, container)
+        stream = video_stream(path, container, max_pixels)
         packets = _read_packets(container, stream)
         name = container.format.name
         stated = float(stream.average_rate or stream.guessed_rate or 0)

@@ -57,9 +57,9 @@ class Reader(Protocol):
 class _IndexedReader(Reader):
     """A file whose packets were read. Frame counts and times come from the index, whichever library decodes."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, max_pixels: int | None = None):
         self._path = path
-        self._index: VideoIndex = read_index(path)
+        self._index: VideoIndex = read_index(path, max_pixels)
         self.total, self.fps, self.seconds = self._index.total, self._index.rate, self._index.seconds
 
     @property
@@ -70,9 +70,10 @@ class _IndexedReader(Reader):
 class PyAVReader(_IndexedReader):
     """Decodes with PyAV (FFmpeg). Damaged packets are skipped."""
 
-    def __init__(self, path: Path, threads: int = 0):
-        """`threads`: number of decoding threads; 0 lets FFmpeg choose."""
-        super().__init__(path)
+    def __init__(self, path: Path, threads: int = 0, max_pixels: int | None = None):
+        """`threads`: number of decoding threads; 0 lets FFmpeg choose. `max_pixels`: limit on the pixels of a frame."""
+        super().__init__(path, max_pixels)
+        self._max_pixels = max_pixels or MAX_PIXELS
         self._threads = threads
         self._replaced: set[int] = set()  # reading threads add to it
         self.damaged = self._replaced
@@ -101,7 +102,7 @@ class PyAVReader(_IndexedReader):
             stream = container.streams[self._index.stream]
             stream.thread_type = "AUTO"
             stream.codec_context.thread_count = self._threads
-            stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+            stream.codec_context.options = {"max_pixels": str(self._max_pixels)}
             seek = bool(keys)
             last = target = -1  # the last decoded frame, and the key frame of the last seek
             while done < len(wanted):

@@ -1,0 +1,136 @@
+"""An answer in the making, a few tokens at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from typing import Literal
+
+import jax
+import numpy as np
+
+from xl2jax.inference import session
+from xl2jax.inference.bilevel import BilevelConfig
+from xl2jax.inference.generate import TokenSampling
+from xl2jax.inference.network import Network
+from xl2jax.inference.progress import AnswerText
+from xl2jax.inference.selection import Chunk, RelevanceConfig, choose_context
+from xl2jax.inference.video_cache import WatchedVideo
+from xl2jax.prompt import PromptTokenizer, Suffix
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """An answer, and what it cost."""
+
+    question: str
+    text: str
+    finish_reason: Literal["stop", "length"]
+    """stop: the model ended its answer. length: it was cut off at `max_new_tokens`."""
+    new_tokens: int
+    suffix_tokens: int
+    context_tokens: int
+    """Tokens of the cache that this answer read."""
+    chunks: list[Chunk]
+    timings: dict[str, float]
+
+
+class Answering:
+    """A question whose chunks were chosen and whose answer is decoded with every `step`.
+
+    It keeps the video open until it has `finished` or is closed. `Model.start_answer` makes it.
+
+    Attributes:
+      finished: whether the answer has ended. `answer` can then be read.
+      chunks: the chunks of the video that the answer reads.
+      context_tokens, suffix_tokens: tokens of the cache that it reads, and of the prompt behind the video.
+      new_tokens: tokens decoded so far.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        tokenizer: PromptTokenizer,
+        video: WatchedVideo,
+        question: str,
+        text: Suffix,
+        *,
+        max_new_tokens: int,
+        sampling: TokenSampling,
+        seed: int,
+        bilevel: BilevelConfig | None,
+        relevance: RelevanceConfig,
+    ):
+        with contextlib.ExitStack() as opened:
+            opened.enter_context(video.reading())
+            self._question, self._stop = question, frozenset(tokenizer.stop_ids)
+            stop = np.asarray(tokenizer.stop_ids, np.int32)
+            self._started = time.perf_counter()
+            ids = session.suffix_ids(text.ids, text.first, text.last)
+            context, self.chunks = choose_context(network, video, question, ids, bilevel, relevance)
+            jax.block_until_ready(context)
+            self._selected = time.perf_counter()
+            state, _ = session.start_answer(
+                network, context, ids, new_tokens=max_new_tokens, stop=stop, sampling=sampling, seed=seed
+            )
+            self._tokens = session.answer_tokens(
+                network, context, state, new_tokens=max_new_tokens, stop=stop, sampling=sampling
+            )
+            self._text = AnswerText(tokenizer)
+            self._ids: list[int] = []
+            self._first = self._decoded = 0.0
+            self.context_tokens, self.suffix_tokens = int(context.length), len(text.ids)
+            self.finished = False
+            self._opened = opened.pop_all()
+
+    @property
+    def new_tokens(self) -> int:
+        return len(self._ids)
+
+    def step(self) -> str:
+        """Decodes the first token, or up to `session.STREAM_TOKENS` further ones. Returns the new text, maybe none.
+
+        Raises UserError where the logits are not finite. The answer is then closed.
+        """
+        try:
+            ids = next(self._tokens, None)
+        except BaseException:
+            self.close()
+            raise
+        self._decoded = time.perf_counter()
+        self._first = self._first or self._decoded
+        if ids is not None:
+            self._ids = ids
+            return self._text.add(self._without_stop())
+        self.close()
+        self.finished = True
+        return self._text.add(self._without_stop(), final=True)
+
+    def close(self) -> None:
+        """Lets go of the video and of the answer's own memory, whether or not the answer has ended."""
+        self._tokens.close()
+        self._opened.close()
+
+    @property
+    def answer(self) -> Answer:
+        """The answer so far."""
+        decoding = self._decoded - self._first
+        return Answer(
+            question=self._question,
+            text=self._text.sent,
+            finish_reason="stop" if self._ids and self._ids[-1] in self._stop else "length",
+            new_tokens=len(self._ids),
+            suffix_tokens=self.suffix_tokens,
+            context_tokens=self.context_tokens,
+            chunks=self.chunks,
+            timings={
+                "select": self._selected - self._started,
+                "question": self._first - self._selected,
+                "decode": decoding,
+                "decode_tokens_per_s": (len(self._ids) - 1) / decoding if len(self._ids) > 1 else 0.0,
+            },
+        )
+
+    def _without_stop(self) -> list[int]:
+        return self._ids[:-1] if self._ids and self._ids[-1] in self._stop else self._ids
