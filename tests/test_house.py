@@ -18,6 +18,7 @@ LAYERS = [
     {"models"},
     {"checkpoint", "video"},
     {"inference"},
+    {"serving"},
     {"training"},
     {"evaluation"},
     {"testing"},

@@ -14,6 +14,10 @@ class UserError(Exception):
     """
 
 
+class NotEnoughMemory(UserError):
+    """A video or a question that needs more memory than is free."""
+
+
 def first_line(error: Exception, otherwise: str | None = None) -> str:
     """The first line of an exception's message; for a system error, the system's own words without the file name.
 

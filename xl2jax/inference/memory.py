@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xl2jax.config import FRAMES_PER_GROUP, VideoXL2Config, Weights
-from xl2jax.errors import UserError
+from xl2jax.errors import NotEnoughMemory, UserError
 from xl2jax.inference.bilevel import BilevelConfig, mixed_slots
 from xl2jax.inference.layout import VideoLayout, bucket
 from xl2jax.inference.prefill import PrefillPlan, default_steps
@@ -169,7 +169,7 @@ def check_fits(
     *,
     held: int = 0,
 ) -> None:
-    """Raises UserError if a video needs more memory than is free.
+    """Raises NotEnoughMemory, a UserError, if a video needs more memory than is free.
 
     The message says how many frames would fit, and with which of `others` (flags -> bytes for the same video) all would.
     `held`: bytes of other watched videos, which could be closed.
@@ -190,7 +190,7 @@ def check_fits(
     if held:
         enough = "all fit then" if need.total <= free + held else "which is not enough for all"
         advice.append(f"other watched videos hold {held / 2**30:.2f} GiB: close() them ({enough})")
-    raise UserError(
+    raise NotEnoughMemory(
         f"{layout.groups * FRAMES_PER_GROUP} frames need {need.total / 2**30:.2f} GiB beside the model "
         f"(KV cache {need.cache / 2**30:.2f}), {free / 2**30:.2f} GiB are free: {'; '.join(advice)}"
     )

@@ -56,10 +56,12 @@ def cache_key(
     model: Model, video: Path, sampling: FrameSampling, folder_fps: float, config: PrefillConfig, cache: CacheConfig
 ) -> dict[str, Any]:
     """Everything a video cache depends on."""
-    return video_key(video, sampling, folder_fps, config) | {
-        "dtype": "int8" if cache.quantized else model.dtype,
-        "checkpoint": model.fingerprint,
-    }
+    return video_key(video, sampling, folder_fps, config) | model_key(model, cache)
+
+
+def model_key(model: Model, cache: CacheConfig) -> dict[str, Any]:
+    """The part of a cache's key that depends on the model."""
+    return {"dtype": "int8" if cache.quantized else model.dtype, "checkpoint": model.fingerprint}
 
 
 def video_key(video: Path, sampling: FrameSampling, folder_fps: float, config: PrefillConfig) -> dict[str, Any]:
@@ -68,9 +70,16 @@ def video_key(video: Path, sampling: FrameSampling, folder_fps: float, config: P
         content = content_hash(video)
     except OSError as e:
         raise UserError(f"{video}: cannot be read ({e.strerror})") from None
+    return content_key(content, sampling, folder_fps if video.is_dir() else None, config)
+
+
+def content_key(
+    content: str, sampling: FrameSampling, folder_fps: float | None, config: PrefillConfig
+) -> dict[str, Any]:
+    """`video_key` of a video whose hash is known. `folder_fps` is None for a file."""
     return {
         "video": content,
-        "sampling": {**dataclasses.asdict(sampling), "folder_fps": folder_fps if video.is_dir() else None},
+        "sampling": {**dataclasses.asdict(sampling), "folder_fps": folder_fps},
         "prefill": dataclasses.asdict(config),
     }
 

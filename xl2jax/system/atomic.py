@@ -106,6 +106,14 @@ def refuse_existing(path: Path) -> None:
         raise UserError(f"{path}: {_EXISTS}")
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Removes what killed writers of any file in `folder` left there, but nothing of running writers."""
+    for name in os.listdir(folder):
+        _, mark, rest = name.partition(f".incomplete-{_HOST}-")
+        if name.startswith(".") and mark and not _is_running(*rest.partition("-")[::2]):
+            _remove(folder / name)
+
+
 @contextlib.contextmanager
 def _temporary(path: Path, need_bytes: int = 0, *, parents: bool = False) -> Iterator[tuple[Path, Path]]:
     """Gives `path` with all links resolved, and a unique temporary name beside it.

@@ -1,0 +1,517 @@
+"""The one thread that owns the model: it answers questions, and watches videos a segment at a time between them.
+
+In each round questions whose video is on the device begin, every answer is decoded by up to eight tokens, one part of a
+stored video is read, and one segment of a new video is watched. A question about a watched video therefore waits for at
+most one segment of another client's video.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
+
+import numpy as np
+
+from xl2jax.errors import NotEnoughMemory, UserError
+from xl2jax.inference.answering import Answering
+from xl2jax.inference.api import Model
+from xl2jax.inference.watching import Watching
+from xl2jax.serving.errors import RequestError, internal_error, public_error
+from xl2jax.serving.limits import Limits
+from xl2jax.serving.media import Media
+from xl2jax.serving.metrics import Metrics
+from xl2jax.serving.protocol import Asked, VideoUse
+from xl2jax.serving.stops import StopTexts
+from xl2jax.serving.videos import VideoKey, WatchedVideos
+from xl2jax.system.terminal import explain
+from xl2jax.video.clip import Clip, FrameSampling
+
+logger = logging.getLogger(__name__)
+
+_SEGMENTS_AHEAD = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Watched:
+    """So many of the chosen frames have been watched."""
+
+    frames: int
+    total: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Begun:
+    """The answer begins."""
+
+    use: VideoUse
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """More text of the answer."""
+
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """The answer is complete."""
+
+    reason: str
+    new_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Failed:
+    """There will be no more of the answer."""
+
+    error: RequestError
+
+
+type Event = Watched | Begun | Piece | Ended | Failed
+
+
+@dataclasses.dataclass(eq=False)
+class Job:
+    """One question on its way through the engine.
+
+    media: None where the video is only known by name. emit: called in the engine's thread with each event.
+    """
+
+    asked: Asked
+    key: VideoKey
+    media: Media | None
+    frames: FrameSampling
+    emit: Callable[[Event], None]
+    arrived: float = dataclasses.field(default_factory=time.monotonic)
+    cancelled: bool = False
+    cached: bool = True
+
+
+class _Answer:
+    """A job whose answer is decoded."""
+
+    def __init__(self, job: Job, answering: Answering):
+        self.job, self.answering = job, answering
+        self.stops = StopTexts(job.asked.stop)
+
+
+class _Watch:
+    """A video that is watched for one or more jobs.
+
+    A thread opens the clip, waits for `begin`, and then reads ahead; the engine takes what it has read.
+    """
+
+    def __init__(self, first: Job, limits: Limits, wake: Callable[[], None]):
+        assert first.media is not None
+        self.key, self.jobs = first.key, [first]
+        self._media, self._frames, self._limits = first.media.hold(), first.frames, limits
+        self._folder_fps, self._wake = first.asked.folder_fps, wake
+        self._read: queue.Queue[Any] = queue.Queue(_SEGMENTS_AHEAD)
+        self._begun = threading.Event()
+        self._closed = False
+        self._thread: threading.Thread | None = None
+        self.clip: Clip | None = None
+        self.watching: Watching | None = None
+        self.reserved = 0
+
+    @property
+    def path(self) -> Any:
+        return self._media.path
+
+    def open(self) -> None:
+        """Starts the thread, once."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, daemon=True, name="read a video")
+            self._thread.start()
+
+    def begin(self, watching: Watching) -> None:
+        self.watching = watching
+        self._begun.set()
+
+    def take(self) -> Any:
+        """What the thread has given: a clip, frames, an error, or "end"; None if nothing."""
+        try:
+            return self._read.get_nowait()
+        except queue.Empty:
+            return None
+
+    @property
+    def has_read(self) -> bool:
+        return not self._read.empty()
+
+    def close(self) -> None:
+        """Ends the thread. The file is let go when it has ended."""
+        self._closed = True
+        self._begun.set()
+        if self._thread is None:
+            self._media.release()
+
+    def _work(self) -> None:
+        try:
+            self._give(self._media.open(self._frames, self._folder_fps, self._limits))
+            self._begun.wait()
+            for frames in self._batches():
+                if not self._give(frames):
+                    return
+            self._give("end")
+        except Exception as e:
+            self._give(e)
+        finally:
+            self._media.release()
+
+    def _batches(self) -> Iterator[np.ndarray]:
+        return iter(()) if self.watching is None else self.watching.batches()
+
+    def _give(self, item: Any) -> bool:
+        while not self._closed:
+            try:
+                self._read.put(item, timeout=0.2)
+            except queue.Full:
+                continue
+            self._wake()
+            return True
+        return False
+
+
+class Engine:
+    """Runs jobs until it is stopped. `finish_abandoned`: a video is watched to its end when its clients have gone."""
+
+    def __init__(
+        self, model: Model, videos: WatchedVideos, limits: Limits, metrics: Metrics, *, finish_abandoned: bool = False
+    ):
+        self._model, self._videos, self._limits, self._metrics = model, videos, limits, metrics
+        self._finish_abandoned = finish_abandoned
+        self._inbox: collections.deque[Job] = collections.deque()
+        self._ready: collections.deque[Job] = collections.deque()
+        self._answers: list[_Answer] = []
+        self._loads: dict[str, tuple[list[Job], Generator[bool, None, None] | None]] = {}
+        self._watches: collections.deque[_Watch] = collections.deque()
+        self._changed = threading.Condition()
+        self._woken = False
+        self._stopped = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    # --- from other threads ---------------------------------------------------------------------
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def submit(self, job: Job) -> None:
+        self._inbox.append(job)
+        self._wake()
+
+    def cancel(self, job: Job) -> None:
+        """Ends a job: its answer stops before its next step, and nothing more is emitted."""
+        if not job.cancelled:
+            job.cancelled = True
+            self._wake()
+
+    def stop(self) -> None:
+        """Fails what is left, waits for the thread, and for the files that are being written."""
+        self._stopped = True
+        self._wake()
+        if self._thread.ident is not None:
+            self._thread.join()
+        self._videos.close()
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._woken = True
+            self._changed.notify()
+
+    # --- in the engine's thread -----------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not self._stopped:
+            with self._changed:
+                if not (self._woken or self._answers or self._ready or self._loads):
+                    self._changed.wait()
+                self._woken = False
+            try:
+                self._round()
+            except Exception:  # none is expected here: each step handles its own
+                logger.exception("the engine failed in a round")
+                self._fail_all(internal_error())
+        self._fail_all(RequestError(503, "the server is shutting down", code="shutting_down"))
+
+    def _round(self) -> None:
+        while self._inbox:
+            self._accept(self._inbox.popleft())
+        self._drop_cancelled()
+        while self._ready and len(self._answers) < self._limits.answers:
+            self._begin(self._ready.popleft())
+        for answer in list(self._answers):
+            self._decode(answer)
+        if self._loads:
+            self._load()
+        if self._watches:
+            self._watch(self._watches[0])
+        self._publish()
+
+    def _publish(self) -> None:
+        waiting = len(self._ready) + sum(len(jobs) for jobs, _ in self._loads.values())
+        self._metrics.waiting.set(waiting + sum(len(watch.jobs) for watch in self._watches))
+        self._metrics.answering.set(len(self._answers))
+        self._videos.publish()
+
+    def _accept(self, job: Job) -> None:
+        """Puts a new job where it waits for its video."""
+        place = self._videos.place(job.key)
+        self._metrics.lookups.labels(place or "none").inc()
+        for watch in self._watches:
+            if watch.key.name == job.key.name:
+                job.cached = False
+                watch.jobs.append(job)
+                return
+        if place == "device":
+            self._videos.hold(job.key)
+            self._ready.append(job)
+        elif place is not None:
+            self._loads.setdefault(job.key.name, ([], None))[0].append(job)
+        else:
+            self._watch_for(job)
+
+    def _watch_for(self, job: Job) -> None:
+        job.cached = False
+        if job.media is None:
+            job.emit(Failed(not_kept()))
+            return
+        self._watches.append(_Watch(job, self._limits, self._wake))
+
+    def _drop_cancelled(self) -> None:
+        for answer in [a for a in self._answers if a.job.cancelled]:
+            self._metrics.cancelled.inc()
+            self._end(answer)
+        for job in [j for j in self._ready if j.cancelled]:
+            self._metrics.cancelled.inc()
+            self._ready.remove(job)
+            self._videos.release(job.key)
+        for name, (jobs, loading) in list(self._loads.items()):
+            jobs[:] = [j for j in jobs if not j.cancelled]
+            if not jobs:
+                if loading is not None:
+                    loading.close()
+                del self._loads[name]
+        for watch in list(self._watches):
+            gone = [j for j in watch.jobs if j.cancelled]
+            self._metrics.cancelled.inc(len(gone))
+            watch.jobs = [j for j in watch.jobs if not j.cancelled]
+            if not watch.jobs and not (self._finish_abandoned and watch.watching is not None):
+                self._close_watch(watch)
+
+    # --- answers --------------------------------------------------------------------------------
+
+    def _begin(self, job: Job) -> None:
+        """Begins the answer of a job whose video is held."""
+        asked = job.asked
+        video = self._videos.get(job.key)
+        try:
+            answering = self._model.start_answer(
+                video,
+                asked.question,
+                max_new_tokens=asked.max_new_tokens,
+                sampling=asked.sampling,
+                seed=asked.seed,
+                bilevel=asked.bilevel,
+                history=asked.history,
+            )
+        except Exception as e:
+            self._videos.release(job.key)
+            job.emit(Failed(self._error(e, job)))
+            return
+        layout = video.kv.layout
+        prompt = layout.tokens + answering.suffix_tokens
+        use = VideoUse(len(video.times), layout.tokens - layout.prefix, prompt, job.cached, answering.chunks)
+        self._metrics.prompt_tokens.inc(prompt)
+        job.emit(Begun(use))
+        self._answers.append(_Answer(job, answering))
+
+    def _decode(self, answer: _Answer) -> None:
+        job, before, started = answer.job, answer.answering.new_tokens, time.monotonic()
+        try:
+            text = answer.answering.step()
+        except Exception as e:
+            self._end(answer)
+            job.emit(Failed(self._error(e, job)))
+            return
+        now = time.monotonic()
+        if before == 0:
+            self._metrics.first_token.labels("before" if job.cached else "for it").observe(now - job.arrived)
+        self._metrics.new_tokens.inc(answer.answering.new_tokens - before)
+        self._metrics.decode_seconds.inc(now - started)
+        if text := answer.stops.add(text, final=answer.answering.finished):
+            job.emit(Piece(text))
+        if answer.stops.found or answer.answering.finished:
+            result = answer.answering.answer
+            self._end(answer)
+            job.emit(Ended("stop" if answer.stops.found else result.finish_reason, result.new_tokens))
+
+    def _end(self, answer: _Answer) -> None:
+        answer.answering.close()
+        self._answers.remove(answer)
+        self._videos.release(answer.job.key)
+
+    # --- videos ---------------------------------------------------------------------------------
+
+    def _make_ready(self, key: VideoKey, jobs: list[Job]) -> None:
+        for job in jobs:
+            self._videos.hold(key)
+            self._ready.append(job)
+
+    def _load(self) -> None:
+        """One step of the first video that is on its way to the device."""
+        name, (jobs, loading) = next(iter(self._loads.items()))
+        key = jobs[0].key
+        try:
+            if loading is None and self._videos.place(key) == "host":
+                if not self._videos.restore(key):
+                    self._pause()
+                    return
+            else:
+                loading = loading or self._videos.load(key)
+                self._loads[name] = (jobs, loading)
+                if not next(loading):
+                    self._pause()
+                return
+        except StopIteration:
+            pass
+        except NotEnoughMemory as e:
+            if self._more_room():
+                self._loads[name] = (jobs, None)
+                return
+            del self._loads[name]
+            for job in jobs:
+                job.emit(Failed(self._error(e, job)))
+            return
+        except UserError:  # the file is damaged or gone
+            del self._loads[name]
+            for job in jobs:
+                self._accept(job)
+            return
+        except Exception as e:
+            del self._loads[name]
+            for job in jobs:
+                job.emit(Failed(self._error(e, job)))
+            return
+        del self._loads[name]
+        self._make_ready(key, jobs)
+
+    def _watch(self, watch: _Watch) -> None:
+        """One segment of a video, or what has to be done before the first one and behind the last one."""
+        watch.open()
+        try:
+            if watch.watching is None and watch.clip is not None:
+                self._start(watch, watch.clip)
+                return
+            match watch.take():
+                case None:
+                    return
+                case Exception() as e:
+                    raise e
+                case Clip() as clip:
+                    watch.clip = clip
+                    self._start(watch, clip)
+                case np.ndarray() as frames:
+                    assert watch.watching is not None
+                    started = time.monotonic()
+                    watch.watching.add(frames, wait=True)
+                    self._metrics.watch_seconds.inc(time.monotonic() - started)
+                    self._metrics.frames.inc(len(frames))
+                    for job in watch.jobs:
+                        job.emit(Watched(watch.watching.frames, watch.watching.total))
+                case _:
+                    assert watch.watching is not None
+                    video = watch.watching.finish()
+                    self._close_watch(watch)
+                    self._videos.add(watch.key, video)
+                    self._make_ready(watch.key, watch.jobs)
+        except Exception as e:
+            self._close_watch(watch)
+            for job in watch.jobs:
+                job.emit(Failed(self._error(e, job, watch)))
+        if watch.has_read:
+            self._wake()
+
+    def _start(self, watch: _Watch, clip: Clip) -> None:
+        """Begins to watch a clip as soon as there is room for it."""
+        need = self._videos.needed(clip)
+        if not self._videos.make_room(need):
+            self._pause()
+            return
+        while True:
+            try:
+                watching = self._model.start_watch(clip, self._videos.prefill, cache=self._videos.cache)
+                break
+            except NotEnoughMemory:
+                if not self._more_room():
+                    raise
+        watch.reserved = need
+        self._videos.reserve(need)
+        watch.begin(watching)
+
+    def _close_watch(self, watch: _Watch) -> None:
+        self._watches.remove(watch)
+        watch.close()
+        self._videos.reserve(-watch.reserved)
+        watch.watching = None
+        self._wake()  # the next one can begin
+
+    def _more_room(self) -> bool:
+        """Frees memory that the budget would allow to be used, but that is short. Returns whether any was freed."""
+        if not self._videos.move_oldest():
+            return False
+        self._videos.wait_for_writer()
+        return True
+
+    def _pause(self) -> None:
+        """There is no room before an answer has ended: nothing is to be done until then."""
+        if not self._answers and not self._ready:
+            time.sleep(0.02)
+        self._wake()
+
+    # --- failures -------------------------------------------------------------------------------
+
+    def _error(self, error: Exception, job: Job, watch: _Watch | None = None) -> RequestError:
+        if isinstance(error, RequestError):
+            return error
+        paths = [media.path for media in (job.media, watch) if media is not None]
+        if isinstance(error, UserError):
+            return public_error(error, paths, code="video_too_large" if isinstance(error, NotEnoughMemory) else None)
+        if explain(error) is not None:
+            logger.error("the machine ran short: %s", explain(error))
+            return RequestError(503, "the server is short of memory", code="out_of_memory", retry_after=10)
+        logger.error("a request failed", exc_info=error)
+        return internal_error()
+
+    def _fail_all(self, error: RequestError) -> None:
+        jobs = [*self._inbox, *self._ready, *(a.job for a in self._answers)]
+        jobs += [job for waiting, _ in self._loads.values() for job in waiting]
+        for answer in self._answers:
+            answer.answering.close()
+        for job in [*self._ready, *(a.job for a in self._answers)]:
+            self._videos.release(job.key)
+        for watch in list(self._watches):
+            jobs += watch.jobs
+            self._close_watch(watch)
+        for queue_ in (self._inbox, self._ready, self._answers, self._loads):
+            queue_.clear()
+        for job in jobs:
+            job.emit(Failed(error))
+
+
+def not_kept() -> RequestError:
+    """The error for a video that is only named and is not kept any more."""
+    return RequestError(
+        404, "no video of this uuid is kept with these frames: send the video", code="video_not_found", param="messages"
+    )

@@ -1,0 +1,60 @@
+"""Errors as OpenAI's JSON. Their messages are for clients: they hold no path, host name or trace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from xl2jax.errors import UserError, shorten
+
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "server_error",
+    504: "server_error",
+}
+
+
+class RequestError(Exception):
+    """A request that is refused or that failed.
+
+    status: of HTTP. code: a word for programs. param: the field of the request. retry_after: seconds.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after: int | None = None,
+    ):
+        super().__init__(message)
+        self.status, self.message, self.code, self.param, self.retry_after = status, message, code, param, retry_after
+
+    @property
+    def body(self) -> dict[str, Any]:
+        kind = _TYPES.get(self.status, "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+
+
+def internal_error() -> RequestError:
+    """For a fault of the server, whose trace is logged."""
+    return RequestError(500, "the server failed on this request; its log has the reason", code="internal_error")
+
+
+def public_error(error: UserError, paths: Iterable[Path] = (), *, code: str | None = None) -> RequestError:
+    """A wrong input as status 400. `paths` are replaced in its message."""
+    text = str(error)
+    for path in sorted(map(str, paths), key=len, reverse=True):
+        text = text.replace(path, "the video")
+    return RequestError(400, shorten(text, 400), code=code)

@@ -1,0 +1,35 @@
+"""The ceilings that hold whatever a request asks for."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Ceilings of the server.
+
+    queue: requests that are in the server at a time, from their first byte to their last.
+    answers: answers that are decoded at a time.
+    request_seconds: a request that is not answered by then ends with status 504.
+    fetch_seconds: time for the download of a video, with all redirects.
+    body_bytes: size of a request other than an upload.
+    video_bytes: size of a video file, whether it is uploaded, downloaded, local or part of a request.
+    video_seconds: length of a video.
+    frames: frames that may be read from a video.
+    frame_pixels: pixels of a frame of the file.
+    text_characters: characters of a question with the history before it.
+    new_tokens: tokens of an answer.
+    """
+
+    queue: int = 64
+    answers: int = 8
+    request_seconds: float = 3600.0
+    fetch_seconds: float = 300.0
+    body_bytes: int = 64 << 20
+    video_bytes: int = 8 << 30
+    video_seconds: float = 6 * 3600.0
+    frames: int = 1024
+    frame_pixels: int = 7680 * 4320
+    text_characters: int = 65_536
+    new_tokens: int = 4096

@@ -1,0 +1,98 @@
+"""The files of /v1/files: a folder with the bytes of each file, and what is known about it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import secrets
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from xl2jax.errors import UserError, shorten
+from xl2jax.serving.addresses import too_large
+from xl2jax.serving.errors import RequestError
+from xl2jax.system.atomic import replacing_file
+from xl2jax.system.schema import Schema, read_json
+
+_ID = re.compile(r"file-[0-9a-f]{32}")
+
+
+class _About(Schema):
+    bytes: int
+    created_at: int
+    filename: str
+    purpose: str
+
+
+class Uploads:
+    """Keeps files in `folder`. Its methods block, and several threads may call them."""
+
+    def __init__(self, folder: Path, max_bytes: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._max_bytes = folder, max_bytes
+
+    def add(self, source: IO[bytes], filename: str, purpose: str) -> dict[str, Any]:
+        """Stores a file and returns its description. Raises RequestError where it is too large or does not fit."""
+        name = f"file-{secrets.token_hex(16)}"
+        count = 0
+        try:
+            with replacing_file(self._folder / f"{name}.data") as beside, open(beside, "wb") as out:
+                while block := source.read(1 << 20):
+                    count += len(block)
+                    if count > self._max_bytes:
+                        raise too_large(self._max_bytes)
+                    out.write(block)
+            about = {
+                "bytes": count,
+                "created_at": int(time.time()),
+                "filename": shorten(filename, 200),
+                "purpose": shorten(purpose, 40),
+            }
+            with replacing_file(self._folder / f"{name}.json") as beside:  # last: a file without it is not listed
+                beside.write_text(json.dumps(about))
+        except UserError:
+            raise RequestError(507, "the server has no room for the file", code="no_space") from None
+        return _described(name, about)
+
+    def describe(self, name: str) -> dict[str, Any]:
+        """The description of a file. Raises RequestError with status 404."""
+        path = self._path(name, "json")
+        try:
+            about = read_json(path, _About)
+        except UserError:
+            raise _unknown() from None
+        return _described(name, about.model_dump())
+
+    def list(self) -> list[dict[str, Any]]:
+        """The descriptions of all files, the newest first."""
+        found = []
+        for path in self._folder.glob("file-*.json"):
+            with contextlib.suppress(RequestError):
+                found.append(self.describe(path.stem))
+        return sorted(found, key=lambda about: about["created_at"], reverse=True)
+
+    def path(self, name: str) -> Path:
+        """Where the bytes of a file are. Raises RequestError with status 404."""
+        self.describe(name)
+        return self._path(name, "data")
+
+    def remove(self, name: str) -> None:
+        """Removes a file. Raises RequestError with status 404."""
+        self.describe(name)
+        for suffix in ("json", "data"):
+            self._path(name, suffix).unlink(missing_ok=True)
+
+    def _path(self, name: str, suffix: str) -> Path:
+        if not _ID.fullmatch(name):
+            raise _unknown()
+        return self._folder / f"{name}.{suffix}"
+
+
+def _unknown() -> RequestError:
+    return RequestError(404, "there is no file of this id", code="file_not_found")
+
+
+def _described(name: str, about: dict[str, Any]) -> dict[str, Any]:
+    return {"id": name, "object": "file", "status": "processed", **about}
