@@ -373,8 +373,14 @@ class Engine:
         """One step of the first video that is on its way to the device."""
         name, (jobs, loading) = next(iter(self._loads.items()))
         key = jobs[0].key
+        place = self._videos.place(key)
+        if loading is None and place is None:  # it was dropped meanwhile
+            del self._loads[name]
+            for job in jobs:
+                self._accept(job)
+            return
         try:
-            if loading is None and self._videos.place(key) == "host":
+            if loading is None and place == "host":
                 if not self._videos.restore(key):
                     self._pause()
                     return

@@ -171,8 +171,12 @@ class WatchedVideos:
     def restore(self, key: VideoKey) -> bool:
         """Brings a video back from host memory. Returns False where there is no room for now."""
         kept = self._kept[key.name]
-        if not self.make_room(kept.bytes):
-            return False
+        kept.users += 1  # what makes room must not drop it
+        try:
+            if not self.make_room(kept.bytes):
+                return False
+        finally:
+            kept.users -= 1
         kept.video.kv.cache = jax.device_put(kept.video.kv.cache)
         kept.place = "device"
         return True
@@ -237,7 +241,7 @@ class WatchedVideos:
         for name, kept in list(self._kept.items()):
             if self._bytes("host") <= self._budgets.host:
                 return
-            if kept.place == "host":
+            if kept.place == "host" and not kept.users:
                 del self._kept[name]
 
     def _file(self, key: VideoKey) -> Path:

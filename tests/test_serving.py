@@ -1,0 +1,442 @@
+"""The HTTP interface, as clients use it: OpenAI's own client, and the requests of others."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+import openai
+import pytest
+from PIL import Image
+from serving import make_service, metric, served, wait_for
+
+import xl2jax
+from xl2jax.serving.app import Service
+from xl2jax.serving.limits import Limits
+from xl2jax.serving.media import MediaRules
+from xl2jax.testing import shape_frame, write_clip
+
+LIMITS = Limits(queue=8, answers=3, frames=64, body_bytes=4 << 20, video_bytes=2 << 20, new_tokens=3000)
+FRAMES = {"xl2jax": {"fps": 2, "max_frames": 40}}
+SAMPLING = xl2jax.FrameSampling(fps=2, max_frames=40)
+QUESTION = "Which shape is red?"
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory: pytest.TempPathFactory, clip: Path) -> Path:
+    """A folder that may be read, with two videos, a link that leads out of it, and a text file."""
+    root = tmp_path_factory.mktemp("media")
+    (root / "a.mp4").write_bytes(clip.read_bytes())
+    write_clip(root / "b.mp4", 6, fps=8, width=64, height=64)
+    outside = tmp_path_factory.mktemp("outside") / "secret.mp4"
+    outside.write_bytes(clip.read_bytes())
+    (root / "link.mp4").symlink_to(outside)
+    (root / "text.mp4").write_text("This is no video.")
+    return root
+
+
+@pytest.fixture(scope="module")
+def service(model: xl2jax.Model, media: Path, tmp_path_factory: pytest.TempPathFactory) -> Service:
+    return make_service(model, tmp_path_factory.mktemp("serving"), limits=LIMITS, rules=MediaRules((media,)))
+
+
+@pytest.fixture(scope="module")
+def address(service: Service) -> Iterator[str]:
+    with served(service) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def client(address: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def local(path: Path) -> dict[str, Any]:
+    return {"type": "video_url", "video_url": {"url": path.as_uri()}}
+
+
+def asks(*parts: Any, question: str = QUESTION) -> list[Any]:
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
+
+
+def answer_alone(model: xl2jax.Model, video: Path, question: str = QUESTION, **options: Any) -> str:
+    with model.watch(video, SAMPLING) as watched:
+        return model.ask(watched, question, **({"max_new_tokens": 12} | options)).text
+
+
+def test_an_answer_is_that_of_the_library(
+    client: openai.OpenAI, model: xl2jax.Model, media: Path, service: Service
+) -> None:
+    request: dict[str, Any] = {"model": "tiny", "messages": asks(local(media / "a.mp4")), "max_tokens": 12}
+    first = client.chat.completions.create(**request, extra_body=FRAMES)
+    again = client.chat.completions.create(**request, extra_body=FRAMES)
+    with model.watch(media / "a.mp4", SAMPLING) as video:
+        expected = model.ask(video, QUESTION, max_new_tokens=12)
+        video_tokens = video.kv.layout.tokens - video.kv.layout.prefix
+    assert first.choices[0].message.content == again.choices[0].message.content == expected.text
+    assert first.choices[0].finish_reason == expected.finish_reason
+    assert first.usage is not None
+    assert again.usage is not None
+    assert first.usage.completion_tokens == expected.new_tokens
+    assert first.usage.model_extra == {"frames": 40, "video_tokens": video_tokens, "video_cached": False}
+    assert again.usage.model_extra == {"frames": 40, "video_tokens": video_tokens, "video_cached": True}
+    assert again.usage.prompt_tokens_details is not None
+    assert again.usage.prompt_tokens_details.cached_tokens == video_tokens
+    assert first.usage.prompt_tokens > video_tokens + expected.suffix_tokens
+    assert metric(service, "xl2jax_generated_tokens_total") >= 2 * expected.new_tokens
+    assert metric(service, "xl2jax_watched_videos", place="device") >= 1
+
+
+def test_a_stream_says_the_same(client: openai.OpenAI, model: xl2jax.Model, media: Path) -> None:
+    stream = client.chat.completions.create(
+        model="tiny",
+        messages=asks(local(media / "a.mp4")),
+        max_completion_tokens=60,
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body={"xl2jax": {**FRAMES["xl2jax"], "chunks": True}},
+    )
+    chunks = list(stream)
+    pieces = [c.choices[0].delta.content or "" for c in chunks if c.choices]
+    assert "".join(pieces) == answer_alone(model, media / "a.mp4", max_new_tokens=60)
+    assert sum(map(bool, pieces)) > 1
+    assert chunks[0].choices[0].delta.role == "assistant"
+    *_, last, usage = chunks
+    assert last.choices[0].finish_reason in ("stop", "length")
+    assert (usage.choices, usage.usage is not None) == ([], True)
+    shown = (last.model_extra or {})["xl2jax"]["chunks"]
+    assert [c["number"] for c in shown] == [1, 2, 3]
+    assert {"start", "end", "score", "dense"} <= set(shown[0])
+    assert len({c.id for c in chunks}) == 1
+
+
+def test_many_at_once_get_their_own_answers(address: str, model: xl2jax.Model, media: Path, service: Service) -> None:
+    """Eight questions about two videos, one of them new: each answer is that of the question asked alone."""
+    write_clip(media / "new.mp4", 8, fps=10, width=64, height=64)
+    cases = [(media / name, f"{QUESTION} {n}") for n in range(4) for name in ("a.mp4", "new.mp4")]
+    before = metric(service, "xl2jax_watched_frames_total")
+
+    async def ask_all() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
+
+            async def ask(video: Path, question: str) -> str:
+                answer = await client.chat.completions.create(
+                    model="tiny", messages=asks(local(video), question=question), max_tokens=12, extra_body=FRAMES
+                )
+                return answer.choices[0].message.content or ""
+
+            return await asyncio.gather(*(ask(*case) for case in cases))
+
+    answers = asyncio.run(ask_all())
+    with model.watch(media / "new.mp4", SAMPLING) as new, model.watch(media / "a.mp4", SAMPLING) as known:
+        expected = [
+            model.ask(new if video.name == "new.mp4" else known, q, max_new_tokens=12).text for video, q in cases
+        ]
+        frames = len(new.times)
+    assert answers == expected
+    # The new video was watched once for all four.
+    assert metric(service, "xl2jax_watched_frames_total") - before == frames
+
+
+def test_earlier_turns_are_history(client: openai.OpenAI, model: xl2jax.Model, media: Path) -> None:
+    first, *_ = asks(local(media / "a.mp4"), question="What is it?")
+    answer = client.chat.completions.create(
+        model="tiny",
+        messages=[
+            first,
+            {"role": "assistant", "content": "A circle."},
+            {"role": "user", "content": "And then?"},
+        ],
+        max_tokens=12,
+        extra_body=FRAMES,
+    )
+    expected = answer_alone(model, media / "a.mp4", "And then?", history=[("What is it?", "A circle.")])
+    assert answer.choices[0].message.content == expected
+
+
+def test_sampling_follows_the_seed(client: openai.OpenAI, model: xl2jax.Model, media: Path) -> None:
+    answer = client.chat.completions.create(
+        model="tiny",
+        messages=asks(local(media / "a.mp4")),
+        max_tokens=12,
+        temperature=0.9,
+        top_p=0.8,
+        seed=5,
+        extra_body=FRAMES,
+    )
+    sampling = xl2jax.TokenSampling(0.9, 0.8)
+    assert answer.choices[0].message.content == answer_alone(model, media / "a.mp4", sampling=sampling, seed=5)
+
+
+def test_an_answer_ends_before_a_stop_text(client: openai.OpenAI, model: xl2jax.Model, media: Path) -> None:
+    whole = answer_alone(model, media / "a.mp4", max_new_tokens=40)
+    stop = whole[len(whole) // 2 :][:3]
+    for stream in (False, True):
+        answer: Any = client.chat.completions.create(
+            model="tiny",
+            messages=asks(local(media / "a.mp4")),
+            max_tokens=40,
+            stop=[stop, "never said"],
+            stream=stream,
+            extra_body=FRAMES,
+        )
+        if stream:
+            chunks = list(answer)
+            text = "".join(c.choices[0].delta.content or "" for c in chunks)
+            reason = chunks[-1].choices[0].finish_reason
+        else:
+            text, reason = answer.choices[0].message.content, answer.choices[0].finish_reason
+        assert (text, reason) == (whole[: whole.index(stop)], "stop")
+
+
+def test_the_requests_of_lmms_eval(client: openai.OpenAI, model: xl2jax.Model, media: Path) -> None:
+    """Its model `openai` sends file addresses, text behind them, and the number of frames as vLLM reads it."""
+    answer = client.chat.completions.create(
+        model="tiny",
+        messages=[
+            {
+                "role": "user",
+                "content": [
+                    {"type": "video_url", "video_url": {"url": f"file://{media / 'a.mp4'}"}},  # type: ignore[list-item]
+                    {"type": "text", "text": QUESTION},
+                ],
+            }
+        ],
+        max_tokens=12,
+        temperature=0,
+        extra_body={
+            "media_io_kwargs": {"video": {"num_frames": 16, "fps": -1}},
+            "mm_processor_kwargs": {"do_sample_frames": False},
+        },
+    )
+    with model.watch(media / "a.mp4", xl2jax.FrameSampling(None, max_frames=16)) as video:
+        assert answer.choices[0].message.content == model.ask(video, QUESTION, max_new_tokens=12).text
+    assert answer.usage is not None
+    assert (answer.usage.model_extra or {})["frames"] == 16
+
+
+# --- where videos come from --------------------------------------------------------------------
+
+
+def coded(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def test_one_video_by_many_ways_is_watched_once(
+    client: openai.OpenAI, model: xl2jax.Model, media: Path, service: Service
+) -> None:
+    data = (media / "b.mp4").read_bytes()
+    stored = client.files.create(file=("b.mp4", data), purpose="user_data")
+    assert stored.bytes == len(data)
+    parts: list[dict[str, Any]] = [
+        {"type": "file", "file": {"file_id": stored.id}, "uuid": "the video"},
+        {"type": "video_url", "video_url": {"url": f"data:video/mp4;base64,{coded(data)}"}},
+        {"type": "file", "file": {"file_data": coded(data), "filename": "b.mp4"}},
+        local(media / "b.mp4"),
+        {"type": "video_url", "video_url": None, "uuid": "the video"},
+    ]
+    expected, before = answer_alone(model, media / "b.mp4"), metric(service, "xl2jax_watched_frames_total")
+    for number, part in enumerate(parts):
+        answer = client.chat.completions.create(model="tiny", messages=asks(part), max_tokens=12, extra_body=FRAMES)
+        assert answer.choices[0].message.content == expected
+        assert answer.usage is not None
+        assert (answer.usage.model_extra or {})["video_cached"] == (number > 0)
+    assert metric(service, "xl2jax_watched_frames_total") - before == (answer.usage.model_extra or {})["frames"]
+    assert [f.id for f in client.files.list()] == [stored.id]
+    assert client.files.content(stored.id).read() == data
+    assert client.files.delete(stored.id).deleted
+    with pytest.raises(openai.NotFoundError):
+        client.files.retrieve(stored.id)
+    wait_for(lambda: not list((media.parent).glob("*/spool/*")))  # nothing of a request is left
+
+
+def test_frames_are_a_video(client: openai.OpenAI, model: xl2jax.Model, tmp_path: Path) -> None:
+    pictures = []
+    for i in range(8):
+        buffer = io.BytesIO()
+        Image.fromarray(shape_frame(float(i), 64, 48)).save(buffer, "JPEG")
+        pictures.append(buffer.getvalue())
+        (tmp_path / f"{i}.jpg").write_bytes(pictures[-1])
+    with model.watch(tmp_path, xl2jax.FrameSampling(1.0, None)) as video:
+        expected = model.ask(video, QUESTION, max_new_tokens=12).text
+        assert len(video.times) == 8
+    one = {"type": "video_url", "video_url": {"url": "data:video/jpeg;base64," + ",".join(map(coded, pictures))}}
+    many = [{"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{coded(p)}"}} for p in pictures]
+    for parts in ([one], many):
+        answer = client.chat.completions.create(model="tiny", messages=asks(*parts), max_tokens=12)
+        assert answer.choices[0].message.content == expected
+        assert answer.usage is not None
+        assert (answer.usage.model_extra or {})["frames"] == 8
+
+
+# --- refusals ----------------------------------------------------------------------------------
+
+VIDEO = {"type": "video_url", "video_url": {"url": "file:///nowhere.mp4"}}
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "words"),
+    [
+        ({"messages": []}, 400, "messages"),
+        ({"messages": asks()}, 400, "no video"),
+        ({"messages": asks(VIDEO, question=" ")}, 400, "the question is empty"),
+        ({"messages": asks(VIDEO, {"type": "file", "file": {"file_id": "file-1"}})}, 400, "several videos"),
+        ({"messages": asks({"type": "input_audio"})}, 400, "input_audio"),
+        ({"messages": asks({"type": "file", "file": {"file_id": "file-../../x"}})}, 404, "no file of this id"),
+        ({"messages": asks({"type": "video_url", "video_url": None, "uuid": "unknown"})}, 404, "uuid"),
+        ({"messages": [*asks(VIDEO), {"role": "assistant", "content": "."}]}, 400, "begin and end"),
+        ({"messages": asks(VIDEO, question="x" * 70_000)}, 400, "70,000 characters"),
+        ({"model": "gpt"}, 404, "the model does not exist"),
+        ({"n": 2}, 400, "n: is not supported"),
+        ({"tools": [{}]}, 400, "tools: is not supported"),
+        ({"response_format": {"type": "json_object"}}, 400, "response_format"),
+        ({"temperature": -1}, 400, "temperature"),
+        ({"max_tokens": 0}, 400, "max_tokens"),
+        ({"max_tokens": 5000}, 400, "max_tokens: should be at most 3000"),
+        ({"xl2jax": {"max_frames": 65}}, 400, "max_frames: should be from 4 to 64"),
+        ({"xl2jax": {"frames": 8}}, 400, "xl2jax.frames"),
+        ({"xl2jax": {"fps": 0}}, 400, "fps must be above 0"),
+        ({"media_io_kwargs": {"video": {"num_frames": 10_000}}}, 400, "num_frames: should be from 4 to 64"),
+        ({"media_io_kwargs": {"video": {"fps": 1e9}}}, 400, "fps"),
+        ({"stop": [""]}, 400, "stop"),
+        ({"seed": "x"}, 400, "seed"),
+    ],
+)
+def test_a_wrong_request_is_one_clear_error(address: str, change: dict[str, Any], status: int, words: str) -> None:
+    response = httpx2.post(f"{address}/v1/chat/completions", json={"messages": asks(VIDEO)} | change)
+    assert response.status_code == status
+    error = response.json()["error"]
+    assert words in error["message"]
+    assert set(error) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b"\xff", b"[" * 100_000, b'{"messages": NaN}', b'{"messages": 1e999}']
+)
+def test_a_body_that_is_no_request(address: str, body: bytes) -> None:
+    headers = {"Content-Type": "application/json"}
+    response = httpx2.post(f"{address}/v1/chat/completions", content=body, headers=headers)
+    assert response.status_code == 400
+    assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("name", ["link.mp4", "../outside0/secret.mp4", "missing.mp4", "text.mp4", "."])
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_path_in_errors(address: str, media: Path, name: str, stream: bool) -> None:
+    part = {"type": "video_url", "video_url": {"url": f"file://{media}/{name}"}}
+    response = httpx2.post(f"{address}/v1/chat/completions", json={"messages": asks(part), "stream": stream})
+    assert response.status_code == 400, response.text
+    message = response.json()["error"]["message"]
+    assert "/" not in message.replace("http(s)", "")
+    assert socket.gethostname() not in message
+    if name != "text.mp4":
+        assert "allowed" in message or "regular file" in message
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://example.com/v.mp4",
+        "https://127.0.0.1/v.mp4",
+        "ftp://x/v.mp4",
+        "data:video/mp4,plain",
+        "data:;base64,?",
+        "v.mp4",
+    ],
+)
+def test_other_addresses_are_refused(address: str, url: str) -> None:
+    part = {"type": "video_url", "video_url": {"url": url}}
+    response = httpx2.post(f"{address}/v1/chat/completions", json={"messages": asks(part)})
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "media_refused")
+
+
+def test_ceilings_on_bytes(address: str, client: openai.OpenAI) -> None:
+    data = np.zeros(3 << 20, np.uint8).tobytes()
+    part = {"type": "video_url", "video_url": {"url": f"data:video/mp4;base64,{coded(data)}"}}
+    response = httpx2.post(f"{address}/v1/chat/completions", json={"messages": asks(part)})
+    assert response.status_code in (400, 413)
+    with pytest.raises(openai.APIStatusError) as e:
+        client.files.create(file=("big.mp4", data), purpose="user_data")
+    assert e.value.status_code == 413
+    assert list(client.files.list()) == []
+
+
+def test_pages_of_other_sites_are_refused(address: str) -> None:
+    assert httpx2.get(f"{address}/v1/models", headers={"Host": "evil.example"}).status_code == 403
+    assert httpx2.get(f"{address}/v1/models", headers={"Origin": "https://evil.example"}).status_code == 403
+    assert httpx2.get(f"{address}/v1/models", headers={"Origin": address}).status_code == 200
+    text = httpx2.post(f"{address}/v1/chat/completions", content="{}", headers={"Content-Type": "text/plain"})
+    assert text.status_code == 415
+
+
+def test_the_small_addresses(address: str, client: openai.OpenAI) -> None:
+    assert [m.id for m in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+    assert httpx2.get(f"{address}/health").json() == {"status": "ok"}
+    assert httpx2.get(f"{address}/ready").json() == {"status": "ready"}
+    assert "xl2jax_time_to_first_token_seconds_bucket" in httpx2.get(f"{address}/metrics").text
+    missing = httpx2.get(f"{address}/v1/nothing")
+    assert (missing.status_code, missing.json()["error"]["type"]) == (404, "not_found_error")
+    assert httpx2.get(f"{address}/v1/chat/completions").status_code == 405
+
+
+# --- load --------------------------------------------------------------------------------------
+
+
+def begin_stream(address: str, media: Path) -> Any:
+    body = {"messages": asks(local(media / "a.mp4")), "max_tokens": 3000, "stream": True, **FRAMES}
+    return httpx2.stream("POST", f"{address}/v1/chat/completions", json=body, timeout=60)
+
+
+def test_an_answer_stops_when_its_client_goes(address: str, media: Path, service: Service) -> None:
+    before = metric(service, "xl2jax_questions_cancelled_total")
+    with begin_stream(address, media) as response:
+        assert next(line for line in response.iter_lines() if '"content":"' in line)
+    wait_for(lambda: metric(service, "xl2jax_answers_running") == 0, 20)
+    assert metric(service, "xl2jax_questions_cancelled_total") == before + 1
+    assert service.in_flight == 0
+
+
+def test_too_many_requests_are_told_when_to_come_back(address: str, media: Path, service: Service) -> None:
+    service.in_flight += LIMITS.queue  # as many as that many clients would add
+    try:
+        response = httpx2.post(f"{address}/v1/chat/completions", json={"messages": asks(local(media / "a.mp4"))})
+    finally:
+        service.in_flight -= LIMITS.queue
+    assert response.status_code == 429
+    assert int(response.headers["Retry-After"]) >= 1
+    assert response.json()["error"]["type"] == "rate_limit_error"
+    assert httpx2.get(f"{address}/health").status_code == 200
+
+
+def test_key_and_time_limit(model: xl2jax.Model, media: Path, tmp_path: Path) -> None:
+    limits = Limits(request_seconds=0.3, new_tokens=100_000)
+    with served(make_service(model, tmp_path, limits=limits, rules=MediaRules((media,)), api_key="k3y")) as address:
+        assert httpx2.get(f"{address}/health").status_code == 200
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "k3y"}):
+            refused = httpx2.get(f"{address}/metrics", headers=headers)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
+        body = {"messages": asks(local(media / "a.mp4")), "max_tokens": 50_000, **FRAMES}
+        late = httpx2.post(
+            f"{address}/v1/chat/completions", json=body, headers={"Authorization": "Bearer k3y"}, timeout=60
+        )
+        assert (late.status_code, late.json()["error"]["code"]) == (504, "timeout")
+        late_in_stream = httpx2.post(
+            f"{address}/v1/chat/completions",
+            json=body | {"stream": True},
+            headers={"Authorization": "Bearer k3y"},
+            timeout=60,
+        )
+        if late_in_stream.status_code == 200:  # it had begun
+            assert json.loads(late_in_stream.text.split("data: ")[-1])["error"]["code"] == "timeout"
+        else:
+            assert late_in_stream.status_code == 504
