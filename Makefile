@@ -1,6 +1,6 @@
 # make demo: answers a question about a video.  make test: the tests, but for those that take minutes
-# (make slow-test).  All set up .venv first.
-.PHONY: install demo test slow-test lint docs clean
+# (make slow-test).  make serve: the server on port 8000.  All set up .venv first.
+.PHONY: install demo serve test slow-test lint docs clean
 
 PYTHON ?= python3.12
 BIN := .venv/bin
@@ -30,6 +30,10 @@ demo: install
 	@echo "Questions and their right answers (SEED=2 or any other number makes another video):" >&2 && cat build/demo.txt >&2
 	@cut -f1 build/demo.txt | sed 's/.*/--question "&"/' | xargs $(BIN)/python infer.py --video build/demo.mp4 --plot build/demo.png
 	@echo "wrote build/demo.png: a timeline of the video that shows which parts each answer looked at" >&2
+
+serve: install
+	@mkdir -p build/serve
+	$(BIN)/python -m xl2jax serve --media-root build --cache-dir build/serve
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from serving import GIB, make_service, metric, wait_for
 
 import xl2jax
+from xl2jax.inference.watching import Watching
 from xl2jax.serving.addresses import Downloads, is_public
 from xl2jax.serving.app import Service
 from xl2jax.serving.engine import Begun, Ended, Event, Failed, Job, Piece, Watched
@@ -252,7 +253,16 @@ def test_a_question_waits_for_at_most_one_segment(asker: Callable[..., Asker], c
 
 
 @pytest.mark.parametrize("finish", [False, True])
-def test_a_video_whose_clients_have_gone(asker: Callable[..., Asker], clip: Path, finish: bool) -> None:
+def test_a_video_whose_clients_have_gone(
+    asker: Callable[..., Asker], clip: Path, clips: list[Path], finish: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = Watching.add
+
+    def slowly(*args: Any, **options: Any) -> None:
+        add(*args, **options)
+        time.sleep(0.2)
+
+    monkeypatch.setattr(Watching, "add", slowly)
     a = asker(finish_abandoned=finish)
     job = a.ask("gone", clip)
     wait_for(lambda: any(isinstance(e, Watched) for e in a.events("gone")))
@@ -262,7 +272,7 @@ def test_a_video_whose_clients_have_gone(asker: Callable[..., Asker], clip: Path
     else:
         wait_for(lambda: metric(a.service, "xl2jax_questions_cancelled_total") == 1)
         frames = metric(a.service, "xl2jax_watched_frames_total")
-        a.ask("next", clip, fps=1)
+        a.ask("next", clips[0])
         assert a.text("next")
         assert a.service.videos.place(job.key) is None
         assert frames < 148

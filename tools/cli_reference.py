@@ -17,8 +17,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "cli.md"
 
-# Wide enough that help texts are never wrapped. Read by the library that prints them.
-os.environ |= {"COLUMNS": "2000", "NO_COLOR": "1", "TERM": "dumb"}
+WIDE, ONE_COLUMN = "2000", "129"
+"""Widths in characters. On the first no help text is wrapped; on the second long help has no boxes side by side."""
+
+# Read by the library that prints help.
+os.environ |= {"COLUMNS": WIDE, "NO_COLOR": "1", "TERM": "dumb"}
 
 INTRODUCTION = """\
 # Command line
@@ -34,7 +37,18 @@ is one line on standard error and exit status 2. Ctrl-C is exit status 130.
 
 
 def run_help(*command: str) -> str:
-    """What `xl2jax COMMAND --help` prints."""
+    """What `xl2jax COMMAND --help` prints, with all boxes below each other."""
+    text = printed_help(*command)
+    if "││" not in text:
+        return text
+    os.environ["COLUMNS"] = ONE_COLUMN
+    try:
+        return printed_help(*command)
+    finally:
+        os.environ["COLUMNS"] = WIDE
+
+
+def printed_help(*command: str) -> str:
     from xl2jax.__main__ import dispatch
 
     raw = io.BytesIO()

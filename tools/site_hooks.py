@@ -20,6 +20,7 @@ ADDED = {
     "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
     "checkpoints/demo/README.md": "model-card.md",
     "checkpoints/demo/loss.png": "loss.png",
     "checkpoints/demo/needle.png": "needle.png",
