@@ -14,12 +14,13 @@ import uvicorn
 
 import xl2jax
 from xl2jax.inference.video_cache import CacheConfig
-from xl2jax.serving.app import Service, make_app
+from xl2jax.serving.app import make_app
 from xl2jax.serving.engine import Engine
 from xl2jax.serving.limits import Limits
 from xl2jax.serving.media import Library, MediaRules
 from xl2jax.serving.metrics import Metrics
 from xl2jax.serving.server import listen
+from xl2jax.serving.service import Service
 from xl2jax.serving.uploads import Uploads
 from xl2jax.serving.videos import Budgets, WatchedVideos
 

@@ -20,12 +20,12 @@ from serving import GIB, make_service, metric, wait_for
 import xl2jax
 from xl2jax.inference.watching import Watching
 from xl2jax.serving.addresses import Downloads, is_public
-from xl2jax.serving.app import Service
-from xl2jax.serving.engine import Begun, Ended, Event, Failed, Job, Piece, Watched
 from xl2jax.serving.errors import RequestError
+from xl2jax.serving.jobs import Begun, Ended, Event, Failed, Job, Piece, Watched
 from xl2jax.serving.limits import Limits
 from xl2jax.serving.media import Media
 from xl2jax.serving.protocol import read_request
+from xl2jax.serving.service import Service
 from xl2jax.serving.stops import StopTexts
 from xl2jax.serving.videos import Budgets
 from xl2jax.testing import write_clip

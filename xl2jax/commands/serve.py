@@ -20,7 +20,7 @@ from xl2jax.errors import UserError, require_whole
 from xl2jax.system.terminal import flag_errors
 
 if TYPE_CHECKING:
-    from xl2jax.serving.app import Service
+    from xl2jax.serving.service import Service
 
 logger = logging.getLogger(__name__)
 
@@ -190,11 +190,11 @@ def _service(args: Args, key: str | None, spool: Path) -> Service:
     from xl2jax.inference.selection import check_pool
     from xl2jax.inference.video_cache import CacheConfig
     from xl2jax.serving.addresses import Downloads
-    from xl2jax.serving.app import Service
     from xl2jax.serving.engine import Engine
     from xl2jax.serving.limits import Limits
     from xl2jax.serving.media import Library, MediaRules
     from xl2jax.serving.metrics import Metrics
+    from xl2jax.serving.service import Service
     from xl2jax.serving.uploads import Uploads
     from xl2jax.serving.videos import Budgets, WatchedVideos
     from xl2jax.system.backend import start_backend

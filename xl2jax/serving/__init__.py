@@ -2,14 +2,21 @@
 
 limits      the ceilings that hold whatever a request asks for
 errors      errors as OpenAI's JSON
-protocol    reads requests, and writes answers
+protocol    reads chat requests
+reply       writes answers
 addresses   downloads from public addresses only
 media       brings the video of a request into a local file
 uploads     the files of /v1/files
 videos      keeps watched videos on the device, in host memory and on the disk
 stops       cuts an answer at a stop text
+jobs        a question on its way through the engine
+new_video   reads a new video ahead of the engine
 engine      the one thread that owns the model
 metrics     what /metrics shows
+service     what the HTTP interface works with, and its bounded queue
+guard       the key, and where a request comes from
+chat        chat requests
+files       the requests to /v1/files
 app         the HTTP interface
 server      runs it until a signal
 """

@@ -8,90 +8,28 @@ most one segment of another client's video.
 from __future__ import annotations
 
 import collections
-import dataclasses
 import logging
-import queue
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
-from typing import Any
+from collections.abc import Generator
 
 import numpy as np
 
 from xl2jax.errors import NotEnoughMemory, UserError
 from xl2jax.inference.answering import Answering
 from xl2jax.inference.api import Model
-from xl2jax.inference.watching import Watching
-from xl2jax.serving.errors import RequestError, internal_error, public_error
+from xl2jax.serving.errors import RequestError, internal_error, not_kept, public_error
+from xl2jax.serving.jobs import Begun, Ended, Failed, Job, Piece, Watched
 from xl2jax.serving.limits import Limits
-from xl2jax.serving.media import Media
 from xl2jax.serving.metrics import Metrics
-from xl2jax.serving.protocol import Asked, VideoUse
+from xl2jax.serving.new_video import NewVideo
+from xl2jax.serving.reply import VideoUse
 from xl2jax.serving.stops import StopTexts
 from xl2jax.serving.videos import VideoKey, WatchedVideos
 from xl2jax.system.terminal import explain
-from xl2jax.video.clip import Clip, FrameSampling
+from xl2jax.video.clip import Clip
 
 logger = logging.getLogger(__name__)
-
-_SEGMENTS_AHEAD = 2
-
-
-@dataclasses.dataclass(frozen=True)
-class Watched:
-    """So many of the chosen frames have been watched."""
-
-    frames: int
-    total: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Begun:
-    """The answer begins."""
-
-    use: VideoUse
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """More text of the answer."""
-
-    text: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Ended:
-    """The answer is complete."""
-
-    reason: str
-    new_tokens: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Failed:
-    """There will be no more of the answer."""
-
-    error: RequestError
-
-
-type Event = Watched | Begun | Piece | Ended | Failed
-
-
-@dataclasses.dataclass(eq=False)
-class Job:
-    """One question on its way through the engine.
-
-    media: None where the video is only known by name. emit: called in the engine's thread with each event.
-    """
-
-    asked: Asked
-    key: VideoKey
-    media: Media | None
-    frames: FrameSampling
-    emit: Callable[[Event], None]
-    arrived: float = dataclasses.field(default_factory=time.monotonic)
-    cancelled: bool = False
-    cached: bool = True
 
 
 class _Answer:
@@ -100,84 +38,6 @@ class _Answer:
     def __init__(self, job: Job, answering: Answering):
         self.job, self.answering = job, answering
         self.stops = StopTexts(job.asked.stop)
-
-
-class _Watch:
-    """A video that is watched for one or more jobs.
-
-    A thread opens the clip, waits for `begin`, and then reads ahead; the engine takes what it has read.
-    """
-
-    def __init__(self, first: Job, limits: Limits, wake: Callable[[], None]):
-        assert first.media is not None
-        self.key, self.jobs = first.key, [first]
-        self._media, self._frames, self._limits = first.media.hold(), first.frames, limits
-        self._folder_fps, self._wake = first.asked.folder_fps, wake
-        self._read: queue.Queue[Any] = queue.Queue(_SEGMENTS_AHEAD)
-        self._begun = threading.Event()
-        self._closed = False
-        self._thread: threading.Thread | None = None
-        self.clip: Clip | None = None
-        self.watching: Watching | None = None
-        self.reserved = 0
-
-    @property
-    def path(self) -> Any:
-        return self._media.path
-
-    def open(self) -> None:
-        """Starts the thread, once."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, daemon=True, name="read a video")
-            self._thread.start()
-
-    def begin(self, watching: Watching) -> None:
-        self.watching = watching
-        self._begun.set()
-
-    def take(self) -> Any:
-        """What the thread has given: a clip, frames, an error, or "end"; None if nothing."""
-        try:
-            return self._read.get_nowait()
-        except queue.Empty:
-            return None
-
-    @property
-    def has_read(self) -> bool:
-        return not self._read.empty()
-
-    def close(self) -> None:
-        """Ends the thread. The file is let go when it has ended."""
-        self._closed = True
-        self._begun.set()
-        if self._thread is None:
-            self._media.release()
-
-    def _work(self) -> None:
-        try:
-            self._give(self._media.open(self._frames, self._folder_fps, self._limits))
-            self._begun.wait()
-            for frames in self._batches():
-                if not self._give(frames):
-                    return
-            self._give("end")
-        except Exception as e:
-            self._give(e)
-        finally:
-            self._media.release()
-
-    def _batches(self) -> Iterator[np.ndarray]:
-        return iter(()) if self.watching is None else self.watching.batches()
-
-    def _give(self, item: Any) -> bool:
-        while not self._closed:
-            try:
-                self._read.put(item, timeout=0.2)
-            except queue.Full:
-                continue
-            self._wake()
-            return True
-        return False
 
 
 class Engine:
@@ -192,7 +52,7 @@ class Engine:
         self._ready: collections.deque[Job] = collections.deque()
         self._answers: list[_Answer] = []
         self._loads: dict[str, tuple[list[Job], Generator[bool, None, None] | None]] = {}
-        self._watches: collections.deque[_Watch] = collections.deque()
+        self._watches: collections.deque[NewVideo] = collections.deque()
         self._changed = threading.Condition()
         self._woken = False
         self._stopped = False
@@ -287,7 +147,7 @@ class Engine:
         if job.media is None:
             job.emit(Failed(not_kept()))
             return
-        self._watches.append(_Watch(job, self._limits, self._wake))
+        self._watches.append(NewVideo(job, self._limits, self._wake))
 
     def _drop_cancelled(self) -> None:
         for answer in [a for a in self._answers if a.job.cancelled]:
@@ -413,7 +273,7 @@ class Engine:
         del self._loads[name]
         self._make_ready(key, jobs)
 
-    def _watch(self, watch: _Watch) -> None:
+    def _watch(self, watch: NewVideo) -> None:
         """One segment of a video, or what has to be done before the first one and behind the last one."""
         watch.open()
         try:
@@ -449,7 +309,7 @@ class Engine:
         if watch.has_read:
             self._wake()
 
-    def _start(self, watch: _Watch, clip: Clip) -> None:
+    def _start(self, watch: NewVideo, clip: Clip) -> None:
         """Begins to watch a clip as soon as there is room for it."""
         need = self._videos.needed(clip)
         if not self._videos.make_room(need):
@@ -466,7 +326,7 @@ class Engine:
         self._videos.reserve(need)
         watch.begin(watching)
 
-    def _close_watch(self, watch: _Watch) -> None:
+    def _close_watch(self, watch: NewVideo) -> None:
         self._watches.remove(watch)
         watch.close()
         self._videos.reserve(-watch.reserved)
@@ -488,7 +348,7 @@ class Engine:
 
     # --- failures -------------------------------------------------------------------------------
 
-    def _error(self, error: Exception, job: Job, watch: _Watch | None = None) -> RequestError:
+    def _error(self, error: Exception, job: Job, watch: NewVideo | None = None) -> RequestError:
         if isinstance(error, RequestError):
             return error
         paths = [media.path for media in (job.media, watch) if media is not None]
@@ -514,10 +374,3 @@ class Engine:
             queue_.clear()
         for job in jobs:
             job.emit(Failed(error))
-
-
-def not_kept() -> RequestError:
-    """The error for a video that is only named and is not kept any more."""
-    return RequestError(
-        404, "no video of this uuid is kept with these frames: send the video", code="video_not_found", param="messages"
-    )

@@ -58,3 +58,10 @@ def public_error(error: UserError, paths: Iterable[Path] = (), *, code: str | No
     for path in sorted(map(str, paths), key=len, reverse=True):
         text = text.replace(path, "the video")
     return RequestError(400, shorten(text, 400), code=code)
+
+
+def not_kept() -> RequestError:
+    """The error for a video that is only named and is not kept any more."""
+    return RequestError(
+        404, "no video of this uuid is kept with these frames: send the video", code="video_not_found", param="messages"
+    )

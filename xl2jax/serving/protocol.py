@@ -1,4 +1,4 @@
-"""Reads chat requests, and writes answers in OpenAI's format.
+"""Reads chat requests in OpenAI's format.
 
 What a request asks for and this model cannot do is refused. Fields that change nothing here are ignored: those of other
 models' image processors (`min_pixels`, `size` and the like) and of chat templates.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-import time
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -18,7 +17,6 @@ from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.errors import UserError
 from xl2jax.inference.bilevel import BilevelConfig
 from xl2jax.inference.generate import TokenSampling
-from xl2jax.inference.selection import Chunk
 from xl2jax.prompt import SYSTEM
 from xl2jax.serving.errors import RequestError
 from xl2jax.serving.limits import Limits
@@ -26,8 +24,6 @@ from xl2jax.system.schema import Schema, parse_json
 from xl2jax.video.frame_sampling import FrameSampling
 
 DEFAULT_NEW_TOKENS = 512
-
-# --- the request -------------------------------------------------------------------------------
 
 
 class _Url(Schema):
@@ -346,70 +342,3 @@ def _new_tokens(request: ChatRequest, limits: Limits) -> int:
         name = "max_completion_tokens" if request.max_completion_tokens else "max_tokens"
         raise RequestError(400, f"{name}: should be at most {limits.new_tokens}, not {number}", param=name)
     return number
-
-
-# --- the answer --------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class VideoUse:
-    """What an answer read of its video.
-
-    frames, video_tokens: of the watched video. prompt_tokens: with prefix, question and history. cached: whether it was
-    watched for an earlier question.
-    """
-
-    frames: int
-    video_tokens: int
-    prompt_tokens: int
-    cached: bool
-    chunks: list[Chunk]
-
-
-class Reply:
-    """The JSON of one answer, whole or in pieces."""
-
-    def __init__(self, model: str, asked: Asked):
-        self._asked = asked
-        self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
-
-    def whole(self, text: str, reason: str, use: VideoUse, new_tokens: int) -> dict[str, Any]:
-        """A `chat.completion`."""
-        message = {"role": "assistant", "content": text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": reason}
-        usage = _usage(use, new_tokens)
-        return {**self._head, "object": "chat.completion", "choices": [choice], "usage": usage, **self._extra(use)}
-
-    def piece(self, text: str, *, first: bool = False) -> dict[str, Any]:
-        """A `chat.completion.chunk` with text."""
-        return self._chunk({"role": "assistant", "content": text} if first else {"content": text}, None)
-
-    def last(self, reason: str, use: VideoUse) -> dict[str, Any]:
-        """The chunk that ends the answer."""
-        return {**self._chunk({}, reason), **self._extra(use)}
-
-    def usage(self, use: VideoUse, new_tokens: int) -> dict[str, Any]:
-        """The chunk behind the last one, where usage was asked for."""
-        return {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": _usage(use, new_tokens)}
-
-    def _chunk(self, delta: dict[str, str], reason: str | None) -> dict[str, Any]:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
-        chunk = {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
-        return chunk | ({"usage": None} if self._asked.include_usage else {})
-
-    def _extra(self, use: VideoUse) -> dict[str, Any]:
-        if not self._asked.include_chunks:
-            return {}
-        return {"xl2jax": {"chunks": [dataclasses.asdict(chunk) for chunk in use.chunks]}}
-
-
-def _usage(use: VideoUse, new_tokens: int) -> dict[str, Any]:
-    return {
-        "prompt_tokens": use.prompt_tokens,
-        "completion_tokens": new_tokens,
-        "total_tokens": use.prompt_tokens + new_tokens,
-        "prompt_tokens_details": {"cached_tokens": use.video_tokens if use.cached else 0},
-        "frames": use.frames,
-        "video_tokens": use.video_tokens,
-        "video_cached": use.cached,
-    }

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 import uvicorn
 
 from xl2jax.errors import UserError
-from xl2jax.serving.app import Service, make_app
+from xl2jax.serving.app import make_app
+from xl2jax.serving.service import Service
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,78 @@
+"""What comes before every request: the key, where it comes from, and counting."""
+
+from __future__ import annotations
+
+import hmac
+from urllib.parse import urlsplit
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from xl2jax.serving.errors import RequestError
+from xl2jax.serving.service import Service
+
+
+class Guard:
+    """Checks the key and where a request comes from, and counts it."""
+
+    def __init__(self, app: ASGIApp, service: Service):
+        self._app, self._service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status = 499  # the client went away before the answer
+
+        async def counted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        request = Request(scope)
+        try:
+            refused = self._refused(request)
+            if refused is not None:
+                await error_response(refused)(scope, receive, counted)
+            else:
+                await self._app(scope, receive, counted)
+        finally:
+            route = scope.get("route")
+            self._service.metrics.requests.labels(getattr(route, "path", "other"), status).inc()
+
+    def _refused(self, request: Request) -> RequestError | None:
+        host = request.headers.get("host", "")
+        if self._service.hosts is not None and _without_port(host) not in self._service.hosts:
+            # A page of another site whose name leads to this machine would be of the same origin.
+            return RequestError(403, "requests to this host name are refused", code="foreign_host")
+        origin = request.headers.get("origin")
+        if origin is not None and _network_location(origin) != host:
+            return RequestError(403, "requests from pages of other sites are refused", code="foreign_origin")
+        key = self._service.api_key
+        if key is None or request.url.path in ("/health", "/ready"):
+            return None
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), key.encode()):
+            return None
+        return RequestError(401, "the API key is missing or wrong (Authorization: Bearer ...)", code="invalid_api_key")
+
+
+def _without_port(host: str) -> str | None:
+    try:
+        return urlsplit(f"//{host}").hostname
+    except ValueError:
+        return None
+
+
+def _network_location(origin: str) -> str | None:
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None
+
+
+def error_response(error: RequestError) -> Response:
+    """The response to a request that is refused or that failed."""
+    return JSONResponse(error.body, error.status, headers=error.headers)
