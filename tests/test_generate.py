@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import chex
 import jax
@@ -19,6 +20,7 @@ from xl2jax import FrameSampling, PrefillConfig, TokenSampling
 from xl2jax.arithmetic import ceil_div
 from xl2jax.errors import UserError
 from xl2jax.inference import bilevel, compiled, generate, memory, relevance, session
+from xl2jax.inference.answering import decode
 from xl2jax.inference.generate import extend, sample
 from xl2jax.models.param_tree import flatten, unflatten
 from xl2jax.ops.attention import BLOCKWISE
@@ -54,6 +56,33 @@ def test_answer_streams_what_it_returns(model: xl2jax.Model, watched: xl2jax.Wat
     assert "".join(pieces) == answer.text
     assert 1 <= answer.new_tokens <= 20
     assert answer.text == model.ask(watched, "What happens?", max_new_tokens=20).text
+
+
+def test_answers_decoded_together_are_those_decoded_alone(
+    model: xl2jax.Model, watched: xl2jax.WatchedVideo, clip: Path
+) -> None:
+    """Of two videos, with several limits and samplings: seven answers run as batches of 4, 2 and 1, and fewer later."""
+    with model.watch(clip, FrameSampling(fps=None, max_frames=132)) as other:
+        options: list[dict[str, Any]] = [
+            {"max_new_tokens": 1 + 9 * n, "seed": n, "sampling": TokenSampling(0.8, 0.9) if n % 2 else None}
+            for n in range(7)
+        ]
+        videos = [watched, other] * 4
+        alone = [
+            model.ask(video, f"What is {n}?", **o) for n, (video, o) in enumerate(zip(videos, options, strict=False))
+        ]
+        together = [
+            model.start_answer(video, f"What is {n}?", **o)
+            for n, (video, o) in enumerate(zip(videos, options, strict=False))
+        ]
+        texts = [""] * len(together)
+        while running := [a for a in together if not a.finished]:
+            decode(running)
+            for a in running:
+                texts[together.index(a)] += a.read()
+    for answering, text, answer in zip(together, texts, alone, strict=True):
+        assert answering.answer.text == text == answer.text
+        assert (answering.new_tokens, answering.answer.finish_reason) == (answer.new_tokens, answer.finish_reason)
 
 
 def test_decoding_equals_one_run_over_all_tokens(model: xl2jax.Model, watched: xl2jax.WatchedVideo) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -74,8 +75,9 @@ class Answering:
             state, _ = session.start_answer(
                 network, context, ids, new_tokens=max_new_tokens, stop=stop, sampling=sampling, seed=seed
             )
-            self._tokens = session.answer_tokens(
-                network, context, state, new_tokens=max_new_tokens, stop=stop, sampling=sampling
+            self._network = network
+            self._decoding: session.Decoding | None = session.Decoding(
+                context, state, new_tokens=max_new_tokens, stop=stop, sampling=sampling
             )
             self._text = AnswerText(tokenizer)
             self._ids: list[int] = []
@@ -89,27 +91,31 @@ class Answering:
         return len(self._ids)
 
     def step(self) -> str:
-        """Decodes the first token, or up to `session.STREAM_TOKENS` further ones. Returns the new text, maybe none.
+        """`decode` of this answer alone, and `read`."""
+        decode([self])
+        return self.read()
+
+    def read(self) -> str:
+        """The text that was decoded since it was read last, maybe none.
 
         Raises UserError where the logits are not finite. The answer is then closed.
         """
-        try:
-            ids = next(self._tokens, None)
-        except BaseException:
-            self.close()
-            raise
+        decoding = self._decoding
+        assert decoding is not None
         self._decoded = time.perf_counter()
         self._first = self._first or self._decoded
-        if ids is not None:
-            self._ids = ids
-            return self._text.add(self._without_stop())
-        self.close()
-        self.finished = True
-        return self._text.add(self._without_stop(), final=True)
+        self._ids = decoding.ids
+        if not decoding.finite:
+            self.close()
+            raise self._network.not_finite("the next token's logits")
+        if decoding.finished:
+            self.close()
+            self.finished = True
+        return self._text.add(self._without_stop(), final=self.finished)
 
     def close(self) -> None:
         """Lets go of the video and of the answer's own memory, whether or not the answer has ended."""
-        self._tokens.close()
+        self._decoding = None
         self._opened.close()
 
     @property
@@ -134,3 +140,13 @@ class Answering:
 
     def _without_stop(self) -> list[int]:
         return self._ids[:-1] if self._ids and self._ids[-1] in self._stop else self._ids
+
+
+def decode(answers: Sequence[Answering]) -> None:
+    """Decodes up to `session.STREAM_TOKENS` further tokens of each answer of one model. `Answering.read` gives their text.
+
+    Those whose first token was not read yet, and those that have ended, are left as they are.
+    """
+    running = [a._decoding for a in answers if a.new_tokens and a._decoding is not None]
+    if running:
+        session.decode_together(answers[0]._network, running)

@@ -187,3 +187,28 @@ def decode(
     return generate.decode(
         llm, context, state, limit, stop, sampling, size=size, attention=network.attention, platform=network.platform
     )
+
+
+@functools.partial(program, static_argnames="size", donate_argnames="states")
+def decode_batch(
+    network: Network,
+    contexts: tuple[KVCache, ...],
+    states: tuple[DecodeState, ...],
+    limits: jax.Array,
+    stop: jax.Array,
+    samplings: tuple[Sampling, ...],
+    *,
+    size: int,
+) -> tuple[tuple[DecodeState, ...], jax.Array, jax.Array]:
+    """`decode` of B answers at once: (states, ids [B, size], numbers of new ids [B])."""
+    return generate.decode_batch(
+        network.model.llm,
+        contexts,
+        states,
+        limits,
+        stop,
+        samplings,
+        size=size,
+        attention=network.attention,
+        platform=network.platform,
+    )

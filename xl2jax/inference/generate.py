@@ -129,8 +129,12 @@ def _next(
     llm: Qwen2, hidden: jax.Array, text: KVCache, key: jax.Array, stop: jax.Array, sampling: Sampling
 ) -> DecodeState:
     """The state behind one more token, sampled from a hidden state [D]."""
+    return _sampled(llm.logits(hidden), text, key, stop, sampling)
+
+
+def _sampled(logits: jax.Array, text: KVCache, key: jax.Array, stop: jax.Array, sampling: Sampling) -> DecodeState:
+    """The state behind one more token, sampled from its logits [vocab]."""
     key, sample_key = jax.random.split(key)
-    logits = llm.logits(hidden)
     token, finite = sample(logits, sample_key, sampling), jnp.all(jnp.isfinite(logits))
     return DecodeState(token, text, key, jnp.any(token == stop) | ~finite, finite)
 
@@ -180,3 +184,93 @@ def decode(
         return state, ids.at[n].set(state.token), n + 1
 
     return jax.lax.while_loop(unfinished, next_token, (state, jnp.zeros(size, jnp.int32), jnp.int32(0)))
+
+
+def _chosen(runs: jax.Array, new: DecodeState, kept: DecodeState) -> DecodeState:
+    """`new` where the answer runs, else `kept`. Both have the same keys and values, which are not copied."""
+    return DecodeState(
+        jnp.where(runs, new.token, kept.token),
+        new.text._replace(global_length=jnp.where(runs, new.text.global_length, kept.text.global_length)),
+        jnp.where(runs, new.key, kept.key),
+        jnp.where(runs, new.done, kept.done),
+        jnp.where(runs, new.finite, kept.finite),
+    )
+
+
+def decode_batch(
+    llm: Qwen2,
+    contexts: tuple[KVCache, ...],
+    states: tuple[DecodeState, ...],
+    limits: jax.Array,
+    stop: jax.Array,
+    samplings: tuple[Sampling, ...],
+    *,
+    size: int,
+    attention: Attention,
+    platform: str,
+) -> tuple[tuple[DecodeState, ...], jax.Array, jax.Array]:
+    """`decode` of B answers at once: the weights are read once for all of them.
+
+    Each answer attends to its own context. `limits` is int32 [B].
+    Returns (states, ids [B, size], numbers of new ids [B]).
+    """
+    on_gpu, count = platform == "gpu", len(states)
+
+    def running(states: tuple[DecodeState, ...], n: jax.Array) -> jax.Array:
+        done = jnp.stack([state.done for state in states])
+        return ~done & (n < jnp.minimum(limits, size))
+
+    def next_tokens(
+        carry: tuple[tuple[DecodeState, ...], jax.Array, jax.Array],
+    ) -> tuple[tuple[DecodeState, ...], jax.Array, jax.Array]:
+        states, ids, n = carry
+        runs = running(states, n)
+        texts = [state.text for state in states]
+
+        def attend(
+            kv: tuple[KV, ...], layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array
+        ) -> tuple[tuple[KV, ...], jax.Array]:
+            # An answer that has ended writes behind its last token, where nothing is read.
+            rows = [
+                attend_text(
+                    q[i : i + 1],
+                    k[i : i + 1],
+                    v[i : i + 1],
+                    contexts[i],
+                    kv[i],
+                    texts[i].global_length,
+                    runs[i].astype(jnp.int32),
+                    layer,
+                    attention,
+                )
+                for i in range(count)
+            ]
+            return tuple(row[0] for row in rows), jnp.concatenate([row[1] for row in rows])
+
+        x = llm.embed_tokens(jnp.stack([state.token for state in states]))
+        positions = jnp.stack([c.length + t.global_length for c, t in zip(contexts, texts, strict=True)])
+        hidden, kv = llm.forward(
+            x,
+            positions,
+            attend,
+            tuple((t.k, t.v) for t in texts),
+            rows=8 if on_gpu and not llm.quantized else None,
+            unroll=on_gpu,
+        )
+        logits = llm.logits(hidden)
+        following = []
+        for i, state in enumerate(states):
+            text = state.text._replace(k=kv[i][0], v=kv[i][1], global_length=state.text.global_length + 1)
+            new = _sampled(logits[i], text, state.key, stop, samplings[i])
+            kept = state._replace(text=text._replace(global_length=state.text.global_length))
+            following.append(_chosen(runs[i], new, kept))
+        tokens = jnp.stack([state.token for state in following])
+        at = jnp.arange(count)
+        ids = ids.at[at, n].set(jnp.where(runs, tokens, ids[at, n]))
+        return tuple(following), ids, n + runs
+
+    return jax.lax.while_loop(
+        lambda carry: jnp.any(running(carry[0], carry[2])),
+        next_tokens,
+        (states, jnp.zeros((count, size), jnp.int32), jnp.zeros(count, jnp.int32)),
+    )

@@ -298,6 +298,91 @@ def start_answer(
     return compiled.ask(network, context, text, suffix, jax.random.key(seed), stop, sampling.traced())
 
 
+class Decoding:
+    """An answer whose tokens are decoded a few at a time, alone or together with others.
+
+    Attributes:
+      ids: all tokens so far, at first the one that `start_answer` sampled.
+      finite: whether all logits so far were finite.
+    """
+
+    def __init__(
+        self,
+        context: KVCache,
+        state: DecodeState,
+        *,
+        new_tokens: int,
+        stop: jax.Array | np.ndarray,
+        sampling: TokenSampling,
+    ):
+        """`state` is that of `start_answer`, and is donated."""
+        self._context, self._state, self._stop, self._sampling = context, state, stop, sampling.traced()
+        self._new_tokens = new_tokens
+        token, self._done, self.finite = jax.device_get((state.token, state.done, state.finite))
+        self.ids = [int(token)]
+
+    @property
+    def finished(self) -> bool:
+        """Whether the answer has ended: by a token of `stop`, at `new_tokens`, or because it is not finite."""
+        return bool(self._done) or not self.finite or len(self.ids) >= self._new_tokens
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Slots of the context and of the text. Answers of one shape can be decoded together."""
+        return self._context.slots, self._state.text.slots
+
+    def _limit(self) -> int:
+        return self._new_tokens - len(self.ids)
+
+    def _take(self, state: DecodeState, new: np.ndarray, count: int, done: bool, finite: bool) -> None:
+        self._state, self._done, self.finite = state, done, finite
+        self.ids = self.ids + new[:count].tolist()
+
+
+_MOST_TOGETHER = 8
+
+
+def decode_together(network: Network, answers: Sequence[Decoding]) -> None:
+    """Decodes up to `STREAM_TOKENS` tokens of each answer that has not finished.
+
+    Answers of one shape run as batches of 8, 4 or 2, so that few programs are compiled; what is left runs alone.
+    """
+    by_shape: dict[tuple[int, int], list[Decoding]] = {}
+    for answer in answers:
+        if not answer.finished:
+            by_shape.setdefault(answer.shape, []).append(answer)
+    for same in by_shape.values():
+        while same:
+            count = min(1 << (len(same).bit_length() - 1), _MOST_TOGETHER)
+            _decode_batch(network, same[:count])
+            del same[:count]
+
+
+def _decode_batch(network: Network, batch: list[Decoding]) -> None:
+    stop = batch[0]._stop
+    if len(batch) == 1:
+        (answer,) = batch
+        limit = np.int32(answer._limit())
+        state, new, count = compiled.decode(
+            network, answer._context, answer._state, limit, stop, answer._sampling, size=STREAM_TOKENS
+        )
+        states, ids, counts = (state,), new[None], count[None]
+    else:
+        states, ids, counts = compiled.decode_batch(
+            network,
+            tuple(answer._context for answer in batch),
+            tuple(answer._state for answer in batch),
+            np.asarray([answer._limit() for answer in batch], np.int32),
+            stop,
+            tuple(answer._sampling for answer in batch),
+            size=STREAM_TOKENS,
+        )
+    flags = [(state.done, state.finite) for state in states]
+    ids, counts, flags = jax.device_get((ids, counts, flags))
+    for i, answer in enumerate(batch):
+        answer._take(states[i], ids[i], int(counts[i]), *flags[i])
+
+
 def answer_tokens(
     network: Network,
     context: KVCache,
@@ -311,15 +396,10 @@ def answer_tokens(
 
     `state` is donated. Raises UserError where the logits are not finite.
     """
-    token, done, finite = jax.device_get((state.token, state.done, state.finite))
-    ids = [int(token)]
-    traced = sampling.traced()
-    while finite:
-        yield ids
-        if done or len(ids) >= new_tokens:
+    answer = Decoding(context, state, new_tokens=new_tokens, stop=stop, sampling=sampling)
+    while answer.finite:
+        yield answer.ids
+        if answer.finished:
             return
-        limit = np.int32(new_tokens - len(ids))
-        state, new, count = compiled.decode(network, context, state, limit, stop, traced, size=STREAM_TOKENS)
-        new, count, done, finite = jax.device_get((new, count, state.done, state.finite))
-        ids = ids + new[: int(count)].tolist()
+        decode_together(network, [answer])
     raise network.not_finite("the next token's logits")

@@ -16,7 +16,7 @@ from collections.abc import Generator
 import numpy as np
 
 from xl2jax.errors import NotEnoughMemory, UserError
-from xl2jax.inference.answering import Answering
+from xl2jax.inference.answering import Answering, decode
 from xl2jax.inference.api import Model
 from xl2jax.serving.errors import RequestError, internal_error, not_kept, public_error
 from xl2jax.serving.jobs import Begun, Ended, Failed, Job, Piece, Watched
@@ -111,8 +111,7 @@ class Engine:
         self._drop_cancelled()
         while self._ready and len(self._answers) < self._limits.answers:
             self._begin(self._ready.popleft())
-        for answer in list(self._answers):
-            self._decode(answer)
+        self._decode()
         if self._loads:
             self._load()
         if self._watches:
@@ -197,19 +196,36 @@ class Engine:
         job.emit(Begun(use))
         self._answers.append(_Answer(job, answering))
 
-    def _decode(self, answer: _Answer) -> None:
-        job, before, started = answer.job, answer.answering.new_tokens, time.monotonic()
+    def _decode(self) -> None:
+        """One step of all answers."""
+        if not self._answers:
+            return
+        started = time.monotonic()
         try:
-            text = answer.answering.step()
+            decode([answer.answering for answer in self._answers])
         except Exception as e:
+            for answer in list(self._answers):
+                self._end(answer)
+                answer.job.emit(Failed(self._error(e, answer.job)))
+            return
+        self._metrics.decode_seconds.inc(time.monotonic() - started)
+        for answer in list(self._answers):
+            self._read(answer)
+
+    def _read(self, answer: _Answer) -> None:
+        """Passes on what was decoded of an answer."""
+        job, before = answer.job, answer.answering.new_tokens
+        try:
+            text = answer.answering.read()
+        except UserError as e:
             self._end(answer)
             job.emit(Failed(self._error(e, job)))
             return
-        now = time.monotonic()
         if before == 0:
-            self._metrics.first_token.labels("before" if job.cached else "for it").observe(now - job.arrived)
+            self._metrics.first_token.labels("before" if job.cached else "for it").observe(
+                time.monotonic() - job.arrived
+            )
         self._metrics.new_tokens.inc(answer.answering.new_tokens - before)
-        self._metrics.decode_seconds.inc(now - started)
         if text := answer.stops.add(text, final=answer.answering.finished):
             job.emit(Piece(text))
         if answer.stops.found or answer.answering.finished:
