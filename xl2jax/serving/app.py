@@ -10,7 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
@@ -44,6 +44,7 @@ def make_app(service: Service) -> ASGIApp:
         exception_handlers={
             RequestError: _answer_error,
             HTTPException: _answer_http_error,
+            ClientDisconnect: _answer_nobody,
             Exception: _answer_fault,
         },
         middleware=[Middleware(Guard, service=service)],
@@ -109,6 +110,10 @@ async def _answer_http_error(request: Request, error: Exception) -> Response:
     response = error_response(RequestError(error.status_code, words.get(error.status_code, "the request is not valid")))
     response.headers.update(error.headers or {})
     return response
+
+
+async def _answer_nobody(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # the client went away
 
 
 async def _answer_fault(request: Request, error: Exception) -> Response:

@@ -1,6 +1,6 @@
 """The one thread that owns the model: it answers questions, and watches videos a segment at a time between them.
 
-In each round questions whose video is on the device begin, every answer is decoded by up to eight tokens, one part of a
+In each round questions whose video is on the device begin, all answers are decoded by up to eight tokens, one part of a
 stored video is read, and one segment of a new video is watched. A question about a watched video therefore waits for at
 most one segment of another client's video.
 """
