@@ -48,7 +48,7 @@ def make_service(
         prefill=xl2jax.PrefillConfig(),
         cache=CacheConfig(),
     )
-    uploads = Uploads(folder / "uploads", limits.video_bytes)
+    uploads = Uploads(folder / "uploads", limits.video_bytes, 2 * limits.video_bytes)
     spool = folder / "spool"
     spool.mkdir(exist_ok=True)
     return Service(

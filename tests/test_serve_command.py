@@ -18,7 +18,7 @@ import httpx2
 import pytest
 from serving import wait_for
 
-from xl2jax.commands import serve
+from xl2jax.commands import serve, service
 
 QUESTION = "What happens?"
 
@@ -145,10 +145,10 @@ def test_a_taken_port_and_missing_packages(
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert "in use" in refused(serve.main, "--checkpoint", checkpoint, "--port", port)
-    monkeypatch.setattr(serve, "_PACKAGES", ("starlette", "a_package_that_is_missing"))
+    monkeypatch.setattr(service, "PACKAGES", ("starlette", "a_package_that_is_missing"))
     assert "pip install 'xl2jax[serve]'" in refused(serve.main, "--checkpoint", checkpoint)
 
 
 def test_the_key_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XL2JAX_API_KEY", "k3y")
-    assert serve._check(serve.Args(access=serve.AccessArgs(host="0.0.0.0"))) == "k3y"
+    assert serve._check(serve.AccessArgs(host="0.0.0.0")) == "k3y"

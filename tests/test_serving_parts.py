@@ -169,6 +169,39 @@ def test_stop_texts_are_found_however_the_text_is_cut(text: str, stops: list[str
         assert any(text[len(out) :].startswith(stop) for stop in stops)
 
 
+# --- requests ----------------------------------------------------------------------------------
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+FIELDS = [
+    *("model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature", "top_p"),
+    *("seed", "stop", "n", "media_io_kwargs", "mm_processor_kwargs", "xl2jax", "tools", "logit_bias", "modalities"),
+]
+
+
+@given(st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=3), JSON, st.data())
+def test_any_request_is_read_or_refused(changes: dict[str, Any], part: Any, data: st.DataObject) -> None:
+    """Whatever JSON a request holds, it is read or refused with a status of the client's fault."""
+    video = {"type": "video_url", "video_url": {"url": "file:///v.mp4"}}
+    content = data.draw(st.sampled_from([[video, part], part, [video, {"type": "text", "text": part}], [video]]))
+    body = {"messages": [{"role": "user", "content": content}]} | changes
+    text = json.dumps(body).encode("utf-8", "surrogatepass")
+    refused: RequestError | None = None
+    try:
+        asked = read_request(text, Limits(), "tiny", xl2jax.BilevelConfig())
+    except RequestError as e:
+        refused = e
+    if refused is not None:
+        assert refused.status in (400, 404)
+        assert refused.message
+    else:
+        assert asked.question.strip()
+        assert 1 <= asked.max_new_tokens <= Limits().new_tokens
+
+
 # --- the engine --------------------------------------------------------------------------------
 
 

@@ -19,4 +19,5 @@ chat        chat requests
 files       the requests to /v1/files
 app         the HTTP interface
 server      runs it until a signal
+batch       answers the lines of a file through it
 """

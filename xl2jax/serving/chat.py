@@ -33,7 +33,11 @@ async def chat(request: Request, service: Service, place: Place) -> Response:
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise RequestError(415, "the body should be application/json", code="wrong_content_type")
     deadline = time.monotonic() + service.limits.request_seconds
-    body = await _body(request, service.limits.body_bytes)
+    try:
+        async with asyncio.timeout(min(service.limits.fetch_seconds, service.limits.request_seconds)):
+            body = await _body(request, service.limits.body_bytes)
+    except TimeoutError:
+        raise RequestError(408, "the body did not arrive in time", code="timeout") from None
     conversation = await _Conversation.begin(request, service, body, deadline)
     if conversation is None:
         return Response(status_code=499)

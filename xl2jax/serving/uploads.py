@@ -13,7 +13,7 @@ from typing import IO, Any
 from xl2jax.errors import UserError, shorten
 from xl2jax.serving.addresses import too_large
 from xl2jax.serving.errors import RequestError
-from xl2jax.system.atomic import replacing_file
+from xl2jax.system.atomic import remove_leftovers, replacing_file
 from xl2jax.system.schema import Schema, read_json
 
 _ID = re.compile(r"file-[0-9a-f]{32}")
@@ -27,11 +27,15 @@ class _About(Schema):
 
 
 class Uploads:
-    """Keeps files in `folder`. Its methods block, and several threads may call them."""
+    """Keeps files in `folder`, of at most `max_bytes` each and `total_bytes` together.
 
-    def __init__(self, folder: Path, max_bytes: int):
+    Its methods block, and several threads may call them.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int, total_bytes: int):
         folder.mkdir(parents=True, exist_ok=True)
-        self._folder, self._max_bytes = folder, max_bytes
+        remove_leftovers(folder)
+        self._folder, self._max_bytes, self._total_bytes = folder, max_bytes, total_bytes
 
     def add(self, source: IO[bytes], filename: str, purpose: str) -> dict[str, Any]:
         """Stores a file and returns its description. Raises RequestError where it is too large or does not fit."""
@@ -39,8 +43,11 @@ class Uploads:
         count = 0
         try:
             with replacing_file(self._folder / f"{name}.data") as beside, open(beside, "wb") as out:
+                left = self._total_bytes - sum(path.stat().st_size for path in self._folder.glob("file-*.data"))
                 while block := source.read(1 << 20):
                     count += len(block)
+                    if count > left:
+                        raise _no_room()
                     if count > self._max_bytes:
                         raise too_large(self._max_bytes)
                     out.write(block)
@@ -53,7 +60,7 @@ class Uploads:
             with replacing_file(self._folder / f"{name}.json") as beside:  # last: a file without it is not listed
                 beside.write_text(json.dumps(about))
         except UserError:
-            raise RequestError(507, "the server has no room for the file", code="no_space") from None
+            raise _no_room() from None
         return _described(name, about)
 
     def describe(self, name: str) -> dict[str, Any]:
@@ -88,6 +95,10 @@ class Uploads:
         if not _ID.fullmatch(name):
             raise _unknown()
         return self._folder / f"{name}.{suffix}"
+
+
+def _no_room() -> RequestError:
+    return RequestError(507, "the server has no room for the file: delete others", code="no_space")
 
 
 def _unknown() -> RequestError:

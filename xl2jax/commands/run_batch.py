@@ -1,0 +1,59 @@
+"""`xl2jax run-batch`: answers a file of chat requests in OpenAI's batch format."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from xl2jax.commands.service import ServiceArgs, build_service, check_service
+from xl2jax.errors import UserError
+from xl2jax.system.terminal import flag_errors
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args(ServiceArgs):
+    """Answers a file of chat requests in OpenAI's batch format."""
+
+    input: Annotated[Path, tyro.conf.arg(aliases=["-i"])]
+    """File of requests, a JSON object a line: custom_id, method, url and body."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """File of answers. Those that it holds already are not asked again."""
+    shard: str = "1/1"
+    """i/n answers every n-th request from the i-th on, so that n runs share a file; each needs its own output."""
+
+
+def main() -> int:
+    """Runs the command and returns its exit status."""
+    with flag_errors():
+        args = tyro.cli(Args)
+    check_service(args)
+    shard = _shard(args.shard)
+    if os.path.realpath(args.input) == os.path.realpath(args.output):
+        raise UserError("--input and --output name the same file")
+    if not args.output.absolute().parent.is_dir():
+        raise UserError(f"{args.output}: no such folder")
+    from xl2jax.serving.batch import check_input, run_batch
+
+    count = check_input(args.input, shard)
+    with tempfile.TemporaryDirectory(prefix="xl2jax-batch-") as spool:
+        service = build_service(args, Path(spool))
+        answered, failed = run_batch(service, args.input, args.output, shard, count)
+    logger.info("%d requests answered, %d of them with an error", answered, failed)
+    return 0
+
+
+def _shard(text: str) -> tuple[int, int]:
+    """(number from 0, count). Raises UserError."""
+    match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise UserError(f"--shard: should be i/n with i from 1 to n, not {text!r}")
+    return int(match[1]) - 1, int(match[2])
