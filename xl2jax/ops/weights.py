@@ -128,7 +128,10 @@ def multiply(x: jax.Array, matrix: QuantizedMatrix, dtype: jax.typing.DTypeLike 
 
 
 def _multiply_few(x: jax.Array, matrix: QuantizedMatrix) -> jax.Array:
-    """`multiply` for a few rows, without a copy of the matrix. Returns the `accumulator` of x's dtype."""
+    """`multiply` for a few rows, without a copy of the matrix. Returns the `accumulator` of x's dtype.
+
+    XLA makes one pass over the codes for each row. A GPU kernel for more rows would be called here.
+    """
     wide = accumulator(x.dtype)
     rows = x.astype(wide)[..., None, :]
     if matrix.zero is None:
