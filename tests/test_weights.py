@@ -81,7 +81,7 @@ def test_four_bits_are_packed_and_unpacked_in_place(m: int, groups: int, size: i
 
 @pytest.mark.parametrize("weights", KINDS)
 @pytest.mark.parametrize("rows", [(), (1,), (2, 1), (FEW_ROWS + 1,), (3, 7)])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 def test_products_agree_with_float64(weights: Weights, rows: tuple[int, ...], dtype: str) -> None:
     """Both ways of multiplying. The error of a sum is bounded by the sum of the magnitudes of its terms."""
     m, n = 40, 256
