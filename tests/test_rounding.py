@@ -17,9 +17,8 @@ from xl2jax.evaluation.rounding import Reading, compared
 from xl2jax.models.layers import rope_tables, rotate
 
 
-def test_command(
-    checkpoint: Path, tmp_path: Path, command: Callable[..., tuple[int, str, str]], refused: Callable[..., str]
-) -> None:
+@pytest.mark.slow
+def test_command(checkpoint: Path, command: Callable[..., tuple[int, str, str]]) -> None:
     flags = ("check", "--checkpoint", checkpoint, "--frames", 16, "--videos", 1, "--weights", "int8")
     status, out, err = command(bench.main, *flags, "--json")
     assert status == 0, err
@@ -34,6 +33,10 @@ def test_command(
     assert 0.5 < rows["int8", "float32"]["greedy tokens equal"] <= 1
     assert [r["layer"] for r in report["layers"]] == [0, 1, 2]
     assert all(1e-3 < r["keys"] < 0.02 and 1e-3 < r["values"] < 0.02 for r in report["layers"])
+
+
+def test_refusals(checkpoint: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    flags = ("check", "--checkpoint", checkpoint)
     assert "is not quantised" in refused(bench.main, *flags, "--stored", checkpoint)
     torch_to_orbax(checkpoint, tmp_path / "int8", None, "int8")
     message = refused(bench.main, "check", "--checkpoint", tmp_path / "int8")
