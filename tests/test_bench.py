@@ -179,3 +179,4 @@ def test_bad_options(refused: Callable[..., str]) -> None:
     assert "--fps must be above 0" in refused(bench.main, "e2e", "--fps", "nan")
     assert "no such folder" in refused(bench.main, "e2e", "--plot", "none/x.png")
     assert "needs a GPU" in refused(bench.main, "kernels")
+    assert "cannot be trained" in refused(bench.main, "train", "--train", "all", "--weights", "int8")

@@ -110,4 +110,5 @@ def test_a_calibrated_checkpoint(
             assert errors[0] < errors[1], (index, name)
     flags = ("--calibrate", clip)
     assert "--calibrate is for --weights int4" in refused(main, checkpoint, tmp_path / "x", "--weights", "int8", *flags)
+    assert "has no effect without --calibrate" in refused(main, checkpoint, tmp_path / "x", "--calibrate-frames", 8)
     assert "no such video" in refused(main, checkpoint, tmp_path / "x", "--weights", "int4", "--calibrate", "none.mp4")

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from xl2jax.commands import plan
 from xl2jax.commands.flags import BilevelFlags
-from xl2jax.commands.plan import DEVICES, PlanArgs, largest, layout_of, predict
+from xl2jax.commands.plan import DEVICES, PlanArgs, alternatives, largest, layout_of, predict
 from xl2jax.config import PRESETS, Weights
 from xl2jax.inference import compiled, memory, prefill
 from xl2jax.inference.generate import SuffixIds
@@ -120,6 +120,20 @@ def test_quantised_weights_fit_smaller_cards(
     assert DEVICES[device].available < 0.94 * (DEVICES[device].memory_mib << 20)
     assert largest(RELEASED, layout, args) >= frames
     assert largest(RELEASED, layout, dataclasses.replace(args, weights=None)) < frames
+
+
+def test_four_bits_are_the_last_resort() -> None:
+    config = RELEASED
+
+    def offered(device: Any, frames: int) -> list[str]:
+        return alternatives(config, layout_of(config, None, frames, 1.0), PlanArgs(device=device, frames=frames))
+
+    assert offered("rtx3060-12g", 512) == ["--weights int4"]
+    assert offered("rtx3060-12g", 1024) == ["--weights int4 --cache-dtype int8", "--weights int4 --offload"]
+    assert offered("rtx4090", 2048)[0] == "--weights int8"
+    assert not any("int4" in flags for flags in offered("rtx4090", 2048))
+    assert offered("rtx4090", 8192) == ["--weights int8 --cache-dtype int8 --offload"]
+    assert offered("rtx4060", 64) == []
 
 
 @settings(deadline=None, max_examples=20)

@@ -16,8 +16,7 @@ import xl2jax
 from xl2jax.checkpoint.convert import orbax_to_torch, torch_to_orbax
 from xl2jax.checkpoint.params import load_params
 from xl2jax.checkpoint.safetensors_io import SINGLE
-from xl2jax.commands import convert, infer, needle
-from xl2jax.commands.flags import DEFAULT_CHECKPOINT
+from xl2jax.commands import convert, demo_clip, infer, needle
 from xl2jax.config import PRESETS, Weights
 from xl2jax.errors import UserError
 from xl2jax.inference import memory
@@ -129,20 +128,17 @@ def test_weights_that_are_not_finite(copied: Path) -> None:
 
 
 def test_the_bundled_model_answers_right(tmp_path: Path, command: Command) -> None:
-    from xl2jax.commands import demo_clip
-
     status, out, _ = command(demo_clip.main, tmp_path / "demo.mp4", "--seed", 1)
     assert status == 0
     pairs = [line.split("\t") for line in out.splitlines()]
-    folder = tmp_path / "int8"
-    torch_to_orbax(DEFAULT_CHECKPOINT, folder, None, "int8")
     asked = [x for q, _ in pairs for x in ("--question", q)]
-    for flags in (("--checkpoint", folder), ("--weights", "int8", "--cache-dtype", "int8")):
-        status, out, err = command(infer.main, "--video", tmp_path / "demo.mp4", "--json", *flags, *asked)
-        assert status == 0, err
-        report = json.loads(out)
-        assert report["weights"] == "int8"
-        assert [a["answer"] for a in report["answers"]] == [answer for _, answer in pairs]
+    status, out, err = command(
+        infer.main, "--video", tmp_path / "demo.mp4", "--json", "--weights", "int8", "--cache-dtype", "int8", *asked
+    )
+    assert status == 0, err
+    report = json.loads(out)
+    assert report["weights"] == "int8"
+    assert [a["answer"] for a in report["answers"]] == [answer for _, answer in pairs]
 
 
 def test_a_model_too_large_for_memory(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,6 +152,8 @@ def test_a_model_too_large_for_memory(checkpoint: Path, monkeypatch: pytest.Monk
         xl2jax.load(checkpoint)
     assert xl2jax.load(checkpoint, weights="int8").config.llm.weights == "int8"
     monkeypatch.setattr(memory, "available_bytes", lambda: small - 1)
+    with pytest.raises(UserError, match=r"--weights int4 needs"):
+        xl2jax.load(checkpoint)
     with pytest.raises(UserError, match=r"the model needs [^;]* are free$"):
         xl2jax.load(checkpoint, weights="int8")
 

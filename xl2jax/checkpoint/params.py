@@ -95,11 +95,6 @@ class ParamReader:
         """Dotted names of all parameters."""
         return list(self._parts)
 
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of all parameters."""
-        return sum(map(self.nbytes, self.names))
-
     def load(self, *, progress: bool = False) -> nnx.State:
         """All parameters, on the default device."""
         params = {n: jnp.asarray(array) for n, array in self.read_all(progress=progress)}

@@ -359,8 +359,7 @@ def load(
     config = VideoXL2Config.from_hf(folder)
     tokenizer = PromptTokenizer.load(folder, config.llm.vocab)
     reader = ParamReader(folder, dtype, weights, verify=verify_checksums)
-    smaller = memory.weight_bytes(reader.config.with_weights("int8"), reader.dtype)
-    memory.check_weights_fit(reader.total_bytes, smaller if reader.config.llm.weights is None else None)
+    memory.check_weights_fit(reader.config, reader.dtype)
     if weights is None and reader.config.llm.weights is not None:
         logger.info("the LLM's matrices are %s, as the checkpoint stores them", reader.config.llm.weights)
     return Model(reader.config, reader.load(progress=progress), tokenizer, implementation=implementation)

@@ -28,6 +28,7 @@ from xl2jax.ops.precision import accumulator
 from xl2jax.ops.weights import QuantizedMatrix
 from xl2jax.prompt import PREFIX, suffix
 from xl2jax.video.clip import Clip
+from xl2jax.video.read_ahead import default_workers
 
 _INPUTS = {
     "q": "attention",
@@ -79,7 +80,9 @@ def _embeddings(model: Model, clip: Clip) -> tuple[jax.Array, int]:
         return llm.embed_tokens(jnp.asarray(ids, jnp.int32))
 
     parts = [text(tokenizer.encode(*PREFIX))]
-    batches = clip.batches(plan.segment_groups * FRAMES_PER_GROUP, network.config.vision.image_size, workers=1)
+    batches = clip.batches(
+        plan.segment_groups * FRAMES_PER_GROUP, network.config.vision.image_size, workers=default_workers()
+    )
     groups = iter(time_ids)
     for frames in batches:
         visual = session.encode(network, plan, frames)

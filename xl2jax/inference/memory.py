@@ -116,7 +116,7 @@ class Choices(NamedTuple):
 def smaller_options(now: Choices, visual_tokens: int) -> dict[str, Choices]:
     """Settings that need less memory, by the flags of infer.py that they add to `now`.
 
-    Single flags come first, and of those the one that costs least accuracy and time.
+    Single flags come first, and of those the one that costs least accuracy and time. Weights in 4 bits come last.
     """
     steps: dict[str, Choices] = {}
     if now.weights is None:
@@ -128,20 +128,33 @@ def smaller_options(now: Choices, visual_tokens: int) -> dict[str, Choices]:
         steps["--cache-dtype int8"] = now._replace(quantized=True)
     if now.bilevel is not None and not now.offload:
         steps["--offload"] = now._replace(offload=True)
-    out = dict(steps)
-    joined = [flags for flags in steps if "--pool" not in flags]
-    for size in range(2, len(joined) + 1):
-        for flags in itertools.combinations(joined, size):
-            changed = {k: v for f in flags for k, v in steps[f]._asdict().items() if v != getattr(now, k)}
-            out[" ".join(flags)] = now._replace(**changed)
+
+    def combined(joined: list[str], sizes: Iterable[int]) -> dict[str, Choices]:
+        found = {}
+        for size in sizes:
+            for flags in itertools.combinations(joined, size):
+                changed = {k: v for f in flags for k, v in steps[f]._asdict().items() if v != getattr(now, k)}
+                found[" ".join(flags)] = now._replace(**changed)
+        return found
+
+    rest = [flags for flags in steps if "--pool" not in flags]
+    out = steps | combined(rest, range(2, len(rest) + 1))
+    if now.weights is None:
+        beside = combined([flags for flags in rest if "--weights" not in flags], range(3))
+        out |= {f"--weights int4 {f}".strip(): choices._replace(weights="int4") for f, choices in beside.items()}
     return out
 
 
 def simplest(fitting: Iterable[str]) -> list[str]:
-    """Flags that fit, without those that only add flags to others before them."""
+    """Flags that fit, without those that only add flags to others before them, and with 4 bits only as the last resort."""
+
+    def parts(flags: str) -> set[str]:
+        return {part.strip() for part in flags.split("--")}
+
     out: list[str] = []
     for flags in fitting:
-        if not any(f"{earlier} " in f"{flags} " for earlier in out):
+        more = any(parts(earlier) <= parts(flags) for earlier in out)
+        if not more and not ("int4" in flags and out and "int4" not in out[0]):
             out.append(flags)
     return out
 
@@ -196,12 +209,15 @@ def check_fits(
     )
 
 
-def check_weights_fit(need: int, smaller: int | None) -> None:
-    """Raises UserError if the parameters need more memory than is free. `smaller`: what they need in 8 bits, if less."""
-    free = available_bytes()
+def check_weights_fit(config: VideoXL2Config, dtype: str) -> None:
+    """Raises UserError if the parameters need more memory than is free. The message says which bits would fit."""
+    free, need = available_bytes(), weight_bytes(config, dtype)
     if need <= free:
         return
-    advice = "" if smaller is None else f"; --weights int8 needs {smaller / 2**30:.2f} GiB"
+    kinds: tuple[Weights, ...] = ("int8", "int4") if config.llm.weights is None else ()
+    sizes = {kind: weight_bytes(config.with_weights(kind), dtype) for kind in kinds}
+    fitting = next((kind for kind in kinds if sizes[kind] <= free), None)
+    advice = "" if fitting is None else f"; --weights {fitting} needs {sizes[fitting] / 2**30:.2f} GiB"
     raise UserError(f"the model needs {need / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free{advice}")
 
 

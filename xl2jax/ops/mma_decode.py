@@ -319,8 +319,8 @@ def _values_operand(v: fa.FragmentedArray, dtype: ir.Type, quantized: bool) -> f
     if quantized:
         four = ir.VectorType.get((4,), ir.IntegerType.get_signless(8))
         fours = np.empty_like(mixed)
-        for i, word_of_codes in enumerate(mixed.flat):
-            fours.flat[i] = utils.bitcast(word_of_codes, four)
+        for i, codes in enumerate(mixed.flat):
+            fours.flat[i] = utils.bitcast(codes, four)  # type: ignore[arg-type]
         mixed = registers.converted(fours, dtype)
     pairs = np.empty((1, v.shape[1] // 8, 2), dtype=object)  # [inputs / 16, columns / 8, half]
     for half, number, order in np.ndindex(mixed.shape):
