@@ -86,7 +86,7 @@ def memory_need(
         pooled = plan.group_capacity * (plan.visual_tokens // bilevel.pool) * slot
         # Chunks are scored on the dense cache, or on an all-pooled cache that is freed before the mixed one is made.
         dense = min((bilevel.top(layout) + 2) * bilevel.select_chunk_groups, layout.groups)
-        mixed = mixed_slots(layout, dense, bilevel) * slot
+        mixed = mixed_slots(layout, dense, bilevel) * kept_slot
         if offload:
             mixed += (plan.visual_start + bucket(dense) * plan.visual_tokens) * kept_slot
     tokens = plan.step_groups * (plan.visual_tokens + plan.time_cap)

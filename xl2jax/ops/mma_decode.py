@@ -43,8 +43,8 @@ ROWS = 16
 BLOCK = 64
 """Slots of a key block, a quarter for each warp. The next block is in flight while this one is used."""
 WARPS = 4
-PROGRAMS = 3
-"""Programs that a multiprocessor runs at a time: each thread has about 160 registers."""
+PROGRAMS = 2
+"""Programs for each multiprocessor. More take longer on an H100: there are more results to merge."""
 
 
 def attend_decode(
@@ -312,7 +312,7 @@ def _values_operand(v: fa.FragmentedArray, dtype: ir.Type, quantized: bool) -> f
     def word(half: int, slot: int, at: int) -> Any:
         return utils.bitcast(registers.part(parts[half, slot, at // per_register], at % per_register, each), i32)
 
-    mixed = np.empty((2, v.shape[1] // 8 // each, 2), dtype=object)  # [half, word, order]
+    mixed: Any = np.empty((2, v.shape[1] // 8 // each, 2), dtype=object)  # [half, word, order]
     for half, number, order in np.ndindex(mixed.shape):
         low, high = (word(half, slot, number * each) for slot in range(2))
         mixed[half, number, order] = registers.permute(low, high, orders[order])
@@ -320,9 +320,9 @@ def _values_operand(v: fa.FragmentedArray, dtype: ir.Type, quantized: bool) -> f
         four = ir.VectorType.get((4,), ir.IntegerType.get_signless(8))
         fours = np.empty_like(mixed)
         for i, codes in enumerate(mixed.flat):
-            fours.flat[i] = utils.bitcast(codes, four)  # type: ignore[arg-type]
+            fours.flat[i] = utils.bitcast(codes, four)
         mixed = registers.converted(fours, dtype)
-    pairs = np.empty((1, v.shape[1] // 8, 2), dtype=object)  # [inputs / 16, columns / 8, half]
+    pairs: Any = np.empty((1, v.shape[1] // 8, 2), dtype=object)  # [inputs / 16, columns / 8, half]
     for half, number, order in np.ndindex(mixed.shape):
         for i in range(each // 2):
             register = mixed[half, number, order]
