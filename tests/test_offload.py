@@ -31,6 +31,7 @@ from xl2jax.inference.relevance import AttentionScorer
 from xl2jax.inference.selection import RelevanceConfig, choose_context
 from xl2jax.inference.store import cache_key, load_cache, save_cache
 from xl2jax.inference.video_cache import CacheConfig
+from xl2jax.models.param_tree import flatten, unflatten
 from xl2jax.ops.kv import QuantizedKV, quantize, unpack
 from xl2jax.prompt import suffix
 
@@ -276,3 +277,21 @@ def test_advice_names_what_would_fit(
     line = refused(infer.main, *flags)
     assert line.endswith("all fit with --cache-dtype int8")
     assert command(infer.main, *flags, "--cache-dtype", "int8")[0] == 0
+
+
+def test_large_key_biases_are_warned_of(model: xl2jax.Model, caplog: pytest.LogCaptureFixture) -> None:
+    """Once for a model, and only if the KV has 8 bits."""
+
+    def warnings(norm: float) -> int:
+        params = flatten(model.params)
+        bias = np.asarray(params["llm.layers.k.bias"]).copy()
+        bias[0, :16] = norm / 4  # one head of 16 channels
+        params["llm.layers.k.bias"] = jnp.asarray(bias)
+        other = xl2jax.Model(model.config, unflatten(params, model.config), model.tokenizer)
+        caplog.clear()
+        for cache in (CacheConfig(), INT8, INT8):
+            other.check_cache(cache, BilevelConfig())
+        return sum("1 of 3 layers have large biases (norm up to 220" in r.message for r in caplog.records)
+
+    assert warnings(220) == 1
+    assert warnings(1) == 0

@@ -63,6 +63,10 @@ class Answer:
     timings: dict[str, float]
 
 
+LARGE_KEY_BIAS = 50.0
+"""Norm of a head's key bias from which on KV in 8 bits is warned of. At 22 it costs little, at 220 a lot."""
+
+
 class Model:
     """A loaded checkpoint. The module's docstring shows its use.
 
@@ -98,6 +102,20 @@ class Model:
         for name, value in flatten(self.params).items():
             digest.update(f"{name} {int(compiled.checksum(value))} ".encode())
         return digest.hexdigest()
+
+    @functools.cached_property
+    def _key_biases_are_logged(self) -> bool:
+        """Logs once, when it is first read, whether keys have biases that 8 bits suit badly."""
+        bias = np.asarray(flatten(self.params)["llm.layers.k.bias"], np.float32)
+        norms = np.linalg.norm(bias.reshape(len(bias), -1, self.config.llm.head_width), axis=-1).max(axis=1)
+        layers = np.flatnonzero(norms > LARGE_KEY_BIAS)
+        if len(layers):
+            logger.warning(
+                "the keys of %d of %d layers have large biases (norm up to %.0f in a head), which 8 bits keep with large "
+                "errors: `xl2jax bench check` shows them by layer, and docs/quantisation.md explains them",
+                len(layers), len(bias), norms.max(),
+            )  # fmt: skip
+        return len(layers) > 0
 
     # --- the video, once ---------------------------------------------------------------------
 
@@ -198,6 +216,8 @@ class Model:
     def check_cache(self, cache: CacheConfig, bilevel: BilevelConfig | None) -> None:
         """Raises UserError where the cache settings do not suit the model's dtype or the way that questions read."""
         cache.check(self.dtype)
+        if cache.quantized:
+            _ = self._key_biases_are_logged
         if cache.offload and bilevel is None:
             raise UserError("offloaded KV is read with bi-level decoding only (dense decoding needs all of it)")
 
