@@ -20,23 +20,34 @@ _PAIRS = 8  # so many layers do not fit a card's cache
 
 
 def _random_matrix(seed: int, m: int, n: int, weights: Weights | None) -> jax.Array | QuantizedMatrix:
-    """A matrix [m, n] whose values have about the size of n**-0.5."""
-    key = jax.random.key(seed)
+    """A matrix [m, n] whose values have about the size of n**-0.5. Scales and zero points differ."""
+    key, of_scale, of_zero = jax.random.split(jax.random.key(seed), 3)
     if weights is None:
         return jax.random.normal(key, (m, n), jnp.bfloat16) * jnp.bfloat16(n**-0.5)
     shapes = part_shapes(m, n, weights)
     codes, scale = shapes["codes"], shapes["scale"]
     bits = jax.random.bits(key, codes.shape, jnp.uint8)
-    spread = 0.29 * (256 if weights == "int8" else 16)
-    return QuantizedMatrix(
-        jax.lax.bitcast_convert_type(bits, codes.dtype),
-        jnp.full(scale.shape, 1 / (spread * n**0.5), scale.dtype),
-        jnp.full(shapes["zero"].shape, 8, jnp.uint8) if "zero" in shapes else None,
-    )
+    # The standard deviation of codes that are spread evenly, in 4 bits minus a zero point that is too.
+    spread = 0.29 * 256 if weights == "int8" else 0.41 * 16
+    scales = jax.random.uniform(of_scale, scale.shape, jnp.float32, 0.5, 1.3) / (spread * n**0.5)
+    zero = jax.random.bits(of_zero, shapes["zero"].shape, jnp.uint8) % 16 if "zero" in shapes else None
+    return QuantizedMatrix(jax.lax.bitcast_convert_type(bits, codes.dtype), scales.astype(scale.dtype), zero)
 
 
 def _product(x: jax.Array, matrix: jax.Array | QuantizedMatrix) -> jax.Array:
     return multiply(x, (matrix,))[0] if isinstance(matrix, QuantizedMatrix) else x @ matrix.T
+
+
+def _largest_error(x: jax.Array, *matrices: jax.Array | QuantizedMatrix) -> float:
+    """The relative L2 against float32 of the products with matrices that are multiplied together, as gate and up are."""
+    quantized = [matrix for matrix in matrices if isinstance(matrix, QuantizedMatrix)]
+    got = jax.jit(multiply)(x, tuple(quantized)) if quantized else tuple(_product(x, matrix) for matrix in matrices)
+    errors = []
+    for out, matrix in zip(got, matrices, strict=True):
+        whole = unpack(matrix, jnp.float32) if isinstance(matrix, QuantizedMatrix) else matrix.astype(jnp.float32)
+        expected = jnp.matmul(x.astype(jnp.float32), whole.T, precision="highest")
+        errors.append(float(jnp.linalg.norm(out.astype(jnp.float32) - expected) / jnp.linalg.norm(expected)))
+    return max(errors)
 
 
 def matrix_rows(copy_gb_s: float, width: int = _LLM.width, mlp_width: int = _LLM.mlp_width) -> Iterator[dict[str, Any]]:
@@ -51,11 +62,7 @@ def matrix_rows(copy_gb_s: float, width: int = _LLM.width, mlp_width: int = _LLM
         size = sum(x.nbytes for x in jax.tree.leaves(pairs)) / (2 * _PAIRS)
         for tokens in (1, 16):
             x = jax.random.normal(jax.random.key(99), (tokens, width), jnp.bfloat16)
-            first = pairs[0][0]
-            whole = unpack(first, jnp.float32) if isinstance(first, QuantizedMatrix) else first.astype(jnp.float32)
-            expected = jnp.matmul(x.astype(jnp.float32), whole.T, precision="highest")
-            got = jax.jit(_product)(x, first).astype(jnp.float32)
-            error = float(jnp.linalg.norm(got - expected) / jnp.linalg.norm(expected))
+            error = _largest_error(x, pairs[0][0], pairs[1 % _PAIRS][0])
             if not error < MAX_ERROR:
                 raise UserError(f"products with {weights} weights are wrong on this card: relative L2 {error:.2g}")
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from xl2jax.checkpoint.array_checks import is_finite
 from xl2jax.checkpoint.orbax_folder import OrbaxFolder, is_orbax, read_manifest
 from xl2jax.checkpoint.param_names import Entry, Tensor, tensors
 from xl2jax.checkpoint.quantizing import base_name, dequantized, quantized, weights_of
@@ -129,7 +130,11 @@ class ParamReader:
         return np.stack([cast(dequantized(name, layer), self.dtype, where) for layer in layers])
 
     def _cast(self, tensor: Tensor, array: np.ndarray) -> np.ndarray:
-        return array if tensor.dtype is not None else cast(array, self.dtype, self._where(tensor))
+        if tensor.dtype is None:
+            return cast(array, self.dtype, self._where(tensor))
+        if jnp.issubdtype(array.dtype, jnp.floating) and not is_finite(array):
+            raise UserError(f"{self._where(tensor)}: has elements that are not finite")
+        return array
 
     def _where(self, tensor: Tensor) -> str:
         return f"{self._folder}: {tensor.torch_name if isinstance(tensor, Entry) else tensor.name}"

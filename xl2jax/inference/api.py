@@ -81,6 +81,7 @@ class Model:
         self._stop = np.asarray(tokenizer.stop_ids, np.int32)
         self._videos: weakref.WeakSet[WatchedVideo] = weakref.WeakSet()
         self._prefix = tokenizer.encode(*PREFIX)
+        self._looked_at_key_biases = False
 
     @property
     def config(self) -> VideoXL2Config:
@@ -103,9 +104,11 @@ class Model:
             digest.update(f"{name} {int(compiled.checksum(value))} ".encode())
         return digest.hexdigest()
 
-    @functools.cached_property
-    def _key_biases_are_logged(self) -> bool:
-        """Logs once, when it is first read, whether keys have biases that 8 bits suit badly."""
+    def _warn_of_key_biases(self) -> None:
+        """Warns, once, if keys have biases that 8 bits suit badly."""
+        if self._looked_at_key_biases:
+            return
+        self._looked_at_key_biases = True
         bias = np.asarray(flatten(self.params)["llm.layers.k.bias"], np.float32)
         norms = np.linalg.norm(bias.reshape(len(bias), -1, self.config.llm.head_width), axis=-1).max(axis=1)
         layers = np.flatnonzero(norms > LARGE_KEY_BIAS)
@@ -115,7 +118,6 @@ class Model:
                 "errors: `xl2jax bench check` shows them by layer, and docs/quantisation.md explains them",
                 len(layers), len(bias), norms.max(),
             )  # fmt: skip
-        return len(layers) > 0
 
     # --- the video, once ---------------------------------------------------------------------
 
@@ -217,7 +219,7 @@ class Model:
         """Raises UserError where the cache settings do not suit the model's dtype or the way that questions read."""
         cache.check(self.dtype)
         if cache.quantized:
-            _ = self._key_biases_are_logged
+            self._warn_of_key_biases()
         if cache.offload and bilevel is None:
             raise UserError("offloaded KV is read with bi-level decoding only (dense decoding needs all of it)")
 
@@ -255,8 +257,9 @@ class Model:
             weights = memory.weight_bytes(self.config.with_weights(choices.weights), self.dtype)
             return need(layout, choices).total + weights - memory.weight_bytes(self.config, self.dtype)
 
-        options = memory.smaller_options(now, layout.visual_tokens)
-        others = {flags: in_all(choices) for flags, choices in options.items()}
+        def others() -> dict[str, int]:
+            return {f: in_all(choices) for f, choices in memory.smaller_options(now, layout.visual_tokens).items()}
+
         memory.check_fits(layout, need, others, held=sum(v.device_bytes for v in list(self._videos)))
 
     def layout(self, time_ids: list[list[int]]) -> VideoLayout:

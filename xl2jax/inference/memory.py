@@ -53,6 +53,17 @@ def weight_bytes(config: VideoXL2Config, dtype: jax.typing.DTypeLike) -> int:
     return sum(x.size * x.dtype.itemsize for x in params.values())
 
 
+def weight_bytes_of_a_token(config: VideoXL2Config, dtype: jax.typing.DTypeLike) -> int:
+    """Bytes of the parameters that one token of an answer reads: the LLM's, but for an embedding of its own."""
+    params = flatten(nnx.state(abstract_model(config, jnp.dtype(dtype))))
+    separate = not config.llm.tied_embeddings
+    return sum(
+        x.size * x.dtype.itemsize
+        for name, x in params.items()
+        if name.startswith("llm.") and not (separate and name.startswith("llm.embed."))
+    )
+
+
 def slot_bytes(config: VideoXL2Config, dtype: jax.typing.DTypeLike, *, quantized: bool = False) -> int:
     """Bytes of the keys and values of one token in all layers."""
     c, itemsize = config.llm, jnp.dtype(dtype).itemsize
@@ -178,13 +189,13 @@ def available_bytes() -> int:
 def check_fits(
     layout: VideoLayout,
     need_of: Callable[[VideoLayout], MemoryNeed],
-    others: Mapping[str, int] | None = None,
+    others: Callable[[], Mapping[str, int]] = dict,
     *,
     held: int = 0,
 ) -> None:
     """Raises UserError if a video needs more memory than is free.
 
-    The message says how many frames would fit, and with which of `others` (flags -> bytes for the same video) all would.
+    The message says how many frames would fit, and with which of `others()` (flags -> bytes for the same video) all would.
     `held`: bytes of other watched videos, which could be closed.
     """
     free, need = available_bytes(), need_of(layout)
@@ -198,7 +209,7 @@ def check_fits(
     groups = bisect.bisect_left(range(1, layout.groups), True, key=lambda g: not fits(g))
     frames = groups * FRAMES_PER_GROUP
     advice = [f"{frames} frames would fit (--max-frames {frames})" if frames else "not even 4 frames fit"]
-    fitting = simplest(flags for flags, other in (others or {}).items() if other <= free)
+    fitting = simplest(flags for flags, other in others().items() if other <= free)
     advice += [f"all fit with {' or '.join(fitting)}"] if fitting else []
     if held:
         enough = "all fit then" if need.total <= free + held else "which is not enough for all"

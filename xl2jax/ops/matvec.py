@@ -59,7 +59,7 @@ def supports(rows: int, matrix: QuantizedMatrix, dtype: jax.typing.DTypeLike) ->
     m, width = matrix.codes.shape[-2:]
     grouped = matrix.scale.shape[-1] * GROUP == 2 * width if matrix.zero is not None else True
     fits = matrix.codes.ndim == 2 and m % TILE == 0 and width % CHUNK == 0 and grouped
-    return fits and rows <= MAX_ROWS and np.dtype(dtype) in (jnp.bfloat16, jnp.float16)
+    return fits and 1 <= rows <= MAX_ROWS and np.dtype(dtype) in (jnp.bfloat16, jnp.float16)
 
 
 def multiply_rows(
