@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -104,7 +105,7 @@ def test_flags_that_contradict(
     ("ends", "method"),
     [
         (("qweight", "qzeros", "g_idx"), "GPTQ"),
-        (("qweight", "qzeros", "scales"), "AWQ"),
+        (("qweight", "qzeros", "scales"), "GPTQ or AWQ"),
         (("weight", "SCB"), "bitsandb"),
     ],
 )
@@ -172,3 +173,27 @@ def test_converting_back_reads_every_part(stored: Path, tmp_path: Path) -> None:
     codes, scale = flat["llm.layers.down.codes"].astype("float32"), flat["llm.layers.down.codes_scale"]
     assert np.array_equal((codes * scale[..., None]).swapaxes(-1, -2), whole["llm.layers.down.kernel"])
     assert np.array_equal(flat["llm.norm.scale"], whole["llm.norm.scale"])
+
+
+def test_numbers_that_float16_cannot_hold(copied: Path, tmp_path: Path) -> None:
+    """Refused when quantising, and when a folder that bfloat16 could hold is loaded in float16."""
+    tensors = load_file(copied / SINGLE)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = 1e6
+    save_file(tensors, copied / SINGLE)
+    kinds: tuple[Weights, ...] = ("int8", "int4")
+    for weights in kinds:
+        with pytest.raises(UserError, match=r"beyond 65504, which float16 cannot hold"):
+            load_params(copied, "float16", weights)
+        folder = tmp_path / weights
+        torch_to_orbax(copied, folder, "bfloat16", weights)
+        load_params(folder, "bfloat16")
+        with pytest.raises(UserError, match=r"beyond 65504, which float16 cannot hold"):
+            load_params(folder, "float16")
+
+
+def test_sizes_that_4_bits_cannot_have() -> None:
+    config = PRESETS["tiny"]
+    odd = dataclasses.replace(config, llm=dataclasses.replace(config.llm, mlp_width=90))
+    odd.with_weights("int8")
+    with pytest.raises(UserError, match="not a multiple of 32"):
+        odd.with_weights("int4")

@@ -11,10 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from xl2jax.checkpoint.array_checks import is_finite
 from xl2jax.checkpoint.orbax_folder import OrbaxFolder, is_orbax, read_manifest
 from xl2jax.checkpoint.param_names import Entry, Tensor, tensors
-from xl2jax.checkpoint.quantizing import base_name, dequantized, quantized, weights_of
+from xl2jax.checkpoint.quantizing import base_name, check_scale, dequantized, quantized, weights_of
 from xl2jax.checkpoint.safetensors_io import DTYPE_NAMES, DTYPES, cast
 from xl2jax.checkpoint.torch_folder import TorchCheckpoint
 from xl2jax.config import VideoXL2Config, Weights
@@ -132,8 +131,8 @@ class ParamReader:
     def _cast(self, tensor: Tensor, array: np.ndarray) -> np.ndarray:
         if tensor.dtype is None:
             return cast(array, self.dtype, self._where(tensor))
-        if jnp.issubdtype(array.dtype, jnp.floating) and not is_finite(array):
-            raise UserError(f"{self._where(tensor)}: has elements that are not finite")
+        if jnp.issubdtype(array.dtype, jnp.floating):
+            check_scale(array, self.dtype, self._where(tensor))
         return array
 
     def _where(self, tensor: Tensor) -> str:
@@ -148,7 +147,7 @@ class ParamReader:
             (array,) = self._source([tensor])
             kind = weights_of(tensor, self.config)
             assert kind is not None
-            for name, part in quantized(tensor, array, kind, self._where(tensor)).items():
+            for name, part in quantized(tensor, array, kind, self.dtype, self._where(tensor)).items():
                 if tensor.layer is None:
                     out[name] = part
                     continue

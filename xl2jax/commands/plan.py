@@ -146,6 +146,8 @@ def alternatives(config: VideoXL2Config, layout: VideoLayout, args: PlanArgs) ->
     now = memory.Choices(_bilevel(args, layout), args.cache_dtype == "int8", args.offload, args.weights)
     out = []
     for flags, choices in memory.smaller_options(now, config.visual_tokens).items():
+        if not config.can_have(choices.weights):
+            continue
         pool = choices.bilevel.pool if choices.bilevel else args.decode.pool
         other = dataclasses.replace(
             args,

@@ -258,7 +258,8 @@ class Model:
             return need(layout, choices).total + weights - memory.weight_bytes(self.config, self.dtype)
 
         def others() -> dict[str, int]:
-            return {f: in_all(choices) for f, choices in memory.smaller_options(now, layout.visual_tokens).items()}
+            options = memory.smaller_options(now, layout.visual_tokens)
+            return {f: in_all(choices) for f, choices in options.items() if self.config.can_have(choices.weights)}
 
         memory.check_fits(layout, need, others, held=sum(v.device_bytes for v in list(self._videos)))
 

@@ -150,7 +150,7 @@ def smaller_options(now: Choices, visual_tokens: int) -> dict[str, Choices]:
 
     rest = [flags for flags in steps if "--pool" not in flags]
     out = steps | combined(rest, range(2, len(rest) + 1))
-    if now.weights is None:
+    if now.weights != "int4":
         beside = combined([flags for flags in rest if "--weights" not in flags], range(3))
         out |= {f"--weights int4 {f}".strip(): choices._replace(weights="int4") for f, choices in beside.items()}
     return out
@@ -226,8 +226,8 @@ def check_weights_fit(config: VideoXL2Config, dtype: str) -> None:
     if need <= free:
         return
     kinds: tuple[Weights, ...] = ("int8", "int4") if config.llm.weights is None else ()
-    sizes = {kind: weight_bytes(config.with_weights(kind), dtype) for kind in kinds}
-    fitting = next((kind for kind in kinds if sizes[kind] <= free), None)
+    sizes = {kind: weight_bytes(config.with_weights(kind), dtype) for kind in kinds if config.can_have(kind)}
+    fitting = next((kind for kind, size in sizes.items() if size <= free), None)
     advice = "" if fitting is None else f"; --weights {fitting} needs {sizes[fitting] / 2**30:.2f} GiB"
     raise UserError(f"the model needs {need / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free{advice}")
 
