@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from xl2jax.bench import command as bench
+from xl2jax.bench import matrices
 from xl2jax.bench.e2e import E2EArgs
 from xl2jax.bench.file import file_row, plot_rows
 from xl2jax.bench.read import write_long
@@ -166,6 +167,15 @@ def test_flops() -> None:
         assert flops.visible_pairs(layout, prefill, suffix=3) == dense_mask(layout, 3, prefill).sum()
 
 
+def test_products_in_fewer_bits_are_checked_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matrices, "_PAIRS", 1)
+    rows = list(matrices.matrix_rows(100.0, 256, 512))
+    assert [(row["weights"], row["tokens"]) for row in rows] == [
+        (weights, tokens) for weights in ("bfloat16", "int8", "int4") for tokens in (1, 16)
+    ]
+    assert all(0 < row["relative_l2"] < 5e-3 and row["us"] > 0 for row in rows)
+
+
 def test_bad_options(refused: Callable[..., str]) -> None:
     assert "--groups" in refused(bench.main, "prefill", "--groups", "many")
     assert "--modes" in refused(bench.main, "decode", "--modes", "chunked")
@@ -179,3 +189,4 @@ def test_bad_options(refused: Callable[..., str]) -> None:
     assert "--fps must be above 0" in refused(bench.main, "e2e", "--fps", "nan")
     assert "no such folder" in refused(bench.main, "e2e", "--plot", "none/x.png")
     assert "needs a GPU" in refused(bench.main, "kernels")
+    assert "cannot be trained" in refused(bench.main, "train", "--train", "all", "--weights", "int8")

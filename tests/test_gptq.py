@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,8 @@ import xl2jax
 from xl2jax.checkpoint.orbax_folder import read_manifest
 from xl2jax.checkpoint.params import ParamReader, load_params
 from xl2jax.commands.convert import main
+from xl2jax.errors import UserError
+from xl2jax.inference import calibration
 from xl2jax.inference.calibration import _INPUTS, _embeddings, _layer, calibrate
 from xl2jax.ops.gptq import gptq
 from xl2jax.ops.weights import dequantize, part_shapes, quantize
@@ -48,6 +51,19 @@ def test_products_with_the_inputs_change_less(n: int) -> None:
     assert calibrated < 0.5 * nearest
     # A smaller share of the same inputs is a smaller matrix of moments, but the same problem.
     assert error(on_host(w, 1e-4 * (x.T @ x))) == pytest.approx(calibrated, rel=0.02)
+
+
+def test_inputs_that_overflow_are_refused(model: xl2jax.Model, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounding by moments that are not finite would give codes without a meaning."""
+
+    def overflowing(network: Any, index: Any, x: jax.Array, tokens: Any) -> Any:
+        x, moments = layer(network, index, x, tokens)
+        return x, jax.tree.map(lambda m: m.at[0, 0].set(jnp.inf), moments)
+
+    layer = calibration._layer
+    monkeypatch.setattr(calibration, "_layer", overflowing)
+    with pytest.raises(UserError, match="overflow in float32: calibrate in bfloat16 or float32"):
+        calibration.calibrate(model, [open_video(clip, FrameSampling(max_frames=8))])
 
 
 def test_moments_are_those_of_the_inputs(model: xl2jax.Model, clip: Path) -> None:
@@ -110,4 +126,5 @@ def test_a_calibrated_checkpoint(
             assert errors[0] < errors[1], (index, name)
     flags = ("--calibrate", clip)
     assert "--calibrate is for --weights int4" in refused(main, checkpoint, tmp_path / "x", "--weights", "int8", *flags)
+    assert "has no effect without --calibrate" in refused(main, checkpoint, tmp_path / "x", "--calibrate-frames", 8)
     assert "no such video" in refused(main, checkpoint, tmp_path / "x", "--weights", "int4", "--calibrate", "none.mp4")

@@ -22,7 +22,7 @@ from xl2jax.commands import infer
 from xl2jax.config import PRESETS
 from xl2jax.errors import UserError
 from xl2jax.inference import memory, selection, session
-from xl2jax.inference.bilevel import BilevelConfig
+from xl2jax.inference.bilevel import BilevelConfig, mix, mixed_source
 from xl2jax.inference.cache import empty_cache, write
 from xl2jax.inference.layout import PrefillConfig, VideoLayout
 from xl2jax.inference.offload import fetch, to_host
@@ -31,6 +31,7 @@ from xl2jax.inference.relevance import AttentionScorer
 from xl2jax.inference.selection import RelevanceConfig, choose_context
 from xl2jax.inference.store import cache_key, load_cache, save_cache
 from xl2jax.inference.video_cache import CacheConfig
+from xl2jax.models.param_tree import flatten, unflatten
 from xl2jax.ops.kv import QuantizedKV, quantize, unpack
 from xl2jax.prompt import suffix
 
@@ -133,6 +134,22 @@ def test_offloaded_kv_is_mixed_to_the_same_cache(
     for relevance in (POOLED, RelevanceConfig("random"), RelevanceConfig("none")):
         for top in (0, 3):
             assert_same_context(*(context(model, video, relevance, top) for video in (on_device, offloaded)))
+
+
+def test_the_mixed_kv_has_8_bits_too(model: xl2jax.Model, small: Callable[..., xl2jax.WatchedVideo]) -> None:
+    """It is what mixing the unpacked cache gives, rounded."""
+    kv, config = small(INT8).kv, BilevelConfig(2, 4, 0)
+    v, theta = kv.layout.visual_tokens, model.config.llm.rope_theta
+    dense = jnp.arange(kv.plan.group_capacity) < 2
+    source = mixed_source(kv.table, dense, kv.cache.visual_start, visual_tokens=v, pool=config.pool, slots=512)
+    pooled = session.pooled_kv(model.network, kv, config.pool)
+    unpacked = kv.cache._replace(k=unpack(kv.cache.k), v=unpack(kv.cache.v))
+    mixed, expected = (mix(cache, pooled, source, theta=theta) for cache in (kv.cache, unpacked))
+    assert int(mixed.length) > kv.layout.global_tokens
+    for got, whole in ((mixed.k, expected.k), (mixed.v, expected.v)):
+        assert isinstance(got, QuantizedKV)
+        error = np.abs(np.asarray(unpack(got)) - np.asarray(whole))
+        assert (error <= 0.51 * np.asarray(got.scale)[..., None] + 1e-6).all()
 
 
 def test_offloaded_kv_is_scored_by_what_is_left(
@@ -258,6 +275,23 @@ def test_advice_names_what_would_fit(
     monkeypatch.setattr(memory, "available_bytes", lambda: need.total)
     flags = ("--video", clip, "--checkpoint", checkpoint, "--max-new-tokens", 2, "--question", QUESTION)
     line = refused(infer.main, *flags)
-    # 8-bit weights free more than the KV takes here.
-    assert line.endswith("all fit with --weights int8 or --cache-dtype int8")
+    assert line.endswith("all fit with --cache-dtype int8")
     assert command(infer.main, *flags, "--cache-dtype", "int8")[0] == 0
+
+
+def test_large_key_biases_are_warned_of(model: xl2jax.Model, caplog: pytest.LogCaptureFixture) -> None:
+    """Once for a model, and only if the KV has 8 bits."""
+
+    def warnings(norm: float) -> int:
+        params = flatten(model.params)
+        bias = np.asarray(params["llm.layers.k.bias"]).copy()
+        bias[0, :16] = norm / 4  # one head of 16 channels
+        params["llm.layers.k.bias"] = jnp.asarray(bias)
+        other = xl2jax.Model(model.config, unflatten(params, model.config), model.tokenizer)
+        caplog.clear()
+        for cache in (CacheConfig(), INT8, INT8):
+            other.check_cache(cache, BilevelConfig())
+        return sum("1 of 3 layers have large biases (norm up to 220" in r.message for r in caplog.records)
+
+    assert warnings(220) == 1
+    assert warnings(1) == 0

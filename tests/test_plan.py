@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from xl2jax.commands import plan
 from xl2jax.commands.flags import BilevelFlags
-from xl2jax.commands.plan import DEVICES, PlanArgs, largest, layout_of, predict
+from xl2jax.commands.plan import DEVICES, PlanArgs, alternatives, largest, layout_of, predict
 from xl2jax.config import PRESETS, Weights
 from xl2jax.inference import compiled, memory, prefill
 from xl2jax.inference.generate import SuffixIds
@@ -90,18 +90,19 @@ def test_the_compiler_needs_no_more_than_predicted(name: str, quantized: bool, w
     assert temporaries <= need.workspace
 
 
-def test_unpacked_matrices_are_counted() -> None:
+@pytest.mark.parametrize(("weights", "dtype"), [("int8", "float32"), ("int4", "bfloat16")])
+def test_unpacked_matrices_are_counted(weights: Weights, dtype: str) -> None:
     """At sizes where they are most of the workspace: a wide MLP and few tokens at a time."""
     config = PRESETS["tiny"]
-    config = dataclasses.replace(config, llm=dataclasses.replace(config.llm, mlp_width=65536)).with_weights("int8")
+    config = dataclasses.replace(config, llm=dataclasses.replace(config.llm, mlp_width=65536)).with_weights(weights)
     layout = layout_of(config, None, 16, 1.0)
     plan_ = prefill.make_plan(layout, PrefillConfig(), "cpu")
-    need = memory.memory_need(config, plan_, layout, None, "float32", "cpu")
-    plain = memory.memory_need(config.with_weights(None), plan_, layout, None, "float32", "cpu")
-    assert need.workspace - plain.workspace == 4 * 64 * (3 * 65536 + 2 * (64 + 32))
-    network = Network(config, nnx.state(abstract_model(config, jnp.float32)), BLOCKWISE, "cpu")
-    cache = jax.eval_shape(lambda: compiled.new_cache(config.llm, plan_.slots, "float32", plan_.visual_start))
-    visual = jax.ShapeDtypeStruct((plan_.segment_groups, config.visual_tokens, config.llm.width), jnp.float32)
+    need = memory.memory_need(config, plan_, layout, None, dtype, "cpu")
+    plain = memory.memory_need(config.with_weights(None), plan_, layout, None, dtype, "cpu")
+    assert need.workspace - plain.workspace == jnp.dtype(dtype).itemsize * 64 * (3 * 65536 + 2 * (64 + 32))
+    network = Network(config, nnx.state(abstract_model(config, jnp.dtype(dtype))), BLOCKWISE, "cpu")
+    cache = jax.eval_shape(lambda: compiled.new_cache(config.llm, plan_.slots, dtype, plan_.visual_start))
+    visual = jax.ShapeDtypeStruct((plan_.segment_groups, config.visual_tokens, config.llm.width), dtype)
     segment = next(prefill.segments(prefill.steps(layout, plan_, [[0] * t for t in layout.time_lengths]), plan_))
     used = compiled.prefill_segment.lower(network, cache, visual, segment).compile().memory_analysis()
     assert used.temp_size_in_bytes <= need.workspace - memory._WORKSPACE
@@ -120,6 +121,20 @@ def test_quantised_weights_fit_smaller_cards(
     assert DEVICES[device].available < 0.94 * (DEVICES[device].memory_mib << 20)
     assert largest(RELEASED, layout, args) >= frames
     assert largest(RELEASED, layout, dataclasses.replace(args, weights=None)) < frames
+
+
+def test_four_bits_are_the_last_resort() -> None:
+    config = RELEASED
+
+    def offered(device: Any, frames: int) -> list[str]:
+        return alternatives(config, layout_of(config, None, frames, 1.0), PlanArgs(device=device, frames=frames))
+
+    assert offered("rtx3060-12g", 512) == ["--weights int4"]
+    assert offered("rtx3060-12g", 1024) == ["--weights int4 --cache-dtype int8", "--weights int4 --offload"]
+    assert offered("rtx4090", 2048)[0] == "--weights int8"
+    assert not any("int4" in flags for flags in offered("rtx4090", 2048))
+    assert offered("rtx4090", 8192) == ["--weights int8 --cache-dtype int8 --offload"]
+    assert offered("rtx4060", 64) == []
 
 
 @settings(deadline=None, max_examples=20)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -16,8 +17,7 @@ import xl2jax
 from xl2jax.checkpoint.convert import orbax_to_torch, torch_to_orbax
 from xl2jax.checkpoint.params import load_params
 from xl2jax.checkpoint.safetensors_io import SINGLE
-from xl2jax.commands import convert, infer, needle
-from xl2jax.commands.flags import DEFAULT_CHECKPOINT
+from xl2jax.commands import convert, demo_clip, infer, needle
 from xl2jax.config import PRESETS, Weights
 from xl2jax.errors import UserError
 from xl2jax.inference import memory
@@ -105,7 +105,7 @@ def test_flags_that_contradict(
     ("ends", "method"),
     [
         (("qweight", "qzeros", "g_idx"), "GPTQ"),
-        (("qweight", "qzeros", "scales"), "AWQ"),
+        (("qweight", "qzeros", "scales"), "GPTQ or AWQ"),
         (("weight", "SCB"), "bitsandb"),
     ],
 )
@@ -129,20 +129,17 @@ def test_weights_that_are_not_finite(copied: Path) -> None:
 
 
 def test_the_bundled_model_answers_right(tmp_path: Path, command: Command) -> None:
-    from xl2jax.commands import demo_clip
-
     status, out, _ = command(demo_clip.main, tmp_path / "demo.mp4", "--seed", 1)
     assert status == 0
     pairs = [line.split("\t") for line in out.splitlines()]
-    folder = tmp_path / "int8"
-    torch_to_orbax(DEFAULT_CHECKPOINT, folder, None, "int8")
     asked = [x for q, _ in pairs for x in ("--question", q)]
-    for flags in (("--checkpoint", folder), ("--weights", "int8", "--cache-dtype", "int8")):
-        status, out, err = command(infer.main, "--video", tmp_path / "demo.mp4", "--json", *flags, *asked)
-        assert status == 0, err
-        report = json.loads(out)
-        assert report["weights"] == "int8"
-        assert [a["answer"] for a in report["answers"]] == [answer for _, answer in pairs]
+    status, out, err = command(
+        infer.main, "--video", tmp_path / "demo.mp4", "--json", "--weights", "int8", "--cache-dtype", "int8", *asked
+    )
+    assert status == 0, err
+    report = json.loads(out)
+    assert report["weights"] == "int8"
+    assert [a["answer"] for a in report["answers"]] == [answer for _, answer in pairs]
 
 
 def test_a_model_too_large_for_memory(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,6 +153,8 @@ def test_a_model_too_large_for_memory(checkpoint: Path, monkeypatch: pytest.Monk
         xl2jax.load(checkpoint)
     assert xl2jax.load(checkpoint, weights="int8").config.llm.weights == "int8"
     monkeypatch.setattr(memory, "available_bytes", lambda: small - 1)
+    with pytest.raises(UserError, match=r"--weights int4 needs"):
+        xl2jax.load(checkpoint)
     with pytest.raises(UserError, match=r"the model needs [^;]* are free$"):
         xl2jax.load(checkpoint, weights="int8")
 
@@ -174,3 +173,27 @@ def test_converting_back_reads_every_part(stored: Path, tmp_path: Path) -> None:
     codes, scale = flat["llm.layers.down.codes"].astype("float32"), flat["llm.layers.down.codes_scale"]
     assert np.array_equal((codes * scale[..., None]).swapaxes(-1, -2), whole["llm.layers.down.kernel"])
     assert np.array_equal(flat["llm.norm.scale"], whole["llm.norm.scale"])
+
+
+def test_numbers_that_float16_cannot_hold(copied: Path, tmp_path: Path) -> None:
+    """Refused when quantising, and when a folder that bfloat16 could hold is loaded in float16."""
+    tensors = load_file(copied / SINGLE)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = 1e6
+    save_file(tensors, copied / SINGLE)
+    kinds: tuple[Weights, ...] = ("int8", "int4")
+    for weights in kinds:
+        with pytest.raises(UserError, match=r"beyond 65504, which float16 cannot hold"):
+            load_params(copied, "float16", weights)
+        folder = tmp_path / weights
+        torch_to_orbax(copied, folder, "bfloat16", weights)
+        load_params(folder, "bfloat16")
+        with pytest.raises(UserError, match=r"beyond 65504, which float16 cannot hold"):
+            load_params(folder, "float16")
+
+
+def test_sizes_that_4_bits_cannot_have() -> None:
+    config = PRESETS["tiny"]
+    odd = dataclasses.replace(config, llm=dataclasses.replace(config.llm, mlp_width=90))
+    odd.with_weights("int8")
+    with pytest.raises(UserError, match="not a multiple of 32"):
+        odd.with_weights("int4")

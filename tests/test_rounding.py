@@ -17,25 +17,27 @@ from xl2jax.evaluation.rounding import Reading, compared
 from xl2jax.models.layers import rope_tables, rotate
 
 
-def test_command(
-    checkpoint: Path, tmp_path: Path, command: Callable[..., tuple[int, str, str]], refused: Callable[..., str]
-) -> None:
-    flags = ("check", "--checkpoint", checkpoint, "--frames", 32, "--videos", 1)
+@pytest.mark.slow
+def test_command(checkpoint: Path, command: Callable[..., tuple[int, str, str]]) -> None:
+    flags = ("check", "--checkpoint", checkpoint, "--frames", 16, "--videos", 1, "--weights", "int8")
     status, out, err = command(bench.main, *flags, "--json")
     assert status == 0, err
     report = json.loads(out)
     rows = {(r["weights"], r["KV"]): r for r in report["rows"]}
-    assert list(rows) == [
-        ("float32", "int8"), ("int8", "float32"), ("int8", "int8"), ("int4", "float32"), ("int4", "int8"),
-    ]  # fmt: skip
+    assert list(rows) == [("float32", "int8"), ("int8", "float32"), ("int8", "int8")]
     assert len({r["tokens"] for r in rows.values()}) == 1
     error = {key: r["logits, relative L2"] for key, r in rows.items()}
-    # Random matrices: half a step of 8 bits is a 254th of the largest of 100 numbers, and one of 4 bits a 15th or so.
-    assert 1e-3 < error["int8", "float32"] < 0.05 < error["int4", "float32"] < 1
+    # Random matrices: half a step of 8 bits is a 254th of the largest of 100 numbers.
+    assert 1e-3 < error["int8", "float32"] < 0.05
     assert 0 < error["float32", "int8"] < 0.05
-    assert rows["int4", "float32"]["greedy tokens equal"] < rows["int8", "float32"]["greedy tokens equal"] <= 1
+    assert 0.5 < rows["int8", "float32"]["greedy tokens equal"] <= 1
     assert [r["layer"] for r in report["layers"]] == [0, 1, 2]
     assert all(1e-3 < r["keys"] < 0.02 and 1e-3 < r["values"] < 0.02 for r in report["layers"])
+
+
+def test_refusals(checkpoint: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    flags = ("check", "--checkpoint", checkpoint)
+    assert "is not quantised" in refused(bench.main, *flags, "--stored", checkpoint)
     torch_to_orbax(checkpoint, tmp_path / "int8", None, "int8")
     message = refused(bench.main, "check", "--checkpoint", tmp_path / "int8")
     assert "give the checkpoint that they were made from" in message

@@ -34,7 +34,7 @@ SETTINGS = dataclasses.replace(
 RELEASED = PRESETS["video-xl-2"]
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("weights", ["int8", pytest.param("int4", marks=pytest.mark.slow)])
 def test_gradients_are_those_on_the_unpacked_base(checkpoint: Path, weights: Weights) -> None:
     """Loss and gradients of the adapters, which also pass through every frozen matrix."""
     reader = ParamReader(checkpoint, "float32", weights)

@@ -86,8 +86,22 @@ class VideoXL2Config:
         """V, visual tokens of one group."""
         return (self.grid // self.pool_stride) ** 2
 
+    def can_have(self, weights: Weights | None) -> bool:
+        """Whether the sizes of the LLM's matrices allow it. In 4 bits, 32 to 128 inputs share a scale."""
+        t = self.llm
+        return weights != "int4" or not any(n % 32 for n in (t.width, t.heads * t.head_width, t.mlp_width))
+
     def with_weights(self, weights: Weights | None) -> VideoXL2Config:
-        """The same sizes with the LLM's matrices in 8 or 4 bits, or in the dtype of the other parameters."""
+        """The same sizes with the LLM's matrices in 8 or 4 bits, or in the dtype of the other parameters.
+
+        Raises:
+          UserError: 4 bits are asked for where a matrix has a number of inputs that is not a multiple of 32.
+        """
+        if not self.can_have(weights):
+            raise UserError(
+                "weights int4: a matrix of this model has a number of inputs that is not a multiple of 32, as groups that "
+                "share a scale need (int8 has no such limit)"
+            )
         return dataclasses.replace(self, llm=dataclasses.replace(self.llm, weights=weights))
 
     @classmethod

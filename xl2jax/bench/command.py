@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from xl2jax.bench.e2e import E2EArgs, e2e_rows
 from xl2jax.bench.file import file_row, plot_rows
 from xl2jax.bench.kernels import KernelArgs, kernel_rows
 from xl2jax.bench.llm import DecodeArgs, PrefillArgs, decode_row, prefill_row
+from xl2jax.bench.matrices import matrix_rows
 from xl2jax.bench.read import MODES, ReadArgs, ensure_video, parse_synthetic, read_row
 from xl2jax.bench.rounding import CheckArgs, rounding_tables
 from xl2jax.bench.setup import machine
@@ -86,7 +88,15 @@ def _kernels(args: KernelArgs) -> None:
     start_backend(keep_programs=False)
     if jax.default_backend() != "gpu":
         raise UserError("bench kernels needs a GPU; the tests check the kernel without one")
-    _print_rows(kernel_rows(args), args.json)
+
+    def rows() -> Iterator[dict[str, Any]]:
+        copy = math.nan
+        for row in kernel_rows(args):
+            copy = row.get("copy_gb_s", copy)
+            yield row
+        yield from matrix_rows(copy)
+
+    _print_rows(rows(), args.json)
 
 
 def _train(args: TrainBenchArgs) -> None:

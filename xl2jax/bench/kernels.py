@@ -37,7 +37,7 @@ MAX_ERROR = 1e-2
 
 @dataclasses.dataclass(frozen=True)
 class KernelArgs:
-    """Checks and times the implementations of attention at the released model's shapes."""
+    """Checks and times attention, and products with weights in fewer bits, at the released model's shapes."""
 
     groups: str = "8,120,400,1000,2500"
     """Comma-separated lengths of the video, in groups of 4 frames."""

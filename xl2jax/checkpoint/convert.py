@@ -54,7 +54,7 @@ def torch_to_orbax(
             elif ready is not None:
                 parts = named_parts(base_name(entry.name), ready)
             else:
-                parts = quantized(entry, array, kind, where)
+                parts = quantized(entry, array, kind, chosen, where)
             for name, part in parts.items():
                 writer.write(name, part)
                 bar.update(part.nbytes)

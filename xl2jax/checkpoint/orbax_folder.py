@@ -19,7 +19,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -179,25 +179,29 @@ class OrbaxFolder:
         return UserError(f"{self._path}: not a whole Orbax checkpoint ({first_line(error)}); convert it again")
 
 
-class _ClosedLoops:
-    """A `sys.unraisablehook` that hides the errors which follow the first error of a damaged checkpoint.
-
-    Orbax reads many tensors at once. When one read fails, Orbax closes its event loop, and every read that ends later
-    prints a traceback from its own thread, where no caller can catch it.
-    """
-
-    def __init__(self, hook: Callable[[Any], Any]):
-        self._hook = hook
-
-    def __call__(self, late: Any) -> None:
-        if str(late.exc_value) != "Event loop is closed":
-            self._hook(late)
+_CLOSED = "Event loop is closed"
 
 
 def ignore_closed_loops() -> None:
-    """Installs `_ClosedLoops` in this process."""
-    if not isinstance(sys.unraisablehook, _ClosedLoops):
-        sys.unraisablehook = _ClosedLoops(sys.unraisablehook)
+    """Hides the errors that follow the first error of a damaged checkpoint or a full disk, in this process.
+
+    Orbax reads and writes many tensors at once. When one fails, Orbax closes its event loop, and everything that ends
+    later prints a traceback from its own thread, where no caller can catch it.
+    """
+    if getattr(sys.unraisablehook, "ignores_closed_loops", False):
+        return
+    unraisable, uncaught = sys.unraisablehook, sys.excepthook
+
+    def hide_unraisable(late: Any) -> None:
+        if str(late.exc_value) != _CLOSED:
+            unraisable(late)
+
+    def hide_uncaught(kind: Any, error: BaseException, traceback: Any) -> None:
+        if str(error) != _CLOSED:
+            uncaught(kind, error, traceback)
+
+    hide_unraisable.ignores_closed_loops = True  # type: ignore[attr-defined]
+    sys.unraisablehook, sys.excepthook = hide_unraisable, hide_uncaught
 
 
 _FLOATS = [DTYPES[code] for code in DTYPE_NAMES.values()]

@@ -13,7 +13,7 @@ from flax import nnx
 
 from xl2jax.checkpoint.orbax_folder import OrbaxFolder, is_orbax, read_manifest
 from xl2jax.checkpoint.param_names import Entry, Tensor, tensors
-from xl2jax.checkpoint.quantizing import base_name, dequantized, quantized, weights_of
+from xl2jax.checkpoint.quantizing import base_name, check_scale, dequantized, quantized, weights_of
 from xl2jax.checkpoint.safetensors_io import DTYPE_NAMES, DTYPES, cast
 from xl2jax.checkpoint.torch_folder import TorchCheckpoint
 from xl2jax.config import VideoXL2Config, Weights
@@ -95,11 +95,6 @@ class ParamReader:
         """Dotted names of all parameters."""
         return list(self._parts)
 
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of all parameters."""
-        return sum(map(self.nbytes, self.names))
-
     def load(self, *, progress: bool = False) -> nnx.State:
         """All parameters, on the default device."""
         params = {n: jnp.asarray(array) for n, array in self.read_all(progress=progress)}
@@ -134,7 +129,11 @@ class ParamReader:
         return np.stack([cast(dequantized(name, layer), self.dtype, where) for layer in layers])
 
     def _cast(self, tensor: Tensor, array: np.ndarray) -> np.ndarray:
-        return array if tensor.dtype is not None else cast(array, self.dtype, self._where(tensor))
+        if tensor.dtype is None:
+            return cast(array, self.dtype, self._where(tensor))
+        if jnp.issubdtype(array.dtype, jnp.floating):
+            check_scale(array, self.dtype, self._where(tensor))
+        return array
 
     def _where(self, tensor: Tensor) -> str:
         return f"{self._folder}: {tensor.torch_name if isinstance(tensor, Entry) else tensor.name}"
@@ -148,7 +147,7 @@ class ParamReader:
             (array,) = self._source([tensor])
             kind = weights_of(tensor, self.config)
             assert kind is not None
-            for name, part in quantized(tensor, array, kind, self._where(tensor)).items():
+            for name, part in quantized(tensor, array, kind, self.dtype, self._where(tensor)).items():
                 if tensor.layer is None:
                     out[name] = part
                     continue

@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from xl2jax.checkpoint.param_names import Tensor, tensors
+from xl2jax.checkpoint.safetensors_io import cast
 from xl2jax.config import VideoXL2Config, Weights
-from xl2jax.errors import UserError
 from xl2jax.models.linear import PART_PREFIX
 from xl2jax.ops.weights import QuantizedMatrix, dequantize, quantize
 
@@ -48,18 +48,28 @@ def named_parts(base: str, matrix: QuantizedMatrix) -> dict[str, np.ndarray]:
     return {f"{base}.{_PARTS[f]}": np.asarray(x) for f, x in matrix._asdict().items() if x is not None}
 
 
-def quantized(tensor: Tensor, array: np.ndarray, weights: Weights, where: str) -> dict[str, np.ndarray]:
-    """The parts of a tensor of the unquantised model, by their names.
+def check_scale(scale: np.ndarray, dtype: str, where: str) -> None:
+    """Raises UserError unless a matrix with this scale is finite once it is unpacked to `dtype`.
+
+    A NaN or an infinity in a matrix becomes one in its scale. `where` begins the message.
+    """
+    codes = 127 if scale.dtype == np.float32 else 15  # float32 is the scale of 8 bits, bfloat16 that of 4
+    with np.errstate(over="ignore"):
+        cast(scale.astype(np.float32) * codes, dtype, where)
+
+
+def quantized(tensor: Tensor, array: np.ndarray, weights: Weights, dtype: str, where: str) -> dict[str, np.ndarray]:
+    """The parts of a tensor of the unquantised model, by their names. They will be unpacked to `dtype`.
 
     Raises:
-      UserError: it holds NaN or infinity. `where` begins the message.
+      UserError: it holds NaN, infinity or a number that is too large for `dtype`. `where` begins the message.
     """
     matrix, base = _turned(tensor.name, array), base_name(tensor.name)
     rows = max(_BLOCK // matrix.shape[1], 1)
     blocks = [matrix[i : i + rows] for i in range(0, len(matrix), rows)]
 
     def one(block: np.ndarray) -> QuantizedMatrix:
-        with np.errstate(invalid="ignore"):
+        with np.errstate(invalid="ignore", over="ignore"):
             return quantize(block, weights)
 
     with ThreadPoolExecutor(min(os.cpu_count() or 1, len(blocks))) as pool:
@@ -68,9 +78,7 @@ def quantized(tensor: Tensor, array: np.ndarray, weights: Weights, where: str) -
         None if first is None else np.concatenate(f) for first, f in zip(done[0], zip(*done, strict=True), strict=True)
     ]
     parts = named_parts(base, QuantizedMatrix(*fields))  # type: ignore[arg-type]
-    # A NaN or an infinity among the elements becomes one in their scale.
-    if not np.isfinite(parts[f"{base}.{_PARTS['scale']}"].astype(np.float32)).all():
-        raise UserError(f"{where}: has NaN or infinite numbers: the weights are damaged, or their training diverged")
+    check_scale(parts[f"{base}.{_PARTS['scale']}"], dtype, where)
     return parts
 
 

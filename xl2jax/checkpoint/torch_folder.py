@@ -39,7 +39,7 @@ _COMPANIONS = (
 )  # fmt: skip
 _SHARD_BYTES = 4 << 30
 _FOREIGN = {
-    "GPTQ": ".g_idx", "AWQ": ".qweight", "bitsandbytes, 4 bits": ".absmax", "bitsandbytes, 8 bits": ".SCB",
+    "GPTQ": ".g_idx", "GPTQ or AWQ": ".qweight", "bitsandbytes, 4 bits": ".absmax", "bitsandbytes, 8 bits": ".SCB",
     "compressed-tensors": ".weight_packed", "scaled 8 bits": ".weight_scale",
 }  # fmt: skip
 """Formats of quantised weights, and how the name of one of their tensors ends. GPTQ has AWQ's names too."""

@@ -54,6 +54,8 @@ def main() -> None:
         )
     if args.calibrate and args.weights != "int4":
         raise UserError("--calibrate is for --weights int4: 8 bits are rounded to nearest")
+    if args.calibrate_frames != Args.calibrate_frames and not args.calibrate:
+        raise UserError("--calibrate-frames has no effect without --calibrate: leave it out")
     if args.reverse != is_orbax(source):
         kind = "is an Orbax checkpoint: add --reverse" if is_orbax(source) else "is not an Orbax checkpoint of xl2jax"
         raise UserError(f"{source} {kind}")

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 import tyro
 
 from xl2jax.checkpoint.params import stored_config
@@ -129,9 +128,9 @@ def predict(config: VideoXL2Config, layout: VideoLayout, args: PlanArgs) -> Pred
     if args.device == "here":
         return Prediction(layout.tokens, parts, total, _available(args), None)
     device = DEVICES[args.device]
-    read = parts.get("mixed KV", layout.tokens * memory.slot_bytes(config, args.dtype))
-    embedding = 0 if config.llm.tied_embeddings else config.llm.vocab * config.llm.width
-    weights = parts["weights"] - embedding * (1 if args.weights is not None else jnp.dtype(args.dtype).itemsize)
+    quantized = args.cache_dtype == "int8"
+    read = parts.get("mixed KV", layout.tokens * memory.slot_bytes(config, args.dtype, quantized=quantized))
+    weights = memory.weight_bytes_of_a_token(config, args.dtype)
     frames = layout.groups * FRAMES_PER_GROUP
     vision = frames * flops.vision(config) + layout.groups * flops.dts_and_projector(config)
     seconds = {
@@ -147,6 +146,8 @@ def alternatives(config: VideoXL2Config, layout: VideoLayout, args: PlanArgs) ->
     now = memory.Choices(_bilevel(args, layout), args.cache_dtype == "int8", args.offload, args.weights)
     out = []
     for flags, choices in memory.smaller_options(now, config.visual_tokens).items():
+        if not config.can_have(choices.weights):
+            continue
         pool = choices.bilevel.pool if choices.bilevel else args.decode.pool
         other = dataclasses.replace(
             args,

@@ -47,9 +47,9 @@ def main() -> int:
         args = tyro.cli(Args, prog="xl2jax verify")
     if not args.case_dirs:
         raise UserError("no case folder is given")
+    chosen = {folder: _sections(folder, args) for folder in args.case_dirs}
     if args.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
-    chosen = {folder: _sections(folder, args) for folder in args.case_dirs}
     reports = []
     for folder, sections in chosen.items():
         if not args.json:

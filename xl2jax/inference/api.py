@@ -45,6 +45,10 @@ from xl2jax.video.clip import Backend, Clip, FrameSampling, open_video
 logger = logging.getLogger(__name__)
 
 
+LARGE_KEY_BIAS = 50.0
+"""Norm of a head's key bias from which on KV in 8 bits is warned of. At 22 it costs little, at 220 a lot."""
+
+
 class Model:
     """A loaded checkpoint. The module's docstring shows its use.
 
@@ -58,6 +62,7 @@ class Model:
         self.tokenizer = tokenizer
         self._videos: weakref.WeakSet[WatchedVideo] = weakref.WeakSet()
         self._prefix = tokenizer.encode(*PREFIX)
+        self._looked_at_key_biases = False
 
     @property
     def config(self) -> VideoXL2Config:
@@ -79,6 +84,21 @@ class Model:
         for name, value in flatten(self.params).items():
             digest.update(f"{name} {int(compiled.checksum(value))} ".encode())
         return digest.hexdigest()
+
+    def _warn_of_key_biases(self) -> None:
+        """Warns, once, if keys have biases that 8 bits suit badly."""
+        if self._looked_at_key_biases:
+            return
+        self._looked_at_key_biases = True
+        bias = np.asarray(flatten(self.params)["llm.layers.k.bias"], np.float32)
+        norms = np.linalg.norm(bias.reshape(len(bias), -1, self.config.llm.head_width), axis=-1).max(axis=1)
+        layers = np.flatnonzero(norms > LARGE_KEY_BIAS)
+        if len(layers):
+            logger.warning(
+                "the keys of %d of %d layers have large biases (norm up to %.0f in a head), which 8 bits keep with large "
+                "errors: `xl2jax bench check` shows them by layer, and docs/quantisation.md explains them",
+                len(layers), len(bias), norms.max(),
+            )  # fmt: skip
 
     # --- the video, once ---------------------------------------------------------------------
 
@@ -179,6 +199,8 @@ class Model:
     def check_cache(self, cache: CacheConfig, bilevel: BilevelConfig | None) -> None:
         """Raises UserError where the cache settings do not suit the model's dtype or the way that questions read."""
         cache.check(self.dtype)
+        if cache.quantized:
+            self._warn_of_key_biases()
         if cache.offload and bilevel is None:
             raise UserError("offloaded KV is read with bi-level decoding only (dense decoding needs all of it)")
 
@@ -216,8 +238,10 @@ class Model:
             weights = memory.weight_bytes(self.config.with_weights(choices.weights), self.dtype)
             return need(layout, choices).total + weights - memory.weight_bytes(self.config, self.dtype)
 
-        options = memory.smaller_options(now, layout.visual_tokens)
-        others = {flags: in_all(choices) for flags, choices in options.items()}
+        def others() -> dict[str, int]:
+            options = memory.smaller_options(now, layout.visual_tokens)
+            return {f: in_all(choices) for f, choices in options.items() if self.config.can_have(choices.weights)}
+
         memory.check_fits(layout, need, others, held=sum(v.device_bytes for v in list(self._videos)))
 
     def layout(self, time_ids: list[list[int]]) -> VideoLayout:
@@ -327,8 +351,7 @@ def load(
     config = VideoXL2Config.from_hf(folder)
     tokenizer = PromptTokenizer.load(folder, config.llm.vocab)
     reader = ParamReader(folder, dtype, weights, verify=verify_checksums)
-    smaller = memory.weight_bytes(reader.config.with_weights("int8"), reader.dtype)
-    memory.check_weights_fit(reader.total_bytes, smaller if reader.config.llm.weights is None else None)
+    memory.check_weights_fit(reader.config, reader.dtype)
     if weights is None and reader.config.llm.weights is not None:
         logger.info("the LLM's matrices are %s, as the checkpoint stores them", reader.config.llm.weights)
     return Model(reader.config, reader.load(progress=progress), tokenizer, implementation=implementation)

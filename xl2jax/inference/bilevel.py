@@ -23,7 +23,7 @@ from xl2jax.errors import require_whole
 from xl2jax.inference.cache import KVCache
 from xl2jax.inference.layout import VideoLayout, bucket
 from xl2jax.models.layers import rope_tables, rotate
-from xl2jax.ops.kv import KVArray, unpack
+from xl2jax.ops.kv import KVArray, QuantizedKV, quantize, unpack
 from xl2jax.ops.precision import accumulator
 
 UNIT_GROUPS = 2
@@ -205,7 +205,10 @@ def mixed_source(
 
 
 def mix(cache: KVCache, pooled: PooledKV, source: MixedSource, *, theta: float) -> KVCache:
-    """Gathers a mixed cache. Each slot is its position, to which the key is rotated. The video cache stays as it is."""
+    """Gathers a mixed cache. Each slot is its position, to which the key is rotated. The video cache stays as it is.
+
+    The mixed cache has 8 bits where the video cache has.
+    """
     h = cache.shape[3]
     slots = source.slot.shape[0]
     dtype = accumulator(pooled.k.dtype)
@@ -214,7 +217,9 @@ def mix(cache: KVCache, pooled: PooledKV, source: MixedSource, *, theta: float) 
     whole = jnp.where(source.valid & ~source.pooled, source.slot, 0)
     part = jnp.where(source.valid & source.pooled, source.slot, 0)
 
-    def layer(xs: tuple[KVArray, KVArray, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    quantized = isinstance(cache.k, QuantizedKV)
+
+    def layer(xs: tuple[KVArray, KVArray, jax.Array, jax.Array]) -> tuple[KVArray, KVArray]:
         k, v, pooled_k, pooled_v = xs
 
         def pick(dense: KVArray, reduced: jax.Array) -> jax.Array:
@@ -223,7 +228,8 @@ def mix(cache: KVCache, pooled: PooledKV, source: MixedSource, *, theta: float) 
             return jnp.where(source.valid[:, None], picked, 0)
 
         keys = rotate(pick(k, pooled_k).astype(dtype), old_cos, -old_sin)
-        return rotate(keys, new_cos, new_sin).astype(pooled_k.dtype), pick(v, pooled_v)
+        keys, values = rotate(keys, new_cos, new_sin).astype(pooled_k.dtype), pick(v, pooled_v)
+        return (quantize(keys), quantize(values)) if quantized else (keys, values)
 
     k, v = jax.lax.map(layer, (cache.k, cache.v, *pooled))
     return KVCache(k, v, source.length, jnp.int32(slots), jnp.int32(0))

@@ -15,6 +15,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from xl2jax.config import FRAMES_PER_GROUP
+from xl2jax.errors import UserError
 from xl2jax.inference import compiled, session
 from xl2jax.inference.api import Model
 from xl2jax.inference.layout import PrefillConfig, bucket
@@ -28,6 +29,7 @@ from xl2jax.ops.precision import accumulator
 from xl2jax.ops.weights import QuantizedMatrix
 from xl2jax.prompt import PREFIX, suffix
 from xl2jax.video.clip import Clip
+from xl2jax.video.read_ahead import default_workers
 
 _INPUTS = {
     "q": "attention",
@@ -49,7 +51,7 @@ def calibrate(model: Model, clips: Sequence[Clip], *, progress: bool = False) ->
     """The matrices of all layers in 4 bits, on the host, by their dotted names with the layer's number (`llm.layers.0.q`).
 
     Raises:
-      UserError: a video cannot be read.
+      UserError: a video cannot be read, or the inputs of a matrix are not finite.
     """
     network = model.network
     states, kernels = [_embeddings(model, clip) for clip in clips], flatten(model.params)
@@ -63,8 +65,13 @@ def calibrate(model: Model, clips: Sequence[Clip], *, progress: bool = False) ->
         assert moments is not None
         for name, inputs in _INPUTS.items():
             kernel = kernels[f"llm.layers.{name}.kernel"][index]
-            matrix = gptq(kernel.T.astype(jnp.float32), moments[inputs])
-            out[f"llm.layers.{index}.{name}"] = jax.tree.map(np.asarray, matrix)
+            matrix: QuantizedMatrix = jax.tree.map(np.asarray, gptq(kernel.T.astype(jnp.float32), moments[inputs]))
+            if not np.isfinite(np.asarray(matrix.scale, np.float32)).all():
+                raise UserError(
+                    f"calibration: the inputs of llm.layers.{index}.{name} overflow in {model.dtype}: "
+                    "calibrate in bfloat16 or float32 (--dtype)"
+                )
+            out[f"llm.layers.{index}.{name}"] = matrix
     return out
 
 
@@ -79,7 +86,9 @@ def _embeddings(model: Model, clip: Clip) -> tuple[jax.Array, int]:
         return llm.embed_tokens(jnp.asarray(ids, jnp.int32))
 
     parts = [text(tokenizer.encode(*PREFIX))]
-    batches = clip.batches(plan.segment_groups * FRAMES_PER_GROUP, network.config.vision.image_size, workers=1)
+    batches = clip.batches(
+        plan.segment_groups * FRAMES_PER_GROUP, network.config.vision.image_size, workers=default_workers()
+    )
     groups = iter(time_ids)
     for frames in batches:
         visual = session.encode(network, plan, frames)

@@ -53,6 +53,17 @@ def weight_bytes(config: VideoXL2Config, dtype: jax.typing.DTypeLike) -> int:
     return sum(x.size * x.dtype.itemsize for x in params.values())
 
 
+def weight_bytes_of_a_token(config: VideoXL2Config, dtype: jax.typing.DTypeLike) -> int:
+    """Bytes of the parameters that one token of an answer reads: the LLM's, but for an embedding of its own."""
+    params = flatten(nnx.state(abstract_model(config, jnp.dtype(dtype))))
+    separate = not config.llm.tied_embeddings
+    return sum(
+        x.size * x.dtype.itemsize
+        for name, x in params.items()
+        if name.startswith("llm.") and not (separate and name.startswith("llm.embed."))
+    )
+
+
 def slot_bytes(config: VideoXL2Config, dtype: jax.typing.DTypeLike, *, quantized: bool = False) -> int:
     """Bytes of the keys and values of one token in all layers."""
     c, itemsize = config.llm, jnp.dtype(dtype).itemsize
@@ -86,7 +97,7 @@ def memory_need(
         pooled = plan.group_capacity * (plan.visual_tokens // bilevel.pool) * slot
         # Chunks are scored on the dense cache, or on an all-pooled cache that is freed before the mixed one is made.
         dense = min((bilevel.top(layout) + 2) * bilevel.select_chunk_groups, layout.groups)
-        mixed = mixed_slots(layout, dense, bilevel) * slot
+        mixed = mixed_slots(layout, dense, bilevel) * kept_slot
         if offload:
             mixed += (plan.visual_start + bucket(dense) * plan.visual_tokens) * kept_slot
     tokens = plan.step_groups * (plan.visual_tokens + plan.time_cap)
@@ -116,7 +127,7 @@ class Choices(NamedTuple):
 def smaller_options(now: Choices, visual_tokens: int) -> dict[str, Choices]:
     """Settings that need less memory, by the flags of infer.py that they add to `now`.
 
-    Single flags come first, and of those the one that costs least accuracy and time.
+    Single flags come first, and of those the one that costs least accuracy and time. Weights in 4 bits come last.
     """
     steps: dict[str, Choices] = {}
     if now.weights is None:
@@ -128,20 +139,33 @@ def smaller_options(now: Choices, visual_tokens: int) -> dict[str, Choices]:
         steps["--cache-dtype int8"] = now._replace(quantized=True)
     if now.bilevel is not None and not now.offload:
         steps["--offload"] = now._replace(offload=True)
-    out = dict(steps)
-    joined = [flags for flags in steps if "--pool" not in flags]
-    for size in range(2, len(joined) + 1):
-        for flags in itertools.combinations(joined, size):
-            changed = {k: v for f in flags for k, v in steps[f]._asdict().items() if v != getattr(now, k)}
-            out[" ".join(flags)] = now._replace(**changed)
+
+    def combined(joined: list[str], sizes: Iterable[int]) -> dict[str, Choices]:
+        found = {}
+        for size in sizes:
+            for flags in itertools.combinations(joined, size):
+                changed = {k: v for f in flags for k, v in steps[f]._asdict().items() if v != getattr(now, k)}
+                found[" ".join(flags)] = now._replace(**changed)
+        return found
+
+    rest = [flags for flags in steps if "--pool" not in flags]
+    out = steps | combined(rest, range(2, len(rest) + 1))
+    if now.weights != "int4":
+        beside = combined([flags for flags in rest if "--weights" not in flags], range(3))
+        out |= {f"--weights int4 {f}".strip(): choices._replace(weights="int4") for f, choices in beside.items()}
     return out
 
 
 def simplest(fitting: Iterable[str]) -> list[str]:
-    """Flags that fit, without those that only add flags to others before them."""
+    """Flags that fit, without those that only add flags to others before them, and with 4 bits only as the last resort."""
+
+    def parts(flags: str) -> set[str]:
+        return {part.strip() for part in flags.split("--")}
+
     out: list[str] = []
     for flags in fitting:
-        if not any(f"{earlier} " in f"{flags} " for earlier in out):
+        more = any(parts(earlier) <= parts(flags) for earlier in out)
+        if not more and not ("int4" in flags and out and "int4" not in out[0]):
             out.append(flags)
     return out
 
@@ -165,13 +189,13 @@ def available_bytes() -> int:
 def check_fits(
     layout: VideoLayout,
     need_of: Callable[[VideoLayout], MemoryNeed],
-    others: Mapping[str, int] | None = None,
+    others: Callable[[], Mapping[str, int]] = dict,
     *,
     held: int = 0,
 ) -> None:
     """Raises NotEnoughMemory, a UserError, if a video needs more memory than is free.
 
-    The message says how many frames would fit, and with which of `others` (flags -> bytes for the same video) all would.
+    The message says how many frames would fit, and with which of `others()` (flags -> bytes for the same video) all would.
     `held`: bytes of other watched videos, which could be closed.
     """
     free, need = available_bytes(), need_of(layout)
@@ -185,7 +209,7 @@ def check_fits(
     groups = bisect.bisect_left(range(1, layout.groups), True, key=lambda g: not fits(g))
     frames = groups * FRAMES_PER_GROUP
     advice = [f"{frames} frames would fit (--max-frames {frames})" if frames else "not even 4 frames fit"]
-    fitting = simplest(flags for flags, other in (others or {}).items() if other <= free)
+    fitting = simplest(flags for flags, other in others().items() if other <= free)
     advice += [f"all fit with {' or '.join(fitting)}"] if fitting else []
     if held:
         enough = "all fit then" if need.total <= free + held else "which is not enough for all"
@@ -196,12 +220,15 @@ def check_fits(
     )
 
 
-def check_weights_fit(need: int, smaller: int | None) -> None:
-    """Raises UserError if the parameters need more memory than is free. `smaller`: what they need in 8 bits, if less."""
-    free = available_bytes()
+def check_weights_fit(config: VideoXL2Config, dtype: str) -> None:
+    """Raises UserError if the parameters need more memory than is free. The message says which bits would fit."""
+    free, need = available_bytes(), weight_bytes(config, dtype)
     if need <= free:
         return
-    advice = "" if smaller is None else f"; --weights int8 needs {smaller / 2**30:.2f} GiB"
+    kinds: tuple[Weights, ...] = ("int8", "int4") if config.llm.weights is None else ()
+    sizes = {kind: weight_bytes(config.with_weights(kind), dtype) for kind in kinds if config.can_have(kind)}
+    fitting = next((kind for kind, size in sizes.items() if size <= free), None)
+    advice = "" if fitting is None else f"; --weights {fitting} needs {sizes[fitting] / 2**30:.2f} GiB"
     raise UserError(f"the model needs {need / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free{advice}")
 
 

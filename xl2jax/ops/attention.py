@@ -74,18 +74,37 @@ def _merged(attend: Callable[[jax.Array, Source], Results]) -> Callable[..., Res
 
 
 def _attend_wgmma(attention: Attention, q: jax.Array, sources: tuple[Source, ...]) -> Results:
-    from xl2jax.ops import mma, wgmma  # Pallas is slow to import
+    from xl2jax.ops import wgmma  # Pallas is slow to import
 
-    # A wgmma reads 16-bit keys from shared memory. The other kernel unpacks keys of 8 bits there.
-    if mma.reads_in_place(q, sources):
-        return mma.attend_mma(q, sources, attention.capability, attention.multiprocessors)
+    if _read_in_place(q, sources):
+        return _attend_decode(attention, q, sources)
     return wgmma.attend_wgmma(q, tuple(map(unpack_row, sources)), attention.multiprocessors)
 
 
 def _attend_mma(attention: Attention, q: jax.Array, sources: tuple[Source, ...]) -> Results:
     from xl2jax.ops import mma
 
+    if _read_in_place(q, sources):
+        return _attend_decode(attention, q, sources)
     return mma.attend_mma(q, sources, attention.capability, attention.multiprocessors)
+
+
+def _read_in_place(q: jax.Array, sources: tuple[Source, ...]) -> bool:
+    """Whether sources of 8 bits are read in place. Otherwise they are unpacked first.
+
+    Many rows read every block many times, so that unpacking it once costs less. In float16, softmax weights times a
+    scale would be too small for the second product.
+    """
+    from xl2jax.ops import mma_decode
+
+    rows = q.shape[1] * q.shape[2] // sources[0].shape[1]
+    return any(s.quantized for s in sources) and rows <= mma_decode.ROWS and q.dtype == jnp.bfloat16
+
+
+def _attend_decode(attention: Attention, q: jax.Array, sources: tuple[Source, ...]) -> Results:
+    from xl2jax.ops import mma_decode
+
+    return mma_decode.attend_decode(q, sources, attention.multiprocessors)
 
 
 IMPLEMENTATIONS: dict[str, Callable[[Attention, jax.Array, tuple[Source, ...]], Results]] = {

@@ -23,12 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental.mosaic.gpu import fragmented_array as fa
-from jax.experimental.mosaic.gpu import utils
-from jax.experimental.mosaic.gpu.mma import MMALayouts
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm
 
 from xl2jax.arithmetic import round_up
+from xl2jax.ops import registers
 from xl2jax.ops.weights import GROUP, QuantizedMatrix
 
 TILE = 64
@@ -40,16 +37,8 @@ PROGRAMS = 600
 """Inputs are split among programs until there are about so many: four or five for each multiprocessor of a large card."""
 
 _PER_LOAD = 64  # codes of a row that one load of a warp covers
-_CODES = plgpu.Layout.TILED(
-    fa.Tiling(((64, 64), (16, 64), (8, 64), (16,))), warp_dims=(-7,), lane_dims=(-3, -2), vector_dim=-1
-)
-_X = plgpu.Layout.TILED(
-    fa.Tiling(((8, 64), (16,), (8,))),
-    warp_dims=(fa.Replicated(4),),
-    lane_dims=(-4, -3),
-    vector_dim=-1,
-    _check_canonical=False,
-)
+_X = registers.tiled(((8, 64), (16,), (8,)), warps=fa.Replicated(4), lanes=(-4, -3))
+"""[N, K]: registers [N / 8, K / 64, 2] of 8 numbers; all warps have the same."""
 
 
 class _Refs(NamedTuple):
@@ -70,7 +59,7 @@ def supports(rows: int, matrix: QuantizedMatrix, dtype: jax.typing.DTypeLike) ->
     m, width = matrix.codes.shape[-2:]
     grouped = matrix.scale.shape[-1] * GROUP == 2 * width if matrix.zero is not None else True
     fits = matrix.codes.ndim == 2 and m % TILE == 0 and width % CHUNK == 0 and grouped
-    return fits and rows <= MAX_ROWS and np.dtype(dtype) in (jnp.bfloat16, jnp.float16)
+    return fits and 1 <= rows <= MAX_ROWS and np.dtype(dtype) in (jnp.bfloat16, jnp.float16)
 
 
 def multiply_rows(
@@ -144,21 +133,24 @@ class _Program:
             return acc
 
         @plgpu.inline_mgpu(
-            arg_types=(self.accumulator, _CODES, *[_X] * len(x)),
+            arg_types=(self.accumulator, registers.CODES, *[_X] * len(x)),
             return_type=plgpu.ShapeDtypeStruct(acc.shape, acc.dtype, layout=self.accumulator),
         )
         def multiply(context: Any, acc: Any, codes: Any, *x: Any) -> Any:
-            numbers = (_from_int8(codes, x[0].mlir_dtype),) if len(x) == 1 else _from_int4(codes, x[0].mlir_dtype)
-            for left, right in zip(numbers, x, strict=True):
-                acc = mgpu.mma(acc, _left_operand(left, right.mlir_dtype), _right_operand(right))
+            dtype = x[0].mlir_dtype
+            words = codes.registers.reshape(-1, 2)
+            each = (registers.from_int8(words, dtype),) if len(x) == 1 else registers.from_int4(words, dtype)
+            for numbers, of_numbers in zip(each, x, strict=True):
+                eights = of_numbers.registers.reshape(self.rows // 8, -1, 2).swapaxes(0, 1)
+                right = registers.right_operand(registers.from_numbers(eights), dtype)
+                acc = mgpu.mma(acc, registers.left_operand(numbers, dtype), right)
             return acc
 
         return multiply(acc, codes, *x)
 
     @property
     def offset(self) -> int:
-        """The number whose lowest mantissa bit is 1, so that a code in its lowest bits is added to it."""
-        return 128 if self.dtype == jnp.bfloat16 else 1024
+        return registers.offset_of_4_bits(self.dtype)
 
     def run(self, refs: _Refs) -> None:
         tile, before = lax.axis_index("tile"), 0
@@ -193,14 +185,14 @@ class _Program:
     def fetch_int8(self, refs: _Refs, matrix: Any, outputs: Any, i: Any) -> tuple[Any, ...]:
         """A chunk's codes and their x."""
         inputs = pl.ds(i * CHUNK, CHUNK)
-        return ((self.load(matrix.codes.at[outputs, inputs], _CODES), self.load(refs.x.at[:, inputs], _X)),)
+        return ((self.load(matrix.codes.at[outputs, inputs], registers.CODES), self.load(refs.x.at[:, inputs], _X)),)
 
     def fetch_int4(self, refs: _Refs, matrix: Any, outputs: Any, i: Any) -> tuple[Any, ...]:
         """For each group of a chunk its codes, scale, zero point and sum, and both halves of x."""
 
         def of_group(group: Any) -> tuple[Any, ...]:
             return (
-                self.load(matrix.codes.at[outputs, pl.ds(group * _PER_LOAD, _PER_LOAD)], _CODES),
+                self.load(matrix.codes.at[outputs, pl.ds(group * _PER_LOAD, _PER_LOAD)], registers.CODES),
                 self.load(matrix.scale.at[outputs, group], self.accumulator.reduce(1)),
                 self.load(matrix.zero.at[outputs, group], self.accumulator.reduce(1)),
                 self.load(refs.sums.at[group], self.accumulator.reduce(0)),
@@ -226,80 +218,3 @@ class _Program:
             x.store_untiled(ref, optimized=False)
 
         write(ref, x)
-
-
-# Registers of operands. A codes array [TILE, K] has registers [K / 64, 2 (rows g and g + 8)] of 16 codes. Numbers are
-# [K / 16, 2] of 4. The left operand has [K / 16, 2 (halves of the 16 inputs), 2 (rows)] of 2 numbers, x [N / 8, K / 64,
-# 2] of 8, and the right operand [K / 16, N / 8, 2] of 2.
-
-
-def _slice(register: Any, first: int, count: int) -> Any:
-    return utils.vector_slice(register, slice(first, first + count))
-
-
-def _from_int8(codes: fa.FragmentedArray, dtype: ir.Type) -> np.ndarray:
-    """Numbers of int8 codes."""
-    k = codes.shape[1]
-    words = codes.registers.reshape(k // 64, 2)
-    fours = np.empty((k // 16, 2), dtype=object)
-    for step in range(k // 16):
-        for row in range(2):
-            fours[step, row] = _slice(words[step // 4, row], step % 4 * 4, 4)
-    # A layout whose registers are these, only so that the whole array can be converted.
-    layout = fa.WGMMA_LAYOUT_8BIT
-    registers = fours.reshape(layout.registers_shape(codes.shape))
-    narrow = fa.FragmentedArray(_registers=registers, _layout=layout, _is_signed=True)
-    return narrow.astype(dtype, is_signed=None).registers.reshape(k // 16, 2)
-
-
-def _from_int4(codes: fa.FragmentedArray, dtype: ir.Type) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the codes in the lower and in the upper 4 bits, with the offset."""
-    k = codes.shape[1]
-    i32 = ir.IntegerType.get_signless(32)
-    words = codes.registers.reshape(k // 64, 2)
-    high_byte = 0x43 if isinstance(dtype, ir.BF16Type) else 0x64
-
-    def assembled(word: Any, shift: int) -> Any:
-        """The 4 numbers of the bytes of a word, whose lowest mantissa bits are the code."""
-        pairs = llvm.inline_asm(
-            llvm.StructType.get_literal([i32, i32]),
-            [word],
-            "{ .reg .b32 c; "
-            f"shr.b32 c, $2, {shift}; and.b32 c, c, 0x0F0F0F0F; "
-            f"prmt.b32 $0, c, {high_byte:#x}, 0x4140; prmt.b32 $1, c, {high_byte:#x}, 0x4342; }}",
-            "=r,=r,r",
-            has_side_effects=False,
-        )
-        both = [utils.bitcast(llvm.extractvalue(i32, pairs, [i]), ir.VectorType.get((2,), dtype)) for i in range(2)]
-        return utils.vector_concat(both)
-
-    def numbers(shift: int) -> np.ndarray:
-        out = np.empty((k // 16, 2), dtype=object)
-        for step in range(k // 16):
-            for row in range(2):
-                out[step, row] = assembled(utils.bitcast(_slice(words[step // 4, row], step % 4 * 4, 4), i32), shift)
-        return out
-
-    return numbers(0), numbers(4)
-
-
-def _left_operand(numbers: np.ndarray, dtype: ir.Type) -> fa.FragmentedArray:
-    steps = len(numbers)
-    registers = np.empty((steps, 2, 2), dtype=object)
-    for step, half, row in np.ndindex(steps, 2, 2):
-        registers[step, half, row] = _slice(numbers[step, row], 2 * half, 2)
-    layout = MMALayouts(dtype).lhs
-    shape = layout.registers_shape((TILE, 16 * steps))
-    return fa.FragmentedArray(_registers=registers.reshape(shape), _layout=layout, _is_signed=None)
-
-
-def _right_operand(x: fa.FragmentedArray) -> fa.FragmentedArray:
-    rows, k = x.shape
-    eights = x.registers.reshape(rows // 8, k // 64, 2)
-    registers = np.empty((k // 16, rows // 8, 2), dtype=object)
-    for step, part, half in np.ndindex(k // 16, rows // 8, 2):
-        at = step % 4 * 4 + 2 * half
-        registers[step, part, half] = _slice(eights[part, step // 4, at // 8], at % 8, 2)
-    layout = MMALayouts(x.mlir_dtype).rhs
-    shape = layout.registers_shape((k, rows))
-    return fa.FragmentedArray(_registers=registers.reshape(shape), _layout=layout, _is_signed=None)

@@ -21,7 +21,7 @@ from jax import lax
 from jax.experimental.mosaic.gpu.mma import MMALayouts
 
 from xl2jax.arithmetic import ceil_div
-from xl2jax.ops.kv import QuantizedKV, Source, unpack_row
+from xl2jax.ops.kv import Source, unpack_row
 from xl2jax.ops.ranges import NEGATIVE
 from xl2jax.ops.tiles import KernelConfig, Refs, Tiles, Work, attend_tiles, launch_kernel, split_counts
 
@@ -43,27 +43,11 @@ def choose_config(
     slots: tuple[int, ...],
     capability: str = "9.0",
     multiprocessors: int = 132,
-    *,
-    packed: bool = False,
 ) -> KernelConfig:
-    """Sizes for `rows` folded rows of each of `batch_heads` KV heads, and the slots of each source.
-
-    packed: whether a source has 8 bits. Its blocks of 64 slots, packed and unpacked, take 64 kB with the queries.
-    """
+    """Sizes for `rows` folded rows of each of `batch_heads` KV heads, and the slots of each source."""
     tile, block = SIZES[capability] if rows > FEW_ROWS else (FEW_ROWS, 64)
-    programs = 1 if packed and SIZES[capability][1] < 64 else PROGRAMS
-    splits = split_counts(batch_heads * ceil_div(rows, tile), slots, block, programs * multiprocessors)
+    splits = split_counts(batch_heads * ceil_div(rows, tile), slots, block, PROGRAMS * multiprocessors)
     return KernelConfig(tile, block, 1, splits)
-
-
-def reads_in_place(q: jax.Array, sources: tuple[Source, ...]) -> bool:
-    """Whether the kernel reads sources of 8 bits in place. Otherwise they are unpacked first.
-
-    Many rows read every block many times, so that unpacking it once costs less. In float16, softmax weights times a
-    scale would be too small for the second product.
-    """
-    rows = q.shape[1] * q.shape[2] // sources[0].shape[1]
-    return any(s.quantized for s in sources) and rows <= FEW_ROWS and q.dtype == jnp.bfloat16
 
 
 def attend_mma(
@@ -77,17 +61,15 @@ def attend_mma(
 ) -> tuple[jax.Array, jax.Array]:
     """The arena op (xl2jax.ops.attention) for bfloat16 (or float16), head widths 64 and 128.
 
-    `capability` is the compute capability that the program is compiled for, a key of `SIZES`.
+    Sources of 8 bits are unpacked first. `capability` is the compute capability that the program is compiled for, a key of `SIZES`.
 
     Raises UserError for shapes and dtypes that the kernel does not support.
     """
 
     def choose(rows: int, batch_heads: int, slots: tuple[int, ...]) -> KernelConfig:
-        return config or choose_config(rows, batch_heads, slots, capability, multiprocessors, packed=packed)
+        return config or choose_config(rows, batch_heads, slots, capability, multiprocessors)
 
-    if not reads_in_place(q, sources):
-        sources = tuple(map(unpack_row, sources))
-    packed = any(s.quantized for s in sources)
+    sources = tuple(map(unpack_row, sources))
     tma = interpret is not None or int(capability.split(".")[0]) >= 9
     return attend_tiles("mma", q, sources, choose, functools.partial(_launch, tma=tma, interpret=interpret))
 
@@ -100,9 +82,6 @@ class _Shared(NamedTuple):
     k: Any
     """[block, H]"""
     v: Any
-    packed_k: Any
-    """int8 [block, H]; None where no source is quantised."""
-    packed_v: Any
 
 
 class _Barriers(NamedTuple):
@@ -121,23 +100,17 @@ class _Program:
     head_width: int
     dtype: Any
     tma: bool
-    quantized: bool
-    """Whether a source has 8 bits."""
     compiled: bool
 
     @property
     def shared_memory(self) -> _Shared:
-        def slots(count: int, dtype: Any) -> Any:
-            width = min(self.head_width, 128 // jnp.dtype(dtype).itemsize)
-            tiled = (
-                plgpu.TilingTransform((8, width)),  # type: ignore[abstract]
-                plgpu.SwizzleTransform(width * jnp.dtype(dtype).itemsize),  # type: ignore[abstract]
-            )
-            return plgpu.SMEM((count, self.head_width), dtype, transforms=tiled)
+        width = min(self.head_width, 64)
+        tiled = plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(2 * width)  # type: ignore[abstract]
 
-        keys = slots(self.config.block, self.dtype)
-        packed = slots(self.config.block, jnp.int8) if self.quantized else None
-        return _Shared(slots(self.config.tile, self.dtype), keys, keys, packed, packed)
+        def slots(count: int) -> Any:
+            return plgpu.SMEM((count, self.head_width), self.dtype, transforms=tiled)
+
+        return _Shared(slots(self.config.tile), slots(self.config.block), slots(self.config.block))
 
     @property
     def barriers(self) -> _Barriers:
@@ -151,23 +124,17 @@ class _Program:
             plgpu.commit_smem()
         plgpu.copy_gmem_to_smem(source, target, barrier, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
 
-    def wait(self, barrier: Any, in_flight: Any) -> None:
-        """Waits for a load. With cp.async, `in_flight` (0 or 1) loads that were started later may go on."""
+    def wait(self, barrier: Any) -> None:
+        """Waits for a load; with cp.async, for all that were started."""
         if self.tma:
             plgpu.barrier_wait(barrier)
         else:
-            for count in (0, 1):  # the instruction takes a constant
-                pl.when(in_flight == count)(functools.partial(plgpu.wait_gmem_to_smem, count))
+            plgpu.wait_gmem_to_smem(0)
 
     # --- registers ---
 
     def load(self, ref: Any, layout: Any, *, shared: bool = True) -> Any:
         return plgpu.load(ref, layout=layout, optimized=shared) if self.compiled else ref[...]
-
-    def unpack(self, packed: Any, target: Any) -> None:
-        """Whole numbers of 8 bits in shared memory as numbers of 16 bits."""
-        x = self.load(packed, plgpu.Layout.WGMMA_UPCAST_2X).astype(self.dtype)
-        target[...] = plgpu.layout_cast(x, plgpu.Layout.WGMMA) if self.compiled else x
 
     def full(self, shape: tuple[int, ...], value: float) -> Any:
         """A float32 array in the layout of accumulators, or of their rows."""
@@ -238,7 +205,6 @@ class _Program:
         rows = pl.ds(work.tile * tile, tile)
         place = (number, work.batch_row, rows)
         sources = {"k": refs.tiles.k[number], "v": refs.tiles.v[number]}
-        packed = isinstance(sources["k"], QuantizedKV)
         row = refs.tiles.rows[number, work.batch_row]
 
         def slots(i: Any) -> tuple[Any, ...]:
@@ -246,21 +212,10 @@ class _Program:
 
         def fetch(name: str, i: Any) -> None:
             """Starts to load the keys (values) of the i-th block."""
-            source, target = sources[name], getattr(shared, f"packed_{name}" if packed else name)
-            self.copy((source.values if packed else source).at[slots(i)], target, getattr(barriers, name))
+            self.copy(sources[name].at[slots(i)], getattr(shared, name), getattr(barriers, name))
 
         def fetch_if_any(name: str, i: Any) -> None:
             pl.when(i < work.last)(lambda: fetch(name, i))
-
-        def scale_of(name: str, i: Any) -> Any:
-            """The scale of each slot of the i-th block, or None. It is loaded long before it is used."""
-            if not packed:
-                return None
-            return self.load(sources[name].scale.at[slots(i)], self.accumulator.reduce(0), shared=False)
-
-        def scaled(x: Any, scale: Any) -> Any:
-            """x [tile, block] times the scale of each slot."""
-            return x if scale is None else x * lax.broadcast_in_dim(scale.astype(jnp.float32), x.shape, [1])
 
         def ranges() -> tuple[Any, ...]:
             """g_end, v_lo, v_hi of the tile's rows. They are loaded where they are used, to save registers."""
@@ -269,45 +224,23 @@ class _Program:
 
         self.copy(refs.tiles.q.at[work.batch_row, work.kv_head, rows], shared.q, barriers.q)
         fetch_if_any("k", work.first)
-        self.wait(barriers.q, 0)
-        if packed:
-            fetch_if_any("v", work.first)
+        self.wait(barriers.q)
         scale = self.head_width**-0.5 * _LOG2E
 
         def spread(x: Any, width: int = block) -> Any:  # [tile] -> [tile, width]
             return lax.broadcast_in_dim(x, (tile, width), [0])
 
-        def arrived_keys(i: Any) -> None:
-            """Waits for keys, and starts the load that now has room: of these values, or of the next keys if packed."""
-            if packed:
-                self.wait(barriers.k, 1)  # the values are in flight
-                self.unpack(shared.packed_k, shared.k)
-                fetch_if_any("k", i + 1)
-            else:
-                self.wait(barriers.k, 0)
-                fetch("v", i)
-
-        def arrived_values(i: Any) -> None:
-            """Waits for values, and starts to load the next keys, or the next values if packed."""
-            if packed:
-                self.wait(barriers.v, jnp.where(i + 1 < work.last, 1, 0))  # the next keys are in flight
-                self.unpack(shared.packed_v, shared.v)
-                fetch_if_any("v", i + 1)
-            else:
-                self.wait(barriers.v, 0)
-                fetch_if_any("k", i + 1)
-
         def step(i: Any, carry: tuple[Any, Any, Any], *, masked: bool) -> tuple[Any, Any, Any]:
             acc, top, norm = carry
-            k_scale, v_scale = scale_of("k", i), scale_of("v", i)
-            arrived_keys(i)
+            self.wait(barriers.k)
+            fetch("v", i)
             scores = self.full((tile, block), 0.0)
             for part in _parts(self.head_width, 64):
                 left = self.load(shared.q.at[:, part], plgpu.Layout.MMA_LHS(self.dtype))
                 right = self.load(shared.k.at[:, part].transpose((1, 0)), plgpu.Layout.MMA_RHS(self.dtype))
                 scores = self.add_product(scores, left, right)
-            arrived_values(i)
-            scores = scaled(scores, k_scale)
+            self.wait(barriers.v)
+            fetch_if_any("k", i + 1)
             if masked:
                 g_end, v_lo, v_hi = ranges()
                 column = self.columns(work.block_at(i) * block)
@@ -320,7 +253,7 @@ class _Program:
             decay = jnp.exp2(top - new_top)
             norm = norm * decay + p.sum(axis=1)
             acc = acc * spread(decay, self.head_width)
-            weights = scaled(p, v_scale).astype(self.dtype)
+            weights = p.astype(self.dtype)
             for part in _parts(block, 16):
                 right = self.load(shared.v.at[part], plgpu.Layout.MMA_RHS(self.dtype))
                 acc = self.add_product(acc, self.as_left(weights[:, part.start : part.start + 16]), right)
@@ -347,8 +280,7 @@ def _parts(size: int, part: int) -> list[Any]:
 
 def _launch(tiles: Tiles, config: KernelConfig, *, tma: bool, interpret: Any) -> tuple[jax.Array, jax.Array]:
     """See `tiles.Launch`."""
-    quantized = any(isinstance(x, QuantizedKV) for x in tiles.k)
-    kernel = _Program(config, tiles.q.shape[-1], tiles.q.dtype, tma, quantized, compiled=interpret is None)
+    kernel = _Program(config, tiles.q.shape[-1], tiles.q.dtype, tma, compiled=interpret is None)
 
     def program(refs: Refs) -> None:
         pl.run_scoped(functools.partial(kernel.run, refs), kernel.shared_memory, kernel.barriers)

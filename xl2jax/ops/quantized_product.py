@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from xl2jax.ops.attention import MMA_CARDS
 from xl2jax.ops.dense import cuda_capability
 from xl2jax.ops.precision import accumulator, product
 from xl2jax.ops.weights import QuantizedMatrix, unpack
@@ -23,13 +24,14 @@ def multiply(
 ) -> tuple[jax.Array, ...]:
     """x [..., n] times each of the transposed matrices [m, n]: [..., m] in `dtype`, by default that of x.
 
-    On NVIDIA GPUs from Ampere on a kernel multiplies up to 16 rows of 16 bits with all of them (xl2jax.ops.matvec),
-    where the sizes of the matrices fit it. XLA multiplies everything else. Sums have the `accumulator` of x's dtype.
+    On the NVIDIA GPUs of `MMA_CARDS` a kernel multiplies up to 16 rows of 16 bits with all of them (xl2jax.ops.matvec),
+    where the sizes of the matrices fit it; it has no gradient. XLA multiplies everything else. Sums have the
+    `accumulator` of x's dtype.
     """
     dtype = np.dtype(x.dtype if dtype is None else dtype)
     rows, capability = math.prod(x.shape[:-1]), cuda_capability()
     xla = functools.partial(_by_xla, dtype)
-    if capability is not None and capability >= (8, 0) and rows <= 16:
+    if capability is not None and ".".join(map(str, capability)) in MMA_CARDS and rows <= 16:
         from xl2jax.ops.matvec import supports  # Pallas is slow to import
 
         if all(supports(rows, matrix, x.dtype) for matrix in matrices):

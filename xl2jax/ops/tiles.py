@@ -187,9 +187,18 @@ class Refs(NamedTuple):
 
 
 def launch_kernel(
-    tiles: Tiles, config: KernelConfig, program: Callable[[Refs], None], interpret: Any, **options: Any
+    tiles: Tiles,
+    config: KernelConfig,
+    program: Callable[[Refs], None],
+    interpret: Any,
+    *,
+    results: int = 1,
+    **options: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    """Runs `program` for each KV head, tile and split: (out, lse) of `Refs`. `options` are those of plgpu.kernel."""
+    """Runs `program` for each KV head, tile and split: (out, lse) of `Refs`, with `results` for each row of a tile.
+
+    `options` are those of plgpu.kernel.
+    """
     batch, kv_heads, padded, h = tiles.q.shape
     flat, tree = jax.tree.flatten(tiles)
 
@@ -197,10 +206,10 @@ def launch_kernel(
         program(Refs(jax.tree.unflatten(tree, refs[: len(flat)]), *refs[len(flat) :]))
 
     parts = sum(config.splits)
-    results = (parts, batch, kv_heads, padded)
+    shape = (parts, batch, kv_heads, results * padded)
     run = plgpu.kernel(
         kernel,
-        out_type=(jax.ShapeDtypeStruct((*results, h), tiles.q.dtype), jax.ShapeDtypeStruct(results, jnp.float32)),
+        out_type=(jax.ShapeDtypeStruct((*shape, h), tiles.q.dtype), jax.ShapeDtypeStruct(shape, jnp.float32)),
         grid=(kv_heads, padded // config.tile, batch * parts),
         grid_names=("kv_head", "tile", "program"),
         **options,

@@ -106,7 +106,7 @@ def unpack(matrix: QuantizedMatrix, dtype: jax.typing.DTypeLike) -> jax.Array:
     wide = accumulator(dtype)
     if matrix.zero is None:
         return (matrix.codes.astype(wide) * matrix.scale.astype(wide)[..., None]).astype(dtype)
-    both = jnp.concatenate(_halves(matrix, wide), axis=-1).astype(dtype)
+    both = jnp.concatenate([half.astype(dtype) for half in _halves(matrix, wide)], axis=-1)
     return both.reshape(*both.shape[:-2], -1)
 
 

@@ -14,6 +14,7 @@ import os
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -189,9 +190,14 @@ def _is_running(process: str, token: str) -> bool:
 
 
 def _remove(path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        path.unlink()
+    """Removes a file or a folder. Threads that still write into it, as Orbax's do after an error, are outlasted."""
+    for _ in range(50):
+        shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            path.unlink()
+        if not os.path.lexists(path):
+            return
+        time.sleep(0.1)
 
 
 def _sync(path: Path) -> None:
