@@ -255,7 +255,7 @@ class _Program:
             return out
 
         start = (self.full((rows, self.head_width), 0.0), self.full((rows,), NEGATIVE), self.full((rows,), 0.0))
-        # A program without work reads the first block, which every source has.
+        # A program without work loads a block that exists and does not use it.
         ahead = fetch(jnp.minimum(work.first, jnp.maximum(work.last - 1, 0))) if quantized else ()
         carry = last_of(work.first, work.first_masked, (*start, ahead), masked=False)
         acc, top, norm, _ = last_of(work.first_masked, work.last, carry, masked=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+
 import jax
 import jax.numpy as jnp
 
@@ -9,6 +12,8 @@ from xl2jax.ops.attention import arena_attention
 from xl2jax.ops.dense import cuda_capability, runs_in_cudnn
 from xl2jax.ops.kv import Source
 from xl2jax.ops.ranges import Ranges
+
+logger = logging.getLogger(__name__)
 
 MAX_CUDNN_SAMPLES = 8
 """Samples of a row up to which cuDNN is used. Its workspace is 0.2 GiB a sample for 8,192 tokens of the released model."""
@@ -50,8 +55,16 @@ def packed_attention(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Arra
     capability = cuda_capability()
     served = capability is not None and (9, 0) <= capability < (11, 0) and lengths.shape[1] <= MAX_CUDNN_SAMPLES
     if runs_in_cudnn(q) and served:
+        _log_choice("cuDNN")
         return jax.lax.platform_dependent(q, k, v, lengths, cuda=_cudnn, default=blockwise)
+    if capability is not None:
+        _log_choice(f"XLA, blockwise (cuDNN takes 16 bits and up to {MAX_CUDNN_SAMPLES} samples on 9.0 to 10.x)")
     return blockwise(q, k, v, lengths)
+
+
+@functools.cache
+def _log_choice(name: str) -> None:
+    logger.info("attention of packed rows: %s", name)
 
 
 def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array) -> jax.Array:

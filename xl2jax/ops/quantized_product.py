@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 
 import jax
@@ -13,6 +14,8 @@ from xl2jax.ops.attention import MMA_CARDS
 from xl2jax.ops.dense import cuda_capability
 from xl2jax.ops.precision import accumulator, product
 from xl2jax.ops.weights import QuantizedMatrix, unpack
+
+logger = logging.getLogger(__name__)
 
 FEW_ROWS = 3
 """Up to so many rows are multiplied with the codes themselves. Every row is a pass over the codes, and unpacking the
@@ -37,7 +40,14 @@ def multiply(
         if all(supports(rows, matrix, x.dtype) for matrix in matrices):
             kernel = functools.partial(_by_kernel, dtype)
             return jax.lax.platform_dependent(x, matrices, cuda=kernel, default=xla)
+        _log_xla(x.dtype.name, tuple(matrix.codes.shape[-2:] for matrix in matrices))
     return xla(x, matrices)
+
+
+@functools.cache
+def _log_xla(dtype: str, shapes: tuple[tuple[int, ...], ...]) -> None:
+    """Says once, on a GPU that has the kernel, that it does not fit."""
+    logger.info("few %s rows times codes of %s: XLA, since the kernel does not fit", dtype, shapes)
 
 
 @functools.partial(jax.jit, static_argnums=0)
