@@ -145,14 +145,19 @@ def test_two_sources_are_merged(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("h", "heads", "text", "splits"), [(64, 6, False, (2,)), (128, 14, True, (3, 1)), (64, 18, True, (1, 2))]
+    ("h", "heads", "text", "splits", "kept"),
+    [(64, 6, False, (2,), 0), (128, 14, True, (3, 1), 0), (64, 18, True, (1, 2), 0), (128, 14, True, (3, 1), 16)],
 )
-def test_a_quantised_source_is_read_in_place(h: int, heads: int, text: bool, splits: tuple[int, ...]) -> None:
+def test_a_quantised_source_is_read_in_place(
+    h: int, heads: int, text: bool, splits: tuple[int, ...], kept: int
+) -> None:
     """Alone, and beside a text cache of 16 bits that has more slots. Two queries differ in what they see, and one sees
-    nothing of the video. The error is that of 16-bit products."""
+    nothing of the video. The error is that of 16-bit products. `kept` channels of each key have 16 bits."""
     see = np.array([[100, 0], [70, 0]]), np.array([[128, 9], [128, 0]]), np.array([[200, 9], [256, 0]])
     q, video = problem(Ranges(*see), slots=256, heads=heads, kv_heads=2, h=h)
-    video = video._replace(k=quantize(video.k), v=quantize(video.v))
+    rng = np.random.default_rng(1)
+    channels = np.sort(rng.permuted(np.tile(np.arange(h), (2, 2, 1)), axis=-1)[..., :kept]) if kept else None
+    video = video._replace(k=quantize(video.k, channels), v=quantize(video.v))
     sources = [video]
     if text:
         _, other = problem(
@@ -275,7 +280,7 @@ SHAPES = [(2304, 60_928, 128, 1), (128, 380_032, 128, 1), (1, 380_032, 128, 1), 
 
 
 @pytest.mark.parametrize("card", [("wgmma", "9.0"), *(("mma", c) for c in attention.MMA_CARDS)], ids="-".join)
-@pytest.mark.parametrize("kind", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow), "int8"])
+@pytest.mark.parametrize("kind", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow), "int8", "int8 kept"])
 def test_lowers_for_cuda_at_the_released_shapes(
     card: tuple[str, str], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -283,16 +288,17 @@ def test_lowers_for_cuda_at_the_released_shapes(
     name, capability = card
     monkeypatch.setattr(mosaic_utils, "_infer_arch", lambda: tuple(map(int, capability.split("."))))
     shape = jax.ShapeDtypeStruct
-    dtype = "bfloat16" if kind == "int8" else kind
+    dtype = "float16" if kind == "float16" else "bfloat16"
+    channels = shape((LLM.layers, LLM.kv_heads, 16), jnp.int32) if kind == "int8 kept" else None
     for tokens, slots, h, batch in SHAPES if kind == "bfloat16" else SHAPES[2:3]:
         q = shape((batch, tokens, LLM.heads, h), dtype)
 
         def source(slots: int, quantized: bool, h: int = h, batch: int = batch, tokens: int = tokens) -> Source:
             kv = shape((LLM.layers, LLM.kv_heads, slots, h), dtype)
-            kv = jax.eval_shape(quantize, kv) if quantized else kv
-            return Source(kv, kv, shape((batch,), jnp.int32), Ranges(*[shape((batch, tokens), jnp.int32)] * 3))
+            k, v = (jax.eval_shape(quantize, kv, channels), jax.eval_shape(quantize, kv)) if quantized else (kv, kv)
+            return Source(k, v, shape((batch,), jnp.int32), Ranges(*[shape((batch, tokens), jnp.int32)] * 3))
 
-        sources = [source(slots, kind == "int8"), *([] if kind == "bfloat16" else [source(512, False)])]
+        sources = [source(slots, "int8" in kind), *([] if kind == "bfloat16" else [source(512, False)])]
         run = jax.jit(functools.partial(arena_attention, attention=Attention(name, capability)))
         lowered = run.trace(q, *sources).lower(lowering_platforms=("cuda",))
         assert "mosaic_gpu" in lowered.as_text()

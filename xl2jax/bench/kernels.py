@@ -22,9 +22,10 @@ from xl2jax.commands.flags import whole_numbers
 from xl2jax.config import PRESETS
 from xl2jax.errors import UserError
 from xl2jax.inference.layout import PrefillConfig, Tokens, VideoLayout, natural_ranges
+from xl2jax.inference.network import exact_pairs
 from xl2jax.ops.attention import BLOCKWISE, Attention, arena_attention, choose_attention
 from xl2jax.ops.dense import dense_attention
-from xl2jax.ops.kv import Source, quantize
+from xl2jax.ops.kv import KVArray, Source, channel_mask, quantize
 from xl2jax.ops.ranges import Ranges
 from xl2jax.ops.reference import attend_reference
 
@@ -95,6 +96,21 @@ def arrays(tokens: int, slots: int, seed: int) -> tuple[jax.Array, jax.Array, ja
     return q, k, v
 
 
+_DECODE = ("decode", "decode, int8", "decode, int8, channels kept")
+
+
+def _stored(k: jax.Array, v: jax.Array, name: str) -> tuple[KVArray, KVArray]:
+    """Keys and values in the way that a name of `_DECODE` says. The kept channels of the keys are 20 times larger."""
+    if name == "decode":
+        return k, v
+    if name == "decode, int8":
+        return quantize(k), quantize(v)
+    width = k.shape[-1]
+    kept = np.arange(2 * exact_pairs(width)) * 3
+    scaled = k * jnp.where(channel_mask(jnp.asarray(kept), width), 20, 1).astype(k.dtype)
+    return quantize(scaled, np.broadcast_to(kept, (*k.shape[:2], len(kept)))), quantize(v)
+
+
 def implementations() -> list[Attention]:
     """The kernels that this card runs, and XLA's blockwise attention."""
     device, served = jax.devices()[0], []
@@ -115,7 +131,7 @@ def check(attention: Attention) -> list[dict[str, Any]]:
     """
     rows = []
     for name, groups, window in (
-        ("prefill", 8, 3), ("prefill, window 0", 6, 0), ("decode", 32, 3), ("decode, int8", 32, 3)
+        ("prefill", 8, 3), ("prefill, window 0", 6, 0), *((name, 32, 3) for name in _DECODE)
     ):  # fmt: skip
         tokens, slots = video_queries(groups, window)
         q, k, v = arrays(len(tokens.slot), slots, groups)
@@ -123,8 +139,9 @@ def check(attention: Attention) -> list[dict[str, Any]]:
         if name.startswith("decode"):
             q, ranges = q[:, -1:], ranges.select(slice(-1, None))
         source = Source(k, v, jnp.zeros(1, jnp.int32), ranges)
-        if name.endswith("int8"):
-            source = source._replace(k=quantize(k), v=quantize(v))
+        if name in _DECODE:
+            k, v = _stored(k, v, name)
+            source = source._replace(k=k, v=v)
         # Numbers of 8 bits are unpacked to float32, so that rounding them to 8 bits is not counted.
         wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, (q, source))
         with jax.default_matmul_precision("highest"):
@@ -182,17 +199,17 @@ def dense_row(groups: int, ceiling: float) -> dict[str, Any]:
     }
 
 
-def decode_row(attention: Attention, groups: int, copy_gb_s: float, *, quantized: bool) -> dict[str, Any]:
-    """Times one token over the whole dense cache of a video, in 16 or in 8 bits."""
+def decode_row(attention: Attention, groups: int, copy_gb_s: float, name: str) -> dict[str, Any]:
+    """Times one token over the whole dense cache of a video, stored as `name` says."""
     tokens, slots = video_queries(groups, 3)
     q, *kv = arrays(1, slots, groups)
     ranges = jax.tree.map(jnp.asarray, tokens.ranges.select(slice(-1, None)).batched())
     row = jnp.zeros(1, jnp.int32)
-    k, v = map(quantize, kv) if quantized else kv
+    k, v = _stored(*kv, name)
     taken = seconds(functools.partial(attend, attention), q, k, v, row, ranges)
     rate = sum(x.nbytes for x in jax.tree.leaves((k, v))) / taken / 1e9
     return {
-        "op": "decode, int8" if quantized else "decode",
+        "op": name,
         "kernel": attention.name,
         "groups": groups,
         "tokens": slots,
@@ -216,4 +233,4 @@ def kernel_rows(args: KernelArgs) -> Iterator[dict[str, Any]]:
             yield from (prefill_row(a, groups, window, matrix) for a in timed)
         if groups <= args.dense_up_to:
             yield dense_row(groups, matrix)
-        yield from (decode_row(a, groups, copy, quantized=q) for q in (False, True) for a in timed)
+        yield from (decode_row(a, groups, copy, name) for name in _DECODE for a in timed)

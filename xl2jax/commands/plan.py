@@ -27,6 +27,7 @@ from xl2jax.errors import UserError
 from xl2jax.inference import flops, memory, prefill
 from xl2jax.inference.bilevel import BilevelConfig
 from xl2jax.inference.layout import VideoLayout
+from xl2jax.inference.network import exact_pairs
 from xl2jax.inference.selection import check_pool
 from xl2jax.prompt import PREFIX, PromptTokenizer, time_text
 from xl2jax.system.backend import start_backend
@@ -100,6 +101,7 @@ def predict_memory(config: VideoXL2Config, layout: VideoLayout, args: PlanArgs) 
         args.dtype,
         platform,
         quantized=args.cache_dtype == "int8",
+        key_channels=_key_channels(config),
         offload=args.offload,
     )
     weights = memory.weight_bytes(config, args.dtype)
@@ -109,6 +111,11 @@ def predict_memory(config: VideoXL2Config, layout: VideoLayout, args: PlanArgs) 
     if bilevel is not None:
         parts |= {"pooled KV": need.pooled, "mixed KV": need.mixed}
     return parts | {"activations and workspace": need.workspace}, weights + need.total
+
+
+def _key_channels(config: VideoXL2Config) -> int:
+    """The key channels that KV in 8 bits keeps. Only a checkpoint's biases tell whether it does: the plan counts them."""
+    return 2 * exact_pairs(config.llm.head_width)
 
 
 def _bilevel(args: PlanArgs, layout: VideoLayout) -> BilevelConfig | None:
@@ -128,8 +135,10 @@ def predict(config: VideoXL2Config, layout: VideoLayout, args: PlanArgs) -> Pred
     if args.device == "here":
         return Prediction(layout.tokens, parts, total, _available(args), None)
     device = DEVICES[args.device]
-    quantized = args.cache_dtype == "int8"
-    read = parts.get("mixed KV", layout.tokens * memory.slot_bytes(config, args.dtype, quantized=quantized))
+    slot = memory.slot_bytes(
+        config, args.dtype, quantized=args.cache_dtype == "int8", key_channels=_key_channels(config)
+    )
+    read = parts.get("mixed KV", layout.tokens * slot)
     weights = memory.weight_bytes_of_a_token(config, args.dtype)
     frames = layout.groups * FRAMES_PER_GROUP
     vision = frames * flops.vision(config) + layout.groups * flops.dts_and_projector(config)

@@ -18,25 +18,36 @@ BLOCK = 64
 """Tokens that share the scale of a channel, where scales of channels are tried."""
 
 
-def layer_rows(config: LLMConfig, cache: KVCache, layout: VideoLayout, key_bias: jax.Array) -> list[dict[str, Any]]:
-    """A row for each layer of the cache of a video. `key_bias` is [L, K * H]. See `errors`."""
+def layer_rows(
+    config: LLMConfig, cache: KVCache, layout: VideoLayout, key_bias: jax.Array, key_channels: np.ndarray | None
+) -> list[dict[str, Any]]:
+    """A row for each layer of the cache of a video. `key_bias` is [L, K * H], `key_channels` [L, K, C]. See `errors`."""
     tokens = natural_ranges(layout, 0, int(cache.visual_start), PrefillConfig())
     slots, positions = jnp.asarray(tokens.slot), jnp.asarray(tokens.position)
     bias = key_bias.reshape(config.layers, config.kv_heads, config.head_width)
     rows = []
     for layer in range(config.layers):
         k, v = (unpack(jax.tree.map(lambda a: a[layer][:, slots], x)) for x in (cache.k, cache.v))  # noqa: B023
-        rows.append({"layer": layer, **errors(k, v, positions, bias[layer], config.rope_theta)})
+        kept = None if key_channels is None else key_channels[layer]
+        rows.append({"layer": layer, **errors(k, v, positions, bias[layer], config.rope_theta, kept)})
     return rows
 
 
-def errors(k: jax.Array, v: jax.Array, positions: jax.Array, bias: jax.Array, theta: float) -> dict[str, float]:
+def errors(
+    k: jax.Array,
+    v: jax.Array,
+    positions: jax.Array,
+    bias: jax.Array,
+    theta: float,
+    key_channels: np.ndarray | None = None,
+) -> dict[str, float]:
     """The errors of one layer.
 
     Args:
       k, v: rotated keys and values [K, T, H].
       positions: int [T], by which the keys are rotated.
       bias: the bias [K, H] of the keys before their rotation.
+      key_channels: int [K, C], the channels of the keys that are kept as they are, if any.
 
     Returns:
       key bias: the largest norm of a head's bias.
@@ -44,6 +55,7 @@ def errors(k: jax.Array, v: jax.Array, positions: jax.Array, bias: jax.Array, th
       keys, beside their mean: the error relative to the un-rotated keys without their mean over all tokens. Keys that
         have a part in common, such as the bias, take their scale from it, and the error with the scale. Beside what
         tells the tokens apart it then is larger than it looks.
+      all channels in 8 bits: that error where no channel is kept.
       without bias: that error where the rotated bias is taken off before rounding, and given back afterwards.
       by channel: that error where `BLOCK` tokens share a scale for each channel, in place of a scale for each token.
     """
@@ -54,8 +66,8 @@ def errors(k: jax.Array, v: jax.Array, positions: jax.Array, bias: jax.Array, th
     common = rotate(jnp.broadcast_to(bias.astype(jnp.float32)[:, None], k.shape), cos, sin).astype(k.dtype)
     less = (k32 - common.astype(jnp.float32)).astype(k.dtype)
 
-    def error(x: jax.Array) -> float:
-        return float(jnp.linalg.norm(unpack(quantize(x)).astype(jnp.float32) - x.astype(jnp.float32)))
+    def error(x: jax.Array, channels: np.ndarray | None = None) -> float:
+        return float(jnp.linalg.norm(unpack(quantize(x, channels)).astype(jnp.float32) - x.astype(jnp.float32)))
 
     # The missing tokens of the last block repeat its last one, so that they widen no scale and have no error to count.
     missing = -k.shape[1] % BLOCK
@@ -68,8 +80,9 @@ def errors(k: jax.Array, v: jax.Array, positions: jax.Array, bias: jax.Array, th
 
     return {
         "key bias": float(jnp.linalg.norm(bias.astype(jnp.float32), axis=-1).max()),
-        "keys": error(k) / norm(k32),
-        "keys, beside their mean": error(k) / norm(varying),
+        "keys": error(k, key_channels) / norm(k32),
+        "keys, beside their mean": error(k, key_channels) / norm(varying),
+        "all channels in 8 bits": error(k) / norm(varying),
         "without bias": error(less) / norm(varying),
         "by channel": norm(channel_error) / norm(varying),
         "values": error(v) / norm(v32),

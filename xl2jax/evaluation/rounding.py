@@ -71,7 +71,8 @@ def read(model: Model, videos: Videos, cache: CacheConfig, texts: Sequence[list[
             context = session.whole_cache(video.kv)
             if not cache.quantized and not out.layers:
                 bias = flatten(model.params)["llm.layers.k.bias"]
-                out.layers = layer_rows(model.config.llm, context, video.kv.layout, bias)
+                channels = network.exact_key_channels()
+                out.layers = layer_rows(model.config.llm, context, video.kv.layout, bias, channels)
             rng = np.random.default_rng(scene.seed)
             for kind in NEEDLE_KINDS:
                 question = ask(scene, kind, FRAMES_PER_GROUP, rng, event=scene.events[0])

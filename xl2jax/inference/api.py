@@ -21,7 +21,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
@@ -34,7 +33,7 @@ from xl2jax.inference.answering import Answer, Answering
 from xl2jax.inference.bilevel import BilevelConfig
 from xl2jax.inference.generate import TokenSampling, check_answer_options
 from xl2jax.inference.layout import PrefillConfig, VideoLayout
-from xl2jax.inference.network import Network
+from xl2jax.inference.network import LARGE_KEY_BIAS, Network
 from xl2jax.inference.prefill import PrefillPlan, make_plan
 from xl2jax.inference.selection import RelevanceConfig, check_bilevel
 from xl2jax.inference.video_cache import CacheConfig, WatchedVideo
@@ -44,10 +43,6 @@ from xl2jax.prompt import PREFIX, PromptTokenizer, Turn, suffix
 from xl2jax.video.clip import Backend, Clip, FrameSampling, open_video
 
 logger = logging.getLogger(__name__)
-
-
-LARGE_KEY_BIAS = 50.0
-"""Norm of a head's key bias from which on KV in 8 bits is warned of. At 22 it costs little, at 220 a lot."""
 
 
 class Model:
@@ -63,7 +58,7 @@ class Model:
         self.tokenizer = tokenizer
         self._videos: weakref.WeakSet[WatchedVideo] = weakref.WeakSet()
         self._prefix = tokenizer.encode(*PREFIX)
-        self._looked_at_key_biases = False
+        self._logged_exact_channels = False
 
     @property
     def config(self) -> VideoXL2Config:
@@ -86,19 +81,22 @@ class Model:
             digest.update(f"{name} {int(compiled.checksum(value))} ".encode())
         return digest.hexdigest()
 
-    def _warn_of_key_biases(self) -> None:
-        """Warns, once, if keys have biases that 8 bits suit badly."""
-        if self._looked_at_key_biases:
-            return
-        self._looked_at_key_biases = True
-        bias = np.asarray(flatten(self.params)["llm.layers.k.bias"], np.float32)
-        norms = np.linalg.norm(bias.reshape(len(bias), -1, self.config.llm.head_width), axis=-1).max(axis=1)
-        layers = np.flatnonzero(norms > LARGE_KEY_BIAS)
-        if len(layers):
-            logger.warning(
-                "the keys of %d of %d layers have large biases (norm up to %.0f in a head), which 8 bits keep with large "
-                "errors: `xl2jax bench check` shows them by layer, and docs/quantisation.md explains them",
-                len(layers), len(bias), norms.max(),
+    @functools.cached_property
+    def _exact_channels(self) -> int:
+        """How many channels of each key KV in 8 bits keeps as they are."""
+        channels = self.network.exact_key_channels()
+        return 0 if channels is None else channels.shape[-1]
+
+    def _log_exact_channels(self) -> None:
+        """Says, once, that some channels of the keys keep 16 bits."""
+        if self._exact_channels and not self._logged_exact_channels:
+            self._logged_exact_channels = True
+            norms = self.network.key_bias_norms()
+            logger.info(
+                "KV in 8 bits keeps %d channels of each key in %s: keys have large biases (norm up to %.0f in a head, in "
+                "%d of %d layers above %.0f)",
+                self._exact_channels, self.dtype, norms.max(), (norms.max(axis=1) > LARGE_KEY_BIAS).sum(), len(norms),
+                LARGE_KEY_BIAS,
             )  # fmt: skip
 
     # --- the video, once ---------------------------------------------------------------------
@@ -201,7 +199,7 @@ class Model:
         """Raises UserError where the cache settings do not suit the model's dtype or the way that questions read."""
         cache.check(self.dtype)
         if cache.quantized:
-            self._warn_of_key_biases()
+            self._log_exact_channels()
         if cache.offload and bilevel is None:
             raise UserError("offloaded KV is read with bi-level decoding only (dense decoding needs all of it)")
 
@@ -230,6 +228,7 @@ class Model:
                 self.dtype,
                 self.network.platform,
                 quantized=choices.quantized,
+                key_channels=self._exact_channels,
                 offload=choices.offload,
             )
             return dataclasses.replace(estimate, cache=estimate.kept) if loaded else estimate

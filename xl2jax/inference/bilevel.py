@@ -23,7 +23,7 @@ from xl2jax.errors import require_whole
 from xl2jax.inference.cache import KVCache
 from xl2jax.inference.layout import VideoLayout, bucket
 from xl2jax.models.layers import rope_tables, rotate
-from xl2jax.ops.kv import KVArray, QuantizedKV, quantize, unpack
+from xl2jax.ops.kv import KVArray, QuantizedKV, exact_channels, quantize, unpack
 from xl2jax.ops.precision import accumulator
 
 UNIT_GROUPS = 2
@@ -229,7 +229,7 @@ def mix(cache: KVCache, pooled: PooledKV, source: MixedSource, *, theta: float) 
 
         keys = rotate(pick(k, pooled_k).astype(dtype), old_cos, -old_sin)
         keys, values = rotate(keys, new_cos, new_sin).astype(pooled_k.dtype), pick(v, pooled_v)
-        return (quantize(keys), quantize(values)) if quantized else (keys, values)
+        return (quantize(keys, exact_channels(k)), quantize(values)) if quantized else (keys, values)
 
     k, v = jax.lax.map(layer, (cache.k, cache.v, *pooled))
     return KVCache(k, v, source.length, jnp.int32(slots), jnp.int32(0))

@@ -10,7 +10,15 @@ import numpy as np
 
 from xl2jax.config import LLMConfig
 from xl2jax.ops.attention import Attention, arena_attention
-from xl2jax.ops.kv import KVArray, QuantizedKV, Source, kv_dtype, kv_shape, quantize
+from xl2jax.ops.kv import (
+    KVArray,
+    QuantizedKV,
+    Source,
+    exact_channels,
+    kv_dtype,
+    kv_shape,
+    quantize,
+)
 from xl2jax.ops.ranges import Ranges, first_slots
 
 
@@ -60,21 +68,21 @@ def empty_cache(
     visual_start: int | None = None,
     *,
     quantized: bool = False,
+    key_channels: jax.Array | np.ndarray | None = None,
 ) -> KVCache:
     """A cache of zeros. The visual region starts at `visual_start`, by default behind the last slot.
 
-    `quantized` stores 8 bits, which are unpacked to `dtype`.
+    `quantized` stores 8 bits, which are unpacked to `dtype`. Of its keys, `key_channels` (int32 [L, K, C], ascending)
+    keep `dtype`.
     """
     shape = (config.layers, config.kv_heads, slots, config.head_width)
     zero = jnp.int32(0)
     start = jnp.int32(slots if visual_start is None else visual_start)
 
-    def zeros() -> KVArray:
-        if quantized:
-            return QuantizedKV(jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:-1], dtype))
-        return jnp.zeros(shape, dtype)
+    def zeros(channels: jax.Array | np.ndarray | None = None) -> KVArray:
+        return quantize(jnp.zeros(shape, dtype), channels) if quantized else jnp.zeros(shape, dtype)
 
-    return KVCache(zeros(), zeros(), zero, start, zero)
+    return KVCache(zeros(key_channels), zeros(), zero, start, zero)
 
 
 def write(cache: KV, layer: jax.Array, k: jax.Array, v: jax.Array, slot: jax.Array) -> KV:
@@ -86,11 +94,9 @@ def write(cache: KV, layer: jax.Array, k: jax.Array, v: jax.Array, slot: jax.Arr
     def put(old: KVArray, new: jax.Array) -> KVArray:
         new = new.transpose(1, 0, 2)[None]
         if isinstance(old, QuantizedKV):
-            values, scale = quantize(new.astype(old.scale.dtype))
-            return QuantizedKV(
-                jax.lax.dynamic_update_slice(old.values, values, place),
-                jax.lax.dynamic_update_slice(old.scale, scale, place[:3]),
-            )
+            channels = exact_channels(jax.tree.map(lambda a: a[layer, :, :1][None], old))
+            packed = quantize(new.astype(old.scale.dtype), channels)
+            return jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice(a, b, place[: a.ndim]), old, packed)
         return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), place)
 
     return put(cache[0], k), put(cache[1], v)

@@ -72,10 +72,16 @@ def all_finite(tree: Any) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames=("config", "slots", "dtype", "quantized"))
 def new_cache(
-    config: LLMConfig, slots: int, dtype: str, visual_start: int | jax.Array | None = None, *, quantized: bool = False
+    config: LLMConfig,
+    slots: int,
+    dtype: str,
+    visual_start: int | jax.Array | None = None,
+    *,
+    quantized: bool = False,
+    key_channels: jax.Array | None = None,
 ) -> KVCache:
     """An empty cache; its visual region begins at `visual_start`, by default behind the last slot."""
-    cache = empty_cache(config, slots, dtype, quantized=quantized)
+    cache = empty_cache(config, slots, dtype, quantized=quantized, key_channels=key_channels)
     return cache if visual_start is None else cache._replace(visual_start=jnp.int32(visual_start))
 
 

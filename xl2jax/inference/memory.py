@@ -64,10 +64,14 @@ def weight_bytes_of_a_token(config: VideoXL2Config, dtype: jax.typing.DTypeLike)
     )
 
 
-def slot_bytes(config: VideoXL2Config, dtype: jax.typing.DTypeLike, *, quantized: bool = False) -> int:
-    """Bytes of the keys and values of one token in all layers."""
+def slot_bytes(
+    config: VideoXL2Config, dtype: jax.typing.DTypeLike, *, quantized: bool = False, key_channels: int = 0
+) -> int:
+    """Bytes of the keys and values of one token in all layers. In 8 bits `key_channels` of each key keep `dtype` too."""
     c, itemsize = config.llm, jnp.dtype(dtype).itemsize
-    return 2 * c.layers * c.kv_heads * (c.head_width + itemsize if quantized else c.head_width * itemsize)
+    if not quantized:
+        return 2 * c.layers * c.kv_heads * c.head_width * itemsize
+    return c.layers * c.kv_heads * (2 * (c.head_width + itemsize) + key_channels * itemsize)
 
 
 def memory_need(
@@ -79,16 +83,18 @@ def memory_need(
     platform: str,
     *,
     quantized: bool = False,
+    key_channels: int = 0,
     offload: bool = False,
 ) -> MemoryNeed:
     """The memory of the video cache and, where `bilevel` is given, of its pooled and mixed copies.
 
-    `quantized` and `offload` are those of `CacheConfig`. `platform` is "cpu" or "gpu". On a CPU offloading frees
+    `quantized` and `offload` are those of `CacheConfig`, `key_channels` those of `slot_bytes`. `platform` is "cpu" or "gpu". On a CPU offloading frees
     nothing, because the device is the host.
     """
     gpu = platform == "gpu"
     c, v, itemsize = config.llm, config.vision, jnp.dtype(dtype).itemsize
-    slot, kept_slot = slot_bytes(config, dtype), slot_bytes(config, dtype, quantized=quantized)
+    slot = slot_bytes(config, dtype)
+    kept_slot = slot_bytes(config, dtype, quantized=quantized, key_channels=key_channels)
     cache = kept = plan.slots * kept_slot
     pooled = mixed = 0
     if offload and gpu:

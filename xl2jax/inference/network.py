@@ -8,12 +8,30 @@ import functools
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from xl2jax.config import VideoXL2Config
 from xl2jax.errors import UserError
+from xl2jax.models.param_tree import flatten
 from xl2jax.models.video_xl2 import VideoXL2, abstract_model
 from xl2jax.ops.attention import Attention, choose_attention
+
+LARGE_KEY_BIAS = 50.0
+"""Norm of a head's key bias from which on KV in 8 bits keeps channels of the keys. At 22 the bias costs little, at 220 a lot."""
+
+
+def exact_pairs(head_width: int) -> int:
+    """How many pairs of channels of each key are then kept: 16 of 128 channels."""
+    return min(8, head_width // 4)
+
+
+def largest_channels(biases: np.ndarray) -> np.ndarray:
+    """The channels of biases [..., H] that belong to the largest pairs: int32 [..., C] in ascending order."""
+    half = biases.shape[-1] // 2
+    size = np.hypot(biases[..., :half], biases[..., half:])
+    largest = np.sort(np.argsort(-size, axis=-1, stable=True)[..., : exact_pairs(2 * half)], axis=-1)
+    return np.concatenate([largest, largest + half], axis=-1).astype(np.int32)
 
 
 @functools.partial(
@@ -59,6 +77,26 @@ class Network:
     def precision(self) -> contextlib.AbstractContextManager[Any]:
         """Has products of float32 arrays computed in float32. By default GPUs compute them in TF32."""
         return jax.default_matmul_precision("highest" if self.dtype == "float32" else None)
+
+    def key_bias_norms(self) -> np.ndarray:
+        """The norm of each head's key bias, [L, K]."""
+        return np.linalg.norm(self._key_biases(), axis=-1)
+
+    def exact_key_channels(self) -> np.ndarray | None:
+        """The channels of keys that KV in 8 bits keeps as they are: int32 [L, K, C] in ascending order.
+
+        None where no head's bias is as large as `LARGE_KEY_BIAS`. Otherwise these are the pairs of channels, rotated
+        together, in which the bias is largest.
+        """
+        biases = self._key_biases()
+        if np.linalg.norm(biases, axis=-1).max() <= LARGE_KEY_BIAS:
+            return None
+        return largest_channels(biases)
+
+    def _key_biases(self) -> np.ndarray:
+        """float32 [L, K, H]"""
+        bias = np.asarray(flatten(self.params)["llm.layers.k.bias"], np.float32)
+        return bias.reshape(len(bias), -1, self.config.llm.head_width)
 
     def not_finite(self, what: str) -> UserError:
         """The error for numbers that are NaN or infinite."""

@@ -59,6 +59,14 @@ def encode(network: Network, plan: PrefillPlan, frames: np.ndarray) -> jax.Array
     return compiled.encode(network, frames, frames_at_once=plan.step_groups * FRAMES_PER_GROUP)
 
 
+def empty_video_cache(network: Network, slots: int, visual_start: int, *, quantized: bool) -> KVCache:
+    """An empty cache for a video. In 8 bits it keeps key channels with large biases as they are."""
+    channels = network.exact_key_channels() if quantized else None
+    return compiled.new_cache(
+        network.config.llm, slots, network.dtype, visual_start, quantized=quantized, key_channels=channels
+    )
+
+
 class VideoPrefill:
     """Puts a video into a KV cache: the prefix at once, then a segment with every `add`.
 
@@ -84,9 +92,7 @@ class VideoPrefill:
         self._segments = prefill.segments(prefill.steps(layout, plan, time_ids), plan)
         ids = np.zeros(plan.prefix_cap, np.int32)
         ids[: len(prefix)] = prefix
-        empty = compiled.new_cache(
-            network.config.llm, plan.slots, network.dtype, plan.visual_start, quantized=quantized
-        )
+        empty = empty_video_cache(network, plan.slots, plan.visual_start, quantized=quantized)
         self.cache, self.prefix_hidden = compiled.prefill_prefix(network, empty, ids, np.int32(len(prefix)))
 
     def add(self, visual: jax.Array, groups: int | None = None) -> tuple[Step, jax.Array]:

@@ -21,13 +21,12 @@ from xl2jax.checkpoint.array_checks import checksum
 from xl2jax.checkpoint.safetensors_io import DTYPES, ShardWriter, Stored
 from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.errors import UserError, shorten
-from xl2jax.inference import compiled
 from xl2jax.inference.api import Model
 from xl2jax.inference.bilevel import BilevelConfig
 from xl2jax.inference.cache import KVCache
 from xl2jax.inference.layout import PrefillConfig, VideoLayout
 from xl2jax.inference.offload import HostKV
-from xl2jax.inference.session import VideoKV
+from xl2jax.inference.session import VideoKV, empty_video_cache
 from xl2jax.inference.video_cache import CacheConfig, WatchedVideo
 from xl2jax.ops.kv import KVArray, QuantizedKV
 from xl2jax.system.atomic import replacing_file
@@ -136,14 +135,16 @@ def _contents(arrays: dict[str, Any], layout: VideoLayout) -> tuple[list[tuple[s
 def _arrays(k: KVArray, v: KVArray) -> dict[str, Any]:
     """The arrays [L, K, S, ...] of a cache by name."""
     if isinstance(k, QuantizedKV) and isinstance(v, QuantizedKV):
-        return {"k": k.values, "v": v.values, "k_scale": k.scale, "v_scale": v.scale}
+        exact = {} if k.exact is None else {"k_exact": k.exact}
+        return {"k": k.values, "v": v.values, "k_scale": k.scale, "v_scale": v.scale, **exact}
     return {"k": k, "v": v}
 
 
 def _cache_of(arrays: dict[str, Any]) -> tuple[KVArray, KVArray]:
     """The inverse of `_arrays`."""
     if "k_scale" in arrays:
-        return QuantizedKV(arrays["k"], arrays["k_scale"]), QuantizedKV(arrays["v"], arrays["v_scale"])
+        k = QuantizedKV(arrays["k"], arrays["k_scale"], arrays.get("k_exact"))
+        return k, QuantizedKV(arrays["v"], arrays["v_scale"])
     return arrays["k"], arrays["v"]
 
 
@@ -186,7 +187,7 @@ def loading_cache(
         model.check_fits(layout, config, bilevel, cache, loaded=True)
         plan = model.plan(layout, config)
         slots = plan.visual_start if cache.offload else plan.slots
-        empty = compiled.new_cache(model.config.llm, slots, model.dtype, plan.visual_start, quantized=cache.quantized)
+        empty = empty_video_cache(model.network, slots, plan.visual_start, quantized=cache.quantized)
         arrays, visual = _arrays(empty.k, empty.v), {}
         places, tensors = _contents(arrays, layout)
         file.check_tensors(tensors)

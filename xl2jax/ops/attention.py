@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from xl2jax.errors import UserError
 from xl2jax.ops.blockwise import attend_blockwise, backward_blockwise
-from xl2jax.ops.kv import Source, unpack_row
+from xl2jax.ops.kv import QuantizedKV, Source, kv_dtype, unpack_row
 from xl2jax.ops.ranges import merge
 from xl2jax.ops.reference import attend_reference
 
@@ -205,9 +205,15 @@ def arena_attention(q: jax.Array, *sources: Source, attention: Attention = BLOCK
     batch, tokens, heads, head_width = q.shape
     for source in sources:
         kv_rows, kv_heads, slots, _ = source.shape
-        chex.assert_trees_all_equal_shapes_and_dtypes(source.k, source.v)
-        for x in jax.tree.leaves(source.k):  # a scale has no axis H
-            chex.assert_shape(x, (kv_rows, kv_heads, slots, head_width)[: x.ndim])
+        for x in (source.k, source.v):
+            if isinstance(x, QuantizedKV):
+                chex.assert_shape(x.values, (kv_rows, kv_heads, slots, head_width))
+                chex.assert_shape(x.scale, (kv_rows, kv_heads, slots))
+                if x.exact is not None:
+                    chex.assert_shape(x.exact, (kv_rows, kv_heads, slots, None))
+            else:
+                chex.assert_shape(x, (kv_rows, kv_heads, slots, head_width))
+        chex.assert_equal(kv_dtype(source.k), kv_dtype(source.v))
         chex.assert_shape(source.rows, (batch,))
         chex.assert_shape(list(source.ranges), (batch, tokens))
         chex.assert_is_divisible(heads, kv_heads)

@@ -10,35 +10,72 @@ import numpy as np
 
 from xl2jax.ops.ranges import Ranges
 
+EXACT = -128
+"""The code of a channel whose numbers are kept in `QuantizedKV.exact`."""
+
 
 class QuantizedKV(NamedTuple):
-    """Keys or values in 8 bits: `values * scale`, with a scale for each token and head."""
+    """Keys or values in 8 bits: `values * scale`, with a scale for each token and head.
+
+    A few channels of each head may be kept as they are. They have the code `EXACT` in every slot, written or not, so
+    that any part of the slots tells which channels they are.
+    """
 
     values: jax.Array
     """int8 [..., K, S, H]"""
     scale: jax.Array
     """[..., K, S]; unpacked keys and values have its dtype."""
+    exact: jax.Array | None = None
+    """[..., K, S, C] in the dtype of `scale`: the numbers of the C channels that are kept, in ascending order."""
 
 
 type KVArray = jax.Array | QuantizedKV
 
 
-def quantize(x: jax.Array) -> QuantizedKV:
-    """Quantises symmetrically: the largest magnitude along H becomes 127. The error is at most half a scale.
+def quantize(x: jax.Array, channels: jax.Array | np.ndarray | None = None) -> QuantizedKV:
+    """Quantises [..., K, S, H] symmetrically: the largest magnitude along H becomes 127. The error is at most half a scale.
 
-    In float16 that holds for magnitudes from 0.01 on: the scales of smaller ones are subnormal and so less exact.
+    `channels`, int32 [..., K, C] in ascending order, are kept exactly, and have no influence on the scales. In float16
+    the bound holds for magnitudes from 0.01 on: the scales of smaller ones are subnormal and so less exact.
     """
-    scale = (jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1) / 127).astype(x.dtype)
+    exact = marked = None
+    rest = x.astype(jnp.float32)
+    if channels is not None:
+        channels = jnp.asarray(channels)
+        exact = jnp.take_along_axis(x, channels[..., None, :], axis=-1)
+        marked = channel_mask(channels, x.shape[-1])[..., None, :]
+        rest = jnp.where(marked, 0, rest)
+    scale = (jnp.max(jnp.abs(rest), axis=-1) / 127).astype(x.dtype)
     # Unpacking multiplies by the rounded scale, so the division uses the rounded scale too.
-    steps = x.astype(jnp.float32) / jnp.where(scale == 0, 1, scale).astype(jnp.float32)[..., None]
-    return QuantizedKV(jnp.clip(jnp.round(steps), -127, 127).astype(jnp.int8), scale)
+    steps = rest / jnp.where(scale == 0, 1, scale).astype(jnp.float32)[..., None]
+    codes = jnp.clip(jnp.round(steps), -127, 127).astype(jnp.int8)
+    return QuantizedKV(codes if marked is None else jnp.where(marked, EXACT, codes), scale, exact)
+
+
+def channel_mask(channels: jax.Array, h: int) -> jax.Array:
+    """Channels [..., C] -> boolean [..., H]."""
+    return jnp.any(channels[..., None] == jnp.arange(h), axis=-2)
+
+
+def exact_channels(x: KVArray) -> jax.Array | None:
+    """The channels that are kept exactly, int32 [..., K, C] in ascending order, or None."""
+    if not isinstance(x, QuantizedKV) or x.exact is None:
+        return None
+    counts = jnp.cumsum(x.values[..., 0, :] == EXACT, axis=-1, dtype=jnp.int32)
+    wanted = jnp.arange(1, x.exact.shape[-1] + 1)
+    return jnp.argmax(counts[..., None, :] == wanted[:, None], axis=-1).astype(jnp.int32)
 
 
 def unpack(x: KVArray) -> jax.Array:
     """Keys or values in the dtype of the computation."""
-    if isinstance(x, QuantizedKV):
-        return (x.values.astype(jnp.float32) * x.scale.astype(jnp.float32)[..., None]).astype(x.scale.dtype)
-    return x
+    if not isinstance(x, QuantizedKV):
+        return x
+    numbers = (x.values.astype(jnp.float32) * x.scale.astype(jnp.float32)[..., None]).astype(x.scale.dtype)
+    if x.exact is None:
+        return numbers
+    marked = x.values[..., :1, :] == EXACT
+    place = jnp.clip(jnp.cumsum(marked, axis=-1, dtype=jnp.int32) - 1, 0)
+    return jnp.where(marked, jnp.take_along_axis(x.exact, place, axis=-1), numbers)
 
 
 def kv_shape(x: KVArray) -> tuple[int, ...]:

@@ -120,6 +120,16 @@ class _Program:
         return registers.tiled((*slots, (8,)), warps=-10, lanes=(-3, -6))
 
     @property
+    def exact_q_layout(self) -> Any:
+        """[ROWS, EXACT], registers [2 (rows)] of 4 numbers: thread t of four has channels `4 t + i`."""
+        return registers.tiled(((16, 16), (8, 16), (4,)), warps=fa.Replicated(WARPS), lanes=(-3, -2))
+
+    @property
+    def exact_k_layout(self) -> Any:
+        """[BLOCK, EXACT], registers [2 (slots)] of 4 numbers."""
+        return registers.tiled(((64, 16), (16, 16), (8, 16), (4,)), warps=-7, lanes=(-3, -2))
+
+    @property
     def scale_layout(self) -> Any:
         """[BLOCK], registers [2] of 2: those of the columns of an accumulator [64, _SHARE]."""
         return registers.tiled(((64,), (16,), (8,), (2,)), warps=-4, lanes=(fa.Replicated(8), -2))
@@ -152,6 +162,21 @@ class _Program:
             return mgpu.mma(zero, left, registers.right_operand(numbers, dtype))
 
         return multiply(self.full((WARPS * ROWS, _SHARE), 0.0), q, k)
+
+    def add_exact(self, scores: Any, q: Any, k: Any) -> Any:
+        """scores [64, _SHARE] + every warp's rows of the exact channels [ROWS, EXACT] times its slots'."""
+        if not self.compiled:
+            own = k.astype(jnp.float32).reshape(WARPS, _SHARE, -1)
+            return scores + jnp.einsum("rc,wsc->wrs", q.astype(jnp.float32), own).reshape(scores.shape)
+        arg_types = (self.accumulator, self.exact_q_layout, self.exact_k_layout)
+
+        @plgpu.inline_mgpu(arg_types=arg_types, return_type=self._result(scores.shape))
+        def multiply(context: Any, scores: Any, q: Any, k: Any) -> Any:
+            dtype = q.mlir_dtype
+            left = registers.left_operand(q.registers.reshape(1, 2), dtype)
+            return mgpu.mma(scores, left, registers.right_operand(k.registers.reshape(1, 2), dtype))
+
+        return multiply(scores, q, k)
 
     def add_values(self, acc: Any, weights: Any, v: Any) -> Any:
         """acc [64, H] + every warp's weights [64, _SHARE] times its values, with the columns of the module's docstring."""
@@ -214,15 +239,18 @@ class _Program:
         quantized = isinstance(k, QuantizedKV)
         row = refs.tiles.rows[number, work.batch_row]
         q_rows = (work.batch_row, work.kv_head, pl.ds(work.tile * ROWS, ROWS))
-        q = self.load(refs.tiles.q.at[q_rows], self.q_layout)
+        exact = refs.tiles.exact_q[number]
+        q = self.load((refs.tiles.q if exact is None else exact.rest).at[q_rows], self.q_layout)
+        q_exact = None if exact is None else self.load(exact.exact.at[q_rows], self.exact_q_layout)
 
         def fetch(i: Any) -> tuple[Any, ...]:
-            """Starts to load the i-th block: keys, values, and their scales in 8 bits."""
+            """Starts to load the i-th block: keys, values, in 8 bits their scales, and exact channels of the keys."""
             at = (row, work.kv_head, pl.ds(work.block_at(i) * BLOCK, BLOCK))
             layouts = self.k_layout(quantized), self.v_layout(quantized)
             values = [self.load((x.values if quantized else x).at[at], y) for x, y in zip((k, v), layouts, strict=True)]
             scales = [self.load(x.scale.at[at], self.scale_layout) if quantized else None for x in (k, v)]
-            return (*values, *scales)
+            exact_k = None if exact is None else self.load(k.exact.at[at], self.exact_k_layout)
+            return (*values, *scales, exact_k)
 
         place = (number, work.batch_row, pl.ds(work.tile * ROWS, ROWS))
         g_end, v_lo, v_hi = (self.rows_of_warps(x.at[place]) for x in refs.tiles.ranges)
@@ -234,8 +262,10 @@ class _Program:
         def step(i: Any, carry: tuple[Any, ...], *, masked: bool) -> tuple[Any, ...]:
             acc, top, norm, now = carry
             following = fetch(jnp.minimum(i + 1, work.last - 1)) if quantized else ()
-            keys, values, k_scale, v_scale = now if quantized else fetch(i)
+            keys, values, k_scale, v_scale, k_exact = now if quantized else fetch(i)
             scores = self.scaled(self.scores(q, keys), k_scale)
+            if k_exact is not None:
+                scores = self.add_exact(scores, q_exact, k_exact)
             if masked:
                 slot = self.slots(work.block_at(i) * BLOCK)
                 seen = (slot < spread(g_end)) | ((slot >= spread(v_lo)) & (slot < spread(v_hi)))

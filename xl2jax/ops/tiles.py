@@ -27,7 +27,7 @@ from jax import lax
 
 from xl2jax.arithmetic import ceil_div, round_up
 from xl2jax.errors import UserError
-from xl2jax.ops.kv import KVArray, Source
+from xl2jax.ops.kv import KVArray, Source, channel_mask, exact_channels
 from xl2jax.ops.ranges import NEGATIVE, Ranges
 
 HEAD_WIDTHS = (64, 128)
@@ -159,11 +159,22 @@ class Work(NamedTuple):
         return jnp.where(i < self.unmasked, unmasked_id, masked_id)
 
 
+class ExactQueries(NamedTuple):
+    """The queries of a source with channels that are kept exactly (`QuantizedKV.exact`)."""
+
+    rest: jax.Array
+    """[B, K, R, H]: the queries, with zeros in those channels, whose codes are no numbers."""
+    exact: jax.Array
+    """[B, K, R, C]: those channels of the queries."""
+
+
 class Tiles(NamedTuple):
     """The arguments of a kernel."""
 
     q: jax.Array
     """[B, K, R, H]: folded and padded, R a multiple of the tile."""
+    exact_q: tuple[ExactQueries | None, ...]
+    """Of each source, where its keys have channels that are kept exactly."""
     k: tuple[KVArray, ...]
     """[rows, K, S, H] of each source."""
     v: tuple[KVArray, ...]
@@ -257,6 +268,7 @@ def attend_tiles(
     queries = jnp.pad(queries, ((0, 0), (0, 0), (0, padding), (0, 0)))
     arguments = Tiles(
         queries,
+        tuple(_exact_queries(queries, s) for s in sources),
         tuple(s.k for s in sources),
         tuple(s.v for s in sources),
         jnp.stack([s.rows for s in sources]),
@@ -268,6 +280,15 @@ def attend_tiles(
     out = out.reshape(batch, kv_heads, tokens, group, h).transpose(0, 2, 1, 3, 4)
     lse = lse.reshape(batch, kv_heads, tokens, group).transpose(0, 2, 1, 3)
     return out.reshape(q.shape).astype(q.dtype), lse.reshape(batch, tokens, heads)
+
+
+def _exact_queries(queries: jax.Array, source: Source) -> ExactQueries | None:
+    channels = exact_channels(source.k)  # [rows, K, C]
+    if channels is None:
+        return None
+    channels = channels[source.rows]
+    rest = jnp.where(channel_mask(channels, queries.shape[-1])[:, :, None], 0, queries)
+    return ExactQueries(rest, jnp.take_along_axis(queries, channels[:, :, None], axis=-1))
 
 
 def _merge_parts(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
