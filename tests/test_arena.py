@@ -174,7 +174,9 @@ def test_no_array_of_queries_times_slots() -> None:
     assert temporaries(80_000) == temporaries(8_000)
 
 
-@pytest.mark.parametrize("shape", [{"t": 20, "s": 77}, {"t": 9, "s": 40, "batch": 3, "rows": 2}])
+@pytest.mark.parametrize(
+    "shape", [pytest.param({"t": 20, "s": 77}, marks=pytest.mark.slow), {"t": 9, "s": 40, "batch": 3, "rows": 2}]
+)
 def test_gradients_are_those_of_the_reference(shape: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients through out and lse agree with autodiff of the reference. Batch rows may share a row of the arena."""
     monkeypatch.setattr(blockwise, "_tile_sizes", lambda queries, slots: (8, 16))

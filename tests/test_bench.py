@@ -129,6 +129,7 @@ def test_read(tmp_path: Path, command: Callable[..., tuple[int, str, str]], refu
     assert "no such video" in refused(bench.main, "read", "--video", tmp_path / "none.mp4")
 
 
+@pytest.mark.slow
 def test_a_file_from_reading_to_the_answer(
     checkpoint: Path, clip: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
@@ -167,6 +168,7 @@ def test_flops() -> None:
         assert flops.visible_pairs(layout, prefill, suffix=3) == dense_mask(layout, 3, prefill).sum()
 
 
+@pytest.mark.slow
 def test_products_in_fewer_bits_are_checked_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matrices, "_PAIRS", 1)
     rows = list(matrices.matrix_rows(100.0, 256, 512))

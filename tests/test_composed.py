@@ -185,6 +185,7 @@ def stack(rows: list[Rows[np.ndarray]]) -> Rows[jax.Array]:
     return Rows(*(jnp.asarray(np.stack(x)) for x in zip(*rows, strict=True)))
 
 
+@pytest.mark.slow
 def test_loss_equals_that_of_the_same_videos_in_frames(model: VideoXL2) -> None:
     size = model.config.vision.image_size
     scenes = [make_scene(2 * i, 1, events=1) for i in range(5)]

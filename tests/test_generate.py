@@ -197,6 +197,7 @@ def test_numbers_that_are_not_finite_are_an_error(where: str, model: xl2jax.Mode
         broken.ask(broken.watch(clip, FrameSampling(max_frames=16)), "What happens?", max_new_tokens=4)
 
 
+@pytest.mark.slow
 def test_float16_answers_and_says_when_it_overflows(checkpoint: Path, clip: Path) -> None:
     half = xl2jax.load(checkpoint, dtype="float16")
     video = half.watch(clip, FrameSampling(max_frames=16))
@@ -209,6 +210,7 @@ def test_float16_answers_and_says_when_it_overflows(checkpoint: Path, clip: Path
         large.watch(clip, FrameSampling(max_frames=16))
 
 
+@pytest.mark.slow
 def test_steps_of_eight_rows_and_unrolled_layers_say_the_same(
     model: xl2jax.Model, watched: xl2jax.WatchedVideo
 ) -> None:

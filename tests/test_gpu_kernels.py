@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.experimental.mosaic.gpu.utils as mosaic_utils
@@ -83,10 +84,10 @@ def some_ranges(tokens: int, slots: int, seed: int) -> Ranges:
 @pytest.mark.parametrize(
     ("name", "tokens", "slots", "heads", "kv_heads", "config"),
     [
-        ("wgmma", 40, 384, 4, 2, KernelConfig(TILE, 64, 2)),
+        pytest.param("wgmma", 40, 384, 4, 2, KernelConfig(TILE, 64, 2), marks=pytest.mark.slow),
         ("wgmma", 70, 512, 2, 1, KernelConfig(TILE, 128, 2)),
         ("wgmma", 1, 640, 7, 1, KernelConfig(TILE, 64, 4, splits=(3,))),
-        ("mma", 40, 384, 4, 2, KernelConfig(64, 32, 1)),
+        pytest.param("mma", 40, 384, 4, 2, KernelConfig(64, 32, 1), marks=pytest.mark.slow),
         ("mma", 70, 512, 2, 1, KernelConfig(128, 64, 1)),
         ("mma", 1, 640, 7, 1, KernelConfig(64, 64, 1, splits=(3,))),
     ],
@@ -146,7 +147,12 @@ def test_two_sources_are_merged(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("h", "heads", "text", "splits", "kept"),
-    [(64, 6, False, (2,), 0), (128, 14, True, (3, 1), 0), (64, 18, True, (1, 2), 0), (128, 14, True, (3, 1), 16)],
+    [
+        pytest.param(64, 6, False, (2,), 0, marks=pytest.mark.slow),
+        pytest.param(128, 14, True, (3, 1), 0, marks=pytest.mark.slow),
+        (64, 18, True, (1, 2), 0),
+        (128, 14, True, (3, 1), 16),
+    ],
 )
 def test_a_quantised_source_is_read_in_place(
     h: int, heads: int, text: bool, splits: tuple[int, ...], kept: int
@@ -183,6 +189,7 @@ def test_8_bits_in_float16_are_unpacked_first() -> None:
     assert (np.abs(lse - expected_lse) <= unit * expected_lse + 1e-4).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KERNELS)
 def test_more_heads_than_a_tile_has_rows(name: str) -> None:
     q, source = problem(Ranges(*np.array([[[100]], [[128]], [[200]]])), slots=256, heads=130, kv_heads=1)
@@ -278,14 +285,23 @@ LLM = PRESETS["video-xl-2"].llm
 SHAPES = [(2304, 60_928, 128, 1), (128, 380_032, 128, 1), (1, 380_032, 128, 1), (1, 192, 128, 1), (256, 1024, 64, 2)]
 """Tokens, slots, head width and batch of prefill, time tokens, decoding, a text cache, and another head width."""
 
+FAST_LOWERINGS = [("wgmma", "9.0", "int8"), ("mma", "8.0", "bfloat16"), ("mma", "12.0", "int8 kept")]
 
-@pytest.mark.parametrize("card", [("wgmma", "9.0"), *(("mma", c) for c in attention.MMA_CARDS)], ids="-".join)
-@pytest.mark.parametrize("kind", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow), "int8", "int8 kept"])
+
+@pytest.mark.parametrize(
+    ("name", "capability", "kind"),
+    [
+        pytest.param(*case, marks=() if case in FAST_LOWERINGS else pytest.mark.slow)
+        for case in itertools.product(
+            ["wgmma", "mma"], attention.MMA_CARDS, ["bfloat16", "float16", "int8", "int8 kept"]
+        )
+        if case[0] == "mma" or case[1] in attention.WGMMA_CARDS
+    ],
+)
 def test_lowers_for_cuda_at_the_released_shapes(
-    card: tuple[str, str], kind: str, monkeypatch: pytest.MonkeyPatch
+    name: str, capability: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the default sizes for each card. float16 and 8 bits are lowered at one shape, with the text of decoding."""
-    name, capability = card
     monkeypatch.setattr(mosaic_utils, "_infer_arch", lambda: tuple(map(int, capability.split("."))))
     shape = jax.ShapeDtypeStruct
     dtype = "float16" if kind == "float16" else "bfloat16"

@@ -35,6 +35,7 @@ def test_activations_follow_the_parameters(dtype: str, checkpoint: object) -> No
     assert logits.dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_bfloat16_errs_as_much_as_rounding_the_weights(checkpoint: Path, clip: Path) -> None:
     """The yardstick is the change that rounding the weights alone makes to the same cache in float32.
 

@@ -47,6 +47,7 @@ def test_cases_about_the_whole_video() -> None:
     assert [q.kind for q in alone.questions] == ["time"]
 
 
+@pytest.mark.slow
 def test_needle_command(checkpoint: Path, tmp_path: Path, command: Callable[..., tuple[int, str, str]]) -> None:
     """Random weights answer nothing; what is selected is counted, and the picture is written."""
     plot = tmp_path / "needle.png"

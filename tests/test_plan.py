@@ -54,10 +54,10 @@ def test_memory_is_near_that_measured() -> None:
 @pytest.mark.parametrize(
     ("name", "quantized", "weights"),
     [
-        ("tiny", False, None),
-        ("small", False, None),
+        pytest.param("tiny", False, None, marks=pytest.mark.slow),
+        pytest.param("small", False, None, marks=pytest.mark.slow),
         ("tiny", True, None),
-        ("small", False, "int8"),
+        pytest.param("small", False, "int8", marks=pytest.mark.slow),
         ("tiny", True, "int4"),
     ],
 )

@@ -128,6 +128,7 @@ def test_weights_that_are_not_finite(copied: Path) -> None:
             load_params(copied, None, weights)
 
 
+@pytest.mark.slow
 def test_the_bundled_model_answers_right(tmp_path: Path, command: Command) -> None:
     status, out, _ = command(demo_clip.main, tmp_path / "demo.mp4", "--seed", 1)
     assert status == 0
@@ -175,6 +176,7 @@ def test_converting_back_reads_every_part(stored: Path, tmp_path: Path) -> None:
     assert np.array_equal(flat["llm.norm.scale"], whole["llm.norm.scale"])
 
 
+@pytest.mark.slow
 def test_numbers_that_float16_cannot_hold(copied: Path, tmp_path: Path) -> None:
     """Refused when quantising, and when a folder that bfloat16 could hold is loaded in float16."""
     tensors = load_file(copied / SINGLE)

@@ -16,9 +16,17 @@ from xl2jax.inference.relevance import AttentionScorer, block_scores
 from xl2jax.ops.kv import quantize, unpack
 from xl2jax.prompt import suffix
 
+SLOW_CASES = [(300, 8, False, "squared"), (5000, 8, True, "mean"), (300, 96, False, "squared")]
 
-@pytest.mark.parametrize("heads", ["squared", "mean", "max"])
-@pytest.mark.parametrize(("slots", "tokens", "int8"), [(300, 8, False), (5000, 8, True), (300, 96, False)])
+
+@pytest.mark.parametrize(
+    ("slots", "tokens", "int8", "heads"),
+    [
+        (5000, 8, True, "squared"),
+        (300, 96, False, "max"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES),
+    ],
+)
 def test_attention_scores_are_attention_mass(
     heads: Any, slots: int, tokens: int, int8: bool, model: xl2jax.Model
 ) -> None:

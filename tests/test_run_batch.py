@@ -46,6 +46,7 @@ def run(
     return rows
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_the_library(
     run: Callable[..., list[dict[str, Any]]], lines: list[dict[str, Any]], model: xl2jax.Model, tmp_path: Path
 ) -> None:

@@ -72,6 +72,7 @@ def start(checkpoint: Path, clip: Path, tmp_path: Path) -> Iterator[Callable[...
             process.kill()
 
 
+@pytest.mark.slow
 def test_killed_and_terminated(start: Callable[..., Process], clip: Path, tmp_path: Path) -> None:
     """A killed server's file is found again; a terminated one first finishes its answer."""
     first = start()

@@ -34,7 +34,8 @@ SETTINGS = dataclasses.replace(
 RELEASED = PRESETS["video-xl-2"]
 
 
-@pytest.mark.parametrize("weights", ["int8", pytest.param("int4", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_gradients_are_those_on_the_unpacked_base(checkpoint: Path, weights: Weights) -> None:
     """Loss and gradients of the adapters, which also pass through every frozen matrix."""
     reader = ParamReader(checkpoint, "float32", weights)
@@ -62,6 +63,7 @@ def test_gradients_are_those_on_the_unpacked_base(checkpoint: Path, weights: Wei
         assert float(jnp.linalg.norm(actual.grads[n] - expected.grads[n])) < 1e-5 * whole, n
 
 
+@pytest.mark.slow
 def test_a_run_trains_resumes_and_merges(
     checkpoint: Path, tmp_path: Path, command: Callable[..., tuple[int, str, str]]
 ) -> None:

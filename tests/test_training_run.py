@@ -176,6 +176,7 @@ Checkpoints.save = lambda *x: (save(*x), os.kill(os.getpid(), signal.SIGKILL))
 """
 
 
+@pytest.mark.slow
 def test_learns_stops_resumes_exports_and_answers(
     trained: Trained,
     start: Start,
@@ -239,6 +240,7 @@ def test_learns_stops_resumes_exports_and_answers(
         assert out.strip() == ANSWERS[i]
 
 
+@pytest.mark.slow
 def test_adapters_train_resume_and_merge_into_the_checkpoint(
     trained: Trained, checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -389,6 +391,7 @@ Checkpoints.save = lambda *x: (resource.setrlimit(resource.RLIMIT_FSIZE, (100_00
 """
 
 
+@pytest.mark.slow
 def test_a_failed_save_gives_one_line(trained: Trained, start: Start, single: Path, tmp_path: Path) -> None:
     """On a full disk the earlier checkpoint is unchanged, and the run resumes from it when there is space.
 

@@ -75,6 +75,7 @@ def micro(model: xl2jax.Model) -> object:
     return jax.jit(lambda params, *batch: gradients(config, params, {}, *batch), compiler_options=FAST_COMPILE)
 
 
+@pytest.mark.slow
 def test_rows_and_packed_rows_add_up_to_the_batch(micro, params, batch) -> None:  # type: ignore[no-untyped-def]
     whole: Sums = micro(params, *batch)
     alone = [jnp.asarray([[True], [False]]), jnp.asarray([[False], [True]])]
@@ -99,6 +100,7 @@ def test_rows_and_packed_rows_add_up_to_the_batch(micro, params, batch) -> None:
     assert float(unseparated.loss) != pytest.approx(float(whole.loss), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_adapters_start_at_zero_and_merge_exactly(model: xl2jax.Model, params: Params, batch, micro) -> None:  # type: ignore[no-untyped-def]
     lora = LoRAConfig(rank=4, alpha=8.0)
     shapes = parameter_shapes(model.config, lora)
@@ -190,6 +192,7 @@ def moved(model: xl2jax.Model, params: Params, batch: tuple[np.ndarray, TokenBat
     return np.concatenate([np.abs(np.asarray(after[n]) - np.asarray(p)).ravel() for n, p in before.items()])
 
 
+@pytest.mark.slow
 def test_bfloat16_compute_moves_weights_as_far_as_float32(model, params, batch) -> None:  # type: ignore[no-untyped-def]
     """Weights stored in bfloat16 would not change: a step of 1e-5 is far below half of their spacing."""
     text = (batch[0][1:], TokenBatch(*(x[1:, :12] for x in batch[1])))

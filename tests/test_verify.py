@@ -34,7 +34,8 @@ def check_all_there(report: dict[str, Any], folder: Path, *, trained: bool) -> N
     assert (norm in names) == trained
 
 
-@pytest.mark.parametrize("case", ["tiny", pytest.param("wide", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["tiny", "wide"])
 def test_float64_agrees_on_any_machine(case: str, goldens: Path) -> None:
     """All stages, masks, caches, logits, losses and gradients agree to 1e-9. Rounding differs by up to 1e-11.
 
