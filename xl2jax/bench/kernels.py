@@ -140,8 +140,8 @@ def check(attention: Attention) -> list[dict[str, Any]]:
             q, ranges = q[:, -1:], ranges.select(slice(-1, None))
         source = Source(k, v, jnp.zeros(1, jnp.int32), ranges)
         if name in _DECODE:
-            k, v = _stored(k, v, name)
-            source = source._replace(k=k, v=v)
+            stored_k, stored_v = _stored(k, v, name)
+            source = source._replace(k=stored_k, v=stored_v)
         # Numbers of 8 bits are unpacked to float32, so that rounding them to 8 bits is not counted.
         wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, (q, source))
         with jax.default_matmul_precision("highest"):
@@ -202,12 +202,12 @@ def dense_row(groups: int, ceiling: float) -> dict[str, Any]:
 def decode_row(attention: Attention, groups: int, copy_gb_s: float, name: str) -> dict[str, Any]:
     """Times one token over the whole dense cache of a video, stored as `name` says."""
     tokens, slots = video_queries(groups, 3)
-    q, *kv = arrays(1, slots, groups)
+    q, k, v = arrays(1, slots, groups)
     ranges = jax.tree.map(jnp.asarray, tokens.ranges.select(slice(-1, None)).batched())
     row = jnp.zeros(1, jnp.int32)
-    k, v = _stored(*kv, name)
-    taken = seconds(functools.partial(attend, attention), q, k, v, row, ranges)
-    rate = sum(x.nbytes for x in jax.tree.leaves((k, v))) / taken / 1e9
+    stored = _stored(k, v, name)
+    taken = seconds(functools.partial(attend, attention), q, *stored, row, ranges)
+    rate = sum(x.nbytes for x in jax.tree.leaves(stored)) / taken / 1e9
     return {
         "op": name,
         "kernel": attention.name,
