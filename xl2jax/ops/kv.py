@@ -59,7 +59,8 @@ class Source(NamedTuple):
     v: KVArray
     """[R, K, S, H]"""
     rows: Any
-    """int32 [B]: the row of k and v that each batch row reads, in place unless it has to be unpacked."""
+    """int32 [B]: the row of k and v that each batch row reads, in place unless it has to be unpacked. None where every
+    batch row has its own, in order (R is B)."""
     ranges: Ranges
     """int32 [B, T] each."""
 
@@ -80,7 +81,10 @@ class Source(NamedTuple):
 
 
 def unpack_row(source: Source) -> Source:
-    """A quantised source with only the rows that are read, unpacked. Other sources are returned as they are."""
+    """A quantised source with only the rows that are read, unpacked. Other sources are returned as they are.
+
+    Not for a source whose `rows` are None.
+    """
     if not source.quantized:
         return source
     k, v = (unpack(jax.tree.map(lambda a: a[source.rows], x)) for x in (source.k, source.v))
