@@ -19,8 +19,8 @@ import xl2jax
 from xl2jax import FrameSampling, PrefillConfig, TokenSampling
 from xl2jax.arithmetic import ceil_div
 from xl2jax.errors import UserError
-from xl2jax.inference import bilevel, compiled, generate, memory, relevance, session
-from xl2jax.inference.answering import decode
+from xl2jax.inference import bilevel, compiled, decoding, generate, memory, relevance, session
+from xl2jax.inference.answering import Answering, decode
 from xl2jax.inference.decoding import answer_tokens
 from xl2jax.inference.generate import extend, sample
 from xl2jax.models.param_tree import flatten, unflatten
@@ -68,28 +68,74 @@ def test_answer_streams_what_it_returns(model: xl2jax.Model, watched: xl2jax.Wat
 def test_answers_decoded_together_are_those_decoded_alone(
     model: xl2jax.Model, watched: xl2jax.WatchedVideo, clip: Path
 ) -> None:
-    """Of two videos, with several limits and samplings: seven answers run as batches of 4, 2 and 1, and fewer later."""
+    """Of videos of two lengths, with several limits and samplings. Answers join and leave while others run."""
+    with model.watch(clip, FrameSampling(fps=None, max_frames=60)) as short:
+        check_together(model, [watched, short, short, watched, watched])
+
+
+@pytest.mark.slow
+def test_many_kinds_of_answers_are_decoded_together(
+    model: xl2jax.Model, watched: xl2jax.WatchedVideo, clip: Path
+) -> None:
+    """Of videos of several lengths, and of KV in 8 bits, which has rows of its own."""
+    with (
+        model.watch(clip, FrameSampling(fps=None, max_frames=60)) as short,
+        model.watch(clip, FrameSampling(fps=None, max_frames=132)) as other,
+        model.watch(clip, cache=xl2jax.CacheConfig("int8")) as quantized,
+    ):
+        check_together(model, [watched, short, other, watched, quantized, quantized, short, other, short, watched])
+
+
+def check_together(model: xl2jax.Model, videos: list[xl2jax.WatchedVideo]) -> None:
+    """Two further answers begin in each round. All texts are those of the same questions asked alone."""
+    options: list[dict[str, Any]] = [
+        {"max_new_tokens": 1 + 9 * n, "seed": n, "sampling": TokenSampling(0.8, 0.9) if n % 2 else None}
+        for n in range(len(videos))
+    ]
+    cases = list(enumerate(zip(videos, options, strict=True)))
+    alone = [model.ask(video, f"What is {n}?", **o) for n, (video, o) in cases]
+    texts, waiting, running = [""] * len(cases), cases[::-1], dict[int, Answering]()
+    answers = {}
+    while waiting or running:
+        for n, (video, o) in waiting[:2]:
+            running[n] = model.start_answer(video, f"What is {n}?", **o)
+        del waiting[:2]
+        decode(list(running.values()))
+        for n, answering in list(running.items()):
+            texts[n] += answering.read()
+            if answering.finished:
+                answers[n] = running.pop(n)
+    for n, answer in enumerate(alone):
+        assert answers[n].answer.text == texts[n] == answer.text
+        assert (answers[n].new_tokens, answers[n].answer.finish_reason) == (answer.new_tokens, answer.finish_reason)
+
+
+def test_many_questions_at_once(model: xl2jax.Model, watched: xl2jax.WatchedVideo, clip: Path) -> None:
+    """More questions than run at a time get their own answers, in order."""
     with model.watch(clip, FrameSampling(fps=None, max_frames=132)) as other:
-        options: list[dict[str, Any]] = [
-            {"max_new_tokens": 1 + 9 * n, "seed": n, "sampling": TokenSampling(0.8, 0.9) if n % 2 else None}
-            for n in range(7)
-        ]
-        videos = [watched, other] * 4
-        alone = [
-            model.ask(video, f"What is {n}?", **o) for n, (video, o) in enumerate(zip(videos, options, strict=False))
-        ]
-        together = [
-            model.start_answer(video, f"What is {n}?", **o)
-            for n, (video, o) in enumerate(zip(videos, options, strict=False))
-        ]
-        texts = [""] * len(together)
-        while running := [a for a in together if not a.finished]:
-            decode(running)
-            for a in running:
-                texts[together.index(a)] += a.read()
-    for answering, text, answer in zip(together, texts, alone, strict=True):
-        assert answering.answer.text == text == answer.text
-        assert (answering.new_tokens, answering.answer.finish_reason) == (answer.new_tokens, answer.finish_reason)
+        cases = [(video, f"What is {n}?") for n, video in enumerate([watched, other, watched])]
+        answers = model.ask_many(iter(cases), together=2, max_new_tokens=12)
+        assert [a.text for a in answers] == [model.ask(*case, max_new_tokens=12).text for case in cases]
+        assert [a.question for a in answers] == [question for _, question in cases]
+    with pytest.raises(UserError, match="together"):
+        model.ask_many([], together=0)
+
+
+def test_answers_that_do_not_fit_together_are_decoded_in_parts(
+    model: xl2jax.Model, watched: xl2jax.WatchedVideo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No memory for rows: each answer reads its context where it is."""
+    expected = [model.ask(watched, f"What is {n}?", max_new_tokens=12).text for n in range(2)]
+    answers = [model.start_answer(watched, f"What is {n}?", max_new_tokens=12) for n in range(2)]
+    monkeypatch.setattr(decoding.memory, "available_bytes", lambda: 0)
+    texts = ["", ""]
+    while running := [a for a in answers if not a.finished]:
+        decode(running)
+        for a in running:
+            assert a._decoding is not None
+            assert a._decoding.rows.count == 1
+            texts[answers.index(a)] += a.read()
+    assert texts == expected
 
 
 def test_decoding_equals_one_run_over_all_tokens(model: xl2jax.Model, watched: xl2jax.WatchedVideo) -> None:

@@ -115,7 +115,7 @@ class _Rows:
     @classmethod
     def of_many(cls, network: Network, answers: Sequence[Decoding]) -> _Rows:
         """Rows for answers that are in other rows, and for some more where the number is no power of two."""
-        count, slots = row_count(len(answers)), max(answer.slots for answer in answers)
+        count, slots = row_count(len(answers)), row_slots(max(answer.slots for answer in answers))
         contexts = compiled.empty_rows(
             network.config.llm,
             count,
@@ -203,6 +203,12 @@ def row_count(answers: int) -> int:
     return 1 << (answers - 1).bit_length()
 
 
+def row_slots(slots: int) -> int:
+    """Slots of rows for contexts of up to so many: 2 or 3 times a power of two, so that few programs are compiled."""
+    power = 1 << (slots - 1).bit_length()
+    return 3 * power // 4 if 4 * slots <= 3 * power else power
+
+
 def _in_one_row(network: Network, cache: KVCache) -> RowCache:
     """A cache [L, K, S, H] as that of one answer, without a copy."""
 
@@ -248,7 +254,11 @@ def _in_rows(network: Network, group: list[Decoding]) -> list[tuple[_Rows, list[
                 if answer.rows is not rows:
                     rows.admit(answer)
             return [(rows, group)]
-    need = count * group[0].slots * memory.slot_bytes(network.config, network.dtype, quantized=group[0].quantized)
+    need = (
+        count
+        * row_slots(group[0].slots)
+        * memory.slot_bytes(network.config, network.dtype, quantized=group[0].quantized)
+    )
     if len(group) > 1 and need > memory.available_bytes() // 2:
         half = len(group) // 2
         return _in_rows(network, group[:half]) + _in_rows(network, group[half:])
