@@ -19,6 +19,7 @@ from xl2jax.serving.engine import Engine
 from xl2jax.serving.limits import Limits
 from xl2jax.serving.media import Library, MediaRules
 from xl2jax.serving.metrics import Metrics
+from xl2jax.serving.partial import PartialUploads
 from xl2jax.serving.server import listen
 from xl2jax.serving.service import Service
 from xl2jax.serving.uploads import Uploads
@@ -58,6 +59,7 @@ def make_service(
         videos=videos,
         library=Library(rules, limits, uploads, spool),
         uploads=uploads,
+        partial=PartialUploads(folder / "parts", uploads),
         limits=limits,
         metrics=metrics,
         **{"bilevel": xl2jax.BilevelConfig(), "hosts": ("127.0.0.1",)} | options,

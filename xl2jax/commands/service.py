@@ -145,6 +145,7 @@ def build_service(args: ServiceArgs, spool: Path) -> Service:
     from xl2jax.serving.limits import Limits
     from xl2jax.serving.media import Library, MediaRules
     from xl2jax.serving.metrics import Metrics
+    from xl2jax.serving.partial import PartialUploads
     from xl2jax.serving.service import Service
     from xl2jax.serving.uploads import Uploads
     from xl2jax.serving.videos import Budgets, WatchedVideos
@@ -167,7 +168,9 @@ def build_service(args: ServiceArgs, spool: Path) -> Service:
     bilevel, cache = BilevelConfig(pool=compute.pool), CacheConfig(compute.cache_dtype)
     prefill = PrefillFlags(window_chunks=compute.window_chunks).config()
     try:
-        uploads = Uploads((keep.cache_dir or spool) / "uploads", limits.video_bytes, int(keep.disk_gib * 2**30))
+        kept = keep.cache_dir or spool
+        uploads = Uploads(kept / "uploads", limits.video_bytes, int(keep.disk_gib * 2**30))
+        partial = PartialUploads(kept / "parts", uploads)
         folder = None if keep.cache_dir is None else keep.cache_dir / "videos"
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -202,6 +205,7 @@ def build_service(args: ServiceArgs, spool: Path) -> Service:
         videos=videos,
         library=Library(MediaRules(media.media_root, downloads), limits, uploads, work),
         uploads=uploads,
+        partial=partial,
         limits=limits,
         metrics=metrics,
         bilevel=bilevel,
