@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -131,8 +132,8 @@ def check_service(args: ServiceArgs) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be 0 or more")
 
 
-def build_service(args: ServiceArgs, spool: Path) -> Service:
-    """Loads the model and builds the server around it."""
+def build_service(args: ServiceArgs, spool: Path, warm_up_frames: int = 0) -> Service:
+    """Loads the model and builds the server around it. `warm_up_frames`: see `serve --warm-up`."""
     import xl2jax
     from xl2jax.checkpoint.params import stored_config
     from xl2jax.checkpoint.sources import find_checkpoint
@@ -149,6 +150,7 @@ def build_service(args: ServiceArgs, spool: Path) -> Service:
     from xl2jax.serving.service import Service
     from xl2jax.serving.uploads import Uploads
     from xl2jax.serving.videos import Budgets, WatchedVideos
+    from xl2jax.serving.warm_up import warm_up
     from xl2jax.system.backend import start_backend
 
     media, keep, given, compute = args.media, args.keep, args.limits, args.compute
@@ -201,7 +203,18 @@ def build_service(args: ServiceArgs, spool: Path) -> Service:
     return Service(
         model=name,
         tokenizer=model.tokenizer,
-        engine=Engine(model, videos, limits, metrics, finish_abandoned=keep.finish_abandoned),
+        engine=Engine(
+            model,
+            videos,
+            limits,
+            metrics,
+            finish_abandoned=keep.finish_abandoned,
+            warm_up=functools.partial(
+                warm_up, model, warm_up_frames, limits.answers, prefill=prefill, cache=cache, bilevel=bilevel
+            )
+            if warm_up_frames
+            else None,
+        ),
         videos=videos,
         library=Library(MediaRules(media.media_root, downloads), limits, uploads, work),
         uploads=uploads,

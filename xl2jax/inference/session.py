@@ -279,11 +279,11 @@ def new_text(network: Network, suffix: SuffixIds, new_tokens: int) -> KVCache:
 def text_slots(network: Network, tokens: int) -> int:
     """Slots of a cache that has to hold `tokens` of a question and its answer, one of few sizes.
 
-    CPUs read all slots of an answer, so that theirs grow in smaller steps.
+    CPUs read all slots of an answer, so that theirs begin with fewer.
     """
-    slots, factor = (128, 2) if network.platform == "cpu" else (512, 4)
+    slots = 128 if network.platform == "cpu" else 512
     while slots < tokens:
-        slots *= factor
+        slots *= 4
     return slots
 
 

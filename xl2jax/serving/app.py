@@ -96,7 +96,7 @@ async def _health(request: Request) -> Response:
 
 async def _ready(request: Request) -> Response:
     service = service_of(request)
-    ready = service.engine.alive and not service.draining
+    ready = service.engine.ready and not service.draining
     return JSONResponse({"status": "ready" if ready else "not ready"}, 200 if ready else 503)
 
 
