@@ -19,10 +19,12 @@ from xl2jax.serving.engine import Engine
 from xl2jax.serving.limits import Limits
 from xl2jax.serving.media import Library, MediaRules
 from xl2jax.serving.metrics import Metrics
+from xl2jax.serving.partial import PartialUploads
 from xl2jax.serving.server import listen
 from xl2jax.serving.service import Service
 from xl2jax.serving.uploads import Uploads
 from xl2jax.serving.videos import Budgets, WatchedVideos
+from xl2jax.serving.warm_up import warm_up
 
 GIB = 1 << 30
 
@@ -36,6 +38,7 @@ def make_service(
     budgets: Budgets = Budgets(GIB, 0, GIB),  # noqa: B008 (frozen)
     keep: bool = True,
     finish_abandoned: bool = False,
+    warm_up_frames: int = 0,
     **options: Any,
 ) -> Service:
     """A service whose files lie in `folder`. The engine is not started."""
@@ -48,16 +51,25 @@ def make_service(
         prefill=xl2jax.PrefillConfig(),
         cache=CacheConfig(),
     )
+    settings: Any = {"prefill": videos.prefill, "cache": videos.cache, "bilevel": xl2jax.BilevelConfig()}
     uploads = Uploads(folder / "uploads", limits.video_bytes, 2 * limits.video_bytes)
     spool = folder / "spool"
     spool.mkdir(exist_ok=True)
     return Service(
         model="tiny",
         tokenizer=model.tokenizer,
-        engine=Engine(model, videos, limits, metrics, finish_abandoned=finish_abandoned),
+        engine=Engine(
+            model,
+            videos,
+            limits,
+            metrics,
+            finish_abandoned=finish_abandoned,
+            warm_up=(lambda: warm_up(model, warm_up_frames, limits.answers, **settings)) if warm_up_frames else None,
+        ),
         videos=videos,
         library=Library(rules, limits, uploads, spool),
         uploads=uploads,
+        partial=PartialUploads(folder / "parts", uploads),
         limits=limits,
         metrics=metrics,
         **{"bilevel": xl2jax.BilevelConfig(), "hosts": ("127.0.0.1",)} | options,

@@ -19,8 +19,9 @@ import xl2jax
 from xl2jax import FrameSampling, PrefillConfig, TokenSampling
 from xl2jax.arithmetic import ceil_div
 from xl2jax.errors import UserError
-from xl2jax.inference import bilevel, compiled, generate, memory, relevance, session
-from xl2jax.inference.answering import decode
+from xl2jax.inference import bilevel, compiled, decoding, generate, memory, relevance, session
+from xl2jax.inference.answering import Answering, decode
+from xl2jax.inference.decoding import answer_tokens
 from xl2jax.inference.generate import extend, sample
 from xl2jax.models.param_tree import flatten, unflatten
 from xl2jax.ops.attention import BLOCKWISE
@@ -28,19 +29,25 @@ from xl2jax.prompt import PromptTokenizer
 
 
 def test_greedy_takes_the_largest() -> None:
-    assert int(sample(jnp.array([0.0, 3.0, 1.0]), jax.random.key(0), TokenSampling().traced())) == 1
-    tiny = TokenSampling(1e-38, 0.5).traced()
-    assert int(sample(jnp.array([0.0, 3.0, 2.999]), jax.random.key(0), tiny)) == 1
+    tiny = TokenSampling(1e-38, 0.5)
+    logits = jnp.array([[0.0, 3.0, 1.0], [0.0, 3.0, 2.999]])
+    assert drawn(logits, [TokenSampling(), tiny]) == [1, 1]
+
+
+def drawn(logits: jax.Array, configs: list[TokenSampling], seed: int = 0) -> list[int]:
+    """A token from each row of logits."""
+    settings = generate.Sampling(*(np.stack(x) for x in zip(*(c.traced() for c in configs), strict=True)))
+    return sample(logits, jax.random.split(jax.random.key(seed), len(configs)), settings).tolist()  # type: ignore[no-any-return]
 
 
 def test_sampling_follows_temperature_and_top_p() -> None:
     p = np.array([0.5, 0.3, 0.15, 0.05])
     logits = jnp.log(jnp.asarray(p, jnp.float32))
-    keys = jax.random.split(jax.random.key(0), 4000)
+    count = 4000
 
     def frequencies(config: TokenSampling) -> np.ndarray:
-        drawn = jax.vmap(lambda k: sample(logits, k, config.traced()))(keys)
-        return np.bincount(drawn, minlength=4) / len(keys)
+        tokens = drawn(jnp.broadcast_to(logits, (count, 4)), [config] * count)
+        return np.bincount(tokens, minlength=4) / count
 
     assert np.allclose(frequencies(TokenSampling(1.0)), p, atol=0.03)
     assert np.allclose(frequencies(TokenSampling(1.0, 0.7)), [0.625, 0.375, 0, 0], atol=0.03)
@@ -61,28 +68,74 @@ def test_answer_streams_what_it_returns(model: xl2jax.Model, watched: xl2jax.Wat
 def test_answers_decoded_together_are_those_decoded_alone(
     model: xl2jax.Model, watched: xl2jax.WatchedVideo, clip: Path
 ) -> None:
-    """Of two videos, with several limits and samplings: seven answers run as batches of 4, 2 and 1, and fewer later."""
+    """Of videos of two lengths, with several limits and samplings. Answers join and leave while others run."""
+    with model.watch(clip, FrameSampling(fps=None, max_frames=60)) as short:
+        check_together(model, [watched, short, short, watched, watched])
+
+
+@pytest.mark.slow
+def test_many_kinds_of_answers_are_decoded_together(
+    model: xl2jax.Model, watched: xl2jax.WatchedVideo, clip: Path
+) -> None:
+    """Of videos of several lengths, and of KV in 8 bits, which has rows of its own."""
+    with (
+        model.watch(clip, FrameSampling(fps=None, max_frames=60)) as short,
+        model.watch(clip, FrameSampling(fps=None, max_frames=132)) as other,
+        model.watch(clip, cache=xl2jax.CacheConfig("int8")) as quantized,
+    ):
+        check_together(model, [watched, short, other, watched, quantized, quantized, short, other, short, watched])
+
+
+def check_together(model: xl2jax.Model, videos: list[xl2jax.WatchedVideo]) -> None:
+    """Two further answers begin in each round. All texts are those of the same questions asked alone."""
+    options: list[dict[str, Any]] = [
+        {"max_new_tokens": 1 + 9 * n, "seed": n, "sampling": TokenSampling(0.8, 0.9) if n % 2 else None}
+        for n in range(len(videos))
+    ]
+    cases = list(enumerate(zip(videos, options, strict=True)))
+    alone = [model.ask(video, f"What is {n}?", **o) for n, (video, o) in cases]
+    texts, waiting, running = [""] * len(cases), cases[::-1], dict[int, Answering]()
+    answers = {}
+    while waiting or running:
+        for n, (video, o) in waiting[:2]:
+            running[n] = model.start_answer(video, f"What is {n}?", **o)
+        del waiting[:2]
+        decode(list(running.values()))
+        for n, answering in list(running.items()):
+            texts[n] += answering.read()
+            if answering.finished:
+                answers[n] = running.pop(n)
+    for n, answer in enumerate(alone):
+        assert answers[n].answer.text == texts[n] == answer.text
+        assert (answers[n].new_tokens, answers[n].answer.finish_reason) == (answer.new_tokens, answer.finish_reason)
+
+
+def test_many_questions_at_once(model: xl2jax.Model, watched: xl2jax.WatchedVideo, clip: Path) -> None:
+    """More questions than run at a time get their own answers, in order."""
     with model.watch(clip, FrameSampling(fps=None, max_frames=132)) as other:
-        options: list[dict[str, Any]] = [
-            {"max_new_tokens": 1 + 9 * n, "seed": n, "sampling": TokenSampling(0.8, 0.9) if n % 2 else None}
-            for n in range(7)
-        ]
-        videos = [watched, other] * 4
-        alone = [
-            model.ask(video, f"What is {n}?", **o) for n, (video, o) in enumerate(zip(videos, options, strict=False))
-        ]
-        together = [
-            model.start_answer(video, f"What is {n}?", **o)
-            for n, (video, o) in enumerate(zip(videos, options, strict=False))
-        ]
-        texts = [""] * len(together)
-        while running := [a for a in together if not a.finished]:
-            decode(running)
-            for a in running:
-                texts[together.index(a)] += a.read()
-    for answering, text, answer in zip(together, texts, alone, strict=True):
-        assert answering.answer.text == text == answer.text
-        assert (answering.new_tokens, answering.answer.finish_reason) == (answer.new_tokens, answer.finish_reason)
+        cases = [(video, f"What is {n}?") for n, video in enumerate([watched, other, watched])]
+        answers = model.ask_many(iter(cases), together=2, max_new_tokens=12)
+        assert [a.text for a in answers] == [model.ask(*case, max_new_tokens=12).text for case in cases]
+        assert [a.question for a in answers] == [question for _, question in cases]
+    with pytest.raises(UserError, match="together"):
+        model.ask_many([], together=0)
+
+
+def test_answers_that_do_not_fit_together_are_decoded_in_parts(
+    model: xl2jax.Model, watched: xl2jax.WatchedVideo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No memory for rows: each answer reads its context where it is."""
+    expected = [model.ask(watched, f"What is {n}?", max_new_tokens=12).text for n in range(2)]
+    answers = [model.start_answer(watched, f"What is {n}?", max_new_tokens=12) for n in range(2)]
+    monkeypatch.setattr(decoding.memory, "available_bytes", lambda: 0)
+    texts = ["", ""]
+    while running := [a for a in answers if not a.finished]:
+        decode(running)
+        for a in running:
+            assert a._decoding is not None
+            assert a._decoding.rows.count == 1
+            texts[answers.index(a)] += a.read()
+    assert texts == expected
 
 
 def test_decoding_equals_one_run_over_all_tokens(model: xl2jax.Model, watched: xl2jax.WatchedVideo) -> None:
@@ -93,7 +146,7 @@ def test_decoding_equals_one_run_over_all_tokens(model: xl2jax.Model, watched: x
     suffix = session.suffix_ids(text.ids, text.first, text.last)
     network, context = model.network, watched.kv.cache
     state, _ = session.start_answer(network, context, suffix, new_tokens=limit, stop=stop, sampling=greedy)
-    *_, answer = session.answer_tokens(network, context, state, new_tokens=limit, stop=stop, sampling=greedy)
+    *_, answer = answer_tokens(network, context, state, new_tokens=limit, stop=stop, sampling=greedy)
     assert len(answer) == limit
     llm = network.model.llm
     ids = np.array(text.ids + answer[:-1])
@@ -109,7 +162,7 @@ def test_stops_at_the_end_token(model: xl2jax.Model, watched: xl2jax.WatchedVide
 
     def answer(stop: np.ndarray) -> list[int]:
         state, _ = session.start_answer(network, context, suffix, new_tokens=10, stop=stop, sampling=greedy)
-        *_, answered = session.answer_tokens(network, context, state, new_tokens=10, stop=stop, sampling=greedy)
+        *_, answered = answer_tokens(network, context, state, new_tokens=10, stop=stop, sampling=greedy)
         return answered
 
     free = answer(np.array([-1], np.int32))
@@ -142,9 +195,10 @@ def count_traces(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
 def test_other_questions_compile_nothing(
     model: xl2jax.Model, watched: xl2jax.WatchedVideo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Questions may differ in their words, temperature, top-p, seed and length of the answer."""
+    """Questions may differ in their words, temperature, top-p, seed and length of the answer, once a long one was asked."""
     rng = np.random.default_rng(0)
-    model.ask(watched, "What happens?", max_new_tokens=6)
+    for words in ("What happens?", "and what now? " * 4):
+        model.ask(watched, words, max_new_tokens=300, sampling=TokenSampling(1.0))
     count_traces(monkeypatch, 0)
     for number in range(20):
         sampling = TokenSampling(float(rng.uniform(0, 2)), float(rng.uniform(0.1, 1)))
@@ -155,9 +209,9 @@ def test_other_questions_compile_nothing(
 def test_a_longer_history_compiles_little(
     model: xl2jax.Model, watched: xl2jax.WatchedVideo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A conversation of 20 turns needs three sizes of text. Each program is traced once for each further size."""
+    """A conversation of 20 turns needs few sizes of text. Each program is traced once for each further size."""
     model.ask(watched, "What happens?", max_new_tokens=6)
-    count_traces(monkeypatch, 2)
+    count_traces(monkeypatch, 4)
     turn = ("And what happens next?", "Nothing that was not there before.")
     for turns in (0, 1, 3, 7, 11, 20):
         answer = model.ask(watched, "And what happens next?", max_new_tokens=6, history=[turn] * turns)
@@ -223,8 +277,7 @@ def test_steps_of_eight_rows_and_unrolled_layers_say_the_same(
         state, _ = session.start_answer(
             net, watched.kv.cache, suffix, new_tokens=new_tokens, stop=stop, sampling=greedy
         )
-        assert state.text.slots == 512
-        *_, ids = session.answer_tokens(net, watched.kv.cache, state, new_tokens=new_tokens, stop=stop, sampling=greedy)
+        *_, ids = answer_tokens(net, watched.kv.cache, state, new_tokens=new_tokens, stop=stop, sampling=greedy)
         answers.append(ids)
     assert len(answers[0]) == new_tokens
     assert answers[0] == answers[1]

@@ -16,12 +16,16 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xl2jax.config import PRESETS
 from xl2jax.errors import UserError
+from xl2jax.inference import compiled
 from xl2jax.inference.layout import PrefillConfig, VideoLayout, natural_ranges
+from xl2jax.inference.network import Network
+from xl2jax.models.video_xl2 import abstract_model
 from xl2jax.ops import attention, mma, tiles, wgmma
 from xl2jax.ops.attention import Attention, arena_attention
 from xl2jax.ops.kv import Source, quantize
@@ -318,6 +322,27 @@ def test_lowers_for_cuda_at_the_released_shapes(
         run = jax.jit(functools.partial(arena_attention, attention=Attention(name, capability)))
         lowered = run.trace(q, *sources).lower(lowering_platforms=("cuda",))
         assert "mosaic_gpu" in lowered.as_text()
+
+
+@pytest.mark.parametrize("name", ["wgmma", "mma"])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_answers_together_are_lowered_with_one_launch_a_layer(
+    name: str, quantized: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight answers at the released width: all contexts and all texts are read by one kernel."""
+    monkeypatch.setattr(mosaic_utils, "_infer_arch", lambda: (9, 0))
+    config = dataclasses.replace(PRESETS["video-xl-2"], llm=dataclasses.replace(LLM, layers=2))
+    params = jax.eval_shape(lambda: nnx.state(abstract_model(config, jnp.bfloat16)))
+    network = Network(config, params, Attention(name), "gpu")
+    count, slots, text = 8, 6144, 512
+    rows = functools.partial(compiled.empty_rows, config.llm, count, slots, "bfloat16", quantized=quantized)
+    contexts = jax.eval_shape(rows)
+    state, sampling = jax.eval_shape(lambda: compiled.empty_state(config.llm, count, text, "bfloat16", separate=False))
+    limits, stop = (jax.ShapeDtypeStruct((n,), jnp.int32) for n in (count, 1))
+    traced = compiled.decode.trace(network, None, contexts, state, limits, stop, sampling, size=8)
+    lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert lowered.count("custom_call @mosaic_gpu") == 1  # the layers call one function
+    assert lowered.count("call @_attend(") == config.llm.layers
 
 
 @dataclasses.dataclass

@@ -344,6 +344,14 @@ def test_channels_with_large_key_biases_are_kept(biased: xl2jax.Model, clip: Pat
         x.close()
 
 
+def test_answers_that_are_decoded_together_keep_channels_too(biased: xl2jax.Model, clip: Path) -> None:
+    with biased.watch(clip, cache=INT8) as video:
+        questions = [QUESTION, "What colour was the star?"]
+        alone = [biased.ask(video, q, max_new_tokens=6).text for q in questions]
+        together = [a.text for a in biased.ask_many([(video, q) for q in questions], max_new_tokens=6)]
+    assert together == alone
+
+
 def test_the_log_says_once_that_channels_are_kept(
     model: xl2jax.Model, biased: xl2jax.Model, caplog: pytest.LogCaptureFixture
 ) -> None:

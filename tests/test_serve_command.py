@@ -29,7 +29,19 @@ class Process:
     """A running server."""
 
     def __init__(self, checkpoint: Path, log: Path, *flags: object):
-        command = [sys.executable, "-m", "xl2jax", "serve", "--checkpoint", checkpoint, "--port", 0, *flags]
+        command = [
+            sys.executable,
+            "-m",
+            "xl2jax",
+            "serve",
+            "--checkpoint",
+            checkpoint,
+            "--port",
+            0,
+            "--warm-up",
+            0,
+            *flags,
+        ]
         self._log = log
         with open(log, "wb") as err:
             self.process = subprocess.Popen([*map(str, command)], stderr=err)
@@ -140,6 +152,7 @@ def test_killed_at_random_moments(start: Callable[..., Process], tmp_path: Path)
         (("--max-queue", 0), "--max-queue must be"),
         (("--max-frames", 2), "--max-frames must be"),
         (("--disk-gib", -1), "--disk-gib"),
+        (("--warm-up", 2), "--warm-up must be 0, or from 4"),
         (("--grace-seconds", "nan"), "--grace-seconds must be above 0"),
     ],
 )

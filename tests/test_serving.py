@@ -6,7 +6,10 @@ import asyncio
 import base64
 import io
 import json
+import re
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,8 @@ import httpx2
 import numpy as np
 import openai
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from serving import make_service, metric, served, wait_for
 
@@ -223,6 +228,86 @@ def test_the_requests_of_lmms_eval(client: openai.OpenAI, model: xl2jax.Model, m
         assert answer.choices[0].message.content == model.ask(video, QUESTION, max_new_tokens=12).text
     assert answer.usage is not None
     assert (answer.usage.model_extra or {})["frames"] == 16
+
+
+def test_the_requests_of_litellm(address: str, client: openai.OpenAI, model: xl2jax.Model, media: Path) -> None:
+    """What its provider `openai` sends for `completion(..., extra_body={"xl2jax": ...})`, with a file address or an id."""
+    stored = client.files.create(file=media / "a.mp4", purpose="user_data")
+    expected = answer_alone(model, media / "a.mp4")
+    parts: list[dict[str, Any]] = [local(media / "a.mp4"), {"type": "file", "file": {"file_id": stored.id}}]
+    for part in parts:
+        sent = {"model": "tiny", "messages": asks(part), "temperature": 0, "max_tokens": 12, **FRAMES}
+        answer = httpx2.post(f"{address}/v1/chat/completions", json=sent, timeout=60)
+        assert answer.json()["choices"][0]["message"]["content"] == expected
+    client.files.delete(stored.id)
+
+
+@pytest.mark.slow
+def test_the_examples_of_the_documentation(address: str, media: Path, tmp_path: Path) -> None:
+    """They run as they are written, but for the address, the model's name and the video."""
+    text = (Path(__file__).parents[1] / "docs/serving.md").read_text()
+    for old, new in {
+        "http://127.0.0.1:8000": address,
+        "/srv/videos/talk.mp4": str(media / "b.mp4"),
+        '"talk.mp4"': repr(str(media / "b.mp4")),
+        "video-xl-2": "tiny",
+        '"max_frames": 512': '"max_frames": 64',  # the ceiling of this server
+    }.items():
+        text = text.replace(old, new)
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    (python,) = (block for kind, block in blocks if kind == "python")
+    curls = [block for kind, block in blocks if not kind and block.startswith("curl ")]
+    run = subprocess.run([sys.executable, "-c", python], capture_output=True, text=True, timeout=200, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("CompletionUsage") == 2
+    assert len(curls) == 2
+    for block in curls:
+        run = subprocess.run(
+            ["bash", "-euc", block], capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path
+        )
+        assert run.returncode == 0, run.stderr
+        assert "error" not in run.stdout
+    assert (
+        "data: [DONE]" in subprocess.run(["bash", "-euc", curls[0]], capture_output=True, text=True, check=True).stdout
+    )
+
+
+NOBODY = "0" * 32
+PATHS = st.sampled_from(
+    [
+        *("", "/chat/completions", "/models", "/models/tiny", "/files", "/files/file-0", "/uploads"),
+        f"/files/file-{NOBODY}/content",
+        *(f"/uploads/upload_{NOBODY}/{last}" for last in ("parts", "complete", "cancel")),
+    ]
+)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+VALID: list[dict[str, Any]] = [
+    {"messages": asks({"type": "video_url", "video_url": {"url": "file:///nowhere.mp4"}}), "max_tokens": 4},
+    {"bytes": 10, "filename": "v.mp4", "purpose": "user_data", "mime_type": "video/mp4"},
+    {"part_ids": ["part_" + "0" * 32], "md5": None},
+]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.sampled_from(["GET", "POST", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS"]), PATHS, st.sampled_from(VALID),
+    st.dictionaries(st.text(max_size=5) | st.sampled_from([k for body in VALID for k in body]), VALUES, max_size=3),
+    st.sampled_from(["application/json", "multipart/form-data", "multipart/form-data; boundary=x", "text/plain"]),
+    st.none() | st.binary(max_size=40),
+)  # fmt: skip
+def test_no_request_is_a_fault(
+    address: str, method: str, path: str, valid: dict[str, Any], changes: dict[str, Any], kind: str, raw: bytes | None
+) -> None:
+    """Any method, address and body has an answer, and none with status 500 or above. Refusals are OpenAI's errors."""
+    content = json.dumps(valid | changes).encode() if raw is None else raw
+    answer = httpx2.request(method, f"{address}/v1{path}", content=content, headers={"Content-Type": kind}, timeout=30)
+    assert answer.status_code < 500, answer.text
+    if answer.status_code >= 400 and method != "HEAD":
+        assert answer.json()["error"]["message"]
 
 
 # --- where videos come from --------------------------------------------------------------------

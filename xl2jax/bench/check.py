@@ -75,7 +75,7 @@ def check_rows(config: VideoXL2Config, dtype: str, frames: np.ndarray, attention
     whole = BilevelConfig(4, 4, _GROUPS // 4)
     mixed = setup.read(kv, whole)
     dense, bilevel = (
-        np.asarray(unpack(setup.first_token(c).text.v)[:, :, :SUFFIX], np.float32) for c in (kv.cache, mixed)
+        np.asarray(unpack(setup.first_state(c).text.v)[:, :, :SUFFIX], np.float32) for c in (kv.cache, mixed)
     )
     rows.append(
         {

@@ -1,4 +1,4 @@
-"""`xl2jax bench prefill|decode|read|kernels|e2e|check|train`.
+"""`xl2jax bench prefill|decode|answers|read|kernels|e2e|check|train`.
 
 Every row of `prefill`, `decode`, `read` and `e2e --video` runs in a process of its own, so that it has its own peak
 memory and compilation. The other commands run in one process.
@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import tyro
 
+from xl2jax.bench.answers import AnswersArgs, answer_rows
 from xl2jax.bench.e2e import E2EArgs, e2e_rows
 from xl2jax.bench.file import file_row, plot_rows
 from xl2jax.bench.kernels import KernelArgs, kernel_rows
@@ -73,6 +74,12 @@ def _decode(args: DecodeArgs) -> None:
     args.decode.bilevel()  # raises UserError for sizes out of range
     modes = choices("--modes", args.modes, ("dense", "bilevel"))
     _run_rows("decode", args, modes, whole_numbers("--groups", args.groups))
+
+
+def _answers(args: AnswersArgs) -> None:
+    args.check()
+    start_backend()
+    _print_rows(answer_rows(args), args.json)
 
 
 def _read(args: ReadArgs) -> None:
@@ -153,6 +160,7 @@ def _check(args: CheckArgs) -> None:
 _COMMANDS: dict[str, tuple[type, Callable[..., None]]] = {
     "prefill": (PrefillArgs, _prefill),
     "decode": (DecodeArgs, _decode),
+    "answers": (AnswersArgs, _answers),
     "read": (ReadArgs, _read),
     "kernels": (KernelArgs, _kernels),
     "e2e": (E2EArgs, _e2e),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -15,9 +15,10 @@ from flax import nnx
 
 from xl2jax.arithmetic import ceil_div
 from xl2jax.config import VideoXL2Config
-from xl2jax.inference import compiled, session
+from xl2jax.inference import session
 from xl2jax.inference.bilevel import BilevelConfig
 from xl2jax.inference.cache import KVCache
+from xl2jax.inference.decoding import Decoding, decode_together
 from xl2jax.inference.generate import DecodeState, TokenSampling
 from xl2jax.inference.layout import PrefillConfig, VideoLayout
 from xl2jax.inference.network import Network
@@ -29,6 +30,7 @@ PREFIX, SUFFIX = 14, 20
 TIMES = 9
 """Time tokens of a group. The mean of 2,048 frames that are a second apart is 9.4."""
 DECODE_TOKENS = 32
+_LONG = 8 * DECODE_TOKENS
 
 
 def random_params(config: VideoXL2Config, dtype: str) -> nnx.State:
@@ -101,18 +103,21 @@ class Setup:
         """The mixed cache of a question: chunks are scored, the best stay dense, all others are pooled."""
         return session.choose_context(self.network, kv, self.suffix, config, AttentionScorer()).context
 
-    def first_token(self, context: KVCache) -> DecodeState:
-        """Runs the suffix and samples the first token. Returns the state that decoding continues from."""
+    def first_token(self, context: KVCache, new_tokens: int = _LONG) -> Decoding:
+        """Runs the suffix and samples the first token of an answer of up to `new_tokens` tokens."""
+        state = self.first_state(context, new_tokens)
+        return Decoding(self.network, context, state, new_tokens=new_tokens, stop=NEVER, sampling=TokenSampling())
+
+    def first_state(self, context: KVCache, new_tokens: int = _LONG) -> DecodeState:
+        """What such an answer continues from."""
         state, _ = session.start_answer(
-            self.network, context, self.suffix, new_tokens=DECODE_TOKENS, stop=NEVER, sampling=TokenSampling()
+            self.network, context, self.suffix, new_tokens=new_tokens, stop=NEVER, sampling=TokenSampling()
         )
         return state
 
-    def decode(self, context: KVCache, state: DecodeState) -> tuple[DecodeState, jax.Array, jax.Array]:
-        """Decodes `DECODE_TOKENS` tokens in one program, so that no transfer to the host is timed."""
-        limit = np.int32(DECODE_TOKENS)
-        greedy = TokenSampling().traced()
-        return compiled.decode(self.network, context, state, limit, NEVER, greedy, size=DECODE_TOKENS)
+    def decode(self, answers: Sequence[Decoding]) -> None:
+        """Decodes `DECODE_TOKENS` tokens of each answer in one program, so that few transfers to the host are timed."""
+        decode_together(self.network, answers, size=DECODE_TOKENS)
 
 
 NEVER = np.array([-1], np.int32)

@@ -12,6 +12,7 @@ from pathlib import Path
 import tyro
 
 from xl2jax.commands.service import ServiceArgs, build_service, check_service
+from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.errors import UserError, require_whole
 from xl2jax.system.terminal import flag_errors
 
@@ -39,6 +40,9 @@ class Args(ServiceArgs):
     """Answers questions about videos over HTTP, as OpenAI's chat interface."""
 
     access: tyro.conf.OmitArgPrefixes[AccessArgs] = AccessArgs()
+    warm_up: int = 128
+    """Before /ready is 200, compiles what questions about a video of so many frames need; 0 compiles it for the first
+    questions. Compiled programs are kept for the next start."""
 
 
 def main() -> int:
@@ -46,13 +50,17 @@ def main() -> int:
     with flag_errors():
         args = tyro.cli(Args)
     check_service(args)
+    if args.warm_up and not FRAMES_PER_GROUP <= args.warm_up <= args.limits.max_frames:
+        raise UserError(
+            f"--warm-up must be 0, or from {FRAMES_PER_GROUP} to --max-frames ({args.limits.max_frames:,}) frames"
+        )
     key = _check(args.access)
     from xl2jax.serving import server
 
     access = args.access
     listening = server.listen(access.host, access.port)  # a taken port is reported before the model is loaded
     with listening, tempfile.TemporaryDirectory(prefix="xl2jax-serve-") as spool:
-        service = build_service(args, Path(spool))
+        service = build_service(args, Path(spool), args.warm_up)
         service.api_key, service.hosts = key, _LOOPBACK if _is_loopback(access.host) else None
         shown = f"[{access.host}]" if ":" in access.host else access.host
         logger.info("serving %s on http://%s:%d/v1", service.model, shown, listening.getsockname()[1])

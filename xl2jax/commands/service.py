@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -131,8 +132,8 @@ def check_service(args: ServiceArgs) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be 0 or more")
 
 
-def build_service(args: ServiceArgs, spool: Path) -> Service:
-    """Loads the model and builds the server around it."""
+def build_service(args: ServiceArgs, spool: Path, warm_up_frames: int = 0) -> Service:
+    """Loads the model and builds the server around it. `warm_up_frames`: see `serve --warm-up`."""
     import xl2jax
     from xl2jax.checkpoint.params import stored_config
     from xl2jax.checkpoint.sources import find_checkpoint
@@ -145,9 +146,11 @@ def build_service(args: ServiceArgs, spool: Path) -> Service:
     from xl2jax.serving.limits import Limits
     from xl2jax.serving.media import Library, MediaRules
     from xl2jax.serving.metrics import Metrics
+    from xl2jax.serving.partial import PartialUploads
     from xl2jax.serving.service import Service
     from xl2jax.serving.uploads import Uploads
     from xl2jax.serving.videos import Budgets, WatchedVideos
+    from xl2jax.serving.warm_up import warm_up
     from xl2jax.system.backend import start_backend
 
     media, keep, given, compute = args.media, args.keep, args.limits, args.compute
@@ -167,7 +170,9 @@ def build_service(args: ServiceArgs, spool: Path) -> Service:
     bilevel, cache = BilevelConfig(pool=compute.pool), CacheConfig(compute.cache_dtype)
     prefill = PrefillFlags(window_chunks=compute.window_chunks).config()
     try:
-        uploads = Uploads((keep.cache_dir or spool) / "uploads", limits.video_bytes, int(keep.disk_gib * 2**30))
+        kept = keep.cache_dir or spool
+        uploads = Uploads(kept / "uploads", limits.video_bytes, int(keep.disk_gib * 2**30))
+        partial = PartialUploads(kept / "parts", uploads)
         folder = None if keep.cache_dir is None else keep.cache_dir / "videos"
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -198,10 +203,22 @@ def build_service(args: ServiceArgs, spool: Path) -> Service:
     return Service(
         model=name,
         tokenizer=model.tokenizer,
-        engine=Engine(model, videos, limits, metrics, finish_abandoned=keep.finish_abandoned),
+        engine=Engine(
+            model,
+            videos,
+            limits,
+            metrics,
+            finish_abandoned=keep.finish_abandoned,
+            warm_up=functools.partial(
+                warm_up, model, warm_up_frames, limits.answers, prefill=prefill, cache=cache, bilevel=bilevel
+            )
+            if warm_up_frames
+            else None,
+        ),
         videos=videos,
         library=Library(MediaRules(media.media_root, downloads), limits, uploads, work),
         uploads=uploads,
+        partial=partial,
         limits=limits,
         metrics=metrics,
         bilevel=bilevel,

@@ -23,6 +23,7 @@ from xl2jax.config import FRAMES_PER_GROUP, Weights
 from xl2jax.errors import UserError
 from xl2jax.inference import compiled, session
 from xl2jax.inference.cache import KVCache
+from xl2jax.inference.decoding import answer_tokens
 from xl2jax.inference.generate import TokenSampling
 from xl2jax.inference.layout import PrefillConfig, VideoLayout
 from xl2jax.inference.network import Network
@@ -162,9 +163,7 @@ class Case:
         )
         # Decoding donates the state, so its arrays are copied before.
         k, v = (np.asarray(x)[:, :, :n] for x in (state.text.k, state.text.v))
-        *_, ids = session.answer_tokens(
-            self.network, context, state, new_tokens=self.new_tokens, stop=stop, sampling=greedy
-        )
+        *_, ids = answer_tokens(self.network, context, state, new_tokens=self.new_tokens, stop=stop, sampling=greedy)
         return Reply(k, v, np.asarray(hidden)[:n], np.asarray(ids))
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:

@@ -20,6 +20,7 @@ from xl2jax.evaluation.questions import NEEDLE_KINDS, ask
 from xl2jax.evaluation.scenes import Scene, make_scene, scene_clip
 from xl2jax.inference import session
 from xl2jax.inference.api import Model
+from xl2jax.inference.decoding import answer_tokens
 from xl2jax.inference.generate import TokenSampling
 from xl2jax.inference.video_cache import CacheConfig
 from xl2jax.models.param_tree import flatten
@@ -84,7 +85,7 @@ def read(model: Model, videos: Videos, cache: CacheConfig, texts: Sequence[list[
                         network, context, session.suffix_ids(ids, 0, len(ids)), new_tokens=_NEW_TOKENS, stop=stop,
                         sampling=greedy,
                     )  # fmt: skip
-                    *_, answer = session.answer_tokens(
+                    *_, answer = answer_tokens(
                         network, context, state, new_tokens=_NEW_TOKENS, stop=stop, sampling=greedy
                     )
                     ids += answer

@@ -13,6 +13,7 @@ import numpy as np
 
 from xl2jax.inference import session
 from xl2jax.inference.bilevel import BilevelConfig
+from xl2jax.inference.decoding import Decoding, decode_together
 from xl2jax.inference.generate import TokenSampling
 from xl2jax.inference.network import Network
 from xl2jax.inference.progress import AnswerText
@@ -76,8 +77,8 @@ class Answering:
                 network, context, ids, new_tokens=max_new_tokens, stop=stop, sampling=sampling, seed=seed
             )
             self._network = network
-            self._decoding: session.Decoding | None = session.Decoding(
-                context, state, new_tokens=max_new_tokens, stop=stop, sampling=sampling
+            self._decoding: Decoding | None = Decoding(
+                network, context, state, new_tokens=max_new_tokens, stop=stop, sampling=sampling
             )
             self._text = AnswerText(tokenizer)
             self._ids: list[int] = []
@@ -115,6 +116,8 @@ class Answering:
 
     def close(self) -> None:
         """Lets go of the video and of the answer's own memory, whether or not the answer has ended."""
+        if self._decoding is not None:
+            self._decoding.close()
         self._decoding = None
         self._opened.close()
 
@@ -143,10 +146,10 @@ class Answering:
 
 
 def decode(answers: Sequence[Answering]) -> None:
-    """Decodes up to `session.STREAM_TOKENS` further tokens of each answer of one model. `Answering.read` gives their text.
+    """Decodes up to `decoding.STREAM_TOKENS` further tokens of each answer of one model. `Answering.read` gives their text.
 
     Those whose first token was not read yet, and those that have ended, are left as they are.
     """
     running = [a._decoding for a in answers if a.new_tokens and a._decoding is not None]
     if running:
-        session.decode_together(answers[0]._network, running)
+        decode_together(answers[0]._network, running)

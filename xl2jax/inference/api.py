@@ -10,6 +10,7 @@ for question in questions:
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -17,7 +18,7 @@ import hashlib
 import logging
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,10 +28,11 @@ from tqdm import tqdm
 from xl2jax.checkpoint.params import ParamReader
 from xl2jax.checkpoint.sources import find_checkpoint
 from xl2jax.config import VideoXL2Config, Weights
-from xl2jax.errors import UserError
+from xl2jax.errors import UserError, require_whole
 from xl2jax.inference import compiled, memory
-from xl2jax.inference.answering import Answer, Answering
+from xl2jax.inference.answering import Answer, Answering, decode
 from xl2jax.inference.bilevel import BilevelConfig
+from xl2jax.inference.decoding import MOST_TOGETHER
 from xl2jax.inference.generate import TokenSampling, check_answer_options
 from xl2jax.inference.layout import PrefillConfig, VideoLayout
 from xl2jax.inference.network import LARGE_KEY_BIAS, Network
@@ -293,6 +295,52 @@ class Model:
                 if piece and on_text is not None:
                     on_text(piece)
         return answering.answer
+
+    def ask_many(
+        self,
+        questions: Iterable[tuple[WatchedVideo, str]],
+        *,
+        together: int = 8,
+        max_new_tokens: int = 128,
+        sampling: TokenSampling | None = None,
+        seed: int = 0,
+        bilevel: BilevelConfig | None = BilevelConfig(),  # noqa: B008 (frozen)
+        relevance: RelevanceConfig | None = None,
+    ) -> list[Answer]:
+        """The answers to pairs of a video and a question, in their order, each as `ask` gives it.
+
+        Up to `together` answers are decoded at a time, in which the weights are read once for all of them. They may
+        read different videos. The context of each is copied for that: where there is no memory for all of them, fewer
+        share a program.
+
+        Raises UserError as `ask` does, for the first question that fails; the other answers are lost then.
+        """
+        require_whole("together", together, 1, MOST_TOGETHER)
+        waiting, answers = collections.deque(enumerate(questions)), dict[int, Answer]()
+        running: dict[int, Answering] = {}
+        with contextlib.ExitStack() as opened:
+            while waiting or running:
+                while waiting and len(running) < together:
+                    number, (video, question) = waiting.popleft()
+                    running[number] = opened.enter_context(
+                        contextlib.closing(
+                            self.start_answer(
+                                video,
+                                question,
+                                max_new_tokens=max_new_tokens,
+                                sampling=sampling,
+                                seed=seed,
+                                bilevel=bilevel,
+                                relevance=relevance,
+                            )
+                        )
+                    )
+                decode(list(running.values()))
+                for number, answering in list(running.items()):
+                    answering.read()
+                    if answering.finished:
+                        answers[number] = running.pop(number).answer
+        return [answers[number] for number in sorted(answers)]
 
     def start_answer(
         self,

@@ -60,6 +60,27 @@ class KVCache(NamedTuple):
 
 type KV = tuple[KVArray, KVArray]
 
+type RowArray = KVArray | tuple[KVArray, ...]
+"""Keys or values of the caches of B answers: `[L * B, K, S, H]`, or `[B, K, S, H]` for each layer.
+
+GPU kernels read their rows of the first form in place. XLA on CPUs would copy them out of it for every product.
+"""
+
+
+class RowCache(NamedTuple):
+    """The caches of B answers, with lengths int32 [B] that mean what those of `KVCache` do."""
+
+    k: RowArray
+    v: RowArray
+    global_length: jax.Array
+    visual_start: jax.Array
+    visual_length: jax.Array
+
+    @property
+    def length(self) -> jax.Array:
+        """The position of each answer's next token."""
+        return self.global_length + self.visual_length
+
 
 def empty_cache(
     config: LLMConfig,
@@ -105,6 +126,35 @@ def write(cache: KV, layer: jax.Array, k: jax.Array, v: jax.Array, slot: jax.Arr
 def source(cache: KV, layer: jax.Array, ranges: Ranges) -> Source:
     """One layer of a cache for `arena_attention`, which reads it in place. `ranges` [T] become those of one batch row."""
     return Source(*cache, layer[None], ranges.batched())
+
+
+def row_source(k: RowArray, v: RowArray, layer: jax.Array, ranges: Ranges) -> Source:
+    """One layer of the caches of B answers, of which each has one token. `ranges` [B] become those of B batch rows."""
+    own = Ranges(*(x[:, None] for x in ranges))
+    if isinstance(k, tuple) and not isinstance(k, QuantizedKV):
+        return Source(k[layer], v[layer], None, own)  # type: ignore[arg-type]
+    return Source(k, v, _rows(layer, own.g_end.shape[0]), own)  # type: ignore[arg-type]
+
+
+def _rows(layer: jax.Array, count: int) -> jax.Array:
+    return layer * jnp.int32(count) + jnp.arange(count, dtype=jnp.int32)
+
+
+def write_row_tokens(x: RowArray, layer: jax.Array, new: jax.Array, slots: jax.Array) -> RowArray:
+    """Writes one token of each of B answers, new [B, K, H], into one layer of their caches, each to its own slot."""
+    count, zero = new.shape[0], jnp.int32(0)
+    if isinstance(x, tuple):
+        written = x[layer]
+        assert isinstance(written, jax.Array)
+        for row in range(count):
+            at = (jnp.int32(row), zero, slots[row], zero)
+            written = jax.lax.dynamic_update_slice(written, new[row, None, :, None].astype(written.dtype), at)
+        # Otherwise XLA writes twice, for the product and for the next token, to copies of the cache.
+        written = jax.lax.optimization_barrier(written)
+        return tuple(written if i == layer else each for i, each in enumerate(x))  # type: ignore[misc]
+    if count == 1:
+        return jax.lax.dynamic_update_slice(x, new[:, :, None].astype(x.dtype), (layer, zero, slots[0], zero))
+    return x.at[_rows(layer, count), :, slots].set(new.astype(x.dtype), unique_indices=True)
 
 
 def attend_text(

@@ -7,7 +7,7 @@ Some programs return hidden states that only `verify` reads, so that it checks t
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,12 +17,13 @@ from xl2jax.arithmetic import ceil_div
 from xl2jax.config import LLMConfig
 from xl2jax.inference import bilevel, generate, prefill, relevance
 from xl2jax.inference.bilevel import GroupTable, MixedSource, PooledKV
-from xl2jax.inference.cache import KVCache, empty_cache
-from xl2jax.inference.generate import DecodeState, Sampling, SuffixIds
+from xl2jax.inference.cache import KVCache, RowArray, RowCache, empty_cache
+from xl2jax.inference.generate import DecodeState, RowState, Sampling, SuffixIds
 from xl2jax.inference.network import Network
 from xl2jax.inference.prefill import Step
 from xl2jax.inference.relevance import AttentionScorer
 from xl2jax.models.video_xl2 import normalise
+from xl2jax.ops.kv import KVArray, QuantizedKV
 from xl2jax.system.backend import COMPILER_OPTIONS
 
 
@@ -180,41 +181,86 @@ def ask(
 @functools.partial(program, static_argnames="size", donate_argnames="state")
 def decode(
     network: Network,
-    context: KVCache,
-    state: DecodeState,
-    limit: jax.Array,
+    layers: Sequence[Any] | None,
+    contexts: RowCache,
+    state: RowState,
+    limits: jax.Array,
     stop: jax.Array,
     sampling: Sampling,
     *,
     size: int,
-) -> tuple[DecodeState, jax.Array, jax.Array]:
-    """Decodes up to min(limit, size) further tokens: (state, ids [size], number of new ids)."""
-    llm = network.model.llm
+) -> tuple[RowState, jax.Array, jax.Array]:
+    """See `generate.decode`. `layers` are those of the network."""
     return generate.decode(
-        llm, context, state, limit, stop, sampling, size=size, attention=network.attention, platform=network.platform
-    )
-
-
-@functools.partial(program, static_argnames="size", donate_argnames="states")
-def decode_batch(
-    network: Network,
-    contexts: tuple[KVCache, ...],
-    states: tuple[DecodeState, ...],
-    limits: jax.Array,
-    stop: jax.Array,
-    samplings: tuple[Sampling, ...],
-    *,
-    size: int,
-) -> tuple[tuple[DecodeState, ...], jax.Array, jax.Array]:
-    """`decode` of B answers at once: (states, ids [B, size], numbers of new ids [B])."""
-    return generate.decode_batch(
         network.model.llm,
         contexts,
-        states,
+        state,
         limits,
         stop,
-        samplings,
+        sampling,
         size=size,
         attention=network.attention,
         platform=network.platform,
+        layers=layers,
     )
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "rows", "slots", "dtype", "quantized", "key_channels", "separate")
+)
+def empty_rows(
+    config: LLMConfig,
+    rows: int,
+    slots: int,
+    dtype: str,
+    *,
+    quantized: bool = False,
+    key_channels: int = 0,
+    separate: bool = False,
+) -> RowCache:
+    """Caches of `rows` answers with `slots` slots each, in which nothing is seen: see `cache.RowArray`.
+
+    `key_channels`: how many channels of each key are kept exactly in 8 bits. `separate`: each layer has an array of its
+    own.
+    """
+    layers, none = config.layers, jnp.zeros(rows, jnp.int32)
+
+    def array(leading: int, exact: int) -> KVArray:
+        shape = (leading, config.kv_heads, slots, config.head_width)
+        if quantized:
+            kept = jnp.zeros((*shape[:-1], exact), dtype) if exact else None
+            return QuantizedKV(jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:-1], dtype), kept)
+        return jnp.zeros(shape, dtype)
+
+    def arrays(exact: int = 0) -> RowArray:
+        return tuple(array(rows, exact) for _ in range(layers)) if separate else array(layers * rows, exact)
+
+    return RowCache(arrays(key_channels), arrays(), none, none, none)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "rows", "slots", "dtype", "separate"))
+def empty_state(config: LLMConfig, rows: int, slots: int, dtype: str, *, separate: bool) -> tuple[RowState, Sampling]:
+    """The state of `rows` answers that have ended, with `slots` slots of text each, and their sampling."""
+    text = empty_rows(config, rows, slots, dtype, separate=separate)
+    keys = jnp.broadcast_to(jax.random.key(0), (rows,))
+    none, zero = jnp.zeros(rows, jnp.int32), jnp.zeros(rows)
+    return RowState(none, text, keys, jnp.ones(rows, bool), jnp.ones(rows, bool)), Sampling(zero, zero)
+
+
+@functools.partial(jax.jit, static_argnames="layers", donate_argnames="target")
+def move_row[T](target: T, source: T, row: jax.Array, source_row: jax.Array, *, layers: int | None) -> T:
+    """Copies an answer from a row of `source` to a row of `target`: trees of arrays [B], and of keys and values.
+
+    `layers`: the number of layers in each array of keys and values; None where each layer has its own. Slots that
+    `target` lacks are left out.
+    """
+
+    def move(new: jax.Array, old: jax.Array) -> jax.Array:
+        if new.ndim == 1:
+            return new.at[row].set(old[source_row])
+        by_layer, old_by_layer = (x.reshape(layers or 1, -1, *x.shape[1:]) for x in (new, old))
+        moved = jax.lax.dynamic_slice_in_dim(old_by_layer, source_row, 1, axis=1)[:, :, :, : new.shape[2]]
+        at = [jnp.int32(0), row, *(jnp.int32(0) for _ in new.shape[1:])]
+        return jax.lax.dynamic_update_slice(by_layer, moved, at).reshape(new.shape)
+
+    return jax.tree.map(move, target, source)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from xl2jax.errors import UserError, require_number, require_whole
-from xl2jax.inference.cache import KV, KVCache, attend_text
-from xl2jax.models.qwen2 import Qwen2
-from xl2jax.ops.attention import Attention
+from xl2jax.inference.cache import KV, KVCache, RowArray, RowCache, attend_text, row_source, write_row_tokens
+from xl2jax.models.qwen2 import Qwen2, pad_tokens
+from xl2jax.ops.attention import Attention, arena_attention
+from xl2jax.ops.ranges import Ranges, first_slots
 
 MAX_TEMPERATURE = 1_000_000
 
@@ -45,7 +47,7 @@ def check_answer_options(max_new_tokens: int, seed: int) -> None:
 
 
 class Sampling(NamedTuple):
-    """`TokenSampling` inside a program, float32 []."""
+    """`TokenSampling` inside a program, float32 [] or [B]."""
 
     temperature: jax.Array | np.float32
     top_p: jax.Array | np.float32
@@ -62,7 +64,7 @@ class SuffixIds(NamedTuple):
 
 
 class DecodeState(NamedTuple):
-    """Everything that changes from token to token."""
+    """What an answer continues from."""
 
     token: jax.Array
     """int32 []: the token sampled last. Its keys and values are not cached yet."""
@@ -72,6 +74,16 @@ class DecodeState(NamedTuple):
     done: jax.Array
     finite: jax.Array
     """Whether all logits so far were finite. Decoding ends where they are not."""
+
+
+class RowState(NamedTuple):
+    """The `DecodeState` of B answers: everything that changes from token to token, with a leading axis B."""
+
+    token: jax.Array
+    text: RowCache
+    key: jax.Array
+    done: jax.Array
+    finite: jax.Array
 
 
 def extend(
@@ -106,13 +118,11 @@ def extend(
     return text._replace(k=k, v=v, global_length=start + length), hidden
 
 
-def sample(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
-    """float32 logits [vocab] -> token id."""
+def sample(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
+    """float32 logits [B, vocab] -> token ids [B]."""
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-    def greedy() -> jax.Array:
-        return jnp.argmax(logits).astype(jnp.int32)
-
-    def drawn() -> jax.Array:
+    def drawn(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
         scaled = logits / sampling.temperature
         order = jnp.argsort(-scaled)
         p = jax.nn.softmax(scaled[order])
@@ -122,155 +132,106 @@ def sample(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
         allowed = jnp.zeros_like(kept).at[order].set(kept)
         return jax.random.categorical(key, jnp.where(allowed, scaled, -jnp.inf)).astype(jnp.int32)
 
-    return jax.lax.cond(sampling.temperature < GREEDY_BELOW, greedy, drawn)
+    cold = sampling.temperature < GREEDY_BELOW
+    # Rows of their own, so that a token does not depend on what else is decoded. Sorting is left out where none is drawn.
+    return jax.lax.cond(
+        jnp.all(cold),
+        lambda: greedy,
+        lambda: jnp.where(cold, greedy, jax.vmap(drawn)(logits, keys, sampling)),
+    )
 
 
-def _next(
-    llm: Qwen2, hidden: jax.Array, text: KVCache, key: jax.Array, stop: jax.Array, sampling: Sampling
-) -> DecodeState:
-    """The state behind one more token, sampled from a hidden state [D]."""
-    return _sampled(llm.logits(hidden), text, key, stop, sampling)
+class _Sampled(NamedTuple):
+    token: jax.Array
+    done: jax.Array
+    finite: jax.Array
 
 
-def _sampled(logits: jax.Array, text: KVCache, key: jax.Array, stop: jax.Array, sampling: Sampling) -> DecodeState:
-    """The state behind one more token, sampled from its logits [vocab]."""
-    key, sample_key = jax.random.split(key)
-    token, finite = sample(logits, sample_key, sampling), jnp.all(jnp.isfinite(logits))
-    return DecodeState(token, text, key, jnp.any(token == stop) | ~finite, finite)
+def _sampled(logits: jax.Array, keys: jax.Array, stop: jax.Array, sampling: Sampling) -> tuple[jax.Array, _Sampled]:
+    """The next keys [B], and the tokens that were sampled from logits [B, vocab]."""
+    following = jax.vmap(jax.random.split)(keys)
+    tokens, finite = sample(logits, following[:, 1], sampling), jnp.all(jnp.isfinite(logits), axis=-1)
+    return following[:, 0], _Sampled(tokens, jnp.any(tokens[:, None] == stop, axis=-1) | ~finite, finite)
 
 
 def first_token(
     llm: Qwen2, text: KVCache, hidden: jax.Array, length: jax.Array, key: jax.Array, stop: jax.Array, sampling: Sampling
 ) -> DecodeState:
     """Samples the first token of an answer from the suffix's hidden states [T, D], of which `length` are real."""
-    return _next(llm, hidden[length - 1], text, key, stop, sampling)
+    logits = llm.logits(hidden[length - 1])
+    keys, new = _sampled(logits[None], key[None], stop, jax.tree.map(lambda x: jnp.asarray(x)[None], sampling))
+    return DecodeState(new.token[0], text, keys[0], new.done[0], new.finite[0])
 
 
 def decode(
     llm: Qwen2,
-    context: KVCache,
-    state: DecodeState,
-    limit: jax.Array,
+    contexts: RowCache,
+    state: RowState,
+    limits: jax.Array,
     stop: jax.Array,
     sampling: Sampling,
     *,
     size: int,
     attention: Attention,
     platform: str,
-) -> tuple[DecodeState, jax.Array, jax.Array]:
-    """Decodes up to min(limit, size) further tokens, until one of `stop` [n] is sampled.
+    layers: Sequence[Any] | None = None,
+) -> tuple[RowState, jax.Array, jax.Array]:
+    """Decodes up to min(limit, size) further tokens of each of B answers, until one of `stop` [n] is sampled.
 
-    Returns (state, ids [size], number of new ids).
+    The weights are read once for all of them, and each attends to its own context.
+
+    Args:
+      contexts: what the answers read of their videos.
+      limits: int32 [B]. An answer whose limit is 0, or that is done, stays as it is.
+      sampling: float32 [B] each.
+      layers: see `Network.layers`.
+
+    Returns (state, ids [B, size], numbers of new ids [B]).
     """
-    on_gpu = platform == "gpu"
+    on_gpu, count = platform == "gpu", limits.shape[0]
+    rows = 8 if on_gpu and not llm.quantized else None
+    visual_ends = contexts.visual_start + contexts.visual_length
 
-    def unfinished(carry: tuple[DecodeState, jax.Array, jax.Array]) -> jax.Array:
-        state, _, n = carry
-        return ~state.done & (n < jnp.minimum(limit, size))
+    def running(state: RowState, n: jax.Array) -> jax.Array:
+        return ~state.done & (n < jnp.minimum(limits, size))
 
-    def next_token(carry: tuple[DecodeState, jax.Array, jax.Array]) -> tuple[DecodeState, jax.Array, jax.Array]:
+    def next_tokens(carry: tuple[RowState, jax.Array, jax.Array]) -> tuple[RowState, jax.Array, jax.Array]:
         state, ids, n = carry
-        text, hidden = extend(
-            llm,
-            context,
-            state.text,
-            state.token[None],
-            jnp.int32(1),
-            attention=attention,
-            rows=8 if on_gpu and not llm.quantized else None,
-            unroll=on_gpu,
-        )
-        state = _next(llm, hidden[0], text, state.key, stop, sampling)
-        return state, ids.at[n].set(state.token), n + 1
-
-    return jax.lax.while_loop(unfinished, next_token, (state, jnp.zeros(size, jnp.int32), jnp.int32(0)))
-
-
-def _chosen(runs: jax.Array, new: DecodeState, kept: DecodeState) -> DecodeState:
-    """`new` where the answer runs, else `kept`. Both have the same keys and values, which are not copied."""
-    return DecodeState(
-        jnp.where(runs, new.token, kept.token),
-        new.text._replace(global_length=jnp.where(runs, new.text.global_length, kept.text.global_length)),
-        jnp.where(runs, new.key, kept.key),
-        jnp.where(runs, new.done, kept.done),
-        jnp.where(runs, new.finite, kept.finite),
-    )
-
-
-def decode_batch(
-    llm: Qwen2,
-    contexts: tuple[KVCache, ...],
-    states: tuple[DecodeState, ...],
-    limits: jax.Array,
-    stop: jax.Array,
-    samplings: tuple[Sampling, ...],
-    *,
-    size: int,
-    attention: Attention,
-    platform: str,
-) -> tuple[tuple[DecodeState, ...], jax.Array, jax.Array]:
-    """`decode` of B answers at once: the weights are read once for all of them.
-
-    Each answer attends to its own context. `limits` is int32 [B].
-    Returns (states, ids [B, size], numbers of new ids [B]).
-    """
-    on_gpu, count = platform == "gpu", len(states)
-
-    def running(states: tuple[DecodeState, ...], n: jax.Array) -> jax.Array:
-        done = jnp.stack([state.done for state in states])
-        return ~done & (n < jnp.minimum(limits, size))
-
-    def next_tokens(
-        carry: tuple[tuple[DecodeState, ...], jax.Array, jax.Array],
-    ) -> tuple[tuple[DecodeState, ...], jax.Array, jax.Array]:
-        states, ids, n = carry
-        runs = running(states, n)
-        texts = [state.text for state in states]
+        runs, length = running(state, n), state.text.global_length
+        video = Ranges(contexts.global_length, contexts.visual_start, visual_ends).only(runs)
+        written = first_slots(length + 1).only(runs)
 
         def attend(
-            kv: tuple[KV, ...], layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array
-        ) -> tuple[tuple[KV, ...], jax.Array]:
+            kv: tuple[RowArray, RowArray], layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array
+        ) -> tuple[tuple[RowArray, RowArray], jax.Array]:
             # An answer that has ended writes behind its last token, where nothing is read.
-            rows = [
-                attend_text(
-                    q[i : i + 1],
-                    k[i : i + 1],
-                    v[i : i + 1],
-                    contexts[i],
-                    kv[i],
-                    texts[i].global_length,
-                    runs[i].astype(jnp.int32),
-                    layer,
-                    attention,
-                )
-                for i in range(count)
-            ]
-            return tuple(row[0] for row in rows), jnp.concatenate([row[1] for row in rows])
+            kv = write_row_tokens(kv[0], layer, k, length), write_row_tokens(kv[1], layer, v, length)
+            sources = row_source(contexts.k, contexts.v, layer, video), row_source(*kv, layer, written)
+            out, _ = arena_attention(q[:, None], *sources, attention=attention)
+            return kv, out[:, 0]
 
-        x = llm.embed_tokens(jnp.stack([state.token for state in states]))
-        positions = jnp.stack([c.length + t.global_length for c, t in zip(contexts, texts, strict=True)])
-        hidden, kv = llm.forward(
-            x,
-            positions,
+        hidden, (k, v) = llm.forward(
+            llm.embed_tokens(state.token),
+            contexts.length + length,
             attend,
-            tuple((t.k, t.v) for t in texts),
-            rows=8 if on_gpu and not llm.quantized else None,
+            (state.text.k, state.text.v),
+            rows=rows,
             unroll=on_gpu,
+            separate=layers,
         )
-        logits = llm.logits(hidden)
-        following = []
-        for i, state in enumerate(states):
-            text = state.text._replace(k=kv[i][0], v=kv[i][1], global_length=state.text.global_length + 1)
-            new = _sampled(logits[i], text, state.key, stop, samplings[i])
-            kept = state._replace(text=text._replace(global_length=state.text.global_length))
-            following.append(_chosen(runs[i], new, kept))
-        tokens = jnp.stack([state.token for state in following])
+        # XLA on GPUs would first write all of lm_head as float32 for fewer than eight rows.
+        padded = hidden if rows is None else jax.lax.optimization_barrier(pad_tokens(hidden, max(rows, count)))
+        key, new = _sampled(llm.logits(padded)[:count], state.key, stop, sampling)
+        kept = (state.text.global_length, state.token, state.key, state.done, state.finite)
+        following = (length + 1, new.token, key, new.done, new.finite)
+        length, *rest = (jnp.where(runs, a, b) for a, b in zip(following, kept, strict=True))
+        token, key, done, finite = rest
+        state = RowState(token, state.text._replace(k=k, v=v, global_length=length), key, done, finite)
         at = jnp.arange(count)
-        ids = ids.at[at, n].set(jnp.where(runs, tokens, ids[at, n]))
-        return tuple(following), ids, n + runs
+        return state, ids.at[at, n].set(jnp.where(runs, token, ids[at, n])), n + runs
 
     return jax.lax.while_loop(
         lambda carry: jnp.any(running(carry[0], carry[2])),
         next_tokens,
-        (states, jnp.zeros((count, size), jnp.int32), jnp.zeros(count, jnp.int32)),
+        (state, jnp.zeros((count, size), jnp.int32), jnp.zeros(count, jnp.int32)),
     )

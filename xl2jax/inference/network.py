@@ -74,6 +74,17 @@ class Network:
         """The module over the parameters, inside or outside a transformation."""
         return nnx.merge(_graphdef(self.config, self.dtype), self.params)
 
+    @functools.cached_property
+    def layers(self) -> tuple[Any, ...] | None:
+        """The parameters of each layer of the LLM for `scan_layers`, on CPUs. They share the memory of the stacked ones.
+
+        None on GPUs, which read the stacked ones in place.
+        """
+        if self.platform != "cpu":
+            return None
+        stacked = nnx.state(self.model.llm.layers)
+        return tuple(jax.tree.map(functools.partial(layer_view, at=i), stacked) for i in range(self.config.llm.layers))
+
     def precision(self) -> contextlib.AbstractContextManager[Any]:
         """Has products of float32 arrays computed in float32. By default GPUs compute them in TF32."""
         return jax.default_matmul_precision("highest" if self.dtype == "float32" else None)
@@ -107,3 +118,8 @@ class Network:
 @functools.cache
 def _graphdef(config: VideoXL2Config, dtype: str) -> nnx.GraphDef:
     return nnx.graphdef(abstract_model(config, dtype))
+
+
+def layer_view(stacked: jax.Array, at: int | slice) -> jax.Array:
+    """A part of an array [L, ...] on a CPU. It is a view where the part begins at a multiple of 64 bytes."""
+    return jax.device_put(np.asarray(stacked)[at], next(iter(stacked.devices())), may_alias=True)

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -37,11 +37,7 @@ from xl2jax.inference.offload import HostKV, fetch, pool_host
 from xl2jax.inference.prefill import PrefillPlan, Step
 from xl2jax.inference.relevance import AttentionScorer
 
-STREAM_TOKENS = 8
-"""Tokens that are decoded on the device before the host sees them."""
-
-_TEXT_SIZES = (128, 512, 2048)  # larger sizes are powers of two
-_MIN_TEXT_SLOTS = 512
+_TEXT_SIZES = (32, 128, 512, 2048)  # larger sizes are powers of two
 
 
 # --- the video, once ---------------------------------------------------------------------------
@@ -275,15 +271,26 @@ def text_size(tokens: int) -> int:
 
 
 def new_text(network: Network, suffix: SuffixIds, new_tokens: int) -> KVCache:
-    """An empty cache for a suffix and `new_tokens` more. Raises UserError where there is no memory for it."""
-    slots = max(text_size(int(suffix.end) + new_tokens), _MIN_TEXT_SLOTS)
+    """An empty cache for a suffix. Raises UserError where there is no memory for it and `new_tokens` more."""
+    slots = text_slots(network, int(suffix.end) + new_tokens)
     need, free = slots * memory.slot_bytes(network.config, network.dtype), memory.available_bytes()
     if need > free:
         raise UserError(
             f"the question and up to {new_tokens} new tokens need {need / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are "
             "free: shorten the question or ask for fewer new tokens"
         )
-    return compiled.new_cache(network.config.llm, slots, network.dtype)
+    return compiled.new_cache(network.config.llm, text_slots(network, len(suffix.ids)), network.dtype)
+
+
+def text_slots(network: Network, tokens: int) -> int:
+    """Slots of a cache that has to hold `tokens` of a question and its answer, one of few sizes.
+
+    CPUs read all slots of an answer, so that theirs begin with fewer.
+    """
+    slots = 128 if network.platform == "cpu" else 512
+    while slots < tokens:
+        slots *= 4
+    return slots
 
 
 def start_answer(
@@ -302,110 +309,3 @@ def start_answer(
     """
     text = new_text(network, suffix, new_tokens)
     return compiled.ask(network, context, text, suffix, jax.random.key(seed), stop, sampling.traced())
-
-
-class Decoding:
-    """An answer whose tokens are decoded a few at a time, alone or together with others.
-
-    Attributes:
-      ids: all tokens so far, at first the one that `start_answer` sampled.
-      finite: whether all logits so far were finite.
-    """
-
-    def __init__(
-        self,
-        context: KVCache,
-        state: DecodeState,
-        *,
-        new_tokens: int,
-        stop: jax.Array | np.ndarray,
-        sampling: TokenSampling,
-    ):
-        """`state` is that of `start_answer`, and is donated."""
-        self._context, self._state, self._stop, self._sampling = context, state, stop, sampling.traced()
-        self._new_tokens = new_tokens
-        token, self._done, self.finite = jax.device_get((state.token, state.done, state.finite))
-        self.ids = [int(token)]
-
-    @property
-    def finished(self) -> bool:
-        """Whether the answer has ended: by a token of `stop`, at `new_tokens`, or because it is not finite."""
-        return bool(self._done) or not self.finite or len(self.ids) >= self._new_tokens
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Slots of the context and of the text. Answers of one shape can be decoded together."""
-        return self._context.slots, self._state.text.slots
-
-    def _limit(self) -> int:
-        return self._new_tokens - len(self.ids)
-
-    def _take(self, state: DecodeState, new: np.ndarray, count: int, done: bool, finite: bool) -> None:
-        self._state, self._done, self.finite = state, done, finite
-        self.ids = self.ids + new[:count].tolist()
-
-
-_MOST_TOGETHER = 8
-
-
-def decode_together(network: Network, answers: Sequence[Decoding]) -> None:
-    """Decodes up to `STREAM_TOKENS` tokens of each answer that has not finished.
-
-    Answers of one shape run as batches of 8, 4 or 2, so that few programs are compiled; what is left runs alone.
-    """
-    by_shape: dict[tuple[int, int], list[Decoding]] = {}
-    for answer in answers:
-        if not answer.finished:
-            by_shape.setdefault(answer.shape, []).append(answer)
-    for same in by_shape.values():
-        while same:
-            count = min(1 << (len(same).bit_length() - 1), _MOST_TOGETHER)
-            _decode_batch(network, same[:count])
-            del same[:count]
-
-
-def _decode_batch(network: Network, batch: list[Decoding]) -> None:
-    stop = batch[0]._stop
-    if len(batch) == 1:
-        (answer,) = batch
-        limit = np.int32(answer._limit())
-        state, new, count = compiled.decode(
-            network, answer._context, answer._state, limit, stop, answer._sampling, size=STREAM_TOKENS
-        )
-        states, ids, counts = (state,), new[None], count[None]
-    else:
-        states, ids, counts = compiled.decode_batch(
-            network,
-            tuple(answer._context for answer in batch),
-            tuple(answer._state for answer in batch),
-            np.asarray([answer._limit() for answer in batch], np.int32),
-            stop,
-            tuple(answer._sampling for answer in batch),
-            size=STREAM_TOKENS,
-        )
-    flags = [(state.done, state.finite) for state in states]
-    ids, counts, flags = jax.device_get((ids, counts, flags))
-    for i, answer in enumerate(batch):
-        answer._take(states[i], ids[i], int(counts[i]), *flags[i])
-
-
-def answer_tokens(
-    network: Network,
-    context: KVCache,
-    state: DecodeState,
-    *,
-    new_tokens: int,
-    stop: jax.Array | np.ndarray,
-    sampling: TokenSampling,
-) -> Generator[list[int]]:
-    """Decodes up to a token of `stop`, at most `new_tokens` tokens. Yields all ids so far every few tokens.
-
-    `state` is donated. Raises UserError where the logits are not finite.
-    """
-    answer = Decoding(context, state, new_tokens=new_tokens, stop=stop, sampling=sampling)
-    while answer.finite:
-        yield answer.ids
-        if answer.finished:
-            return
-        decode_together(network, [answer])
-    raise network.not_finite("the next token's logits")

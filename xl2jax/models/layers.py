@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -31,6 +31,7 @@ def scan_layers[C, Y](
     *,
     remat: bool = False,
     unroll: bool = False,
+    separate: Sequence[Any] | None = None,
 ) -> tuple[C, Y]:
     """Runs `carry, y = body(layer, carry, index)` for each layer of `stacked`, whose parameters have a leading axis L.
 
@@ -40,6 +41,8 @@ def scan_layers[C, Y](
       remat: the backward pass recomputes each layer and keeps only `carry` between them.
       unroll: compiles every layer for itself. What is the same in all layers is then computed once, and weights are read
         in place; compiling takes longer.
+      separate: the parameters of each layer, which are used instead of the stacked ones. The loop is then unrolled in
+        Python, and `index` is an integer. XLA on CPUs copies a layer out of stacked parameters whenever it is used.
 
     Returns the last carry, and every layer's `y` stacked along a leading axis L.
     """
@@ -49,6 +52,13 @@ def scan_layers[C, Y](
     def step(carry: C, xs: tuple[Any, jax.Array]) -> tuple[C, Y]:
         layer_params, index = xs
         return body(nnx.merge(graphdef, layer_params), carry, index)
+
+    if separate is not None:
+        each = []
+        for index, layer_params in enumerate(separate):
+            carry, y = body(nnx.merge(graphdef, layer_params), carry, index)  # type: ignore[arg-type]
+            each.append(y)
+        return carry, jax.tree.map(lambda *ys: jnp.stack(ys), *each)
 
     if remat:
         step = jax.checkpoint(step, prevent_cse=False)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import einops
 import jax
@@ -129,6 +130,7 @@ class Qwen2(nnx.Module):
         remat: bool = False,
         unroll: bool = False,
         rows: int | None = None,
+        separate: Sequence[Any] | None = None,
     ) -> tuple[jax.Array, S]:
         """Embeddings [..., T, D] at integer positions [..., T] -> normed hidden states [..., T, D].
 
@@ -137,14 +139,14 @@ class Qwen2(nnx.Module):
 
         Args:
           remat: the backward pass recomputes each layer.
-          unroll: see `scan_layers`.
+          unroll, separate: see `scan_layers`.
           rows: pads everything but q, k, v and attention to so many tokens. XLA on GPUs pads the operands of products of
             fewer than eight rows, and slices their results, in kernels of their own.
         """
         tokens = x.shape[-2]
         if rows is not None:
             x = pad_tokens(x, rows)
-        (x, state), _ = self._run_layers(x, positions, attend, state, remat=remat, unroll=unroll)
+        (x, state), _ = self._run_layers(x, positions, attend, state, remat=remat, unroll=unroll, separate=separate)
         return self.norm(x)[..., :tokens, :], state
 
     def layer_outputs[S](self, x: jax.Array, positions: jax.Array, attend: Attend[S], state: S) -> jax.Array:
@@ -165,6 +167,7 @@ class Qwen2(nnx.Module):
         *,
         remat: bool = False,
         unroll: bool = False,
+        separate: Sequence[Any] | None = None,
         keep_outputs: bool = False,
     ) -> tuple[tuple[jax.Array, S], jax.Array | None]:
         cos, sin = (
@@ -177,7 +180,7 @@ class Qwen2(nnx.Module):
             x, state = layer(carry[0], cos, sin, attend, carry[1], index)
             return (x, state), x if keep_outputs else None
 
-        return scan_layers(self.layers, body, (x, state), remat=remat, unroll=unroll)
+        return scan_layers(self.layers, body, (x, state), remat=remat, unroll=unroll, separate=separate)
 
     def unembedding(self) -> jax.Array:
         """The matrix [D, vocab] whose product with a hidden state gives the logits, in the dtype of activations."""

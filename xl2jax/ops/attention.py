@@ -8,7 +8,8 @@ Shapes of the op, whatever the implementation:
     -> lse        [B, T, N]      float32 (float64) log-sum-exp of the scaled scores, NEGATIVE where nothing is seen
 
 A query sees the slots of all sources together. Slots that no query sees may hold any finite value. The XLA
-implementations also tolerate NaN there. Where a query sees NaN or infinity, its result is not finite.
+implementations also tolerate NaN there, unless they read single tokens in rows of their own. Where a query sees NaN or
+infinity, its result is not finite.
 """
 
 from __future__ import annotations
@@ -120,6 +121,9 @@ BLOCKWISE = Attention("blockwise")
 @functools.partial(jax.jit, static_argnums=0)
 def _attend(attention: Attention, q: jax.Array, sources: tuple[Source, ...]) -> Results:
     """The op of its own, so that unrolled layers trace and lower it once."""
+    if attention.name != "blockwise":
+        order = jnp.arange(q.shape[0], dtype=jnp.int32)
+        sources = tuple(s._replace(rows=order) if s.rows is None else s for s in sources)
     return IMPLEMENTATIONS[attention.name](attention, q, sources)
 
 
@@ -214,7 +218,10 @@ def arena_attention(q: jax.Array, *sources: Source, attention: Attention = BLOCK
             else:
                 chex.assert_shape(x, (kv_rows, kv_heads, slots, head_width))
         chex.assert_equal(kv_dtype(source.k), kv_dtype(source.v))
-        chex.assert_shape(source.rows, (batch,))
+        if source.rows is None:
+            assert kv_rows == batch, f"{kv_rows} rows of keys for {batch} batch rows"
+        else:
+            chex.assert_shape(source.rows, (batch,))
         chex.assert_shape(list(source.ranges), (batch, tokens))
         chex.assert_is_divisible(heads, kv_heads)
     return _differentiable(attention, q, sources)

@@ -23,6 +23,10 @@ def _tile_sizes(queries: int, slots: int) -> tuple[int, int]:
 def attend_blockwise(q: jax.Array, source: Source) -> tuple[jax.Array, jax.Array]:
     """The op in XLA. It reads the key blocks that some query of a tile sees, and never makes a [T, S] array."""
     b, t, n, h = q.shape
+    if source.rows is None:
+        if t == 1:
+            return _attend_rows(q, source)
+        source = source._replace(rows=jnp.arange(b, dtype=jnp.int32))
     tile, block = _tile_sizes(t, source.shape[2])
     tiles = ceil_div(t, tile)
 
@@ -36,6 +40,22 @@ def attend_blockwise(q: jax.Array, source: Source) -> tuple[jax.Array, jax.Array
     else:
         out, lse = jax.lax.map(attend, xs)
     return out.reshape(b, tiles * tile, n, h)[:, :t], lse.reshape(b, tiles * tile, n)[:, :t]
+
+
+def _attend_rows(q: jax.Array, source: Source) -> tuple[jax.Array, jax.Array]:
+    """A token for each row of keys and values, which are read whole: XLA on CPUs copies the blocks that a product reads."""
+    b, _, n, h = q.shape
+    k, v = unpack(source.k), unpack(source.v)
+    kv_heads, slots = k.shape[1:3]
+    scores = product("bkgh,bksh->bkgs", q.reshape(b, kv_heads, -1, h), k) * h**-0.5
+    scores = jnp.where(source.ranges.mask(jnp.arange(slots, dtype=jnp.int32))[:, None], scores, NEGATIVE)
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    p = jnp.exp(scores - top)
+    total = jnp.sum(p, axis=-1, keepdims=True)
+    out = product("bkgs,bksh->bkgh", p.astype(v.dtype), v) / total
+    seen = top > NEGATIVE / 2
+    out, lse = jnp.where(seen, out, 0.0), jnp.where(seen, top + jnp.log(total), NEGATIVE)
+    return out.reshape(q.shape).astype(q.dtype), lse.reshape(b, 1, n)
 
 
 def _to_tiles(x: jax.Array, tile: int) -> jax.Array:

@@ -57,6 +57,11 @@ def channel_mask(channels: jax.Array, h: int) -> jax.Array:
     return jnp.any(channels[..., None] == jnp.arange(h), axis=-2)
 
 
+def kept_channels(x: KVArray) -> int:
+    """How many channels of each head are kept exactly in 8 bits."""
+    return x.exact.shape[-1] if isinstance(x, QuantizedKV) and x.exact is not None else 0
+
+
 def exact_channels(x: KVArray) -> jax.Array | None:
     """The channels that are kept exactly, int32 [..., K, C] in ascending order, or None."""
     if not isinstance(x, QuantizedKV) or x.exact is None:
@@ -96,7 +101,8 @@ class Source(NamedTuple):
     v: KVArray
     """[R, K, S, H]"""
     rows: Any
-    """int32 [B]: the row of k and v that each batch row reads, in place unless it has to be unpacked."""
+    """int32 [B]: the row of k and v that each batch row reads, in place unless it has to be unpacked. None where every
+    batch row has its own, in order (R is B)."""
     ranges: Ranges
     """int32 [B, T] each."""
 
@@ -117,7 +123,10 @@ class Source(NamedTuple):
 
 
 def unpack_row(source: Source) -> Source:
-    """A quantised source with only the rows that are read, unpacked. Other sources are returned as they are."""
+    """A quantised source with only the rows that are read, unpacked. Other sources are returned as they are.
+
+    Not for a source whose `rows` are None.
+    """
     if not source.quantized:
         return source
     k, v = (unpack(jax.tree.map(lambda a: a[source.rows], x)) for x in (source.k, source.v))

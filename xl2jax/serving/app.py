@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from xl2jax.serving import parts
 from xl2jax.serving.chat import ChatStream, chat
 from xl2jax.serving.errors import RequestError, internal_error
 from xl2jax.serving.files import list_files, one_file, read_content, upload
@@ -37,6 +38,10 @@ def make_app(service: Service) -> ASGIApp:
             Route("/v1/files", list_files, methods=["GET"]),
             Route("/v1/files/{name}", one_file, methods=["GET", "DELETE"]),
             Route("/v1/files/{name}/content", read_content, methods=["GET"]),
+            Route("/v1/uploads", _counted(service, parts.start), methods=["POST"]),
+            Route("/v1/uploads/{name}/parts", _counted(service, parts.add_part), methods=["POST"]),
+            Route("/v1/uploads/{name}/complete", _counted(service, parts.complete), methods=["POST"]),
+            Route("/v1/uploads/{name}/cancel", parts.cancel, methods=["POST"]),
             Route("/health", _health, methods=["GET"]),
             Route("/ready", _ready, methods=["GET"]),
             Route("/metrics", _metrics, methods=["GET"]),
@@ -91,7 +96,7 @@ async def _health(request: Request) -> Response:
 
 async def _ready(request: Request) -> Response:
     service = service_of(request)
-    ready = service.engine.alive and not service.draining
+    ready = service.engine.ready and not service.draining
     return JSONResponse({"status": "ready" if ready else "not ready"}, 200 if ready else 503)
 
 

@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from xl2jax.errors import UserError
 from xl2jax.prompt import suffix
+from xl2jax.serving.bodies import json_body
 from xl2jax.serving.errors import RequestError
 from xl2jax.serving.guard import error_response
 from xl2jax.serving.jobs import Begun, Ended, Event, Failed, Job, Piece, Watched
@@ -30,14 +31,8 @@ _HEARTBEAT_SECONDS = 10.0
 
 async def chat(request: Request, service: Service, place: Place) -> Response:
     """POST /v1/chat/completions."""
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise RequestError(415, "the body should be application/json", code="wrong_content_type")
     deadline = time.monotonic() + service.limits.request_seconds
-    try:
-        async with asyncio.timeout(min(service.limits.fetch_seconds, service.limits.request_seconds)):
-            body = await _body(request, service.limits.body_bytes)
-    except TimeoutError:
-        raise RequestError(408, "the body did not arrive in time", code="timeout") from None
+    body = await json_body(request, service.limits)
     conversation = await _Conversation.begin(request, service, body, deadline)
     if conversation is None:
         return Response(status_code=499)
@@ -52,16 +47,6 @@ async def chat(request: Request, service: Service, place: Place) -> Response:
                 "".join(pieces), conversation.ended.reason, conversation.use, conversation.ended.new_tokens
             )
         )
-
-
-async def _body(request: Request, limit: int) -> bytes:
-    parts, count = [], 0
-    async for part in request.stream():
-        count += len(part)
-        if count > limit:
-            raise RequestError(413, f"the body has more than the {limit:,} bytes that are read", code="body_too_large")
-        parts.append(part)
-    return b"".join(parts)
 
 
 class _Conversation:

@@ -11,7 +11,7 @@ import collections
 import logging
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator
 
 import numpy as np
 
@@ -41,11 +41,23 @@ class _Answer:
 
 
 class Engine:
-    """Runs jobs until it is stopped. `finish_abandoned`: a video is watched to its end when its clients have gone."""
+    """Runs jobs until it is stopped.
+
+    finish_abandoned: a video is watched to its end when its clients have gone. warm_up: what is done before the first
+    job, in steps; it may raise UserError.
+    """
 
     def __init__(
-        self, model: Model, videos: WatchedVideos, limits: Limits, metrics: Metrics, *, finish_abandoned: bool = False
+        self,
+        model: Model,
+        videos: WatchedVideos,
+        limits: Limits,
+        metrics: Metrics,
+        *,
+        finish_abandoned: bool = False,
+        warm_up: Callable[[], Iterator[None]] | None = None,
     ):
+        self._warm_up, self._warm = warm_up, warm_up is None
         self._model, self._videos, self._limits, self._metrics = model, videos, limits, metrics
         self._finish_abandoned = finish_abandoned
         self._inbox: collections.deque[Job] = collections.deque()
@@ -66,6 +78,11 @@ class Engine:
     @property
     def alive(self) -> bool:
         return self._thread.is_alive()
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is alive and has warmed up."""
+        return self.alive and self._warm
 
     def submit(self, job: Job) -> None:
         self._inbox.append(job)
@@ -93,6 +110,16 @@ class Engine:
     # --- in the engine's thread -----------------------------------------------------------------
 
     def _run(self) -> None:
+        if self._warm_up is not None:
+            started = time.monotonic()
+            try:
+                for _ in self._warm_up():
+                    if self._stopped:
+                        break
+                logger.info("warmed up in %.1f s: common programs are compiled", time.monotonic() - started)
+            except Exception as e:  # the first questions compile them then
+                logger.warning("could not warm up: %s", e, exc_info=not isinstance(e, UserError))
+            self._warm = True
         while not self._stopped:
             with self._changed:
                 if not (self._woken or self._answers or self._ready or self._loads):

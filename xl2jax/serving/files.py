@@ -4,43 +4,17 @@ from __future__ import annotations
 
 import asyncio
 
-from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
-from starlette.types import Message
 
-from xl2jax.serving.addresses import too_large
-from xl2jax.serving.errors import RequestError
+from xl2jax.serving.bodies import form_with_file
 from xl2jax.serving.service import Place, Service, service_of
-
-_FORM_BYTES = 1 << 20  # of an upload, beside the file
 
 
 async def upload(request: Request, service: Service, place: Place) -> Response:
-    limit = service.limits.video_bytes + _FORM_BYTES
-    count = 0
-    inner = request.receive
-
-    async def bounded() -> Message:
-        nonlocal count
-        message = await inner()
-        count += len(message.get("body", b""))
-        if count > limit:
-            raise too_large(service.limits.video_bytes)
-        return message
-
-    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-        raise RequestError(415, "the body should be multipart/form-data", code="wrong_content_type")
-    try:
-        async with Request(request.scope, bounded).form(max_files=1, max_fields=16) as form:
-            file, purpose = form.get("file"), form.get("purpose", "user_data")
-            if not isinstance(file, UploadFile):
-                raise RequestError(400, "the form has no file", param="file")
-            about = await asyncio.to_thread(service.uploads.add, file.file, file.filename or "video", str(purpose))
-    except (MultiPartException, HTTPException):
-        raise RequestError(400, "the body is not a form with one file") from None
+    async with form_with_file(request, "file", service.limits.video_bytes) as (file, form):
+        purpose = str(form.get("purpose", "user_data"))
+        about = await asyncio.to_thread(service.uploads.add, file.file, file.filename or "video", purpose)
     return JSONResponse(about)
 
 

@@ -15,6 +15,7 @@ from xl2jax.serving.errors import RequestError, not_kept
 from xl2jax.serving.limits import Limits
 from xl2jax.serving.media import Library
 from xl2jax.serving.metrics import Metrics
+from xl2jax.serving.partial import PartialUploads
 from xl2jax.serving.uploads import Uploads
 from xl2jax.serving.videos import WatchedVideos
 from xl2jax.video.frame_sampling import FrameSampling
@@ -34,6 +35,7 @@ class Service:
     videos: WatchedVideos
     library: Library
     uploads: Uploads
+    partial: PartialUploads
     limits: Limits
     metrics: Metrics
     bilevel: BilevelConfig | None

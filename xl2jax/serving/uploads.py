@@ -8,7 +8,7 @@ import re
 import secrets
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, Protocol
 
 from xl2jax.errors import UserError, shorten
 from xl2jax.serving.addresses import too_large
@@ -17,6 +17,12 @@ from xl2jax.system.atomic import remove_leftovers, replacing_file
 from xl2jax.system.schema import Schema, read_json
 
 _ID = re.compile(r"file-[0-9a-f]{32}")
+
+
+class Readable(Protocol):
+    """What is read like a file."""
+
+    def read(self, size: int, /) -> bytes: ...
 
 
 class _About(Schema):
@@ -35,21 +41,25 @@ class Uploads:
     def __init__(self, folder: Path, max_bytes: int, total_bytes: int):
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
-        self._folder, self._max_bytes, self._total_bytes = folder, max_bytes, total_bytes
+        self._folder, self.max_bytes, self._total_bytes = folder, max_bytes, total_bytes
 
-    def add(self, source: IO[bytes], filename: str, purpose: str) -> dict[str, Any]:
+    def room(self) -> int:
+        """Bytes that further files can have together."""
+        return self._total_bytes - sum(path.stat().st_size for path in self._folder.glob("file-*.data"))
+
+    def add(self, source: Readable, filename: str, purpose: str) -> dict[str, Any]:
         """Stores a file and returns its description. Raises RequestError where it is too large or does not fit."""
         name = f"file-{secrets.token_hex(16)}"
         count = 0
         try:
             with replacing_file(self._folder / f"{name}.data") as beside, open(beside, "wb") as out:
-                left = self._total_bytes - sum(path.stat().st_size for path in self._folder.glob("file-*.data"))
+                left = self.room()
                 while block := source.read(1 << 20):
                     count += len(block)
                     if count > left:
-                        raise _no_room()
-                    if count > self._max_bytes:
-                        raise too_large(self._max_bytes)
+                        raise no_room()
+                    if count > self.max_bytes:
+                        raise too_large(self.max_bytes)
                     out.write(block)
             about = {
                 "bytes": count,
@@ -60,7 +70,7 @@ class Uploads:
             with replacing_file(self._folder / f"{name}.json") as beside:  # last: a file without it is not listed
                 beside.write_text(json.dumps(about))
         except UserError:
-            raise _no_room() from None
+            raise no_room() from None
         return _described(name, about)
 
     def describe(self, name: str) -> dict[str, Any]:
@@ -97,7 +107,8 @@ class Uploads:
         return self._folder / f"{name}.{suffix}"
 
 
-def _no_room() -> RequestError:
+def no_room() -> RequestError:
+    """The error for a file that does not fit."""
     return RequestError(507, "the server has no room for the file: delete others", code="no_space")
 
 

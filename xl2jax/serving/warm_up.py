@@ -1,0 +1,56 @@
+"""Compiles what the first questions need before they come."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from xl2jax.config import FRAMES_PER_GROUP
+from xl2jax.evaluation.scenes import make_scene, scene_clip
+from xl2jax.inference import session
+from xl2jax.inference.api import Model
+from xl2jax.inference.bilevel import BilevelConfig
+from xl2jax.inference.cache import KVCache
+from xl2jax.inference.decoding import STREAM_TOKENS, Decoding, decode_together, row_count
+from xl2jax.inference.generate import SuffixIds, TokenSampling
+from xl2jax.inference.layout import PrefillConfig
+from xl2jax.inference.relevance import AttentionScorer
+from xl2jax.inference.video_cache import CacheConfig
+
+_QUESTION_TOKENS = (100, 24)
+"""A question behind a few turns of a conversation, and a question."""
+
+
+def warm_up(
+    model: Model, frames: int, answers: int, *, prefill: PrefillConfig, cache: CacheConfig, bilevel: BilevelConfig
+) -> Iterator[None]:
+    """Watches a drawn video of `frames` frames and decodes 1, 2, 4 ... up to `answers` answers about it together.
+
+    The programs depend on sizes that are rounded up, so that they serve videos of about this length. It yields between
+    its steps, so that it can be left early. Raises UserError where there is no memory for it.
+    """
+    clip = scene_clip(make_scene(1, frames // FRAMES_PER_GROUP))
+    with model.watch(clip, config=prefill, cache=cache, bilevel=bilevel) as video:
+        for tokens in _QUESTION_TOKENS:
+            suffix = session.suffix_ids([0] * tokens, 0, tokens // 2)
+            context = session.choose_context(model.network, video.kv, suffix, bilevel, AttentionScorer()).context
+            yield
+            _answer(model, context, suffix, 1)
+        for power in range(1, row_count(answers).bit_length()):
+            yield
+            _answer(model, context, suffix, 1 << power)
+
+
+def _answer(model: Model, context: KVCache, suffix: SuffixIds, count: int) -> None:
+    """Decodes `count` answers together, of which none ends early."""
+    network, greedy, limit = model.network, TokenSampling(), 1 + STREAM_TOKENS
+    stop = np.full(len(model.tokenizer.stop_ids), -1, np.int32)
+    with contextlib.ExitStack() as opened:
+        together = []
+        for _ in range(count):
+            state, _ = session.start_answer(network, context, suffix, new_tokens=limit, stop=stop, sampling=greedy)
+            answer = Decoding(network, context, state, new_tokens=limit, stop=stop, sampling=greedy)
+            together.append(opened.enter_context(contextlib.closing(answer)))
+        decode_together(network, together)
