@@ -306,7 +306,7 @@ def test_watching_is_seen_and_stopped(page: Page, media: Path, monkeypatch: pyte
     go_on.set()
     page.get_by_label("Frames a second").fill("")
     card.get_by_role("button", name="Ask again").click()
-    expect(page.get_by_role("listitem").last.locator(".note")).to_contain_text("tokens")
+    expect(page.get_by_role("listitem").last.locator(".note")).to_contain_text("dense")
 
 
 def test_links(page: Page, media: Path) -> None:
@@ -388,7 +388,7 @@ def test_answers_that_fail(page: Page, media: Path, service: Service) -> None:
     assert_accessible(page)
     page.unroute(CHAT)
     card.get_by_role("button", name="Ask again").click()
-    expect(page.get_by_role("listitem").last.locator(".note")).to_contain_text("tokens")
+    expect(page.get_by_role("listitem").last.locator(".note")).to_contain_text("dense")
 
 
 def test_a_key_is_asked_for(page: Page, media: Path, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ export function linked(text, duration, onSeek) {
 }
 
 /**
- * Shows a turn: {question, answer, state, note, error, chunks, whole, usage, seconds}.
+ * Shows a turn: {question, answer, state, note, error, chunks, whole, reason, seconds}.
  * state: "running", "done", "stopped" or "failed". note: what a running one waits for.
  */
 export class Card {
@@ -79,13 +79,12 @@ export class Card {
   }
 
   #summary() {
-    const { state, usage, seconds, chunks, whole, reason } = this.#turn;
+    const { state, seconds, chunks, whole, reason } = this.#turn;
     if (state === "stopped") return "Stopped.";
     if (state === "failed") return "";
     const words = [];
     if (whole) words.push("read densely");
     else if (chunks.length) words.push(`${chunks.filter((chunk) => chunk.dense).length} of ${chunks.length} chunks dense`);
-    if (usage) words.push(`${usage.completion_tokens} tokens`);
     words.push(seconds < 10 ? `${seconds.toFixed(1)} s` : inWords(seconds));
     if (reason === "length") words.push("cut off at its longest length");
     return words.map((word) => word.replaceAll(" ", "\u00a0")).join(" · ");

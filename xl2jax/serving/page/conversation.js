@@ -101,11 +101,10 @@ export class Conversation {
     await Promise.race([this.#page.ready(), stopped]);
     for await (const event of ask(this.#page.request(turn.question, earlier), signal)) {
       if (event.kind === "watched") turn.note = tracker.watched(event.frames, event.total);
-      else if (event.kind === "usage") turn.usage = event.usage;
       else if (event.kind === "piece") {
         turn.answer += event.text;
         turn.note = "Answering…";
-      } else {
+      } else if (event.kind === "end") {
         [turn.reason, turn.chunks, turn.whole] = [event.reason, event.chunks, event.chunks.length === 0];
       }
       this.draw();
