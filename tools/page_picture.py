@@ -1,6 +1,6 @@
 """Makes docs/page.png: the page of `xl2jax serve` with answers of the bundled checkpoint. It needs Chromium.
 
-    python tools/page_picture.py docs/page.png
+python tools/page_picture.py docs/page.png
 """
 
 from __future__ import annotations
