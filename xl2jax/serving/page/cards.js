@@ -82,7 +82,7 @@ export class Card {
     const { state, seconds, chunks, whole, reason } = this.#turn;
     if (state === "stopped") return "Stopped.";
     if (state === "failed") return "";
-    const words = [];
+    const words = this.#turn.answer ? [] : ["no text"];
     if (whole) words.push("read densely");
     else if (chunks.length) words.push(`${chunks.filter((chunk) => chunk.dense).length} of ${chunks.length} chunks dense`);
     words.push(seconds < 10 ? `${seconds.toFixed(1)} s` : inWords(seconds));
