@@ -96,7 +96,8 @@ export class Timeline {
       : chunks.map((chunk) => ({ ...chunk, scored: question !== null }));
     this.#bars.setAttribute("aria-label", question === null ? "Chunks of the video" : `Relevance to: ${question}`);
     const dense = this.#chunks.filter((chunk) => chunk.dense).length;
-    if (question === null) this.#summary = chunks.length ? "Ask, and the bars show where the answer comes from." : "";
+    if (question === null && !chunks.length) this.#summary = "The chunks appear when the video has been watched.";
+    else if (question === null) this.#summary = "Ask, and the bars show where the answer comes from.";
     else if (whole) this.#summary = "The whole video was read densely.";
     else this.#summary = `${dense} of ${chunks.length} chunks were read densely for this question.`;
     this.#draw();
