@@ -262,6 +262,8 @@ def test_the_answer_is_announced_once_and_settings_are_sent(page: Page, media: P
     said = page.evaluate("window.said")
     assert [text for text in said if text.startswith("Answer")] == [f"Answer: {answer}"]
     assert said[0] == "Uploading…"
+    assert any(text.startswith("Uploaded ") for text in said)
+    assert any(text.startswith("Ready: ") for text in said)
     page.get_by_label("Chunks kept dense").fill("most")
     card = ask(page, "What happens?")
     expect(card.get_by_role("alert")).to_contain_text("top_chunks")
@@ -337,6 +339,33 @@ def test_links(page: Page, media: Path) -> None:
     page.reload()
     expect(page.locator("#status")).to_contain_text("watched before")
     expect(card.get_by_role("link")).to_be_visible()
+
+
+def test_a_video_is_dropped_and_a_link_is_pasted(page: Page, media: Path) -> None:
+    transfer = page.evaluate_handle(
+        """bytes => {
+          const transfer = new DataTransfer();
+          transfer.items.add(new File([new Uint8Array(bytes)], "dropped.mp4", { type: "video/mp4" }));
+          return transfer;
+        }""",
+        list((media / "demo.mp4").read_bytes()),
+    )
+    link = (media / "demo.mp4").as_uri()
+    page.evaluate(
+        """link => {
+          const transfer = new DataTransfer();
+          transfer.setData("text/plain", link);
+          document.body.dispatchEvent(new ClipboardEvent("paste", { clipboardData: transfer, bubbles: true }));
+        }""",
+        link,
+    )
+    expect(page.get_by_label("Or paste a link")).to_have_value(link)
+    page.dispatch_event("#drop", "dragover", {"dataTransfer": transfer})
+    expect(page.locator("body")).to_have_class("dropping")
+    page.dispatch_event("#drop", "drop", {"dataTransfer": transfer})
+    expect(page.locator("body")).to_have_class("started")
+    expect(page.get_by_role("heading", name="dropped.mp4")).to_be_visible()
+    expect(page.locator("#status")).to_contain_text("Ready")
 
 
 def test_videos_that_are_refused(page: Page, media: Path, tmp_path: Path, service: Service) -> None:
@@ -454,7 +483,7 @@ def test_speed_and_time_left(page: Page) -> None:
           const [watching, uploading] = [new Tracker(0), new Tracker(0)];
           return [
             watching.watched(16, 128, 4000), watching.watched(32, 128, 6000), watching.watched(128, 128, 18000),
-            uploading.uploaded(0, 2.5e8, 0), uploading.uploaded(5e7, 2.5e8, 2000),
+            uploading.uploaded(0, 2.5e9, 0), uploading.uploaded(5e8, 2.5e9, 20000),
           ];
         })"""
     )
@@ -462,8 +491,8 @@ def test_speed_and_time_left(page: Page) -> None:
         "Watched 16 of 128 frames · 4.0 frames/s · 28 s left",
         "Watched 32 of 128 frames · 8.0 frames/s · 12 s left",
         "Watched 128 of 128 frames",
-        "Uploaded 0 kB of 250 MB",
-        "Uploaded 50.0 MB of 250 MB · 25.0 MB/s · 8 s left",
+        "Uploaded 0 kB of 2.50 GB",
+        "Uploaded 500 MB of 2.50 GB · 25.0 MB/s · 1 min 20 s left",
     ]
 
 

@@ -18,7 +18,7 @@ _TYPES = {
 _FILES = {path.name: path for path in _FOLDER.iterdir() if path.suffix in _TYPES}
 _HEADERS = {
     # Answers and names of videos come from elsewhere: nothing but the page's own files runs, and nothing leaves.
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "media-src 'self' blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",

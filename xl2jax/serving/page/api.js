@@ -10,6 +10,13 @@ export class Problem extends Error {
   }
 }
 
+/** What to tell the user about an error. Those that are no Problem are faults of the page. */
+export function inSentence(error) {
+  if (error instanceof Problem) return error.message;
+  console.error(error);
+  return "The page failed on what the server sent. Try again.";
+}
+
 /** The key is kept until the tab is closed. */
 export function keepKey(key) {
   sessionStorage.setItem(KEY, key);
@@ -73,14 +80,14 @@ export async function modelName() {
 }
 
 /** Uploads a file and returns its description. `onProgress` gets the bytes that were sent. */
-export function upload(file, { onProgress, signal }) {
-  return new Promise((resolve, reject) => {
+export async function upload(file, { onProgress, signal }) {
+  const text = await new Promise((resolve, reject) => {
     const sending = new XMLHttpRequest(); // fetch does not tell how much was sent
     sending.open("POST", "v1/files");
     for (const [name, value] of Object.entries(headers())) sending.setRequestHeader(name, value);
     sending.upload.onprogress = (event) => onProgress(event.loaded);
     sending.onload = () => {
-      if (sending.status >= 200 && sending.status < 300) resolve(JSON.parse(sending.responseText));
+      if (sending.status >= 200 && sending.status < 300) resolve(sending.responseText);
       else reject(problem(sending.status, sending.responseText, sending.getResponseHeader("Retry-After")));
     };
     sending.onerror = () => reject(new Problem(UNREACHABLE));
@@ -91,6 +98,7 @@ export function upload(file, { onProgress, signal }) {
     form.append("file", file);
     sending.send(form);
   });
+  return JSON.parse(text);
 }
 
 /** The description of an uploaded file. */
@@ -103,10 +111,10 @@ export function forget(id) {
   request(`v1/files/${encodeURIComponent(id)}`, { method: "DELETE", keepalive: true }).catch(() => {});
 }
 
-const LARGEST_COPY = 1 << 29;
+const LARGEST_COPY = 1 << 29; // bytes
 
 /**
- * An address from which a player reads an uploaded file: {src, isCopy}. Null where that is not possible.
+ * An address from which a player reads an uploaded file. Null where that is not possible.
  * A player sends no key. Where one is needed, the address is that of a copy in the browser.
  */
 export async function playable(file) {

@@ -84,7 +84,8 @@ export class Card {
     if (state === "failed") return "";
     const words = this.#turn.answer ? [] : ["no text"];
     if (whole) words.push("read densely");
-    else if (chunks.length) words.push(`${chunks.filter((chunk) => chunk.dense).length} of ${chunks.length} chunks dense`);
+    else if (chunks.length)
+      words.push(`${chunks.filter((chunk) => chunk.dense).length} of ${chunks.length} chunks dense`);
     words.push(seconds < 10 ? `${seconds.toFixed(1)} s` : inWords(seconds));
     if (reason === "length") words.push("cut off at its longest length");
     return words.map((word) => word.replaceAll(" ", "\u00a0")).join(" · ");

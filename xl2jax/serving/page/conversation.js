@@ -1,6 +1,6 @@
 // The questions about the video and their answers, one at a time.
 
-import { Problem, ask } from "./api.js";
+import { ask, inSentence } from "./api.js";
 import { Card } from "./cards.js";
 import { Tracker } from "./progress.js";
 
@@ -83,11 +83,12 @@ export class Conversation {
     this.#scroll(true);
     try {
       await this.#receive(turn, earlier, mine.signal);
+      if (this.#running !== mine) return; // another video was opened
       turn.state = "done";
-      if (this.#running === mine) this.selected = this.turns.indexOf(turn);
+      this.selected = this.turns.indexOf(turn);
       this.#page.announce(`Answer: ${turn.answer || "none"}`);
     } catch (error) {
-      if (this.#running !== mine) return; // another video was opened
+      if (this.#running !== mine) return;
       this.#fail(turn, error);
     }
     this.#running = null;
@@ -120,8 +121,7 @@ export class Conversation {
       return;
     }
     turn.state = "failed";
-    turn.error = error instanceof Problem ? error.message : "The page failed on this answer. Try again.";
-    if (!(error instanceof Problem)) console.error(error);
+    turn.error = inSentence(error);
     this.#page.failed(error);
   }
 

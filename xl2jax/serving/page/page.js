@@ -1,6 +1,6 @@
 // The page: one video, and the questions about it.
 
-import { Problem, ask, describe, forget, hasKey, keepKey, modelName, playable, upload } from "./api.js";
+import { Problem, ask, describe, forget, hasKey, inSentence, keepKey, modelName, playable, upload } from "./api.js";
 import { Conversation } from "./conversation.js";
 import { ProgressBar, Tracker } from "./progress.js";
 import { thumbnails } from "./thumbnails.js";
@@ -42,7 +42,8 @@ const onServer = () => Boolean(source?.file || source?.url);
 // --- what is kept over a reload -----------------------------------------------------------------
 
 function save() {
-  const settings = Object.fromEntries(settingFields().map((field) => [field.id, field.checked || field.value]));
+  const value = (field) => (field.type === "checkbox" ? field.checked : field.value);
+  const settings = Object.fromEntries(settingFields().map((field) => [field.id, value(field)]));
   const { turns, selected } = conversation;
   sessionStorage.setItem(STATE, JSON.stringify({ settings, ...(onServer() ? { source, turns, selected } : {}) }));
 }
@@ -208,7 +209,7 @@ async function prepare() {
     if (here !== source) return; // another video was opened
     progress.end();
     if (error.name !== "AbortError") {
-      showVideoError(error.message);
+      showVideoError(inSentence(error));
       askForKey(error);
     } else if (onServer()) {
       showText("status", "The video was not watched to its end. The next question begins again.");
@@ -279,7 +280,11 @@ function chatRequest(question, earlier) {
   messages.push({ role: "user", content: [{ type: "text", text: question }] });
   messages[0].content.unshift(video);
   const own = { chunks: true };
-  for (const [name, id] of [["fps", "fps"], ["max_frames", "max-frames"], ["top_chunks", "top-chunks"]]) {
+  for (const [name, id] of [
+    ["fps", "fps"],
+    ["max_frames", "max-frames"],
+    ["top_chunks", "top-chunks"],
+  ]) {
     const value = $(id).value.trim();
     if (value) own[name] = Number.isNaN(Number(value)) ? value : Number(value);
   }
@@ -371,9 +376,10 @@ async function connect() {
   try {
     showText("model", await modelName());
   } catch (error) {
-    showText("start-error", error.status === 401 ? null : error.message);
+    const text = error.status === 401 ? null : inSentence(error);
+    if (source === null) showText("start-error", text);
+    else showVideoError(text);
     askForKey(error);
-    if (source !== null && error.status !== 401) showVideoError(error.message);
     return;
   }
   if (source?.url) cannotPlayLink();

@@ -3,7 +3,8 @@
 import { Rate, inWords } from "./times.js";
 
 function bytes(count) {
-  return count < 1e6 ? `${Math.ceil(count / 1e3)} kB` : `${(count / 1e6).toFixed(count < 1e8 ? 1 : 0)} MB`;
+  if (count < 1e6) return `${Math.ceil(count / 1e3)} kB`;
+  return count < 1e9 ? `${(count / 1e6).toFixed(count < 1e8 ? 1 : 0)} MB` : `${(count / 1e9).toFixed(2)} GB`;
 }
 
 /** Counts become words with their speed and the time that is left. */
