@@ -405,7 +405,7 @@ def test_answers_that_fail(page: Page, media: Path, service: Service) -> None:
     for body, expected in (
         (
             ": watched 16 of 148 frames\n\n" + PIECE,
-            "The connection to the server was lost before the answer was complete.",
+            "The connection to the server was lost before the end.",
         ),
         (PIECE + 'data: {"error": {"message": "the server is shutting down"}}\n\n', "The server is shutting down."),
     ):

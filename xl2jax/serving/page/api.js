@@ -32,7 +32,7 @@ function headers() {
 }
 
 const UNREACHABLE = "The server cannot be reached. Check that it is running, and try again.";
-const LOST = "The connection to the server was lost before the answer was complete.";
+const LOST = "The connection to the server was lost before the end.";
 
 function sentence(text) {
   const whole = text.trim().replace(/^./, (first) => first.toUpperCase());
