@@ -383,10 +383,12 @@ def test_videos_that_are_refused(page: Page, media: Path, tmp_path: Path, servic
     assert next(about["filename"] for about in service.uploads.list()) == "demo.mp4"
 
 
-def test_an_upload_that_is_gone(page: Page, media: Path, service: Service) -> None:
+def test_an_upload_that_is_gone(page: Page, media: Path, service: Service, address: str) -> None:
     open_video(page, media / "demo.mp4")
     ask(page, "What happens?")
     kept = page.evaluate("JSON.parse(sessionStorage.getItem('xl2jax.page')).source.file.id")
+    part = httpx2.get(f"{address}/v1/files/{kept}/content", headers={"Range": "bytes=10-19"})  # as players read
+    assert (part.status_code, part.content) == (206, (media / "demo.mp4").read_bytes()[10:20])
     service.uploads.remove(kept)
     page.reload()
     expect(page.locator("#video-error")).to_contain_text("The server does not have this video any more.")

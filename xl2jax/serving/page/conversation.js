@@ -17,7 +17,7 @@ export class Conversation {
   /**
    * page: what the conversation needs of it.
    * list, scroll: elements of the turns and around them. timeline, seek(seconds). announce(text).
-   * request(question, earlier): the body of a chat request. ready(): resolves when the server has the video.
+   * mayRefer(): whether a question may refer to earlier ones. request(question, earlier): the body of a chat request. ready(): resolves when the server has the video.
    * changed(): after every change. failed(error): after a failed question.
    */
   constructor(page) {
@@ -70,12 +70,12 @@ export class Conversation {
     this.#page.changed();
   }
 
-  /** Asks a question and shows what comes, unless another one is being answered. `mayRefer`: to earlier ones. */
-  async answer(question, mayRefer) {
+  /** Asks a question and shows what comes, unless another one is being answered. */
+  async answer(question) {
     if (this.running) return;
     const mine = new AbortController();
     this.#running = mine;
-    const earlier = mayRefer ? this.turns.filter((turn) => turn.state === "done") : [];
+    const earlier = this.#page.mayRefer() ? this.turns.filter((turn) => turn.state === "done") : [];
     const turn = { question, answer: "", state: "running", note: "Waiting for the video…", chunks: [] };
     this.turns.push(turn);
     this.#add(turn);

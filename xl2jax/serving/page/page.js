@@ -21,6 +21,7 @@ const conversation = new Conversation({
   timeline,
   seek,
   announce,
+  mayRefer: () => $("follow-up").checked,
   request: chatRequest,
   ready: () => ready,
   changed: conversationChanged,
@@ -329,7 +330,7 @@ $("ask").addEventListener("submit", (event) => {
   const question = $("question").value.trim();
   if (!question || conversation.running) return;
   $("question").value = "";
-  conversation.answer(question, $("follow-up").checked);
+  conversation.answer(question);
 });
 $("question").addEventListener("keydown", (event) => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
