@@ -17,7 +17,8 @@ export class Conversation {
   /**
    * page: what the conversation needs of it.
    * list, scroll: elements of the turns and around them. timeline, seek(seconds). announce(text).
-   * mayRefer(): whether a question may refer to earlier ones. request(question, earlier): the body of a chat request. ready(): resolves when the server has the video.
+   * mayRefer(): whether a question may refer to earlier ones. request(question, earlier): the body of a chat request.
+   * ready(): resolves when the server has the video.
    * changed(): after every change. failed(error): after a failed question.
    */
   constructor(page) {
