@@ -44,6 +44,13 @@ def test_every_module_is_in_the_wheel(installed: Path) -> None:
     assert (installed / "xl2jax" / "py.typed").is_file()
 
 
+def test_the_page_is_in_the_wheel(installed: Path) -> None:
+    page = Path("xl2jax", "serving", "page")
+    files = {path.name: path.read_bytes() for path in (ROOT / page).iterdir()}
+    assert {path.name: path.read_bytes() for path in (installed / page).iterdir()} == files
+    assert {"index.html", "page.css", "page.js"} <= set(files)
+
+
 def test_the_command(installed: Path) -> None:
     listed = run(installed, "--help")
     assert listed.returncode == 0

@@ -63,7 +63,8 @@ def main() -> int:
         service = build_service(args, Path(spool), args.warm_up)
         service.api_key, service.hosts = key, _LOOPBACK if _is_loopback(access.host) else None
         shown = f"[{access.host}]" if ":" in access.host else access.host
-        logger.info("serving %s on http://%s:%d/v1", service.model, shown, listening.getsockname()[1])
+        address = f"http://{shown}:{listening.getsockname()[1]}"
+        logger.info("serving %s on %s/v1, with a page at %s/", service.model, address, address)
         server.run(service, listening, grace_seconds=access.grace_seconds)
     logger.info("the server has ended")
     return 0

@@ -17,6 +17,7 @@ service     what the HTTP interface works with, and its bounded queue
 guard       the key, and where a request comes from
 chat        chat requests
 files       the requests to /v1/files
+web_page    the page at /
 app         the HTTP interface
 server      runs it until a signal
 batch       answers the lines of a file through it

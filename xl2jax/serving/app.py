@@ -21,6 +21,7 @@ from xl2jax.serving.errors import RequestError, internal_error
 from xl2jax.serving.files import list_files, one_file, read_content, upload
 from xl2jax.serving.guard import Guard, error_response
 from xl2jax.serving.service import Place, Service, service_of
+from xl2jax.serving.web_page import page
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,8 @@ def make_app(service: Service) -> ASGIApp:
             Route("/v1/uploads/{name}/parts", _counted(service, parts.add_part), methods=["POST"]),
             Route("/v1/uploads/{name}/complete", _counted(service, parts.complete), methods=["POST"]),
             Route("/v1/uploads/{name}/cancel", parts.cancel, methods=["POST"]),
+            Route("/", page, methods=["GET"]),
+            Route("/page/{name}", page, methods=["GET"]),
             Route("/health", _health, methods=["GET"]),
             Route("/ready", _ready, methods=["GET"]),
             Route("/metrics", _metrics, methods=["GET"]),

@@ -12,6 +12,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from xl2jax.serving.errors import RequestError
 from xl2jax.serving.service import Service
 
+_OPEN = ("/health", "/ready", "/")
+"""Paths that need no key, with the files of the page below /page/. The page asks for the key."""
+
 
 class Guard:
     """Checks the key and where a request comes from, and counts it."""
@@ -51,7 +54,7 @@ class Guard:
         if origin is not None and _network_location(origin) != host:
             return RequestError(403, "requests from pages of other sites are refused", code="foreign_origin")
         key = self._service.api_key
-        if key is None or request.url.path in ("/health", "/ready"):
+        if key is None or request.url.path in _OPEN or request.url.path.startswith("/page/"):
             return None
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), key.encode()):
