@@ -96,7 +96,7 @@ def served(service: Service) -> Iterator[str]:
 
 def metric(service: Service, name: str, **labels: str) -> float:
     """The value of a metric; 0 where nothing was counted."""
-    return service.metrics.registry.get_sample_value(name, labels) or 0.0
+    return service.metrics.value(name, **labels)
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:

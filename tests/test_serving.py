@@ -489,10 +489,31 @@ def test_the_small_addresses(address: str, client: openai.OpenAI) -> None:
     assert client.models.retrieve("tiny").id == "tiny"
     assert httpx2.get(f"{address}/health").json() == {"status": "ok"}
     assert httpx2.get(f"{address}/ready").json() == {"status": "ready"}
-    assert "xl2jax_time_to_first_token_seconds_bucket" in httpx2.get(f"{address}/metrics").text
+    assert "xl2jax_generated_tokens_total" in httpx2.get(f"{address}/metrics").text
     missing = httpx2.get(f"{address}/v1/nothing")
     assert (missing.status_code, missing.json()["error"]["type"]) == (404, "not_found_error")
     assert httpx2.get(f"{address}/v1/chat/completions").status_code == 405
+
+
+@pytest.mark.slow
+def test_warming_up_comes_before_ready(model: xl2jax.Model, tmp_path: Path) -> None:
+    """It does what the first questions do, for each number of answers."""
+    service = make_service(model, tmp_path, limits=Limits(answers=2), warm_up_frames=16, keep=False)
+    with served(service) as address:
+        first = httpx2.get(f"{address}/ready").status_code
+        wait_for(lambda: httpx2.get(f"{address}/ready").status_code == 200, 200)
+        assert first == 503
+
+
+def test_a_server_that_cannot_warm_up_serves(model: xl2jax.Model, tmp_path: Path) -> None:
+    def no_memory() -> Iterator[None]:
+        yield
+        raise xl2jax.UserError("no memory")
+
+    failing = make_service(model, tmp_path, keep=False)
+    failing.engine._warm_up, failing.engine._warm = no_memory, False
+    with served(failing) as address:
+        wait_for(lambda: httpx2.get(f"{address}/ready").status_code == 200, 20)
 
 
 # --- load --------------------------------------------------------------------------------------

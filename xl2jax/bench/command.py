@@ -1,4 +1,4 @@
-"""`xl2jax bench prefill|decode|answers|read|kernels|e2e|check|train`.
+"""`xl2jax bench prefill|decode|answers|read|kernels|e2e|serve|check|train`.
 
 Every row of `prefill`, `decode`, `read` and `e2e --video` runs in a process of its own, so that it has its own peak
 memory and compilation. The other commands run in one process.
@@ -26,6 +26,7 @@ from xl2jax.bench.llm import DecodeArgs, PrefillArgs, decode_row, prefill_row
 from xl2jax.bench.matrices import matrix_rows
 from xl2jax.bench.read import MODES, ReadArgs, ensure_video, parse_synthetic, read_row
 from xl2jax.bench.rounding import CheckArgs, rounding_tables
+from xl2jax.bench.serve import ServeBenchArgs, serve_rows
 from xl2jax.bench.setup import machine
 from xl2jax.bench.train import TrainBenchArgs, train_rows
 from xl2jax.commands.flags import BilevelFlags, PrefillFlags, choices, require_checkpoint, whole_numbers
@@ -80,6 +81,11 @@ def _answers(args: AnswersArgs) -> None:
     args.check()
     start_backend()
     _print_rows(answer_rows(args), args.json)
+
+
+def _serve(args: ServeBenchArgs) -> None:
+    args.check()
+    _print_rows(serve_rows(args), args.json)
 
 
 def _read(args: ReadArgs) -> None:
@@ -164,6 +170,7 @@ _COMMANDS: dict[str, tuple[type, Callable[..., None]]] = {
     "read": (ReadArgs, _read),
     "kernels": (KernelArgs, _kernels),
     "e2e": (E2EArgs, _e2e),
+    "serve": (ServeBenchArgs, _serve),
     "check": (CheckArgs, _check),
     "train": (TrainBenchArgs, _train),
 }

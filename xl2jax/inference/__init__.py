@@ -13,6 +13,7 @@ selection        which chunks a question reads
 selection_files  reads upstream's selection files
 video_cache      a watched video
 watching         a video that is being watched, a segment at a time
+decoding         answers that are decoded alone or together
 answering        an answer in the making, a few tokens at a time
 store            keeps its cache in a file
 offload          keeps its cache in host memory

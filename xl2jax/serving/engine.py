@@ -58,7 +58,7 @@ class Engine:
         warm_up: Callable[[], Iterator[None]] | None = None,
     ):
         self._warm_up, self._warm = warm_up, warm_up is None
-        self._model, self._videos, self._limits, self._metrics = model, videos, limits, metrics
+        self.model, self._videos, self._limits, self._metrics = model, videos, limits, metrics
         self._finish_abandoned = finish_abandoned
         self._inbox: collections.deque[Job] = collections.deque()
         self._ready: collections.deque[Job] = collections.deque()
@@ -203,7 +203,7 @@ class Engine:
         asked = job.asked
         video = self._videos.get(job.key)
         try:
-            answering = self._model.start_answer(
+            answering = self.model.start_answer(
                 video,
                 asked.question,
                 max_new_tokens=asked.max_new_tokens,
@@ -360,7 +360,7 @@ class Engine:
             return
         while True:
             try:
-                watching = self._model.start_watch(clip, self._videos.prefill, cache=self._videos.cache)
+                watching = self.model.start_watch(clip, self._videos.prefill, cache=self._videos.cache)
                 break
             except NotEnoughMemory:
                 if not self._more_room():

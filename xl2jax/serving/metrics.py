@@ -50,5 +50,9 @@ class Metrics:
             "xl2jax_kv_bytes", "Bytes of the KV of watched videos by place.", ["place"], registry=self.registry
         )
 
+    def value(self, name: str, **labels: str) -> float:
+        """The value of a metric; 0 where nothing was counted."""
+        return self.registry.get_sample_value(name, labels) or 0.0
+
     def text(self) -> bytes:
         return generate_latest(self.registry)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
 from xl2jax.config import FRAMES_PER_GROUP
-from xl2jax.evaluation.scenes import make_scene, scene_clip
 from xl2jax.inference import session
 from xl2jax.inference.api import Model
 from xl2jax.inference.bilevel import BilevelConfig
@@ -18,6 +18,8 @@ from xl2jax.inference.generate import SuffixIds, TokenSampling
 from xl2jax.inference.layout import PrefillConfig
 from xl2jax.inference.relevance import AttentionScorer
 from xl2jax.inference.video_cache import CacheConfig
+from xl2jax.video.clip import Clip
+from xl2jax.video.readers import Reader
 
 _QUESTION_TOKENS = (100, 24)
 """A question behind a few turns of a conversation, and a question."""
@@ -26,12 +28,13 @@ _QUESTION_TOKENS = (100, 24)
 def warm_up(
     model: Model, frames: int, answers: int, *, prefill: PrefillConfig, cache: CacheConfig, bilevel: BilevelConfig
 ) -> Iterator[None]:
-    """Watches a drawn video of `frames` frames and decodes 1, 2, 4 ... up to `answers` answers about it together.
+    """Watches a black video of `frames` frames and decodes 1, 2, 4 ... up to `answers` answers about it together.
 
     The programs depend on sizes that are rounded up, so that they serve videos of about this length. It yields between
     its steps, so that it can be left early. Raises UserError where there is no memory for it.
     """
-    clip = scene_clip(make_scene(1, frames // FRAMES_PER_GROUP))
+    indices = np.arange(frames - frames % FRAMES_PER_GROUP)
+    clip = Clip(Path("warm-up"), _Blank(len(indices)), indices, [float(i) for i in indices])
     with model.watch(clip, config=prefill, cache=cache, bilevel=bilevel) as video:
         for tokens in _QUESTION_TOKENS:
             suffix = session.suffix_ids([0] * tokens, 0, tokens // 2)
@@ -41,6 +44,20 @@ def warm_up(
         for power in range(1, row_count(answers).bit_length()):
             yield
             _answer(model, context, suffix, 1 << power)
+
+
+class _Blank(Reader):
+    """Black frames, one a second."""
+
+    def __init__(self, total: int):
+        self.total, self.fps = total, 1.0
+
+    def spans(self, indices: np.ndarray) -> list[np.ndarray]:
+        return [indices]
+
+    def frames(self, indices: np.ndarray) -> Iterator[np.ndarray]:
+        for _ in indices:
+            yield np.zeros((64, 64, 3), np.uint8)
 
 
 def _answer(model: Model, context: KVCache, suffix: SuffixIds, count: int) -> None:
