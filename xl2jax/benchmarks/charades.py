@@ -113,6 +113,9 @@ class Charades(Task):
         span = read_span(text)
         return Reading(None if span is None else f"{span[0]:g} - {span[1]:g}", None)
 
+    def parsed(self, reading: Reading) -> bool:
+        return reading.extracted is not None
+
     def sample(self, row: CharadesRow, text: str, rng: random.Random) -> dict[str, str]:
         return {f"{row.video}>>>{row.caption}>>>{row.timestamp}": text}
 

@@ -39,7 +39,11 @@ class UpstreamLVBench(Task):
 
     @property
     def files(self) -> tuple[str, ...]:
-        return tuple(f"lvbench_{kind}" for kind in TYPES) if self.name == "lvbench" else (self.name,)
+        return (self.name,)
+
+    @property
+    def parts(self) -> tuple[tuple[str, ...], ...]:
+        return tuple((f"lvbench_{kind}",) for kind in TYPES) if self.name == "lvbench" else (self.files,)
 
     def prompt(self, row: UpstreamRow, subtitles: str | None = None) -> str:
         options = "".join(f"{letter}. {text}\n" for letter, text in zip(string.ascii_uppercase, row.candidates))  # noqa: B905
@@ -97,6 +101,10 @@ class LMMsLVBench(Task):
     folder, dataset, split = "lvbench", "lmms-eval/LVBench", "train"
     metric, unit = "lvbench_score", 1.0
     greedy = {}  # noqa: RUF012
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return (self.name, self.split)
 
     def prompt(self, row: LMMsRow, subtitles: str | None = None) -> str:
         lines = [f"({letter}) {text}" for letter, text in zip(string.ascii_uppercase, row.options or [])]  # noqa: B905

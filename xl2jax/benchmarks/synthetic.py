@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from xl2jax.benchmarks.dataset import import_pyarrow
 from xl2jax.benchmarks.task import Reading, Task, Variant, percent
 from xl2jax.benchmarks.videomme import DURATIONS, VideoMMERow
 from xl2jax.config import FRAMES_PER_GROUP
@@ -39,6 +40,10 @@ class Synthetic(Task):
 
     def __init__(self, name: str, variant: Variant):
         super().__init__(name, variant)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return (self.split,)
 
     def prompt(self, row: VideoMMERow, subtitles: str | None = None) -> str:
         return row.question
@@ -90,9 +95,7 @@ def write_synthetic(folder: Path, sizes: Sizes) -> int:
 
     Raises UserError where the folder exists or cannot be written.
     """
-    import pyarrow
-    import pyarrow.parquet
-
+    pyarrow = import_pyarrow()
     with replacing_folder(folder) as beside:
         rows: list[dict[str, Any]] = []
         (beside / "videomme").mkdir()

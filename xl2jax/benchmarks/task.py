@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from xl2jax.errors import UserError
 from xl2jax.system.schema import Schema, check
 
 type Variant = Literal["upstream", "lmms-eval"]
@@ -66,9 +65,14 @@ class Task(abc.ABC):
         return check(dict(raw), self.Row, where)
 
     @property
+    @abc.abstractmethod
     def files(self) -> tuple[str, ...]:
-        """Names, without suffix and shard, of the files that hold the rows."""
-        return (self.name, self.split)
+        """Names that the file of the rows may have, without suffix and shard; the first that there is counts."""
+
+    @property
+    def parts(self) -> tuple[tuple[str, ...], ...]:
+        """`files` of each part of the data set."""
+        return (self.files,)
 
     # --- a question ---------------------------------------------------------------------------
 
@@ -109,6 +113,10 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def read(self, row: Any, text: str) -> Reading:
         """Extracts and scores an answer."""
+
+    def parsed(self, reading: Reading) -> bool:
+        """Whether an answer was found in the text."""
+        return reading.extracted in tuple("ABCDEFGH")
 
     @abc.abstractmethod
     def sample(self, row: Any, text: str, rng: random.Random) -> Sample:
@@ -168,9 +176,3 @@ class Tally:
 def sanitized(name: str) -> str:
     """A model's name as a folder's, in lmms-eval's way: the last two parts of a path, without special characters."""
     return re.sub(r"[\"<>:/|\\?*\[\]]+", "__", "/".join(name.split("/")[-2:]))
-
-
-def known(value: str, values: Sequence[str], field: str, where: str) -> None:
-    """Raises UserError for a value that the aggregation does not know and would end on."""
-    if value not in values:
-        raise UserError(f"{where}: {field}: {value!r} is not one that this task knows ({', '.join(values)})")
