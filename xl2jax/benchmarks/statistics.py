@@ -16,7 +16,8 @@ def wilson(right: float, count: int) -> tuple[float, float]:
     share, z2 = right / count, Z * Z
     centre = (share + z2 / (2 * count)) / (1 + z2 / count)
     half = Z / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count * count))
-    return max(centre - half, 0.0), min(centre + half, 1.0)
+    # At 0 and 1 the formula's ends are the share itself, but for rounding.
+    return min(max(centre - half, 0.0), share), max(min(centre + half, 1.0), share)
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
