@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from xl2jax.benchmarks.extraction import strip_reasoning
+from xl2jax.benchmarks.lvbench import UpstreamLVBench
 from xl2jax.benchmarks.question_types import by_question_type
 from xl2jax.benchmarks.records import Record, RunInfo, count_by_task, read_info, read_records
 from xl2jax.benchmarks.statistics import mean_interval, wilson
 from xl2jax.benchmarks.task import AGGREGATE_ERRORS, Sample, Task
 from xl2jax.benchmarks.tasks import find_task
+from xl2jax.benchmarks.videomme import VideoMME
 from xl2jax.errors import UserError, listing
 
 _LENGTHS = ((120, "below 2 min"), (900, "2 to 15 min"), (3600, "15 to 60 min"))
@@ -118,7 +120,7 @@ class TaskResult:
     @property
     def by_upstreams_script(self) -> dict[str, dict[str, float]]:
         """What upstream's script for bi-level runs would report; empty for other tasks."""
-        if self.task.variant != "upstream" or self.task.folder not in ("videomme", "lvbench"):
+        if self.task.variant != "upstream" or not isinstance(self.task, VideoMME | UpstreamLVBench):
             return {}
         return by_question_type(self.task, [(s.row, s.text) for s in self.scored])
 

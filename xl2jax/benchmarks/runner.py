@@ -107,6 +107,10 @@ class Run:
     table: SelectionTable | None = None
     strict: bool = False
     failed: list[str] = dataclasses.field(default_factory=list)
+    seconds: dict[str, float] = dataclasses.field(
+        default_factory=lambda: dict.fromkeys(("read", "watch", "answer"), 0.0)
+    )
+    """Waiting for frames, watching and answering so far, in seconds."""
 
     def run(self, groups: Sequence[Group]) -> int:
         """Returns how many questions were answered. Raises UserError where `strict` ends the run, or memory does."""
@@ -117,6 +121,7 @@ class Run:
                 self._fail(group, UserError(f"{group.name}: no such video in the data folder"))
         todo = [group for group in todo if group.path is not None]
         before, count = len(self.log.done), sum(len(group.questions) for group in todo)
+        started = time.perf_counter()
         with (
             ReadAhead(todo, lambda group: self.engine.open(group.path, group.view)) as ahead,
             tqdm(total=count, desc="answer", unit="question") as bar,
@@ -130,7 +135,16 @@ class Run:
                     ahead.drain()
                     self._fail(self._unanswered(group), e)
                 bar.update(len(group.questions))
+        self._log_times(time.perf_counter() - started, len(self.log.done) - before)
         return len(self.log.done) - before
+
+    def _log_times(self, seconds: float, answered: int) -> None:
+        needed = self.seconds["watch"] + self.seconds["answer"]
+        if answered:
+            logger.info(
+                "%d questions in %.1f s, %.3f times what watching each video once (%.1f s) and answering (%.1f s) took",
+                answered, seconds, seconds / needed if needed else 1.0, self.seconds["watch"], self.seconds["answer"],
+            )  # fmt: skip
 
     def _unanswered(self, group: Group) -> Group:
         left = [question for question in group.questions if question.key not in self.log.done]
@@ -160,10 +174,14 @@ class Run:
         waited = ahead.read_seconds
         video = opened.watch(ahead.batches())
         watched = time.perf_counter() - started
+        seconds = {"read": ahead.read_seconds, "watch": watched + waited - ahead.read_seconds}
         with contextlib.closing(video):
             for question in group.questions:
-                seconds = {"read": ahead.read_seconds, "watch": watched + waited - ahead.read_seconds}
-                self.log.add(self._ask(question, group, opened, video, seconds))
+                record = self._ask(question, group, opened, video, seconds)
+                self.seconds["answer"] += record.seconds.get("answer", 0.0)
+                self.log.add(record)
+        for name, value in seconds.items():
+            self.seconds[name] += value
 
     def _ask(self, question: Question, group: Group, opened: Opened, video: Video, seconds: dict[str, float]) -> Record:
         task = question.task

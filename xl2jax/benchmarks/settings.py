@@ -7,8 +7,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from xl2jax.benchmarks.released import DEFAULTS, Setting, released
-from xl2jax.benchmarks.selection_keys import SelectionTable
+from xl2jax.benchmarks.released import DEFAULTS, Released, Setting, released
 from xl2jax.benchmarks.task import Task
 from xl2jax.errors import UserError
 from xl2jax.inference.bilevel import BilevelConfig
@@ -66,13 +65,25 @@ def make_view(
             raise UserError(f"--setting paper: upstream released no script for {task.name}: choose another setting")
         setting = "chunked"  # the test set of MLVU
     values = dataclasses.replace(values or DEFAULTS["bilevel" if setting == "paper" else setting], **given)
+    return view_of(values, setting, bilevel, cache, backend)
+
+
+def view_of(
+    values: Released,
+    setting: Setting,
+    bilevel: BilevelConfig = BilevelConfig(),  # noqa: B008 (frozen)
+    cache: CacheConfig = CacheConfig(),  # noqa: B008 (frozen)
+    backend: Backend = "auto",
+) -> View:
+    """The view with these frames, chunks and window. Raises UserError for values out of range."""
     dense = values.chunk_groups is None or values.window_chunks is None
+    prefill = (
+        PrefillConfig(window_chunks=None) if dense else PrefillConfig(values.chunk_groups or 0, values.window_chunks)
+    )
     return View(
         sampling=FrameSampling(max_frames=values.max_frames, times="upstream"),
         last_group="drop" if setting == "pure" else "fill",
-        prefill=PrefillConfig(window_chunks=None)
-        if dense
-        else PrefillConfig(values.chunk_groups, values.window_chunks),  # type: ignore[arg-type]
+        prefill=prefill,
         bilevel=bilevel if setting in ("bilevel", "paper") else None,
         cache=cache,
         backend=backend,
@@ -85,16 +96,3 @@ def describe(view: View, files: list[Path]) -> dict[str, Any]:
     if view.bilevel is not None and files:
         described["bilevel"] = {"selection": [hashlib.sha256(read_bytes(file)).hexdigest()[:16] for file in files]}
     return described
-
-
-@dataclasses.dataclass(frozen=True)
-class Selections:
-    """Upstream's selection files for the tasks whose names they have; empty where our scorer chooses."""
-
-    files: list[Path]
-    table: SelectionTable | None
-
-    @classmethod
-    def read(cls, files: list[Path]) -> Selections:
-        """Raises UserError for a file that cannot be read."""
-        return cls(files, SelectionTable(files) if files else None)
