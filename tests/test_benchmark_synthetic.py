@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -117,9 +122,10 @@ def test_wrong_sizes(refused: Callable[..., str], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_longer_videos_in_the_three_settings(command: Command, tmp_path: Path) -> None:
     data = tmp_path / "data"
-    assert command(evaluate.main, "synthetic", data, "--videos", 24)[0] == 0
+    assert command(evaluate.main, "synthetic", data, "--groups", 24, 32, 48)[0] == 0
     rows = {setting: run(command, data, tmp_path / setting, setting) for setting in SETTINGS}
     assert min(row["value"] for row in rows.values()) >= 95
     # Without any chunk but the first and the last, the answers are worse: the settings do differ.
@@ -130,3 +136,30 @@ def test_longer_videos_in_the_three_settings(command: Command, tmp_path: Path) -
     assert status == 0
     assert found["only_second_right"] > found["only_first_right"]
     assert found["p"] < 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_run_of_the_bundled_checkpoint_that_is_killed(command: Command, tmp_path: Path) -> None:
+    """200 questions, killed at 10 random points, and an uninterrupted run."""
+    data, killed = tmp_path / "data", tmp_path / "killed"
+    assert write_synthetic(data, Sizes(videos=67, groups=(6, 8, 10))) >= 200
+    given = ["--task", "synthetic", "--data", str(data), "--setting", "bilevel", "--limit", "200"]
+    answers, rng, lengths = killed / "answers-0-of-1.jsonl", random.Random(3), [0]
+    for _ in range(10):
+        child = subprocess.Popen(
+            [sys.executable, "-m", "xl2jax", "eval", *given, "-o", str(killed)], stderr=subprocess.DEVNULL
+        )
+        end = time.monotonic() + 120
+        while time.monotonic() < end and (not answers.exists() or answers.stat().st_size <= lengths[-1]):
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 1))
+        child.kill()
+        assert child.wait() == -signal.SIGKILL
+        lengths.append(answers.stat().st_size)
+    assert lengths == sorted(set(lengths))
+    for out in (killed, tmp_path / "whole"):
+        assert command(evaluate.main, *given, "-o", out)[0] == 0
+    pages = [(out / "report.md").read_text().partition("## Time")[0] for out in (killed, tmp_path / "whole")]
+    assert pages[0] == pages[1]
+    assert len(answers.read_text().splitlines()) == 200
