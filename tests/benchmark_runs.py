@@ -80,13 +80,13 @@ class StubVideo:
     frames = 8
 
     def __init__(self, path: Path, seconds: float):
-        self._path, self._seconds = path, seconds
+        self.path, self._seconds = path, seconds
 
     def ask(self, question: Ask) -> Reply:
         time.sleep(self._seconds)
         if "refused" in question.prompt:
             raise UserError("the question is refused")
-        number = int(hashlib.sha256(f"{self._path.name} {question.prompt}".encode()).hexdigest(), 16)
+        number = int(hashlib.sha256(f"{self.path.name} {question.prompt}".encode()).hexdigest(), 16)
         text = ("A", "(B)", "The answer is C.", "D", "nothing that counts", "")[number % 6]
         return Reply(text, 100, 2, dense=True)
 
@@ -98,18 +98,18 @@ class StubOpened:
     duration, fps, frame_count, chosen_frames, damaged_frames = 40.0, 25.0, 1000, 8, 0
 
     def __init__(self, engine: StubEngine, path: Path):
-        self._engine, self._path = engine, path
+        self._engine, self.path = engine, path
 
     def batches(self) -> Iterator[np.ndarray]:
         yield np.zeros((4, 2, 2, 3), np.uint8)
-        if self._path.read_bytes() == b"torn":
-            raise UserError(f"{self._path}: is torn")
+        if self.path.read_bytes() == b"torn":
+            raise UserError(f"{self.path}: is torn")
         yield np.ones((4, 2, 2, 3), np.uint8)
 
     def watch(self, batches: Iterator[np.ndarray]) -> StubVideo:
         assert [int(batch[0, 0, 0, 0]) for batch in batches] == [0, 1]
-        self._engine.watched.append(self._path.name)
-        return StubVideo(self._path, self._engine.seconds)
+        self._engine.watched.append(self.path.name)
+        return StubVideo(self.path, self._engine.seconds)
 
 
 class StubEngine:

@@ -5,20 +5,33 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
 import pytest
-from benchmark_runs import TASKS, StubEngine, longvideobench_row, stub_model, videomme_row, write_data
+from benchmark_runs import (
+    TASKS,
+    StubEngine,
+    StubOpened,
+    StubVideo,
+    longvideobench_row,
+    stub_model,
+    videomme_row,
+    write_data,
+)
 from PIL import Image
 
 import xl2jax
 from xl2jax.benchmarks import engine, report
 from xl2jax.benchmarks.dataset import DataFolder
+from xl2jax.benchmarks.engine import Ask, Reply
 from xl2jax.benchmarks.lmms_files import results_object, sample_lines
 from xl2jax.benchmarks.records import Record, RunInfo
 from xl2jax.benchmarks.results import score
@@ -136,7 +149,7 @@ def test_videos_that_are_missing_or_unreadable(
     rows[17]["question"] = "A question that is refused?"
     (data / "videomme" / "videomme.json").write_text(json.dumps(rows))
     given = flags(data, out, task="videomme")
-    assert "1 videos are missing: vid1.mp4" in refused(evaluate.main, *given, "--strict")
+    assert "1 video is missing: vid1.mp4" in refused(evaluate.main, *given, "--strict")
     status, printed, err = command(evaluate.main, *given, "--json")
     assert status == 0
     assert "warning: videomme: 13 of 20 questions could not be asked" in err
@@ -222,6 +235,56 @@ def test_released_settings(command: Command, stub: StubEngine, data: Path, tmp_p
             for v in seen
         } == wanted
         assert all(v.sampling.times == "upstream" for v in seen)
+
+
+def test_the_next_video_is_read_while_the_present_one_is_asked(
+    command: Command, stub: StubEngine, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An answer about each video but the last waits until all frames of the next one were read."""
+    read = {f"vid{n}.mp4": threading.Event() for n in range(5)}
+    batches, ask = StubOpened.batches, StubVideo.ask
+    waited = []
+
+    def reading(self: StubOpened) -> Iterator[np.ndarray]:
+        yield from batches(self)
+        read[self.path.name].set()
+
+    def asking(self: StubVideo, question: Ask) -> Reply:
+        following = f"vid{int(self.path.stem[3:]) + 1}.mp4"
+        if following in read:
+            waited.append(read[following].wait(timeout=30))
+        return ask(self, question)
+
+    monkeypatch.setattr(StubOpened, "batches", reading)
+    monkeypatch.setattr(StubVideo, "ask", asking)
+    assert command(evaluate.main, *flags(data, tmp_path / "out", "--limit", 20, task="videomme"))[0] == 0
+    assert waited == [True] * 16
+
+
+def test_reading_ahead_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room for 10 batches, no more than that wait for a caller that takes none."""
+    batch = np.zeros((4, 8, 8, 3), np.uint8)
+    monkeypatch.setattr(engine, "_AHEAD_BYTES", 10 * batch.nbytes)
+    made: list[int] = []
+    full = threading.Event()
+
+    class Opened(StubOpened):
+        def batches(self) -> Iterator[np.ndarray]:
+            for number in range(30):
+                made.append(number)
+                if len(made) == 11:
+                    full.set()
+                yield batch
+
+    with engine.ReadAhead([1, 2], lambda item: Opened(StubEngine(), Path("x"))) as ahead:
+        ahead.next()
+        assert full.wait(30)
+        time.sleep(0.05)
+        assert len(made) == 11  # the last one waits for room
+        assert len(list(ahead.batches())) == 30
+        ahead.next()
+        ahead.drain()
+    assert len(made) == 60
 
 
 # --- results ------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Any
 
 from xl2jax.benchmarks.task import Task
 from xl2jax.errors import UserError, first_line, listing
-from xl2jax.system.schema import Schema, parse_json, read_bytes, read_json
+from xl2jax.system.schema import Schema, parse_json, read_bytes, read_json, require_readable
 
 _TABLE = re.compile(r"(?P<stem>.+?)(?:-(?P<shard>\d{5})-of-(?P<shards>\d{5}))?\.(?P<kind>parquet|arrow|jsonl|json)")
 _KINDS = ("parquet", "arrow", "jsonl", "json")
@@ -156,6 +156,7 @@ def import_pyarrow() -> Any:
 def _read_table(file: Path, columns: list[str]) -> list[dict[str, Any]]:
     pyarrow = import_pyarrow()
     try:
+        require_readable(file)
         if file.suffix == ".parquet":
             there = pyarrow.parquet.read_schema(file).names
             table = pyarrow.parquet.read_table(file, columns=[name for name in columns if name in there])

@@ -208,6 +208,8 @@ class ReadAhead:
 
     def _work(self) -> None:
         for item in self._items:
+            if self._closed:
+                return
             try:
                 opened = self._open(item)
             except BaseException as e:
@@ -222,8 +224,6 @@ class ReadAhead:
                 self._queue.put(None)
             except BaseException as e:
                 self._queue.put(e)
-            if self._closed:
-                return
 
     def _put(self, frames: np.ndarray) -> bool:
         """Waits for room, but never with nothing waiting. False where the caller has stopped."""

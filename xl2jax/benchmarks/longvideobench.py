@@ -18,7 +18,7 @@ class LongVideoBenchRow(Schema):
     id: str
     video_path: str
     question: str
-    option0: str = "N/A"
+    option0: str
     option1: str = "N/A"
     option2: str = "N/A"
     option3: str = "N/A"

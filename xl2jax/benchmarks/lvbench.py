@@ -5,9 +5,7 @@ from __future__ import annotations
 import random
 import string
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
-
-from pydantic import Field
+from typing import Any
 
 from xl2jax.benchmarks.extraction import lvbench_answer, option_letter
 from xl2jax.benchmarks.task import Reading, Task, percent
@@ -16,12 +14,16 @@ from xl2jax.system.schema import Schema
 TYPES = ("cartoon", "documentary", "live", "selfmedia", "sport", "tv")
 
 
+def _first(kinds: list[str] | str) -> str:
+    return kinds if isinstance(kinds, str) else next(iter(kinds), "")
+
+
 class UpstreamRow(Schema):
     video: str
     question: str
     candidates: list[str]
     answer: str
-    question_type: Annotated[list[str], Field(default_factory=list)]
+    question_type: list[str] | str = ""
     type: str = ""
     start: Any = None
     end: Any = None
@@ -67,7 +69,7 @@ class UpstreamLVBench(Task):
         return row.answer
 
     def category(self, row: UpstreamRow) -> str:
-        return row.question_type[0] if row.question_type else ""
+        return _first(row.question_type)
 
     def read(self, row: UpstreamRow, text: str) -> Reading:
         found, letter = lvbench_answer(text), self.letter(row)
@@ -117,8 +119,7 @@ class LMMsLVBench(Task):
         return row.answer
 
     def category(self, row: LMMsRow) -> str:
-        kinds = row.question_type
-        return kinds if isinstance(kinds, str) else next(iter(kinds), "")
+        return _first(row.question_type)
 
     def read(self, row: LMMsRow, text: str) -> Reading:
         extracted = option_letter(text)

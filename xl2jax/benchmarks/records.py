@@ -39,8 +39,6 @@ class Record(Schema):
     video: str
     text: str | None = None
     error: str | None = None
-    missing: bool = False
-    """Whether the reason is the video, which is missing or cannot be read."""
     duration: float | None = None
     frames: int = 0
     chosen_frames: int = 0

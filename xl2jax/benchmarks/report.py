@@ -35,7 +35,7 @@ def report_lines(results: Results) -> Iterator[str]:
     yield f"\n- checkpoint: `{info.checkpoint}` ({info.model.get('fingerprint', 'unknown')})"
     yield f"- dtype: {info.model.get('dtype')}, weights: {info.model.get('weights') or 'as they are'}"
     for result in results.tasks:
-        yield f"- {result.task.name}: {_view(info.asked['tasks'][result.task.name].get('view', {}))}"
+        yield f"- {result.task.name}: {_view(result.view)}"
     yield "\n## Scores\n"
     yield "| task | metric | value | mean score, 95 % interval | mean over categories | answered | not parsed |"
     yield "| --- | --- | --- | --- | --- | --- | --- |"
@@ -83,6 +83,9 @@ def _task_lines(r: TaskResult) -> Iterator[str]:
             reasons.setdefault(record.error or "unknown", []).append(record.doc_id)
         yield from _listed(f"{reason}: {_numbers(ids)}" for reason, ids in reasons.items())
         yield ""
+    whole = sum(s.record.dense for s in r.scored) if "selection" in (r.view.get("bilevel") or {}) else 0
+    if whole:
+        yield f"{whole} of {len(r.scored)} answers read the whole dense cache: the selection files have no entry for them.\n"
     broken = {s.record.video: s.record for s in r.scored if _incomplete(s.record)}
     if broken:
         yield "These videos are damaged; the questions were asked about what could be read:\n"

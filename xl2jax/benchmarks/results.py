@@ -47,10 +47,11 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class TaskResult:
-    """One task of a run. `unanswered` are questions that could not be asked."""
+    """One task of a run. `unanswered` are questions that could not be asked. `view` says how videos were read."""
 
     task: Task
     setting: str
+    view: Mapping[str, Any]
     scored: list[Scored]
     unanswered: list[Record]
     questions: int
@@ -165,7 +166,8 @@ def score(info: RunInfo, records: Mapping[tuple[str, int], Record]) -> Results:
         rng = random.Random(0)  # the seed that both code bases set
         scored = [_scored(task, record, rng) for record in mine if record.text is not None]
         unanswered = [record for record in mine if record.text is None]
-        tasks.append(TaskResult(task, info.asked["setting"], scored, unanswered, count))
+        view = info.asked["tasks"][name].get("view", {})
+        tasks.append(TaskResult(task, info.asked["setting"], view, scored, unanswered, count))
     return Results(info, tasks)
 
 

@@ -163,7 +163,6 @@ class Run:
                     row=row_values(q.row),
                     video=group.name,
                     error=" ".join(str(error).split()),
-                    missing=True,
                     seconds={},
                 )
             )
@@ -242,4 +241,4 @@ def _subtitles(question: Question, opened: Opened) -> str | None:
 
 def missing_line(names: Sequence[str]) -> str:
     """One line about missing videos."""
-    return f"{len(names)} videos are missing: {listing(names)}"
+    return f"{len(names)} video{'s are' if len(names) > 1 else ' is'} missing: {listing(names)}"
