@@ -198,6 +198,7 @@ def test_two_processes_do_not_write_one_shard(
         (("--setting", "pure", "--offload"), "--offload has no use"),
         (("--setting", "chunked", "--selection", "videomme.json"), "--selection has no effect"),
         (("--selection", "chess.json"), "chess.json: no such file"),
+        (("--variant", "lmms-eval", "--selection", "videomme.json"), "needs --variant upstream"),
         (("--top-chunks", "all"), "give a number of chunks"),
         (("--task", "synthetic"), "upstream released no script for synthetic"),
         (("--task", "mlvu"), "no rows of mlvu"),
@@ -235,6 +236,49 @@ def test_released_settings(command: Command, stub: StubEngine, data: Path, tmp_p
             for v in seen
         } == wanted
         assert all(v.sampling.times == "upstream" for v in seen)
+
+
+def test_what_the_model_is_asked(
+    command: Command, refused: Callable[..., str], stub: StubEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Times are rewritten for upstream only, after the selection file was searched; subtitles are those of the video."""
+    data = write_data(tmp_path / "data", videomme=4, longvideobench=2)
+    srt = '1\n00:00:01,000 --> 00:00:09,000\n<font color="white" size=".72c">It is 02:35 now</font>\n'
+    (data / "videomme" / "subtitle").mkdir()
+    (data / "videomme" / "subtitle" / "vid0.srt").write_bytes(srt.replace("\n", "\r\n").encode())
+    key = f"vid0.mp4_{videomme_row(1)['question']}"
+    config = {"selected_topk": 1, "selected_chunk_size": 4, "compression": 2}
+    selection = tmp_path / "videomme.json"
+    selection.write_text(json.dumps({"x": {"config": config, "selected_unit_indices": {key: [7]}}}))
+    asked: list[Ask] = []
+    ask = StubVideo.ask
+    monkeypatch.setattr(StubVideo, "ask", lambda self, question: asked.append(question) or ask(self, question))
+    given = ("--limit", 2, "--setting", "bilevel")
+    for variant, name, time_ in (
+        ("upstream", "videomme", "at 0 seconds"),
+        ("lmms-eval", "videomme", "at 00:00"),
+        ("upstream", "videomme_w_subtitle", "It is 155 seconds now\n"),
+        ("lmms-eval", "videomme_w_subtitle", "It is 02:35 now\n"),
+    ):
+        asked.clear()
+        out = tmp_path / f"{variant} {name}"
+        files = ("--selection", selection) if variant == "upstream" else ()
+        assert command(evaluate.main, *flags(data, out, *given, *files, "--variant", variant, task=name))[0] == 0
+        first, second = asked
+        assert time_ in first.prompt
+        assert "[" in first.prompt or variant == "lmms-eval"
+        assert (first.by_file, first.selection, first.max_new_tokens) == (bool(files), None, 16)
+        if files:
+            assert second.selection is not None
+            assert (second.selection.units, second.selection.pool) == ([7], 2)
+        stored = json.loads((out / "answers-0-of-1.jsonl").read_text().splitlines()[0])["prompt"]
+        assert "00:00" in stored
+    given = (*given, "--selection", selection, "--limit", 1)
+    assert "no question of videomme has an entry" in refused(
+        evaluate.main, *flags(data, tmp_path / "x", *given, task="videomme")
+    )
+    given = (*given, "--variant", "lmms-eval")
+    assert "needs --variant upstream" in refused(evaluate.main, *flags(data, tmp_path / "x", *given, task="videomme"))
 
 
 def test_the_next_video_is_read_while_the_present_one_is_asked(

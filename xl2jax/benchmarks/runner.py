@@ -94,6 +94,16 @@ def missing_videos(groups: Sequence[Group]) -> list[str]:
     return [group.name for group in groups if group.path is None]
 
 
+def entries(groups: Sequence[Group], table: SelectionTable) -> dict[str, list[bool]]:
+    """By task, whether each question has an entry in the selection files. (No key depends on subtitles.)"""
+    found: dict[str, list[bool]] = {}
+    for group in groups:
+        for q in group.questions if group.path is not None else ():
+            entry = table.find(q.task.prompt(q.row, ""), group.path.name)
+            found.setdefault(q.task.name, []).append(entry is not None)
+    return found
+
+
 @dataclasses.dataclass
 class Run:
     """Asks the questions of `groups` that are not in `log`.

@@ -80,7 +80,7 @@ def run() -> int:
     from xl2jax.benchmarks.dataset import DataFolder
     from xl2jax.benchmarks.engine import ModelEngine
     from xl2jax.benchmarks.records import RunInfo, open_log, read_info, write_info
-    from xl2jax.benchmarks.runner import Run, collect, describe_questions, missing_line, missing_videos
+    from xl2jax.benchmarks.runner import Run, collect, describe_questions, entries, missing_line, missing_videos
     from xl2jax.benchmarks.selection_keys import SelectionTable
     from xl2jax.benchmarks.settings import Overrides, describe, make_view
     from xl2jax.benchmarks.tasks import find_task
@@ -102,6 +102,8 @@ def run() -> int:
         task.name: make_view(task, args.setting, overrides, args.bilevel.bilevel(), cache, args.backend)
         for task in tasks
     }
+    if files and args.variant != "upstream":
+        raise UserError("--selection needs --variant upstream: the files' keys are made from its prompts")
     table = SelectionTable(files) if files else None
     groups = collect(DataFolder(args.data), tasks, views, args.limit)
     missing = missing_videos(groups)
@@ -109,6 +111,13 @@ def run() -> int:
         if args.strict:
             raise UserError(f"{args.data}: {missing_line(missing)}")
         logger.warning("warning: %s: %s", args.data, missing_line(missing))
+    if table is not None:
+        for name, found in entries(groups, table).items():
+            if not any(found):
+                raise UserError(
+                    f"--selection: no question of {name} has an entry in these files: are they another task's?"
+                )
+            logger.info("%s: %d of %d questions have an entry in the selection files", name, sum(found), len(found))
     described = describe_questions(groups, {name: describe(view, files) for name, view in views.items()})
     asked = {"variant": args.variant, "setting": args.setting, "limit": args.limit, "tasks": described}
     try:
