@@ -98,7 +98,9 @@ def entries(groups: Sequence[Group], table: SelectionTable) -> dict[str, list[bo
     """By task, whether each question has an entry in the selection files. (No key depends on subtitles.)"""
     found: dict[str, list[bool]] = {}
     for group in groups:
-        for q in group.questions if group.path is not None else ():
+        if group.path is None:
+            continue
+        for q in group.questions:
             entry = table.find(q.task.prompt(q.row, ""), group.path.name)
             found.setdefault(q.task.name, []).append(entry is not None)
     return found
