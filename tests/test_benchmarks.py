@@ -133,6 +133,8 @@ def test_other_settings_are_not_mixed(
     assert command(evaluate.main, *flags(data, c, "--shard", "1/2"))[0] == 0
     assert 'fingerprint: "abc", not "another"' in refused(evaluate.main, "merge", a, c, "-o", tmp_path / "m")
     assert "fingerprint" in refused(evaluate.main, *flags(data, a, "--shard", "1/2"))
+    (c / "run.json").unlink()
+    assert "run.json, which says to what, is missing" in refused(evaluate.main, *flags(data, c, "--shard", "1/2"))
     other = write_data(tmp_path / "other data", videomme=121)
     assert "tasks" in refused(evaluate.main, *flags(other, a, "--shard", "0/2"))
 

@@ -131,6 +131,8 @@ def run() -> int:
         write_info(args.output, earlier.model_copy(update={"asked": asked}))
     mine = groups[shard[0] :: shard[1]]
     with open_log(args.output, shard) as log:
+        if earlier is None and log.done:
+            raise UserError(f"{args.output}: has answers, but run.json, which says to what, is missing")
         left = [q for group in mine for q in group.questions if q.key not in log.done]
         logger.info(
             "%d questions about %d videos, %d of them left", sum(len(g.questions) for g in mine), len(mine), len(left)
