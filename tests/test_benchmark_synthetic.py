@@ -74,12 +74,12 @@ def test_answers_are_those_of_the_library(
     model: xl2jax.Model,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Video-MME's own prompt, and a last group that is filled."""
+    """With a last group that is filled."""
     monkeypatch.setattr(xl2jax, "load", lambda *args, **options: model)
     data = DataFolder(small)
-    task = find_task("videomme", "upstream")
+    task = find_task("synthetic", "upstream")
     row = data.rows(task)[0]
-    given = ("--task", "videomme", "--data", small, "-o", tmp_path, "--setting", "chunked", "--limit", 1)
+    given = ("--task", "synthetic", "--data", small, "-o", tmp_path, "--setting", "chunked", "--limit", 1)
     status, _, err = command(evaluate.main, *given, "--max-frames", 30, "--checkpoint", checkpoint)
     assert status == 0, err
     (record,) = records(tmp_path)
