@@ -121,8 +121,14 @@ def test_the_worked_example_of_the_architecture() -> None:
             np.testing.assert_array_equal(column[position], values if len(values) > 1 else values * len(position))
 
 
-OTHERS = {"--gpus", "--help", "--local-dir", "--rm"}
-"""Flags of Docker, of the hub's client, and of every command."""
+OTHERS = {"--gpus", "--help", "--local-dir", "--rm"} | {
+    "--model",
+    "--tasks",
+    "--output_path",
+    "--log_samples",
+    "--model_args",
+}
+"""Flags of Docker, of the hub's client, of every command, and of lmms-eval."""
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.name != "cli.md"], ids=name_of)

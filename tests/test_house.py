@@ -21,6 +21,7 @@ LAYERS = [
     {"serving"},
     {"training"},
     {"evaluation"},
+    {"benchmarks"},
     {"testing"},
     {"recipes"},
     {"commands", "bench"},

@@ -138,10 +138,14 @@ def section(command: tuple[str, ...]) -> Iterator[str]:
 def page() -> str:
     """The whole of docs/cli.md."""
     from xl2jax.__main__ import COMMANDS
+    from xl2jax.commands import evaluate
 
     lines = [INTRODUCTION]
     for command in COMMANDS:
         lines += section((command,))
+        if command == "eval":  # its subcommands are optional, so that its help does not list them
+            for subcommand in evaluate.SUBCOMMANDS:
+                lines += section((command, subcommand))
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).rstrip() + "\n"
 
 

@@ -18,6 +18,7 @@ COMMANDS = {
     "verify": ("xl2jax.commands.verify", "main", "compares every stage with upstream's tensors"),
     "plan": ("xl2jax.commands.plan", "main", "predicts memory and time of a video"),
     "needle": ("xl2jax.commands.needle", "main", "measures needle retrieval in videos"),
+    "eval": ("xl2jax.commands.evaluate", "main", "measures the model on benchmarks in local files"),
     "bench": ("xl2jax.bench.command", "main", "times prefill, decoding, kernels and the whole model"),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -87,6 +88,15 @@ def choices(flag: str, text: str, known: Sequence[str]) -> list[str]:
     if not chosen or len(chosen) != len(words):
         raise UserError(f"{flag}: choose from {','.join(known)}, not {text!r}")
     return chosen
+
+
+def parse_shard(text: str, *, first: int) -> tuple[int, int]:
+    """(number from 0, count) of a shard i/n. The number of the first shard is `first`. Raises UserError."""
+    match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
+    if not match or not first <= int(match[1]) < int(match[2]) + first:
+        last = "n" if first else "n - 1"
+        raise UserError(f"--shard: should be i/n with i from {first} to {last}, not {text!r}")
+    return int(match[1]) - first, int(match[2])
 
 
 def _parsed(text: str, kind: type[int] | type[float]) -> list[float]:

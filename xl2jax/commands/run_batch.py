@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import re
 import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from xl2jax.commands.flags import parse_shard
 from xl2jax.commands.service import ServiceArgs, build_service, check_service
 from xl2jax.errors import UserError
 from xl2jax.system.terminal import flag_errors
@@ -36,7 +36,7 @@ def main() -> int:
     with flag_errors():
         args = tyro.cli(Args)
     check_service(args)
-    shard = _shard(args.shard)
+    shard = parse_shard(args.shard, first=1)
     if os.path.realpath(args.input) == os.path.realpath(args.output):
         raise UserError("--input and --output name the same file")
     if not args.output.absolute().parent.is_dir():
@@ -49,11 +49,3 @@ def main() -> int:
         answered, failed = run_batch(service, args.input, args.output, shard, count)
     logger.info("%d requests answered, %d of them with an error", answered, failed)
     return 0
-
-
-def _shard(text: str) -> tuple[int, int]:
-    """(number from 0, count). Raises UserError."""
-    match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
-    if not match or not 1 <= int(match[1]) <= int(match[2]):
-        raise UserError(f"--shard: should be i/n with i from 1 to n, not {text!r}")
-    return int(match[1]) - 1, int(match[2])

@@ -30,9 +30,9 @@ logger = logging.getLogger(__name__)
 class RelevanceConfig:
     """How the chunks that stay dense are chosen.
 
-    attention: by the question's attention to the video (`AttentionScorer`). file: by upstream's selection file. none:
-    only the first and the last chunk stay dense. random: at random, as a control for experiments; the same question
-    always gets the same chunks.
+    attention: by the question's attention to the video (`AttentionScorer`). file: by upstream's selection file, or by
+    `selection`, an entry of such a file. none: only the first and the last chunk stay dense. random: at random, as a
+    control for experiments; the same question always gets the same chunks.
     """
 
     scorer: Literal["attention", "file", "none", "random"] = "attention"
@@ -42,10 +42,12 @@ class RelevanceConfig:
     """The category of the selection file; by default all categories are searched."""
     missing: Literal["error", "dense"] = "error"
     """What happens to a question that the file lacks: it is refused, or it reads the whole dense cache."""
+    selection: Selection | None = None
+    """The question's entry, in place of `file`."""
 
     def __post_init__(self) -> None:
-        if (self.scorer == "file") != (self.file is not None):
-            raise UserError("relevance: the file scorer and a selection file go together")
+        if (self.file is not None) + (self.selection is not None) != (self.scorer == "file"):
+            raise UserError("relevance: the file scorer and a selection file (or one of its entries) go together")
         if self.file is None and (self.category is not None or self.missing != "error"):
             raise UserError("relevance: category and missing have no effect without a selection file")
 
@@ -96,7 +98,7 @@ def choose_context(
     """The cache that an answer reads, and its selection blocks. The list is empty where the whole cache is dense."""
     kv = video.kv
     if relevance.scorer == "file":
-        selection = selection_for(relevance, Path(video.path), question)
+        selection = relevance.selection or selection_for(relevance, Path(video.path), question)
         if selection is None:
             logger.info("%s has no entry for this question: reading the whole dense cache", relevance.file)
             return session.whole_cache(kv), []
@@ -105,7 +107,8 @@ def choose_context(
         units = ceil_div(kv.layout.groups, UNIT_GROUPS)
         if any(not 0 <= u < units for u in selection.units):
             raise UserError(
-                f"{relevance.file}: selects unit {max(selection.units)}, the video has {units} as it was sampled"
+                f"{relevance.file or video.path}: selects unit {max(selection.units)}, the video has {units} as it was "
+                "sampled"
             )
         chosen = session.context_of_units(network, kv, selection.units, bilevel)
     elif bilevel is None:

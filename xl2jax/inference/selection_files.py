@@ -16,7 +16,8 @@ _Unit = Annotated[int, Field(ge=0, le=2**20)]
 
 
 class _Config(Schema):
-    selected_topk: Annotated[int, Field(ge=0, le=2**20)]
+    selected_topk: Annotated[int, Field(ge=0, le=2**20)] | None
+    """None where the lists have different lengths."""
     selected_chunk_size: _Count
     compression: _Count
 
@@ -54,3 +55,16 @@ def read_selection(path: Path, video: str, question: str, category: str | None) 
             if units is not None:
                 return Selection(units[: config.selected_topk], config.selected_chunk_size, config.compression)
     return None
+
+
+def read_selections(path: Path) -> dict[str, Selection]:
+    """All entries of a selection file by their keys, as upstream reads it: the last of several categories wins, and
+    lists are taken whole.
+
+    Raises UserError for a file that is not a selection file.
+    """
+    return {
+        key: Selection(units, entry.config.selected_chunk_size, entry.config.compression)
+        for entry in filter(None, read_json(path, dict[str, _Category | None]).values())
+        for key, units in entry.selected_unit_indices.items()
+    }

@@ -6,10 +6,7 @@ A killed run goes on where it was: lines whose `custom_id` is in the output are 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
 import logging
-import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +19,7 @@ from tqdm import tqdm
 from xl2jax.errors import UserError
 from xl2jax.serving.app import make_app
 from xl2jax.serving.service import Service
+from xl2jax.system.json_lines import append_line, finished_lines
 from xl2jax.system.schema import Schema, parse_json, require_regular, unreadable
 
 logger = logging.getLogger(__name__)
@@ -63,7 +61,7 @@ def run_batch(service: Service, source: Path, target: Path, shard: tuple[int, in
 
     Raises UserError where `target` cannot be written or holds something else.
     """
-    done = _finished(target)
+    done = {line.custom_id for line in finished_lines(target, _Done, repair=True)}
     lines = (line for number, line in enumerate(_read(source)) if number % shard[1] == shard[0])
     todo = (line for line in lines if line.custom_id not in done)
     try:
@@ -92,9 +90,7 @@ async def _answer_all(service: Service, todo: Iterator[_Line], out: IO[bytes], b
                 "response": {"status_code": response.status_code, "request_id": secrets.token_hex(12), "body": body},
                 "error": None if response.is_success else body["error"],
             }
-            out.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-            out.flush()
-            os.fsync(out.fileno())
+            append_line(out, row)
             answered, failed = answered + 1, failed + (not response.is_success)
             bar.update(1)
 
@@ -121,24 +117,3 @@ def _read(path: Path) -> Iterator[_Line]:
                     yield parse_json(text, _Line, f"{path}: line {number}")
     except OSError as e:
         raise unreadable(path, e) from None
-
-
-def _finished(path: Path) -> set[str]:
-    """The `custom_id`s of an output. A last line that a killed run left incomplete is removed."""
-    with contextlib.suppress(FileNotFoundError):
-        try:
-            require_regular(path)
-            with open(path, "r+b") as f:
-                done, end = set(), 0
-                for number, text in enumerate(f, 1):
-                    if not text.endswith(b"\n"):
-                        f.truncate(end)
-                        break
-                    end += len(text)
-                    done.add(parse_json(text, _Done, f"{path}: line {number}").custom_id)
-                return done
-        except FileNotFoundError:
-            raise
-        except OSError as e:
-            raise unreadable(path, e) from None
-    return set()

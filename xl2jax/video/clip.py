@@ -20,6 +20,7 @@ from xl2jax.video.frame_sampling import (
     TIMES_MAY_DIFFER,
     FrameSampling,
     FrameTimes,
+    LastGroup,
     chosen_frames,
     frame_times,
 )
@@ -127,6 +128,7 @@ def open_video(
     folder_fps: float = 1.0,
     threads: int = 0,
     max_pixels: int | None = None,
+    last_group: LastGroup = "drop",
 ) -> Clip:
     """Opens a video and chooses its frames. Decodes nothing; `Clip.check` decodes one frame.
 
@@ -137,6 +139,7 @@ def open_video(
       folder_fps: frame rate of a folder of images.
       threads: threads of the pyav decoder; 0 lets FFmpeg choose. 1 is fastest when many files are read at once.
       max_pixels: limit on the pixels of a frame, below the one that always holds; not with decord.
+      last_group: what happens to chosen frames that do not fill a group of 4.
 
     Raises:
       UserError: the file is missing, not a regular file or unreadable, or it holds no video stream, no frames or an
@@ -153,7 +156,7 @@ def open_video(
         raise UserError(f"{path}: holds no frames")
     if reader.fps <= 0:
         raise UserError(f"{path}: reports no frame rate")
-    indices = chosen_frames(reader.total, reader.fps, config)
+    indices = chosen_frames(reader.total, reader.fps, config, last_group)
     return Clip(path, reader, indices, _model_times(path, reader, indices, config.times))
 
 

@@ -11,6 +11,8 @@ from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.errors import UserError, require_number, require_whole
 
 type FrameTimes = Literal["auto", "upstream"]
+type LastGroup = Literal["drop", "fill"]
+"""What happens to chosen frames that do not fill a group of 4: they are left out, or the last one is repeated."""
 
 MAX_FRAMES = 1 << 20
 """Upper limit on `max_frames`."""
@@ -65,12 +67,17 @@ def sample_indices(
     return indices, frame_times(indices, video_fps)
 
 
-def chosen_frames(total_frames: int, video_fps: float, config: FrameSampling) -> np.ndarray:
-    """Ascending frame indices. Their number is a multiple of 4, at least 4: a shorter clip repeats its last frame."""
+def chosen_frames(
+    total_frames: int, video_fps: float, config: FrameSampling, last_group: LastGroup = "drop"
+) -> np.ndarray:
+    """Ascending frame indices. Their number is a multiple of 4, at least 4: a shorter clip repeats its last frame.
+
+    Upstream's demo and its evaluation without chunks drop frames; its evaluation with chunks fills the last group.
+    """
     indices = _candidates(total_frames, video_fps, config.fps, config.max_fps, config.max_frames)
-    if len(indices) >= FRAMES_PER_GROUP:
+    if len(indices) >= FRAMES_PER_GROUP and last_group == "drop":
         return indices[: len(indices) // FRAMES_PER_GROUP * FRAMES_PER_GROUP]
-    return np.concatenate([indices, np.repeat(indices[-1:], FRAMES_PER_GROUP - len(indices))])
+    return np.concatenate([indices, np.repeat(indices[-1:], -len(indices) % FRAMES_PER_GROUP)])
 
 
 def frame_times(indices: np.ndarray, video_fps: float) -> list[float]:
