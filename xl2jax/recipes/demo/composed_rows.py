@@ -7,7 +7,6 @@ training on it reads no frames. A row also holds the targets of auxiliary heads 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +16,7 @@ from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.evaluation.questions import Kind, Question, ask
 from xl2jax.evaluation.scenes import COLOURS, HELD_OUT, PAIRS, SHAPES, Scene, make_scene
 from xl2jax.prompt import IM_START, PromptTokenizer
-from xl2jax.recipes.demo.datasets import draw_frame_interval
+from xl2jax.recipes.demo.datasets import MAX_SECONDS, draw_frame_interval
 from xl2jax.training.loss import IGNORE
 from xl2jax.training.samples import tokenise
 
@@ -31,24 +30,20 @@ Every class has equally many encoded groups, in this order."""
 _KIND_WEIGHTS: dict[Kind, float] = {"colour_of": 1.5, "shape_of": 1.5, "colour": 2, "shape": 3, "time": 3, "exists": 1}
 _MAX_SHAPES = 12  # in a video
 
-DIGITS = 6
+DIGITS = 5
 """Digits of a time, from the tenths of a second up."""
-COLOUR, FORM, COUNT = range(DIGITS, DIGITS + 3)
-"""The other targets of the heads."""
-TARGET_CLASSES = (*DIGITS * (11,), len(COLOURS) + 1, len(SHAPES) + 1, _MAX_SHAPES + 1)
-"""Classes of each target of the heads: digits of a time, colour and form, of which the last class means that there is
-none, and the number of shapes."""
+TARGET_CLASSES = (*DIGITS * (11,), len(COLOURS) + 1, len(SHAPES) + 1)
+"""Classes of each target of the heads: digits of a time, colour, form. The last class of each means that there is
+none."""
 NO_TARGET = -1
 
-MAX_REPRESENTED_GROUPS = 10_240
+MAX_REPRESENTED_GROUPS = 1024
 """Groups of the longest video that a row can represent.
 
 A row that represents a video n times as long as its own has the distances of that video, through gaps in the positions
 (PoSE, arXiv 2309.10400). Its groups without a shape, except the first group, count n times as keys of the attention, to
 represent the noise of that video."""
-_TIME_TOKENS = 12  # of a group's time, approximately
-MAX_SECONDS = 65_536.0
-"""Limit on the times of a row. The limit of each row is drawn between this and a 64th of it."""
+_TIME_TOKENS = 10  # of a group's time, approximately
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +82,9 @@ class Rows[A](NamedTuple):
     weights: A
     """float32 [B, T]: the logarithm of how many times a token counts as a key of the attention."""
     early: A
-    """int8 [B, T, 9]: targets of the early head (digits of a time, colour, form), NO_TARGET where there is none."""
+    """int8 [B, T, 7]: targets of the early head (digits of a time, colour, form), NO_TARGET where there is none."""
     late: A
-    """int8 [B, T, 9]: targets of the late head (digits of a time, number of shapes)."""
+    """int8 [B, T, 7]: targets of the late head."""
 
 
 def digits(seconds: float) -> list[int]:
@@ -105,17 +100,14 @@ def compose(
 
     No question gives away the answer to another: each shape has one question, and the order of two shapes comes last.
     A third of the rows are shorter videos. Half of the rows have a needle, half start later than at 0 seconds, and half
-    represent a longer video, of up to `MAX_REPRESENTED_GROUPS` groups. Time tokens see the whole video before them, also
-    in chunked prefill, and stay as they are in bi-level decoding. The late head makes them hold the number of shapes
-    that have begun, so that the last ones tell how many there are.
+    represent a longer video, of up to `MAX_REPRESENTED_GROUPS` groups.
     """
     rng = np.random.default_rng([seed, 3])
     count = phase.groups if rng.random() < 2 / 3 else round(float(np.exp(rng.uniform(0, np.log(phase.groups)))))
     needle_at = int(rng.integers(count)) if rng.random() < 0.5 else None
     scene = make_scene(2 * seed, count, max_events=_MAX_SHAPES, needle_at=needle_at)
-    limit = MAX_SECONDS / float(np.exp(rng.uniform(0, np.log(64))))
-    seconds = FRAMES_PER_GROUP * draw_frame_interval(scene.frames, rng, limit)
-    latest_start = int(limit / seconds) - count  # in groups
+    seconds = FRAMES_PER_GROUP * draw_frame_interval(scene.frames, rng)
+    latest_start = int(MAX_SECONDS / seconds) - count  # in groups
     start = seconds * int(rng.integers(max(latest_start, 1))) if rng.random() < 0.5 else 0.0
     times = [round(float(start + g * seconds), 1) for g in range(count)]
     classes = rng.choice(_EMPTY_CLASSES, count)
@@ -144,16 +136,12 @@ def compose(
             assert question.group is not None
             early[answer, :DIGITS] = digits(times[question.group])
         if question.kind in ("time", "exists", "colour_of", "shape_of"):
-            for target, names in ((COLOUR, tuple(COLOURS)), (FORM, SHAPES)):
+            for target, names in ((DIGITS, tuple(COLOURS)), (DIGITS + 1, SHAPES)):
                 early[answer, target] = next((i for i, name in enumerate(names) if name in words), len(names))
-
-    ends = np.flatnonzero(is_visual & (row.visual % visual_tokens == visual_tokens - 1)) + 1
-    begun = np.cumsum(np.bincount([e.start for e in scene.events], minlength=count))
-    for group, (end, next_end) in enumerate(itertools.pairwise(ends.tolist())):
-        late[end : next_end - visual_tokens, COUNT] = begun[group]
 
     positions, weights = np.arange(length, dtype=np.int32), np.zeros(length, np.float32)
     if rng.random() < 0.5 and count < MAX_REPRESENTED_GROUPS:
+        ends = np.flatnonzero(is_visual & (row.visual % visual_tokens == visual_tokens - 1)) + 1
         factor = float(np.exp(rng.uniform(0, np.log(MAX_REPRESENTED_GROUPS / count))))
         gaps = rng.choice(ends, int(rng.integers(1, 4)))
         for gap, share in zip(gaps, rng.dirichlet(np.ones(len(gaps))), strict=True):
@@ -179,15 +167,15 @@ def compose_batch(
 
 
 def _questions(scene: Scene, seconds: float, start: float, rng: np.random.Generator) -> list[Question]:
-    """A question about each shape that allows one; in nine of ten cases the number of shapes, at any place; and in half
-    of them the order of two shapes, at the end because it names shapes that other questions ask for."""
+    """A question about each shape that allows one, and in half of the cases each: the number of shapes, at any place,
+    and the order of two shapes, at the end because it names shapes that other questions ask for."""
     kinds, weights = list(_KIND_WEIGHTS), np.array(list(_KIND_WEIGHTS.values()))
     questions: list[Question | None] = []
     for i in rng.permutation(len(scene.events)):
         order = rng.choice(len(kinds), len(kinds), replace=False, p=weights / weights.sum())
         candidates = (ask(scene, kinds[k], seconds, rng, event=scene.events[int(i)], start=start) for k in order)
         questions.append(next((q for q in candidates if q is not None), None))
-    if rng.random() < 0.9:
+    if rng.random() < 0.5:
         questions.insert(int(rng.integers(len(questions) + 1)), ask(scene, "count", seconds, rng))
     if rng.random() < 0.5:
         questions.append(ask(scene, "first", seconds, rng))

@@ -3,7 +3,7 @@
 Besides the language loss there are auxiliary losses. Linear heads read the hidden states and have to tell what a lookup
 needs. The early head reads the middle layer: a visual token tells the time of its group, and the tokens of an answer
 tell the time, colour and form in the question. The late head reads the last layer but one: the tokens of an answer that
-is a time tell that time, and the time tokens of a group tell how many shapes have begun before it. The heads are not a part of the checkpoint. They replace what Qwen learnt from text: without
+is a time tell that time. The heads are not a part of the checkpoint. They replace what Qwen learnt from text: without
 them this small LLM finds shapes by content and hardly ever by time.
 """
 
@@ -35,15 +35,7 @@ from xl2jax.models.qwen2 import Qwen2
 from xl2jax.models.video_xl2 import VideoXL2, abstract_model, normalise
 from xl2jax.ops.dense import dense_attention
 from xl2jax.prompt import PromptTokenizer
-from xl2jax.recipes.demo.composed_rows import (
-    COUNT,
-    GROUP_CLASSES,
-    NO_TARGET,
-    TARGET_CLASSES,
-    Phase,
-    Rows,
-    compose_batch,
-)
+from xl2jax.recipes.demo.composed_rows import GROUP_CLASSES, NO_TARGET, TARGET_CLASSES, Phase, Rows, compose_batch
 from xl2jax.system.atomic import replacing_file
 from xl2jax.system.process_pool import in_processes
 from xl2jax.training.loss import TokenBatch, cross_entropies, embeddings
@@ -65,8 +57,6 @@ class Metrics(NamedTuple):
     """Tokens of answers, and the newline before each answer, which tell what the question asks for."""
     answered: jax.Array
     """Tokens of answers that are times, which tell that time."""
-    counted: jax.Array
-    """Time tokens, which tell how many shapes have begun."""
 
 
 def _draw_groups(size: int, groups: Sequence[tuple[int, tuple[str, str] | None]]) -> np.ndarray:
@@ -155,10 +145,10 @@ def auxiliary_loss(head: jax.Array, x: jax.Array, targets: jax.Array, tokens: ja
     Args:
       head: [D, C], C the sum of `TARGET_CLASSES`.
       x: hidden states [B, T, D].
-      targets: [B, T, 9].
+      targets: [B, T, 7].
       tokens: bool [B, T], the tokens that count.
 
-    Returns the sum over the nine targets of the mean cross-entropy where a token has that target; and int32 [2]: the
+    Returns the sum over the seven targets of the mean cross-entropy where a token has that target; and int32 [2]: the
     tokens whose targets are all predicted right, and the tokens that have a target.
     """
     x = x.astype(jnp.float32)
@@ -223,11 +213,9 @@ def train_composed(
         is_visual = rows.visual >= 0
         seen_loss, seen = auxiliary_loss(heads["early"], layers[early - 1], rows.early, is_visual)
         asked_loss, asked = auxiliary_loss(heads["early"], layers[early - 1], rows.early, ~is_visual)
-        is_time = rows.late[..., COUNT] != NO_TARGET
-        answered_loss, answered = auxiliary_loss(heads["late"], layers[late - 1], rows.late, ~is_time)
-        counted_loss, counted = auxiliary_loss(heads["late"], layers[late - 1], rows.late, is_time)
-        auxiliary = seen_loss + asked_loss + answered_loss + counted_loss
-        return loss + _AUXILIARY_WEIGHT * auxiliary, Metrics(loss, seen, asked, answered, counted)
+        answered_loss, answered = auxiliary_loss(heads["late"], layers[late - 1], rows.late, ~is_visual)
+        auxiliary = seen_loss + asked_loss + answered_loss
+        return loss + _AUXILIARY_WEIGHT * auxiliary, Metrics(loss, seen, asked, answered)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(state: Any, opt_state: Any, encoded: jax.Array, rows: Rows[jax.Array]) -> Any:
