@@ -206,6 +206,7 @@ def test_other_questions_compile_nothing(
         model.ask(watched, words, max_new_tokens=int(rng.integers(1, 300)), sampling=sampling, seed=number)
 
 
+@pytest.mark.slow
 def test_a_longer_history_compiles_little(
     model: xl2jax.Model, watched: xl2jax.WatchedVideo, monkeypatch: pytest.MonkeyPatch
 ) -> None:

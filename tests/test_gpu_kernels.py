@@ -89,7 +89,7 @@ def some_ranges(tokens: int, slots: int, seed: int) -> Ranges:
     ("name", "tokens", "slots", "heads", "kv_heads", "config"),
     [
         pytest.param("wgmma", 40, 384, 4, 2, KernelConfig(TILE, 64, 2), marks=pytest.mark.slow),
-        ("wgmma", 70, 512, 2, 1, KernelConfig(TILE, 128, 2)),
+        pytest.param("wgmma", 70, 512, 2, 1, KernelConfig(TILE, 128, 2), marks=pytest.mark.slow),
         ("wgmma", 1, 640, 7, 1, KernelConfig(TILE, 64, 4, splits=(3,))),
         pytest.param("mma", 40, 384, 4, 2, KernelConfig(64, 32, 1), marks=pytest.mark.slow),
         ("mma", 70, 512, 2, 1, KernelConfig(128, 64, 1)),

@@ -159,6 +159,7 @@ def test_plot_of_answers(
     assert "cannot be written (no such folder)" in refused(infer.main, *flags, "--plot", tmp_path / "none" / "a.png")
 
 
+@pytest.mark.slow
 def test_the_bundled_model_answers_the_demo(tmp_path: Path, command: Callable[..., tuple[int, str, str]]) -> None:
     """Through H.264, infer.py and bi-level decoding."""
     status, out, err = command(demo_clip.main, tmp_path / "a.mp4", "--seed", 1)

@@ -344,6 +344,7 @@ def test_channels_with_large_key_biases_are_kept(biased: xl2jax.Model, clip: Pat
         x.close()
 
 
+@pytest.mark.slow
 def test_answers_that_are_decoded_together_keep_channels_too(biased: xl2jax.Model, clip: Path) -> None:
     with biased.watch(clip, cache=INT8) as video:
         questions = [QUESTION, "What colour was the star?"]

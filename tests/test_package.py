@@ -60,6 +60,7 @@ def test_the_command(installed: Path) -> None:
     assert (unknown.returncode, unknown.stderr.startswith("error: no command 'ask'")) == (2, True)
 
 
+@pytest.mark.slow
 def test_the_command_says_how_to_get_a_checkpoint(installed: Path, clip: Path) -> None:
     answer = run(installed, "infer", "--video", str(clip), "--question", "What?")
     assert answer.returncode == 2

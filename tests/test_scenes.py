@@ -140,6 +140,7 @@ def test_files_show_the_scene(tmp_path: Path) -> None:
     assert np.abs(read.astype(float) - drawn).mean() < 6
 
 
+@pytest.mark.slow
 def test_dataset(tmp_path: Path, command: Callable[..., tuple[int, str, str]], refused: Callable[..., str]) -> None:
     folder = tmp_path / "d"
     flags = (folder, "--videos", 3, "--groups", 2, 3, "--records", 2, "--turns", 3, "--processes", 1)

@@ -412,6 +412,7 @@ def test_a_failed_save_gives_one_line(trained: Trained, start: Start, single: Pa
     assert all(np.array_equal(a[n], b[n]) for n in a)
 
 
+@pytest.mark.slow
 def test_not_a_number_stops_the_run(trained: Trained, tmp_path: Path) -> None:
     flags = ("--global-batch", 2, "--epochs", 9, "--learning-rate", 1e30, "--warmup", 0, "--save-every", 1)
     out = trained(tmp_path / "run", *flags, status=2)

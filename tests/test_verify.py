@@ -144,6 +144,7 @@ def case(goldens: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(goldens / "tiny", tmp_path / "case"))
 
 
+@pytest.mark.slow
 def test_a_wrong_tensor_fails(case: Path, command: Callable[..., tuple[int, str, str]]) -> None:
     path = case / "expected" / "dense.safetensors"
     tensors = {k: x for k, x in load_file(path).items() if k in ("dts", "interpolated", "visual_tokens", "projected")}

@@ -62,7 +62,7 @@ def test_errors_are_at_most_half_a_scale(weights: Weights, m: int, groups: int, 
     }
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=12)
 @given(st.integers(1, 4), st.integers(1, 3), st.sampled_from([2, 10, 128]), st.integers(0, 1000))
 def test_four_bits_are_packed_and_unpacked_in_place(m: int, groups: int, size: int, seed: int) -> None:
     """A matrix of whole steps is exact, whatever the codes: each code comes back at its own place."""
