@@ -27,6 +27,8 @@ from xl2jax.models.param_tree import flatten, unflatten
 from xl2jax.ops.attention import BLOCKWISE
 from xl2jax.prompt import PromptTokenizer
 
+QUESTION = "What is shown?"
+
 
 def test_greedy_takes_the_largest() -> None:
     tiny = TokenSampling(1e-38, 0.5)
@@ -119,6 +121,60 @@ def test_many_questions_at_once(model: xl2jax.Model, watched: xl2jax.WatchedVide
         assert [a.question for a in answers] == [question for _, question in cases]
     with pytest.raises(UserError, match="together"):
         model.ask_many([], together=0)
+
+
+@pytest.mark.slow
+def test_answers_share_rows_and_leave_nothing_in_them(model: xl2jax.Model, watched: xl2jax.WatchedVideo) -> None:
+    """Three long answers share rows. One leaves NaN behind its place, and another one is closed late: neither changes
+    the answers that come to their rows."""
+    long = "What is " + "shown " * 50 + "?"
+    expected = model.ask(watched, QUESTION, max_new_tokens=12).text
+    first = [model.start_answer(watched, long, max_new_tokens=24, seed=n) for n in range(3)]
+    for a in first:
+        a.read()  # the first token, before which nothing is decoded together
+    decode(first)
+    rows = first[0]._decoding.rows  # type: ignore[union-attr]
+    assert {a._decoding.rows for a in first} == {rows}  # type: ignore[union-attr]
+    assert rows.count == 4
+    rows._state = jax.tree.map(
+        lambda x: jnp.full_like(x, jnp.nan) if x.ndim == 4 else x, rows._state
+    )  # of all three, which end here
+    ended = [a._decoding for a in first]
+    for a in first[1:]:
+        a.close()
+    texts = []
+    for _ in range(2):
+        late = model.start_answer(watched, QUESTION, max_new_tokens=12)
+        late.read()
+        rows.admit(late._decoding)  # type: ignore[arg-type]
+        ended[1].close()  # type: ignore[union-attr]  # its row has another answer by now
+        texts.append(late)
+    assert len({a._decoding.row for a in texts}) == 2  # type: ignore[union-attr]
+    while running := [a for a in texts if not a.finished]:
+        rows.decode([a._decoding for a in running], 8)  # type: ignore[misc]
+        for a in running:
+            a.read()
+    assert [a.answer.text for a in texts] == [expected, expected]
+
+
+def test_answers_stay_in_their_rows_where_memory_is_short(
+    model: xl2jax.Model, watched: xl2jax.WatchedVideo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = model.ask(watched, QUESTION, max_new_tokens=20).text
+    answers = [model.start_answer(watched, QUESTION, max_new_tokens=20) for _ in range(3)]
+    for a in answers:
+        a.read()
+    decode(answers)
+    rows = answers[0]._decoding.rows  # type: ignore[union-attr]
+    assert {a._decoding.rows for a in answers} == {rows}  # type: ignore[union-attr]
+    answers[1].close()
+    answers[2].close()
+    monkeypatch.setattr(decoding.memory, "available_bytes", lambda: 0)
+    while not answers[0].finished:
+        decode(answers[:1])
+        assert answers[0]._decoding.rows is rows  # type: ignore[union-attr]
+        answers[0].read()
+    assert answers[0].answer.text == expected
 
 
 def test_answers_that_do_not_fit_together_are_decoded_in_parts(

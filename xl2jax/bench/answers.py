@@ -85,7 +85,13 @@ def answer_rows(args: AnswersArgs) -> Iterator[dict[str, Any]]:
     config, dtype = setups[0].network.config, setups[0].network.dtype
     contexts = [_context(setup, args) for setup in setups]
     weights = memory.weight_bytes_of_a_token(config, dtype)
-    slot = memory.slot_bytes(config, dtype, quantized=args.cache_dtype is not None)
+    channels = setups[0].network.exact_key_channels()
+    slot = memory.slot_bytes(
+        config,
+        dtype,
+        quantized=args.cache_dtype is not None,
+        key_channels=0 if channels is None else channels.shape[-1],
+    )
     for count in args.counts():
         each = list(itertools.islice(itertools.cycle(zip(setups, contexts, strict=True)), count))
         alone, together = [], []

@@ -84,20 +84,20 @@ class Model:
         return digest.hexdigest()
 
     @functools.cached_property
-    def _exact_channels(self) -> int:
-        """How many channels of each key KV in 8 bits keeps as they are."""
+    def key_channels(self) -> int:
+        """How many channels of each key KV in 8 bits keeps as they are (`Network.exact_key_channels`)."""
         channels = self.network.exact_key_channels()
         return 0 if channels is None else channels.shape[-1]
 
     def _log_exact_channels(self) -> None:
         """Says, once, that some channels of the keys keep 16 bits."""
-        if self._exact_channels and not self._logged_exact_channels:
+        if self.key_channels and not self._logged_exact_channels:
             self._logged_exact_channels = True
             norms = self.network.key_bias_norms()
             logger.info(
                 "KV in 8 bits keeps %d channels of each key in %s: keys have large biases (norm up to %.0f in a head, in "
                 "%d of %d layers above %.0f)",
-                self._exact_channels, self.dtype, norms.max(), (norms.max(axis=1) > LARGE_KEY_BIAS).sum(), len(norms),
+                self.key_channels, self.dtype, norms.max(), (norms.max(axis=1) > LARGE_KEY_BIAS).sum(), len(norms),
                 LARGE_KEY_BIAS,
             )  # fmt: skip
 
@@ -230,7 +230,7 @@ class Model:
                 self.dtype,
                 self.network.platform,
                 quantized=choices.quantized,
-                key_channels=self._exact_channels,
+                key_channels=self.key_channels,
                 offload=choices.offload,
             )
             return dataclasses.replace(estimate, cache=estimate.kept) if loaded else estimate

@@ -252,7 +252,7 @@ def move_row[T](target: T, source: T, row: jax.Array, source_row: jax.Array, *, 
     """Copies an answer from a row of `source` to a row of `target`: trees of arrays [B], and of keys and values.
 
     `layers`: the number of layers in each array of keys and values; None where each layer has its own. Slots that
-    `target` lacks are left out.
+    `target` lacks are left out, and those that `source` lacks become zeros: an answer before it may have left NaN there.
     """
 
     def move(new: jax.Array, old: jax.Array) -> jax.Array:
@@ -260,6 +260,8 @@ def move_row[T](target: T, source: T, row: jax.Array, source_row: jax.Array, *, 
             return new.at[row].set(old[source_row])
         by_layer, old_by_layer = (x.reshape(layers or 1, -1, *x.shape[1:]) for x in (new, old))
         moved = jax.lax.dynamic_slice_in_dim(old_by_layer, source_row, 1, axis=1)[:, :, :, : new.shape[2]]
+        behind = max(new.shape[2] - old.shape[2], 0)
+        moved = jnp.pad(moved, [(0, behind if axis == 3 else 0) for axis in range(moved.ndim)])
         at = [jnp.int32(0), row, *(jnp.int32(0) for _ in new.shape[1:])]
         return jax.lax.dynamic_update_slice(by_layer, moved, at).reshape(new.shape)
 

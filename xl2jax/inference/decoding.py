@@ -82,7 +82,7 @@ class Decoding:
 
     def close(self) -> None:
         """Leaves its row to others."""
-        self.rows.leave(self.row)
+        self.rows.leave(self)
 
 
 class _Rows:
@@ -139,8 +139,10 @@ class _Rows:
     def running(self) -> set[Decoding]:
         return {a for answer in self._answers if (a := answer()) is not None and not a.finished}
 
-    def leave(self, row: int) -> None:
-        self._answers[row] = _nobody
+    def leave(self, answer: Decoding) -> None:
+        # The row of an answer that has ended may have another one by now.
+        if self._answers[answer.row]() is answer:
+            self._answers[answer.row] = _nobody
 
     def admit(self, answer: Decoding) -> None:
         """Copies an answer from its row to one of these that is free."""
@@ -256,14 +258,13 @@ def _in_rows(network: Network, group: list[Decoding]) -> list[tuple[_Rows, list[
                 if answer.rows is not rows:
                     rows.admit(answer)
             return [(rows, group)]
-    need = (
-        count
-        * row_slots(group[0].slots)
-        * memory.slot_bytes(
-            network.config, network.dtype, quantized=group[0].quantized, key_channels=group[0].key_channels
-        )
-    )
-    if len(group) > 1 and need > memory.available_bytes() // 2:
+    first = group[0]
+    slot = memory.slot_bytes(network.config, network.dtype, quantized=first.quantized, key_channels=first.key_channels)
+    text = text_slots(network, max(answer.text_tokens + answer.limit for answer in group))
+    need = count * (row_slots(first.slots) * slot + text * memory.slot_bytes(network.config, network.dtype))
+    if need > memory.available_bytes() // 2:
+        if all(answer.rows is first.rows for answer in group):
+            return [(first.rows, group)]  # they stay where they are, beside rows that nobody needs any more
         half = len(group) // 2
         return _in_rows(network, group[:half]) + _in_rows(network, group[half:])
     return [(_Rows.of_many(network, group), group)]

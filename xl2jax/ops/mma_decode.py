@@ -31,8 +31,9 @@ from jax.experimental.mosaic.gpu.mma import MMALayouts
 from jaxlib.mlir import ir
 
 from xl2jax.arithmetic import ceil_div
+from xl2jax.errors import UserError
 from xl2jax.ops import registers
-from xl2jax.ops.kv import QuantizedKV, Source
+from xl2jax.ops.kv import QuantizedKV, Source, kept_channels
 from xl2jax.ops.ranges import NEGATIVE
 from xl2jax.ops.tiles import KernelConfig, Refs, Tiles, Work, attend_tiles, launch_kernel, split_counts
 
@@ -43,6 +44,8 @@ ROWS = 16
 BLOCK = 64
 """Slots of a key block, a quarter for each warp. The next block is in flight while this one is used."""
 WARPS = 4
+CHANNELS = 16
+"""Channels of each key that may be kept in 16 bits: the inputs of one mma.sync."""
 PROGRAMS = 2
 """Programs for each multiprocessor. More take longer on an H100: there are more results to merge."""
 
@@ -59,6 +62,10 @@ def attend_decode(
 
     Raises UserError for shapes and dtypes that the kernel does not support.
     """
+
+    for source in sources:
+        if kept_channels(source.k) not in (0, CHANNELS):
+            raise UserError(f"attention 'mma': {kept_channels(source.k)} channels in 16 bits are not supported")
 
     def choose(rows: int, batch_heads: int, slots: tuple[int, ...]) -> KernelConfig:
         wanted = PROGRAMS * multiprocessors
@@ -121,12 +128,12 @@ class _Program:
 
     @property
     def exact_q_layout(self) -> Any:
-        """[ROWS, EXACT], registers [2 (rows)] of 4 numbers: thread t of four has channels `4 t + i`."""
+        """[ROWS, CHANNELS], registers [2 (rows)] of 4 numbers: thread t of four has channels `4 t + i`."""
         return registers.tiled(((16, 16), (8, 16), (4,)), warps=fa.Replicated(WARPS), lanes=(-3, -2))
 
     @property
     def exact_k_layout(self) -> Any:
-        """[BLOCK, EXACT], registers [2 (slots)] of 4 numbers."""
+        """[BLOCK, CHANNELS], registers [2 (slots)] of 4 numbers."""
         return registers.tiled(((64, 16), (16, 16), (8, 16), (4,)), warps=-7, lanes=(-3, -2))
 
     @property
@@ -164,7 +171,7 @@ class _Program:
         return multiply(self.full((WARPS * ROWS, _SHARE), 0.0), q, k)
 
     def add_exact(self, scores: Any, q: Any, k: Any) -> Any:
-        """scores [64, _SHARE] + every warp's rows of the exact channels [ROWS, EXACT] times its slots'."""
+        """scores [64, _SHARE] + every warp's rows of the exact channels [ROWS, CHANNELS] times its slots'."""
         if not self.compiled:
             own = k.astype(jnp.float32).reshape(WARPS, _SHARE, -1)
             return scores + jnp.einsum("rc,wsc->wrs", q.astype(jnp.float32), own).reshape(scores.shape)

@@ -54,7 +54,8 @@ class Guard:
         if origin is not None and _network_location(origin) != host:
             return RequestError(403, "requests from pages of other sites are refused", code="foreign_origin")
         key = self._service.api_key
-        if key is None or request.url.path in _OPEN or request.url.path.startswith("/page/"):
+        path = request.scope["path"]  # the path of `request.url` may depend on the Host header
+        if key is None or path in _OPEN or path.startswith("/page/"):
             return None
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), key.encode()):

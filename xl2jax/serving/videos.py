@@ -129,7 +129,9 @@ class WatchedVideos:
         """Bytes of the KV of a clip that will be watched. Raises NotEnoughMemory where they never fit."""
         model = self._model
         plan = model.plan(model.layout(model.tokenizer.time_ids(clip.times)), self.prefill)
-        need = plan.slots * memory.slot_bytes(model.config, model.dtype, quantized=self.cache.quantized)
+        need = plan.slots * memory.slot_bytes(
+            model.config, model.dtype, quantized=self.cache.quantized, key_channels=model.key_channels
+        )
         if need > self._budgets.device:
             raise NotEnoughMemory(
                 f"{len(clip.indices)} frames need {need / 2**30:.2f} GiB of KV, more than the "

@@ -13,7 +13,7 @@ from xl2jax.inference import session
 from xl2jax.inference.api import Model
 from xl2jax.inference.bilevel import BilevelConfig
 from xl2jax.inference.cache import KVCache
-from xl2jax.inference.decoding import STREAM_TOKENS, Decoding, decode_together, row_count
+from xl2jax.inference.decoding import MOST_TOGETHER, STREAM_TOKENS, Decoding, decode_together, row_count
 from xl2jax.inference.generate import SuffixIds, TokenSampling
 from xl2jax.inference.layout import PrefillConfig
 from xl2jax.inference.relevance import AttentionScorer
@@ -35,13 +35,17 @@ def warm_up(
     """
     indices = np.arange(frames - frames % FRAMES_PER_GROUP)
     clip = Clip(Path("warm-up"), _Blank(len(indices)), indices, [float(i) for i in indices])
-    with model.watch(clip, config=prefill, cache=cache, bilevel=bilevel) as video:
+    watching = model.start_watch(clip, prefill, cache=cache, bilevel=bilevel)
+    for segment in watching.batches():
+        watching.add(segment, wait=True)
+        yield
+    with model.adopt(watching.finish()) as video:
         for tokens in _QUESTION_TOKENS:
             suffix = session.suffix_ids([0] * tokens, 0, tokens // 2)
             context = session.choose_context(model.network, video.kv, suffix, bilevel, AttentionScorer()).context
             yield
             _answer(model, context, suffix, 1)
-        for power in range(1, row_count(answers).bit_length()):
+        for power in range(1, row_count(min(answers, MOST_TOGETHER)).bit_length()):
             yield
             _answer(model, context, suffix, 1 << power)
 
