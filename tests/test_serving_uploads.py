@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx2
@@ -77,6 +79,38 @@ def test_parts_are_joined_in_the_order_that_is_asked_for(client: openai.OpenAI, 
     client.files.delete(done.file.id)
     with pytest.raises(openai.NotFoundError):
         client.uploads.complete(started.id, part_ids=[first, second])
+
+
+def test_parts_that_come_together_keep_to_the_size(tmp_path: Path) -> None:
+    uploads = PartialUploads(tmp_path / "parts", Uploads(tmp_path / "uploads", 1000, 1500))
+    name = uploads.start(Start(bytes=1000, filename="v.mp4"))["id"]
+    gate = threading.Barrier(8)
+
+    class Slow(io.BytesIO):
+        """All parts are open before one of them has ended."""
+
+        def read(self, size: int | None = -1, /) -> bytes:
+            if self.tell() == 0:
+                gate.wait(timeout=20)
+            return super().read(100)
+
+    def add(_: int) -> bool:
+        try:
+            uploads.add(name, Slow(bytes(250)))
+        except RequestError as e:
+            return e.code != "wrong_size"
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        stored = list(pool.map(add, range(8)))
+    on_disk = sum(path.stat().st_size for path in (tmp_path / "parts" / name).glob("part_*"))
+    assert on_disk == 250 * sum(stored) <= 1000
+    # What was refused is not counted: the rest still fits.
+    left = 1000 - on_disk
+    if left:
+        uploads.add(name, io.BytesIO(bytes(left)))
+    with pytest.raises(RequestError):
+        uploads.add(name, io.BytesIO(b"1"))
 
 
 def test_a_cancelled_upload_is_gone(client: openai.OpenAI, service: Service) -> None:

@@ -18,6 +18,7 @@ from xl2jax.ops.kv import (
     kv_dtype,
     kv_shape,
     quantize,
+    quantized_zeros,
 )
 from xl2jax.ops.ranges import Ranges, first_slots
 
@@ -101,7 +102,7 @@ def empty_cache(
     start = jnp.int32(slots if visual_start is None else visual_start)
 
     def zeros(channels: jax.Array | np.ndarray | None = None) -> KVArray:
-        return quantize(jnp.zeros(shape, dtype), channels) if quantized else jnp.zeros(shape, dtype)
+        return quantized_zeros(shape, dtype, channels) if quantized else jnp.zeros(shape, dtype)
 
     return KVCache(zeros(key_channels), zeros(), zero, start, zero)
 

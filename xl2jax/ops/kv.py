@@ -52,6 +52,19 @@ def quantize(x: jax.Array, channels: jax.Array | np.ndarray | None = None) -> Qu
     return QuantizedKV(codes if marked is None else jnp.where(marked, EXACT, codes), scale, exact)
 
 
+def quantized_zeros(
+    shape: tuple[int, ...], dtype: jax.typing.DTypeLike, channels: jax.Array | np.ndarray | None = None
+) -> QuantizedKV:
+    """What `quantize` makes of zeros [..., K, S, H]. Compiled, it does no work for every element."""
+    codes, scale = jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:-1], dtype)
+    if channels is None:
+        return QuantizedKV(codes, scale)
+    marked = channel_mask(jnp.asarray(channels), shape[-1])[..., None, :]
+    return QuantizedKV(
+        jnp.where(marked, jnp.int8(EXACT), codes), scale, jnp.zeros((*shape[:-1], channels.shape[-1]), dtype)
+    )
+
+
 def channel_mask(channels: jax.Array, h: int) -> jax.Array:
     """Channels [..., C] -> boolean [..., H]."""
     return jnp.any(channels[..., None] == jnp.arange(h), axis=-2)

@@ -68,12 +68,16 @@ class PartialUploads:
         self._folder, self._uploads = folder, uploads
         self._lock = threading.Lock()
         self._busy: set[str] = set()
+        self._bytes: dict[str, int] = {}  # of parts that are stored or on their way, by upload
         for path in folder.iterdir():
             remove_leftovers(path)
         self._remove_expired()
 
     def start(self, asked: Start) -> dict[str, Any]:
-        """Begins an upload. Raises RequestError where the file is too large or there is no room for it."""
+        """Begins an upload, and removes those that have expired.
+
+        Raises RequestError where the file is too large or there is no room for it.
+        """
         if asked.bytes > self._uploads.max_bytes:
             raise too_large(self._uploads.max_bytes)
         with self._lock:
@@ -100,22 +104,34 @@ class PartialUploads:
     def add(self, name: str, source: Readable) -> dict[str, Any]:
         """Stores a part. Raises RequestError where the parts are more than the upload was said to have."""
         about = self._about(name)
-        part = f"part_{secrets.token_hex(16)}"
-        parts = list(self._folder.glob(f"{name}/part_*"))
-        left = about.bytes - sum(path.stat().st_size for path in parts)
-        if len(parts) >= MOST_PARTS:
-            raise RequestError(400, f"an upload has at most {MOST_PARTS:,} parts", param="data")
+        part, count, stored = f"part_{secrets.token_hex(16)}", 0, False
         try:
             with replacing_file(self._folder / name / part) as beside, open(beside, "wb") as out:
                 while block := source.read(1 << 20):
-                    left -= len(block)
-                    if left < 0:
-                        raise _wrong_size(about)
+                    self._reserve(name, about, len(block))
+                    count += len(block)
                     out.write(block)
+            stored = True
         except (OSError, UserError):
             self._about(name)  # it may have been cancelled meanwhile
             raise no_room() from None
+        finally:
+            with self._lock:
+                if not stored and name in self._bytes:
+                    self._bytes[name] -= count
         return {"id": part, "object": "upload.part", "created_at": int(time.time()), "upload_id": name}
+
+    def _reserve(self, name: str, about: _About, count: int) -> None:
+        """Counts bytes of a part before they are written, so that parts that come together keep to the size too."""
+        with self._lock:
+            self._about(name)  # it may have been cancelled meanwhile
+            sizes = [path.stat().st_size for path in self._folder.glob(f"{name}/part_*")]
+            if len(sizes) >= MOST_PARTS:
+                raise RequestError(400, f"an upload has at most {MOST_PARTS:,} parts", param="data")
+            held = self._bytes.get(name, sum(sizes)) + count
+            if held > about.bytes:
+                raise _wrong_size(about)
+            self._bytes[name] = held
 
     def complete(self, name: str, asked: Completion) -> dict[str, Any]:
         """Makes a file of the parts, in the order of their ids.
@@ -161,6 +177,8 @@ class PartialUploads:
         finally:
             with self._lock:
                 self._busy.remove(name)
+                if not (self._folder / name).exists():
+                    self._bytes.pop(name, None)
 
     def _about(self, name: str) -> _About:
         about = self._read(name) if _ID.fullmatch(name) else None
@@ -182,6 +200,7 @@ class PartialUploads:
             about = self._read(name)
             if name not in self._busy and (about is None or _expired(about)):
                 shutil.rmtree(self._folder / name, ignore_errors=True)
+                self._bytes.pop(name, None)
 
 
 class _Joined:
