@@ -155,9 +155,7 @@ class Library:
 
     def _below_root(self, url: str) -> Path:
         """The path of a file address, with all links resolved. Raises RequestError unless it lies below a root."""
-        refused = RequestError(
-            400, "this local video is not allowed here (--media-root of the server)", code="media_refused"
-        )
+        refused = RequestError(400, "there is no such file below a --media-root of the server", code="media_refused")
         try:
             parts = urlsplit(url)
             path = Path(os.path.realpath(unquote(parts.path, errors="strict"), strict=True))

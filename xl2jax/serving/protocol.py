@@ -188,7 +188,7 @@ def read_request(body: bytes, limits: Limits, model: str, bilevel: BilevelConfig
         request = parse_json(body, ChatRequest, "request")
         if request.model is not None and request.model != model:
             raise RequestError(
-                404, "the model does not exist here: see /v1/models", code="model_not_found", param="model"
+                404, f"there is no such model here: this server has {model!r}", code="model_not_found", param="model"
             )
         _refuse_unsupported(request)
         question, history = _conversation(request.messages, limits)
