@@ -381,7 +381,7 @@ VIDEO = {"type": "video_url", "video_url": {"url": "file:///nowhere.mp4"}}
         ({"messages": asks({"type": "video_url", "video_url": None, "uuid": "unknown"})}, 404, "uuid"),
         ({"messages": [*asks(VIDEO), {"role": "assistant", "content": "."}]}, 400, "begin and end"),
         ({"messages": asks(VIDEO, question="x" * 70_000)}, 400, "70,000 characters"),
-        ({"model": "gpt"}, 404, "the model does not exist"),
+        ({"model": "gpt"}, 404, "there is no such model here"),
         ({"n": 2}, 400, "n: is not supported"),
         ({"tools": [{}]}, 400, "tools: is not supported"),
         ({"response_format": {"type": "json_object"}}, 400, "response_format"),

@@ -15,6 +15,7 @@ import pytest
 from serving import make_service, served
 
 import xl2jax
+from xl2jax.errors import UserError
 from xl2jax.serving import partial
 from xl2jax.serving.errors import RequestError
 from xl2jax.serving.limits import Limits
@@ -111,6 +112,21 @@ def test_parts_that_come_together_keep_to_the_size(tmp_path: Path) -> None:
         uploads.add(name, io.BytesIO(bytes(left)))
     with pytest.raises(RequestError):
         uploads.add(name, io.BytesIO(b"1"))
+
+
+def test_a_full_disk_leaves_no_file_that_cannot_be_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uploads = Uploads(tmp_path, 1000, 1500)
+
+    def full(*_: object) -> str:
+        raise UserError("no space left")
+
+    monkeypatch.setattr("xl2jax.serving.uploads.json.dumps", full)
+    with pytest.raises(RequestError) as e:
+        uploads.add(io.BytesIO(bytes(700)), "v.mp4", "user_data")
+    assert e.value.status == 507
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / f"file-{'0' * 32}.data").write_bytes(bytes(700))  # as a killed server leaves it
+    assert Uploads(tmp_path, 1000, 1500).room() == 1500
 
 
 def test_a_cancelled_upload_is_gone(client: openai.OpenAI, service: Service) -> None:

@@ -116,7 +116,8 @@ class Engine:
                 for _ in self._warm_up():
                     if self._stopped:
                         break
-                logger.info("warmed up in %.1f s: common programs are compiled", time.monotonic() - started)
+                else:
+                    logger.info("warmed up in %.1f s: common programs are compiled", time.monotonic() - started)
             except Exception as e:  # the first questions compile them then
                 logger.warning("could not warm up: %s", e, exc_info=not isinstance(e, UserError))
             self._warm = True

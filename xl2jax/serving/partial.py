@@ -83,7 +83,11 @@ class PartialUploads:
         with self._lock:
             self._remove_expired()
             pending = [about.bytes for about in map(self._read, self._names()) if about is not None]
-            if len(pending) >= MOST_UPLOADS or asked.bytes + sum(pending) > self._uploads.room():
+            if len(pending) >= MOST_UPLOADS:
+                raise RequestError(
+                    429, f"{len(pending)} uploads are unfinished: complete or cancel them", code="too_many_uploads"
+                )
+            if asked.bytes + sum(pending) > self._uploads.room():
                 raise no_room()
             name = f"upload_{secrets.token_hex(16)}"
             about = _About(

@@ -42,6 +42,9 @@ class Uploads:
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
         self._folder, self.max_bytes, self._total_bytes = folder, max_bytes, total_bytes
+        for path in folder.glob("file-*.data"):
+            if not path.with_suffix(".json").exists():  # a server was killed before it had written both
+                path.unlink(missing_ok=True)
 
     def room(self) -> int:
         """Bytes that further files can have together."""
@@ -69,8 +72,11 @@ class Uploads:
             }
             with replacing_file(self._folder / f"{name}.json") as beside:  # last: a file without it is not listed
                 beside.write_text(json.dumps(about))
-        except UserError:
-            raise no_room() from None
+        except BaseException as e:
+            self._path(name, "data").unlink(missing_ok=True)
+            if isinstance(e, UserError):
+                raise no_room() from None
+            raise
         return _described(name, about)
 
     def describe(self, name: str) -> dict[str, Any]:
