@@ -513,3 +513,19 @@ def test_names_of_tasks() -> None:
         for name, task in tasks.items():
             assert (task.name, task.variant) == (name, variant)
     assert longvideobench_row(1)["option4"] == "N/A"
+def test_tables_are_not_mixed(tmp_path: Path) -> None:
+    """Shards belong together only if their name and their number agree, and no number is beyond it."""
+    task = find_task("videomme", "upstream")
+    for names in (
+        ("test-00000-of-00001", "videomme"),
+        ("test-00000-of-00001", "test-00000-of-00002", "test-00001-of-00002"),
+        ("test-00000-of-00001", "test-00001-of-00001"),
+    ):
+        folder = tmp_path / " ".join(names) / "videomme"
+        folder.mkdir(parents=True)
+        for n, name in enumerate(names):
+            (folder / f"{name}.json").write_text(json.dumps([videomme_row(n)]))
+        with pytest.raises(UserError, match="not shards of one table|is none of 1 shards"):
+            DataFolder(folder.parent).rows(task)
+
+
