@@ -32,7 +32,7 @@ import xl2jax
 from xl2jax.benchmarks import engine, report
 from xl2jax.benchmarks.dataset import DataFolder
 from xl2jax.benchmarks.engine import Ask, Reply
-from xl2jax.benchmarks.lmms_files import results_object, sample_lines
+from xl2jax.benchmarks.lmms_files import results_object, sample_lines, total_seconds
 from xl2jax.benchmarks.records import Record, RunInfo
 from xl2jax.benchmarks.results import score
 from xl2jax.benchmarks.statistics import clustered_error, mcnemar, standard_error, wilson
@@ -486,6 +486,26 @@ def test_layouts_of_the_hub(tmp_path: Path) -> None:
     (hub / "videomme" / "test-00001-of-00002.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match="cannot be read as a table"):
         DataFolder(tmp_path).rows(task)
+
+def test_a_watched_video_counts_once() -> None:
+    """For all tasks that share it; but twice where it was watched twice."""
+    once, again = {"read": 1.0, "watch": 10.0, "answer": 0.25}, {"read": 2.0, "watch": 20.0, "answer": 0.25}
+    other = {"read": 4.0, "watch": 40.0, "answer": 0.25}
+    made = [
+        ("videomme", 0, "a.mp4", once), ("videomme", 1, "b.mp4", other),
+        ("videomme_w_subtitle", 0, "a.mp4", once), ("videomme_w_subtitle", 1, "a.mp4", again),
+    ]  # fmt: skip
+    records = {
+        (task, n): Record(task=task, doc_id=n, row=videomme_row(n), video=video, text="A", seconds=seconds)
+        for task, n, video, seconds in made
+    }
+    asked = {"variant": "upstream", "setting": "pure", "tasks": {name: {"questions": 2} for name, *_ in made}}
+    results = score(RunInfo(xl2jax="0", checkpoint="c", files="f", shards=1, asked=asked, model={}), records)
+    assert total_seconds([s for task in results.tasks for s in task.scored]) == 11 + 22 + 44 + 4 * 0.25
+    config = results_object(results, "now")["config"]
+    unused = ("numpy_seed", "torch_seed", "fewshot_seed", "bootstrap_iters", "process_docs_parallel")
+    assert [config[name] for name in unused] == [None] * 5
+
 
 
 def test_parts_of_lvbench_and_filters(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from xl2jax.benchmarks.lmms_files import total_seconds
+from xl2jax.benchmarks.lmms_files import total_seconds, watches
 from xl2jax.benchmarks.results import Part, Results, TaskResult
 from xl2jax.errors import shorten
 from xl2jax.system.atomic import replacing_file
@@ -153,9 +153,9 @@ def _costs(r: TaskResult) -> list[str]:
     count = len(r.scored)
     if not count:
         return ["none"] * 5
-    watched = {s.record.video: s.record.seconds for s in r.scored}
-    reading = sum(seconds.get("read", 0.0) for seconds in watched.values()) / count
-    watching = sum(seconds.get("watch", 0.0) for seconds in watched.values()) / count
+    watched = watches(r.scored)
+    reading = sum(read for _, read, _ in watched) / count
+    watching = sum(watch for _, _, watch in watched) / count
     answering = sum(s.record.seconds.get("answer", 0.0) for s in r.scored) / count
     frames = sum(s.record.frames for s in r.scored) / count
     return [f"{frames:.0f}", *(f"{x:.2f}" for x in (total_seconds(r.scored) / count, reading, watching, answering))]
