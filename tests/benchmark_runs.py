@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 import xl2jax
-from xl2jax.benchmarks import engine, lmms_files, report, runner, tasks  # noqa: F401 (before processes are forked)
+from xl2jax.benchmarks import checkpoint_identity, engine, lmms_files, report, runner, tasks  # noqa: F401 (before processes are forked)
 from xl2jax.benchmarks.engine import Ask, Reply
 from xl2jax.benchmarks.settings import View
 from xl2jax.benchmarks.videomme import DOMAINS, DURATIONS, SUB_CATEGORIES, TASK_TYPES
@@ -138,6 +138,7 @@ def main(data: Path, out: Path, kills: int) -> None:
     patches: dict[tuple[Any, str], Any] = {
         (engine, "ModelEngine"): lambda model: StubEngine(0.002),
         (xl2jax, "load"): lambda *args, **options: stub_model(),
+        (checkpoint_identity, "files_identity"): lambda checkpoint: "files",
         (backend, "start_backend"): lambda: None,
         (report, "plot"): lambda *args: None,
     }

@@ -29,12 +29,13 @@ from benchmark_runs import (
 from PIL import Image
 
 import xl2jax
-from xl2jax.benchmarks import engine, report
+from xl2jax.benchmarks import checkpoint_identity, engine, report
 from xl2jax.benchmarks.dataset import DataFolder
 from xl2jax.benchmarks.engine import Ask, Reply
-from xl2jax.benchmarks.lmms_files import results_object, sample_lines
+from xl2jax.benchmarks.lmms_files import results_object, sample_lines, total_seconds
 from xl2jax.benchmarks.records import Record, RunInfo
 from xl2jax.benchmarks.results import score
+from xl2jax.benchmarks.runner import collect
 from xl2jax.benchmarks.statistics import clustered_error, mcnemar, standard_error, wilson
 from xl2jax.benchmarks.tasks import TASKS as ALL_TASKS
 from xl2jax.benchmarks.tasks import find_task
@@ -55,6 +56,7 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> StubEngine:
     made = StubEngine()
     monkeypatch.setattr(engine, "ModelEngine", lambda model: made)
     monkeypatch.setattr(xl2jax, "load", lambda *args, **options: stub_model())
+    monkeypatch.setattr(checkpoint_identity, "files_identity", lambda checkpoint: "files")
     monkeypatch.setattr(backend, "start_backend", lambda: None)
     monkeypatch.setattr(report, "plot", lambda *args: None)  # drawing takes longer than all the rest
     return made
@@ -139,6 +141,102 @@ def test_other_settings_are_not_mixed(
     assert "tasks" in refused(evaluate.main, *flags(other, a, "--shard", "0/2"))
 
 
+def test_a_finished_run_is_not_taken_for_another(
+    command: Command, refused: Callable[..., str], stub: StubEngine, data: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Nothing is loaded for the same checkpoint; other settings and a replaced checkpoint leave the report as it is."""
+    out, loaded = tmp_path / "out", []
+    given = flags(data, out, "--limit", 4, task="videomme")
+    assert command(evaluate.main, *given)[0] == 0
+    (out / "report.md").write_text("the report")
+    for further, words in (
+        (("--dtype", "float16", "--weights", "int4"), 'dtype: null, not "float16"'),
+        (("--weights", "int4"), 'weights: null, not "int4"'),
+    ):
+        assert words in refused(evaluate.main, *given, *further)
+    monkeypatch.setattr(xl2jax, "load", lambda *args, **options: stub_model("another"))
+    monkeypatch.setattr(checkpoint_identity, "files_identity", lambda checkpoint: "other files")
+    assert 'fingerprint: "abc", not "another"' in refused(evaluate.main, *given)
+    assert (out / "report.md").read_text() == "the report"
+    # The same parameters in other files are the same checkpoint.
+    monkeypatch.setattr(xl2jax, "load", lambda *args, **options: loaded.append(args) or stub_model())
+    assert command(evaluate.main, *given)[0] == 0
+    assert len(loaded) == 1
+    monkeypatch.setattr(checkpoint_identity, "files_identity", lambda checkpoint: "files")
+    assert command(evaluate.main, *given)[0] == 0
+    assert len(loaded) == 1
+    assert stub.watched == ["vid0.mp4"]
+
+
+def test_the_identity_of_a_checkpoint(checkpoint: Path, copied: Path) -> None:
+    """It is that of a copy, and changes with the weights, the config and the tokenizer."""
+    identities = [checkpoint_identity.files_identity(str(checkpoint))]
+    assert checkpoint_identity.files_identity(str(copied)) == identities[0]
+    for name, change in (
+        ("model.safetensors", lambda b: b[:-64] + bytes(64)),
+        ("config.json", lambda b: b.replace(b'"rope_theta": ', b'"rope_theta": 1')),
+        ("tokenizer.json", lambda b: b.replace(b'"add_prefix_space": false', b'"add_prefix_space": true')),
+    ):
+        file = copied / name
+        changed = change(file.read_bytes())
+        assert changed != file.read_bytes()
+        file.write_bytes(changed)
+        identities.append(checkpoint_identity.files_identity(str(copied)))
+    assert len(set(identities)) == 4
+    with pytest.raises(UserError, match="no such checkpoint folder"):
+        checkpoint_identity.files_identity("/nowhere")
+
+
+def test_another_number_of_shards_is_refused(
+    command: Command, refused: Callable[..., str], stub: StubEngine, data: Path, tmp_path: Path
+) -> None:
+    """Their files do not hold the answers that the others gave."""
+    assert command(evaluate.main, *flags(data, tmp_path / "out", "--shard", "0/2"))[0] == 0
+    stub.watched.clear()
+    for shard in ("0/3", "0/1"):
+        assert "shards i/2, not i/" in refused(evaluate.main, *flags(data, tmp_path / "out", "--shard", shard))
+    assert stub.watched == []
+    assert not (tmp_path / "out" / "answers-0-of-3.jsonl").exists()
+
+
+def test_hosts_divide_videos_alike(tmp_path: Path) -> None:
+    """Also a host that lacks a video which two names stand for."""
+    names = ("3_ego/a.mp4", "a.mp4", "b.mp4")
+    rows = [{"video_name": name, "question": "?", "answer": "A", "task_type": "ego"} for name in names]
+    task = find_task("mlvu", "upstream")
+    divided = []
+    for host in ("with", "without"):
+        folder = tmp_path / host / "mlvu"
+        (folder / "3_ego").mkdir(parents=True)
+        (folder / "mlvu.json").write_text(json.dumps(rows))
+        if host == "with":
+            (folder / "3_ego" / "a.mp4").write_bytes(b"video")
+        groups = collect(DataFolder(tmp_path / host), [task], {"mlvu": None}, None)  # type: ignore[dict-item]
+        divided.append([(group.name, [q.doc_id for q in group.questions]) for group in groups])
+    assert divided[0] == divided[1]
+
+
+def test_missing_subtitles_are_said(
+    command: Command, refused: Callable[..., str], stub: StubEngine, tmp_path: Path
+) -> None:
+    data, out = write_data(tmp_path / "data", videomme=12, longvideobench=2), tmp_path / "out"
+    given = flags(data, out, task="videomme,videomme_w_subtitle")
+    assert "videomme_w_subtitle puts subtitles into its prompts, and no question" in refused(evaluate.main, *given)
+    assert not out.exists()
+    (data / "videomme" / "vid1.srt").write_text("")
+    status, _, err = command(evaluate.main, *given)
+    assert status == 0
+    assert "warning: videomme_w_subtitle: 8 of 12 questions without subtitles" in err
+    assert (out / "report.md").read_text().count("8 of 12 questions without subtitles") == 1
+    # Prompts with and without them are not mixed.
+    (data / "videomme" / "vid2.srt").write_text("")
+    assert "tasks.videomme_w_subtitle.without_subtitles: 8, not 4" in refused(evaluate.main, *given)
+    (data / "videomme" / "vid0.srt").write_text("")
+    status, _, err = command(evaluate.main, *flags(data, tmp_path / "all", task="videomme_w_subtitle"))
+    assert (status, "without subtitles" in err) == (0, False)
+    assert "without subtitles" not in (tmp_path / "all" / "report.md").read_text()
+
+
 def test_videos_that_are_missing_or_unreadable(
     command: Command, refused: Callable[..., str], stub: StubEngine, tmp_path: Path
 ) -> None:
@@ -196,12 +294,24 @@ def test_two_processes_do_not_write_one_shard(
         (("--task", "mlvu_dev,chess"), "no task 'chess': choose from videomme"),
         (("--task", "temporal_grounding_charades"), "belongs to --variant lmms-eval"),
         (("--max-frames", 8), "paper has the released values: leave out --max-frames"),
-        (("--setting", "pure", "--window-chunks", 2), "pure has no chunks"),
-        (("--setting", "pure", "--offload"), "--offload has no use"),
-        (("--setting", "chunked", "--selection", "videomme.json"), "--selection has no effect"),
+        (("--top-chunks", 9, "--pool", 2), "paper has the released values: leave out --top-chunks, --pool"),
+        (
+            ("--setting", "pure", "--window-chunks", 2, "--top-chunks", 9, "--offload"),
+            "pure has neither chunks nor bi-level decoding: leave out --window-chunks, --offload, --top-chunks",
+        ),
+        (("--setting", "pure", "--select-chunk-groups", 2), "leave out --select-chunk-groups"),
+        (
+            ("--setting", "chunked", "--selection", "videomme.json", "--top-chunks", "all"),
+            "chunked has no bi-level decoding: leave out --selection, --top-chunks",
+        ),
+        (
+            ("--setting", "bilevel", "--selection", "videomme.json", "--pool", 2),
+            "--selection says which chunks stay dense: leave out --pool",
+        ),
+        (("--task", "mlvu_test", "--offload"), "no bi-level decoding for mlvu_test: leave out --offload"),
         (("--selection", "chess.json"), "chess.json: no such file"),
         (("--variant", "lmms-eval", "--selection", "videomme.json"), "needs --variant upstream"),
-        (("--top-chunks", "all"), "give a number of chunks"),
+        (("--setting", "bilevel", "--top-chunks", "all"), "give a number of chunks"),
         (("--task", "synthetic"), "upstream released no script for synthetic"),
         (("--task", "mlvu"), "no rows of mlvu"),
         (("--data", "/nowhere"), "/nowhere: no such folder"),
@@ -352,7 +462,7 @@ def test_files_are_those_of_lmms_eval(goldens: Path, tmp_path: Path) -> None:
             record = Record(task=name, doc_id=i, row=doc["doc"], prompt=doc["prompt"], video="v", text=text, seconds={})
             records[record.key] = record
     asked = {"variant": "lmms-eval", "setting": "pure", "limit": None, "tasks": counts}
-    info = RunInfo(xl2jax="0", checkpoint="acme/Video-XL-2", asked=asked, model={})
+    info = RunInfo(xl2jax="0", checkpoint="acme/Video-XL-2", files="f", shards=1, asked=asked, model={})
     scored = score(info, records)
     ours, theirs = (
         results_object(scored, "20261126_133642"),
@@ -377,13 +487,34 @@ def test_files_are_those_of_lmms_eval(goldens: Path, tmp_path: Path) -> None:
         assert picture.width > 1000
 
 
+def test_a_watched_video_counts_once() -> None:
+    """For all tasks that share it; but twice where it was watched twice."""
+    once, again = {"read": 1.0, "watch": 10.0, "answer": 0.25}, {"read": 2.0, "watch": 20.0, "answer": 0.25}
+    other = {"read": 4.0, "watch": 40.0, "answer": 0.25}
+    made = [
+        ("videomme", 0, "a.mp4", once), ("videomme", 1, "b.mp4", other),
+        ("videomme_w_subtitle", 0, "a.mp4", once), ("videomme_w_subtitle", 1, "a.mp4", again),
+    ]  # fmt: skip
+    records = {
+        (task, n): Record(task=task, doc_id=n, row=videomme_row(n), video=video, text="A", seconds=seconds)
+        for task, n, video, seconds in made
+    }
+    asked = {"variant": "upstream", "setting": "pure", "tasks": {name: {"questions": 2} for name, *_ in made}}
+    results = score(RunInfo(xl2jax="0", checkpoint="c", files="f", shards=1, asked=asked, model={}), records)
+    assert total_seconds([s for task in results.tasks for s in task.scored]) == 11 + 22 + 44 + 4 * 0.25
+    config = results_object(results, "now")["config"]
+    unused = ("numpy_seed", "torch_seed", "fewshot_seed", "bootstrap_iters", "process_docs_parallel")
+    assert [config[name] for name in unused] == [None] * 5
+
+
 def test_reasoning_is_stripped_for_lmms_eval_only() -> None:
     row = videomme_row(0)
     texts = {}
     for variant in ("upstream", "lmms-eval"):
         record = Record(task="videomme", doc_id=0, row=row, video="v", text="<think>B</think>A", seconds={})
         asked = {"variant": variant, "setting": "pure", "tasks": {"videomme": {"questions": 1}}}
-        (result,) = score(RunInfo(xl2jax="0", checkpoint="c", asked=asked, model={}), {record.key: record}).tasks
+        info = RunInfo(xl2jax="0", checkpoint="c", files="f", shards=1, asked=asked, model={})
+        (result,) = score(info, {record.key: record}).tasks
         (line,) = sample_lines(result)
         texts[variant] = line["filtered_resps"], line.get("resps"), result.value
     assert texts == {
@@ -486,6 +617,22 @@ def test_layouts_of_the_hub(tmp_path: Path) -> None:
     (hub / "videomme" / "test-00001-of-00002.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match="cannot be read as a table"):
         DataFolder(tmp_path).rows(task)
+
+
+def test_tables_are_not_mixed(tmp_path: Path) -> None:
+    """Shards belong together only if their name and their number agree, and no number is beyond it."""
+    task = find_task("videomme", "upstream")
+    for names in (
+        ("test-00000-of-00001", "videomme"),
+        ("test-00000-of-00001", "test-00000-of-00002", "test-00001-of-00002"),
+        ("test-00000-of-00001", "test-00001-of-00001"),
+    ):
+        folder = tmp_path / " ".join(names) / "videomme"
+        folder.mkdir(parents=True)
+        for n, name in enumerate(names):
+            (folder / f"{name}.json").write_text(json.dumps([videomme_row(n)]))
+        with pytest.raises(UserError, match="not shards of one table|is none of 1 shards"):
+            DataFolder(folder.parent).rows(task)
 
 
 def test_parts_of_lvbench_and_filters(tmp_path: Path) -> None:

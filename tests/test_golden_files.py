@@ -49,7 +49,7 @@ def _set(path: str, value: Any) -> Callable[[Any], None]:
         ("videomme__upstream", "docs.0.prompt", "x", "prompts of doc 0"),
         ("videomme__upstream", "docs.3.chat_prompt_after_time_rewrite", "x", "chats of doc 3"),
         ("videomme__lmms_eval", "docs.0.visual.0", "${HF_HOME}/videomme/data/other.mp4", "paths of doc 0"),
-        ("videomme__lmms_eval", "docs.1.visual.0", "${HOME}/videomme/data/P4zDL_ak6J0.mp4", "several homes"),
+        ("videomme__lmms_eval", "docs.1.visual.0", "${HOME}/videomme/data/P4zDL_ak6J0.mp4", "paths of doc 1"),
         ("videomme_w_subtitle__upstream", "docs.3.frame_count", 100, "prompts of doc 3"),
         ("mlvu_dev__upstream", "docs.2.responses.5.extracted", "Q", "extractions of doc 2"),
         ("mlvu_test__lmms_eval", "docs.2.responses.5.score", 0.5, "scores of doc 2"),
@@ -80,6 +80,22 @@ def test_a_difference_is_noticed(
     (tmp_path / f"{name}.json").write_text(json.dumps(golden))
     (row,) = (c.row() for c in check_folder(tmp_path) if c.file == f"{name}.json")
     assert kind in row["first"]
+
+
+@pytest.mark.parametrize("name", ["mlvu_dev__upstream", "lvbench__upstream", "videomme_w_subtitle__lmms_eval"])
+@pytest.mark.parametrize("kind", ["visual", "subtitle_path"])
+def test_another_home_is_noticed(eval_goldens: Path, tmp_path: Path, name: str, kind: str) -> None:
+    """Also where all videos, or all subtitles, of a file lie there."""
+    golden = json.loads((eval_goldens / f"{name}.json").read_text())
+    moved = [doc for doc in golden["docs"] if doc.get(kind)]
+    for doc in moved:
+        path = doc[kind][0] if kind == "visual" else doc[kind]
+        elsewhere = f"ELSEWHERE/{path.partition('/')[2]}"
+        doc[kind] = [elsewhere, *doc[kind][1:]] if kind == "visual" else elsewhere
+    (tmp_path / f"{name}.json").write_text(json.dumps(golden))
+    (comparison,) = check_folder(tmp_path)
+    assert comparison.differences == len(moved)
+    assert not moved or comparison.first.startswith("paths of doc")
 
 
 def test_other_files(command: Callable[..., tuple[int, str, str]], refused: Callable[..., str], tmp_path: Path) -> None:

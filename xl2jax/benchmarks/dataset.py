@@ -122,9 +122,15 @@ class DataFolder:
 
 
 def _complete(folder: Path, matches: list[re.Match[str]]) -> list[Path]:
-    """Files in the order of their shards. Raises UserError where one is missing."""
+    """Files in the order of their shards. Raises UserError where one is missing, or where they are of several tables."""
+    if len({(match["stem"], match["shards"]) for match in matches}) > 1:
+        names = listing(sorted(match.string for match in matches))
+        raise UserError(f"{folder}: {names} are not shards of one table: keep those of one")
     count = int(matches[0]["shards"] or 1)
     found = {int(match["shard"] or 0): folder / match.string for match in matches}
+    beyond = [found[number].name for number in sorted(found) if number >= count]
+    if beyond:
+        raise UserError(f"{folder}: {beyond[0]} is none of {count} shards counted from 0")
     missing = [number for number in range(count) if number not in found]
     if missing:
         raise UserError(f"{folder}: shard {missing[0]} of {count} of {matches[0]['stem']} is missing")

@@ -154,13 +154,13 @@ def results_object(results: Results, stamp: str) -> dict[str, Any]:
             "use_cache": None,
             "limit": info.asked.get("limit"),
             "offset": 0,
-            "bootstrap_iters": 100000,
-            "process_docs_parallel": 4,
+            "bootstrap_iters": None,
+            "process_docs_parallel": None,
             "gen_kwargs": None,
             "random_seed": 0,
-            "numpy_seed": 1234,
-            "torch_seed": 1234,
-            "fewshot_seed": 1234,
+            "numpy_seed": None,
+            "torch_seed": None,
+            "fewshot_seed": None,
             "resolved_cli_args": info.asked,
         },
         "git_hash": None,
@@ -191,8 +191,16 @@ def _task_hash(count: int) -> str:
     return hashlib.sha256("".join(f"sample_{i}{_DOC_HASH}" for i in range(count)).encode()).hexdigest()
 
 
+def watches(scored: list[Scored]) -> set[tuple[str, float, float]]:
+    """Each watching of a video: its name, the seconds of waiting for frames, and those of watching.
+
+    Answers that share a watching, even of different tasks, have the same seconds. A video that was watched again, in
+    another way or after a kill, has others.
+    """
+    return {(s.record.video, s.record.seconds.get("read", 0.0), s.record.seconds.get("watch", 0.0)) for s in scored}
+
+
 def total_seconds(scored: list[Scored]) -> float:
-    """Seconds of watching and answering, with each watched video counted once."""
-    watched = {(s.record.task, s.record.video): s.record.seconds for s in scored}
-    videos = sum(seconds.get("read", 0.0) + seconds.get("watch", 0.0) for seconds in watched.values())
+    """Seconds of watching and answering, with each watching of a video counted once."""
+    videos = sum(read + watch for _, read, watch in watches(scored))
     return videos + sum(s.record.seconds.get("answer", 0.0) for s in scored)

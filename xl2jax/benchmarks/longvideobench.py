@@ -56,6 +56,10 @@ class LongVideoBench(Task):
         question = f"{row.question}\n" + "\n".join(lines)
         return f"{question}\nAnswer with the option's letter from the given choices directly.\n"
 
+    @property
+    def home(self) -> str:
+        return "ALL_LONGVIDEOBENCH_VIDEOS_DIR" if self.variant == "upstream" else super().home
+
     def video(self, row: LongVideoBenchRow) -> str:
         return row.video_path
 

@@ -51,6 +51,10 @@ class UpstreamLVBench(Task):
         options = "".join(f"{letter}. {text}\n" for letter, text in zip(string.ascii_uppercase, row.candidates))  # noqa: B905
         return f"{row.question}\n{options}Answer with the option's letter from the given choices directly."
 
+    @property
+    def home(self) -> str:
+        return "ALL_LVBENCH_VIDEOS_DIR"
+
     def video(self, row: UpstreamRow) -> str:
         return f"{row.video}.mp4"
 

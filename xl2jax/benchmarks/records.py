@@ -57,23 +57,33 @@ class Record(Schema):
 class RunInfo(Schema):
     """What a run asks, and how. Runs whose `asked` differ are never mixed.
 
-    asked: variant, setting, limit, and for each task the number and the hash of its questions and how videos are read.
-    model: the checkpoint's hash, dtype and the like.
+    asked: variant, setting, limit, the dtype and weights that were asked for, and for each task the number and the hash
+      of its questions and how videos are read.
+    files: the hash of the checkpoint's files. shards: into how many the folder's run is divided.
+    model: the loaded model's hash, dtype and weights.
     """
 
     format: Literal[1] = 1
     xl2jax: str
     checkpoint: str
+    files: str
+    shards: int
     asked: dict[str, Any]
     model: dict[str, Any]
 
     def difference(self, other: RunInfo) -> str | None:
         """The first setting in which two runs differ, in words."""
-        for mine, theirs in ((self.asked, other.asked), (self.model, other.model)):
-            for name in sorted({*mine, *theirs}):
-                if mine.get(name) != theirs.get(name):
-                    return f"{name}: {_brief(mine.get(name))}, not {_brief(theirs.get(name))}"
+        return _difference(self.asked, other.asked) or _difference(self.model, other.model)
+
+
+def _difference(mine: Any, theirs: Any, where: str = "") -> str | None:
+    """The first place in which two values differ, at any depth of objects."""
+    if mine == theirs:
         return None
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        name = next(name for name in sorted({*mine, *theirs}) if mine.get(name) != theirs.get(name))
+        return _difference(mine.get(name), theirs.get(name), f"{where}.{name}" if where else name)
+    return f"{where}: {_brief(mine)}, not {_brief(theirs)}"
 
 
 def _brief(value: Any) -> str:
@@ -90,7 +100,7 @@ def read_info(folder: Path) -> RunInfo | None:
 def write_info(folder: Path, info: RunInfo) -> None:
     """Writes `run.json`, or compares it with the one that is there.
 
-    Raises UserError where the folder holds a run with other settings, or cannot be written.
+    Raises UserError where the folder holds a run with other settings or in other shards, or cannot be written.
     """
     there = read_info(folder)
     if there is None:
@@ -100,6 +110,11 @@ def write_info(folder: Path, info: RunInfo) -> None:
     difference = there.difference(info)
     if difference is not None:
         raise UserError(f"{folder}: holds a run with other settings ({difference}): choose another --output")
+    if there.shards != info.shards:
+        raise UserError(
+            f"{folder}: holds a run in shards i/{there.shards}, not i/{info.shards}, whose answers would not be found: "
+            "choose another --output"
+        )
 
 
 def answers_file(folder: Path, shard: tuple[int, int]) -> Path:

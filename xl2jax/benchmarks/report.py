@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from xl2jax.benchmarks.lmms_files import total_seconds
+from xl2jax.benchmarks.lmms_files import total_seconds, watches
 from xl2jax.benchmarks.results import Part, Results, TaskResult
+from xl2jax.benchmarks.subtitles import NONE as NO_SUBTITLES
 from xl2jax.errors import shorten
 from xl2jax.system.atomic import replacing_file
 from xl2jax.system.figures import BLUE, new_figure, save_figure
@@ -83,6 +84,11 @@ def _task_lines(r: TaskResult) -> Iterator[str]:
             reasons.setdefault(record.error or "unknown", []).append(record.doc_id)
         yield from _listed(f"{reason}: {_numbers(ids)}" for reason, ids in reasons.items())
         yield ""
+    if r.without_subtitles:
+        yield (
+            f"{r.without_subtitles} of {r.questions} questions without subtitles: the data folder has no file of them, "
+            f'and their prompts say "{NO_SUBTITLES}".\n'
+        )
     whole = sum(s.record.dense for s in r.scored) if "selection" in (r.view.get("bilevel") or {}) else 0
     if whole:
         yield f"{whole} of {len(r.scored)} answers read the whole dense cache: the selection files have no entry for them.\n"
@@ -153,9 +159,9 @@ def _costs(r: TaskResult) -> list[str]:
     count = len(r.scored)
     if not count:
         return ["none"] * 5
-    watched = {s.record.video: s.record.seconds for s in r.scored}
-    reading = sum(seconds.get("read", 0.0) for seconds in watched.values()) / count
-    watching = sum(seconds.get("watch", 0.0) for seconds in watched.values()) / count
+    watched = watches(r.scored)
+    reading = sum(read for _, read, _ in watched) / count
+    watching = sum(watch for _, _, watch in watched) / count
     answering = sum(s.record.seconds.get("answer", 0.0) for s in r.scored) / count
     frames = sum(s.record.frames for s in r.scored) / count
     return [f"{frames:.0f}", *(f"{x:.2f}" for x in (total_seconds(r.scored) / count, reading, watching, answering))]

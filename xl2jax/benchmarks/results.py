@@ -47,7 +47,10 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class TaskResult:
-    """One task of a run. `unanswered` are questions that could not be asked. `view` says how videos were read."""
+    """One task of a run. `unanswered` are questions that could not be asked. `view` says how videos were read.
+
+    `without_subtitles` is the number of questions whose prompt lacks the subtitles that the task has.
+    """
 
     task: Task
     setting: str
@@ -55,6 +58,7 @@ class TaskResult:
     scored: list[Scored]
     unanswered: list[Record]
     questions: int
+    without_subtitles: int = 0
 
     @functools.cached_property
     def value(self) -> float | None:
@@ -166,8 +170,9 @@ def score(info: RunInfo, records: Mapping[tuple[str, int], Record]) -> Results:
         rng = random.Random(0)  # the seed that both code bases set
         scored = [_scored(task, record, rng) for record in mine if record.text is not None]
         unanswered = [record for record in mine if record.text is None]
-        view = info.asked["tasks"][name].get("view", {})
-        tasks.append(TaskResult(task, info.asked["setting"], view, scored, unanswered, count))
+        asked = info.asked["tasks"][name]
+        view, bare = asked.get("view", {}), asked.get("without_subtitles", 0)
+        tasks.append(TaskResult(task, info.asked["setting"], view, scored, unanswered, count, bare))
     return Results(info, tasks)
 
 

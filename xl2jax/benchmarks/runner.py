@@ -54,38 +54,48 @@ class Group:
 
 
 def collect(data: DataFolder, tasks: Sequence[Task], views: Mapping[str, View], limit: int | None) -> list[Group]:
-    """The questions of all tasks, grouped by video, in the order of the rows.
+    """The questions of all tasks, grouped by the name of the video, in the order of the rows.
 
-    `views` are by task; `limit` takes the first rows of each task.
+    The groups do not depend on which videos the folder has, so that hosts which lack some divide a run alike. `views` are
+    by task; `limit` takes the first rows of each task.
 
     Raises UserError where rows are missing or wrong.
     """
-    groups: dict[tuple[str, View], Group] = {}
+    groups: dict[tuple[str, str, View], Group] = {}
     for task in tasks:
         for doc_id, row in enumerate(data.rows(task)[:limit]):
             name = task.video(row)
-            path = data.find(task, name)
             subtitles = None
             if task.subtitle_frames is not None and isinstance(task, VideoMME):
                 subtitles = data.find(task, task.subtitle_path(row))
             view = views[task.name]
-            key = (str(path or f"{task.folder}/{name}"), view)
-            group = groups.setdefault(key, Group(name, path, view, []))
-            group.questions.append(Question(task, doc_id, row, subtitles))
+            key = (task.folder, name, view)
+            if key not in groups:
+                groups[key] = Group(name, data.find(task, name), view, [])
+            groups[key].questions.append(Question(task, doc_id, row, subtitles))
     return list(groups.values())
 
 
 def describe_questions(groups: Sequence[Group], views: Mapping[str, Any]) -> dict[str, Any]:
-    """The tasks for `run.json`: how many questions, a hash of their rows, and how videos are read."""
+    """The tasks for `run.json`: how many questions, a hash of their rows, and how videos are read.
+
+    `without_subtitles` is the number of questions whose file of subtitles is missing, for tasks with subtitles.
+    """
     rows: dict[str, list[tuple[int, Any]]] = {name: [] for name in views}
+    bare: dict[str, int] = {}
     for group in groups:
         for question in group.questions:
-            rows[question.task.name].append((question.doc_id, row_values(question.row)))
+            name = question.task.name
+            rows[name].append((question.doc_id, row_values(question.row)))
+            if question.task.subtitle_frames is not None:
+                bare[name] = bare.get(name, 0) + (question.subtitles is None)
     described = {}
     for name, found in rows.items():
         text = json.dumps(sorted(found, key=lambda pair: pair[0]), ensure_ascii=False, sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         described[name] = {"questions": len(found), "rows": digest, "view": views[name]}
+        if name in bare:
+            described[name]["without_subtitles"] = bare[name]
     return described
 
 

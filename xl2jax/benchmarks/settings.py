@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,33 @@ class Overrides:
     window_chunks: int | None = None
 
 
+_FRAMES, _CHUNKS = ("--max-frames",), ("--chunk-groups", "--window-chunks")
+_BILEVEL = ("--top-chunks", "--select-chunk-groups", "--pool")
+_OF_BILEVEL = (*_BILEVEL, "--selection", "--offload")
+_UNREAD: Mapping[Setting, tuple[str, tuple[str, ...]]] = {
+    "pure": ("has neither chunks nor bi-level decoding", (*_CHUNKS, *_OF_BILEVEL)),
+    "chunked": ("has no bi-level decoding", _OF_BILEVEL),
+    "paper": ("has the released values", (*_FRAMES, *_CHUNKS, *_BILEVEL)),
+}
+
+
+def refuse_unread(setting: Setting, given: Iterable[str], *, by_file: bool) -> None:
+    """Raises UserError for flags that the setting does not read.
+
+    Args:
+      given: the flags whose value is not the default.
+      by_file: whether selection files say which chunks stay dense.
+    """
+    why, unread = _UNREAD.get(setting, ("", ()))
+    reason = f"--setting {setting} {why}"
+    found = [flag for flag in given if flag in unread]
+    if not found and by_file:
+        reason = "--selection says which chunks stay dense"
+        found = [flag for flag in given if flag in _BILEVEL]
+    if found:
+        raise UserError(f"{reason}: leave out {', '.join(found)}")
+
+
 def make_view(
     task: Task,
     setting: Setting,
@@ -50,20 +78,17 @@ def make_view(
 ) -> View:
     """The view of a task. Without a script of upstream's, the values are those of `xl2jax infer`.
 
-    Raises UserError for flags that change what `paper` is, that have no effect, or that are out of range.
+    Raises UserError for values that are out of range, and where `paper` is nothing that upstream released.
     """
     given = {name: value for name, value in dataclasses.asdict(overrides).items() if value is not None}
-    if setting == "paper" and given:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise UserError(f"--setting paper has the released values: leave out {flags}, or choose another setting")
-    if setting == "pure" and (given.keys() - {"max_frames"}):
-        raise UserError("--setting pure has no chunks: leave out --chunk-groups and --window-chunks")
     values = released(task, setting)
     if values is None and setting == "paper":
         values = released(task, "chunked")
         if values is None:
             raise UserError(f"--setting paper: upstream released no script for {task.name}: choose another setting")
         setting = "chunked"  # the test set of MLVU
+        if cache.offload:
+            raise UserError(f"--setting paper has no bi-level decoding for {task.name}: leave out --offload")
     values = dataclasses.replace(values or DEFAULTS["bilevel" if setting == "paper" else setting], **given)
     return view_of(values, setting, bilevel, cache, backend)
 

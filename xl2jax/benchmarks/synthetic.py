@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from xl2jax.benchmarks.dataset import import_pyarrow
-from xl2jax.benchmarks.task import Reading, Task, Variant, percent
-from xl2jax.benchmarks.videomme import DURATIONS, VideoMMERow
+from xl2jax.benchmarks.task import Reading, Variant, percent
+from xl2jax.benchmarks.videomme import DURATIONS, VideoMMELayout, VideoMMERow
 from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.evaluation.questions import Kind, Question, ask
 from xl2jax.evaluation.scenes import COLOURS, SHAPES, Scene, make_scene, write_scene
@@ -33,9 +33,8 @@ _KINDS: dict[Kind, str] = {
 _WIDTH, _HEIGHT = 112, 112
 
 
-class Synthetic(Task):
-    Row = VideoMMERow
-    folder, dataset, split = "videomme", "synthetic", "test"
+class Synthetic(VideoMMELayout):
+    dataset = "synthetic"
     metric = "synthetic_score"
 
     def __init__(self, name: str, variant: Variant):
@@ -47,18 +46,6 @@ class Synthetic(Task):
 
     def prompt(self, row: VideoMMERow, subtitles: str | None = None) -> str:
         return row.question
-
-    def video(self, row: VideoMMERow) -> str:
-        return f"{row.videoID}.mp4"
-
-    def target(self, row: VideoMMERow) -> str:
-        return row.answer
-
-    def category(self, row: VideoMMERow) -> str:
-        return row.task_type
-
-    def duration(self, row: VideoMMERow) -> str:
-        return row.duration
 
     def read(self, row: VideoMMERow, text: str) -> Reading:
         letter = next((option[0] for option in row.options if option[3:] == text.strip()), "")

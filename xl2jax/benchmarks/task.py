@@ -80,12 +80,17 @@ class Task(abc.ABC):
     def prompt(self, row: Any, subtitles: str | None = None) -> str:
         """The text after the video, as the code base's `doc_to_text` gives it."""
 
+    @property
+    def home(self) -> str:
+        """The code base's home of data sets: a constant that upstream's users replace, or lmms-eval's variable."""
+        return "YOUR_HF_HOME" if self.variant == "upstream" else "${HF_HOME}"
+
     @abc.abstractmethod
     def video(self, row: Any) -> str:
         """The video's path below the folder of videos."""
 
     def video_path(self, row: Any) -> str:
-        """The video's path below the code base's home of data sets (`visual` in golden files)."""
+        """The video's path below `home` (`visual` in golden files)."""
         return f"{self.folder}/{self.video(row)}"
 
     def other_paths(self, path: str) -> tuple[str, ...]:

@@ -47,11 +47,27 @@ class VideoMMERow(Schema):
     answer: str
 
 
-class VideoMME(Task):
-    """`subtitles` puts the video's subtitles into the prompt."""
+class VideoMMELayout(Task):
+    """Questions whose rows and files are laid out as those of Video-MME."""
 
     Row = VideoMMERow
-    split = "test"
+    folder, split = "videomme", "test"
+
+    def video(self, row: VideoMMERow) -> str:
+        return f"{row.videoID}.mp4"
+
+    def target(self, row: VideoMMERow) -> str:
+        return row.answer
+
+    def category(self, row: VideoMMERow) -> str:
+        return row.task_type
+
+    def duration(self, row: VideoMMERow) -> str:
+        return row.duration
+
+
+class VideoMME(VideoMMELayout):
+    """`subtitles` puts the video's subtitles into the prompt."""
 
     def __init__(
         self,
@@ -63,7 +79,6 @@ class VideoMME(Task):
     ):
         super().__init__(name, variant, keep)
         self._upstream = variant == "upstream"
-        self.folder = "videomme"
         self.dataset = "lmms-lab/Video-MME" if self._upstream else "lmms-eval/Video-MME"
         self.metric = "videomme_percetion_score" if self._upstream else "videomme_perception_score"
         self.subtitle_frames = (128 if self._upstream else 32) if subtitles else None
@@ -80,9 +95,6 @@ class VideoMME(Task):
         assert subtitles is not None
         return f"This video's subtitles are listed below: \n{subtitles}\n{question}The best answer is:"
 
-    def video(self, row: VideoMMERow) -> str:
-        return f"{row.videoID}.mp4"
-
     def video_path(self, row: VideoMMERow) -> str:
         return f"{self.folder}/{self.video(row)}" if self._upstream else f"{self.folder}/data/{self.video(row)}"
 
@@ -91,15 +103,6 @@ class VideoMME(Task):
 
     def other_paths(self, path: str) -> tuple[str, ...]:
         return path.replace("mp4", "MP4"), path.replace("mp4", "mkv")
-
-    def target(self, row: VideoMMERow) -> str:
-        return row.answer
-
-    def category(self, row: VideoMMERow) -> str:
-        return row.task_type
-
-    def duration(self, row: VideoMMERow) -> str:
-        return row.duration
 
     def _extract(self, text: str) -> str:
         return first_letter(text, "ABCD", VIDEOMME_PREFIXES) if self._upstream else option_letter(text)

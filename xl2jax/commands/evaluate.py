@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -19,6 +19,10 @@ from xl2jax.config import Weights
 from xl2jax.errors import UserError, require_whole
 from xl2jax.system.tables import print_table
 from xl2jax.system.terminal import flag_errors, require_stdout
+
+if TYPE_CHECKING:
+    from xl2jax.benchmarks.runner import Group
+    from xl2jax.benchmarks.selection_keys import SelectionTable
 
 logger = logging.getLogger(__name__)
 
@@ -77,12 +81,60 @@ def run() -> int:
     with flag_errors():
         args = tyro.cli(RunArgs, prog="xl2jax eval")
     require_stdout()
-    from xl2jax.benchmarks.dataset import DataFolder
+    from xl2jax.benchmarks.checkpoint_identity import files_identity
     from xl2jax.benchmarks.engine import ModelEngine
     from xl2jax.benchmarks.records import RunInfo, open_log, read_info, write_info
-    from xl2jax.benchmarks.runner import Run, collect, describe_questions, entries, missing_line, missing_videos
+    from xl2jax.benchmarks.runner import Run
+
+    shard, groups, table, asked = _checked(args)
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{args.output}: cannot be written ({e.strerror})") from None
+    earlier = read_info(args.output)
+    if earlier is not None:  # refused before weights are read
+        write_info(args.output, earlier.model_copy(update={"asked": asked, "shards": shard[1]}))
+    files = files_identity(args.checkpoint)
+    mine = groups[shard[0] :: shard[1]]
+    with open_log(args.output, shard) as log:
+        if earlier is None and log.done:
+            raise UserError(f"{args.output}: has answers, but run.json, which says to what, is missing")
+        left = [q for group in mine for q in group.questions if q.key not in log.done]
+        logger.info(
+            "%d questions about %d videos, %d of them left", sum(len(g.questions) for g in mine), len(mine), len(left)
+        )
+        # Other files may hold the same parameters, in another layout: only the loaded model tells.
+        if left or earlier is None or earlier.files != files:
+            import xl2jax
+            from xl2jax.system.backend import start_backend
+
+            start_backend()
+            model = xl2jax.load(args.checkpoint, dtype=args.dtype, weights=args.weights, progress=True)
+            info = RunInfo(
+                xl2jax=version("xl2jax"),
+                checkpoint=args.checkpoint,
+                files=files,
+                shards=shard[1],
+                asked=asked,
+                model={"fingerprint": model.fingerprint, "dtype": model.dtype, "weights": model.config.llm.weights},
+            )
+            write_info(args.output, info)
+            Run(ModelEngine(model), log, table, strict=args.strict).run(mine)
+    if shard[1] > 1:
+        logger.info("shard %s is done; when all are: xl2jax eval merge %s", args.shard, args.output)
+        return 0
+    return _present([args.output], args.output, args.json)
+
+
+def _checked(args: RunArgs) -> tuple[tuple[int, int], list[Group], SelectionTable | None, dict[str, Any]]:
+    """The shard, the questions by video, the selection files, and what of the run goes into `run.json`.
+
+    Raises UserError for everything that is wrong with the flags or the data. Loads no model and opens no video.
+    """
+    from xl2jax.benchmarks.dataset import DataFolder
+    from xl2jax.benchmarks.runner import collect, describe_questions
     from xl2jax.benchmarks.selection_keys import SelectionTable
-    from xl2jax.benchmarks.settings import Overrides, describe, make_view
+    from xl2jax.benchmarks.settings import Overrides, describe, make_view, refuse_unread
     from xl2jax.benchmarks.tasks import find_task
     from xl2jax.inference.video_cache import CacheConfig
 
@@ -91,10 +143,7 @@ def run() -> int:
         require_whole("--limit", args.limit, 1)
     require_checkpoint(args.checkpoint)
     files = list(args.selection)
-    if files and args.setting not in ("bilevel", "paper"):
-        raise UserError(f"--selection has no effect with --setting {args.setting}, which pools nothing: leave one out")
-    if args.offload and args.setting not in ("bilevel", "paper"):
-        raise UserError(f"--offload has no use with --setting {args.setting}, which reads all of the KV: leave one out")
+    refuse_unread(args.setting, _changed(args), by_file=bool(files))
     tasks = [find_task(name, args.variant) for name in dict.fromkeys(args.task.split(","))]
     overrides = Overrides(args.max_frames, args.chunk_groups, args.window_chunks)
     cache = CacheConfig(args.cache_dtype, args.offload)
@@ -106,52 +155,51 @@ def run() -> int:
         raise UserError("--selection needs --variant upstream: the files' keys are made from its prompts")
     table = SelectionTable(files) if files else None
     groups = collect(DataFolder(args.data), tasks, views, args.limit)
+    described = describe_questions(groups, {name: describe(view, files) for name, view in views.items()})
+    _check_data(args, groups, table, described)
+    asked: dict[str, Any] = {"variant": args.variant, "setting": args.setting, "limit": args.limit, "tasks": described}
+    asked |= {"dtype": args.dtype, "weights": args.weights}
+    # What tuples are in JSON, so that the settings can be compared with those on the disk.
+    return shard, groups, table, json.loads(json.dumps(asked))
+
+
+def _changed(args: RunArgs) -> list[str]:
+    """The flags about reading videos and answering whose value is not the default."""
+    values: dict[str, tuple[Any, Any]] = {
+        "--max-frames": (args.max_frames, None),
+        "--chunk-groups": (args.chunk_groups, None),
+        "--window-chunks": (args.window_chunks, None),
+        "--selection": (args.selection, ()),
+        "--offload": (args.offload, False),
+    }
+    for field in dataclasses.fields(BilevelFlags):
+        values[f"--{field.name.replace('_', '-')}"] = (getattr(args.bilevel, field.name), field.default)
+    return [flag for flag, (value, default) in values.items() if value != default]
+
+
+def _check_data(
+    args: RunArgs, groups: list[Group], table: SelectionTable | None, described: dict[str, dict[str, Any]]
+) -> None:
+    """Says what the data folder and the selection files lack. Raises UserError where a run would make no sense."""
+    from xl2jax.benchmarks.runner import entries, missing_line, missing_videos
+
     missing = missing_videos(groups)
     if missing:
         if args.strict:
             raise UserError(f"{args.data}: {missing_line(missing)}")
         logger.warning("warning: %s: %s", args.data, missing_line(missing))
-    if table is not None:
-        for name, found in entries(groups, table).items():
-            if not any(found):
-                raise UserError(
-                    f"--selection: no question of {name} has an entry in these files: are they another task's?"
-                )
-            logger.info("%s: %d of %d questions have an entry in the selection files", name, sum(found), len(found))
-    described = describe_questions(groups, {name: describe(view, files) for name, view in views.items()})
-    asked = {"variant": args.variant, "setting": args.setting, "limit": args.limit, "tasks": described}
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"{args.output}: cannot be written ({e.strerror})") from None
-    # What tuples are in JSON, so that the settings can be compared with those on the disk.
-    asked = json.loads(json.dumps(asked))
-    earlier = read_info(args.output)
-    if earlier is not None:  # refused before weights are read
-        write_info(args.output, earlier.model_copy(update={"asked": asked}))
-    mine = groups[shard[0] :: shard[1]]
-    with open_log(args.output, shard) as log:
-        if earlier is None and log.done:
-            raise UserError(f"{args.output}: has answers, but run.json, which says to what, is missing")
-        left = [q for group in mine for q in group.questions if q.key not in log.done]
-        logger.info(
-            "%d questions about %d videos, %d of them left", sum(len(g.questions) for g in mine), len(mine), len(left)
-        )
-        if left or earlier is None or earlier.checkpoint != args.checkpoint:
-            import xl2jax
-            from xl2jax.system.backend import start_backend
-
-            start_backend()
-            model = xl2jax.load(args.checkpoint, dtype=args.dtype, weights=args.weights, progress=True)
-            of_model = {"fingerprint": model.fingerprint, "dtype": model.dtype, "weights": model.config.llm.weights}
-            write_info(
-                args.output, RunInfo(xl2jax=version("xl2jax"), checkpoint=args.checkpoint, asked=asked, model=of_model)
+    for name, task in described.items():
+        bare, count = task.get("without_subtitles", 0), task["questions"]
+        if bare == count:
+            raise UserError(
+                f"{args.data}: {name} puts subtitles into its prompts, and no question has a file of them ({{videoID}}.srt)"
             )
-            Run(ModelEngine(model), log, table, strict=args.strict).run(mine)
-    if shard[1] > 1:
-        logger.info("shard %s is done; when all are: xl2jax eval merge %s", args.shard, args.output)
-        return 0
-    return _present([args.output], args.output, args.json)
+        if bare:
+            logger.warning("warning: %s: %d of %d questions without subtitles", name, bare, count)
+    for name, found in ({} if table is None else entries(groups, table)).items():
+        if not any(found):
+            raise UserError(f"--selection: no question of {name} has an entry in these files: are they another task's?")
+        logger.info("%s: %d of %d questions have an entry in the selection files", name, sum(found), len(found))
 
 
 def _present(sources: list[Path], target: Path, as_json: bool) -> int:
@@ -228,7 +276,7 @@ def merge() -> int:
             raise UserError("several folders are joined into a new one: give it with --output")
         return _present(folders, folders[0], args.json)
     with replacing_folder(args.output) as beside:
-        write_info(beside, results.info)
+        write_info(beside, results.info.model_copy(update={"shards": 1}))
         with open(answers_file(beside, (0, 1)), "wb") as out:
             for record in read_records(folders).values():
                 append_line(out, record.model_dump(exclude_defaults=True))
