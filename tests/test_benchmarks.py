@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -33,8 +34,8 @@ from xl2jax.benchmarks import checkpoint_identity, engine, report
 from xl2jax.benchmarks.dataset import DataFolder
 from xl2jax.benchmarks.engine import Ask, Reply
 from xl2jax.benchmarks.lmms_files import results_object, sample_lines, total_seconds
-from xl2jax.benchmarks.records import Record, RunInfo
-from xl2jax.benchmarks.results import score
+from xl2jax.benchmarks.records import Record, RunInfo, open_log
+from xl2jax.benchmarks.results import read_results, score
 from xl2jax.benchmarks.runner import collect
 from xl2jax.benchmarks.statistics import clustered_error, mcnemar, standard_error, wilson
 from xl2jax.benchmarks.tasks import TASKS as ALL_TASKS
@@ -660,3 +661,37 @@ def test_names_of_tasks() -> None:
         for name, task in tasks.items():
             assert (task.name, task.variant) == (name, variant)
     assert longvideobench_row(1)["option4"] == "N/A"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tasks": {}}, {"tasks": []}, {"tasks": {"synthetic": 5}}, {"tasks": {"synthetic": {}}}, {"variant": "x"},
+        {"setting": None}, {"tasks": {"synthetic": {"questions": "x"}}},
+        {"tasks": {"synthetic": {"questions": 1, "view": 5}}},
+    ],
+)  # fmt: skip
+def test_a_damaged_description_of_a_run_is_one_line(tmp_path: Path, change: dict[str, Any]) -> None:
+    asked = {"variant": "upstream", "setting": "chunked", "tasks": {"synthetic": {"questions": 1}}} | change
+    about = {"xl2jax": "0", "checkpoint": "c", "files": "", "shards": 1, "asked": asked, "model": {}}
+    (tmp_path / "run.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match=r"run\.json"):
+        read_results([tmp_path])
+
+
+def test_answers_to_questions_that_the_run_lacks_are_refused(tmp_path: Path) -> None:
+    asked = {"variant": "upstream", "setting": "chunked", "tasks": {"synthetic": {"questions": 1}}}
+    about = {"xl2jax": "0", "checkpoint": "c", "files": "", "shards": 1, "asked": asked, "model": {}}
+    (tmp_path / "run.json").write_text(json.dumps(about))
+    for task, doc_id in (("synthetic", 1), ("synthetic", -1), ("x", 0)):
+        record = Record(task=task, doc_id=doc_id, row={}, video="v", text="A")
+        line = json.dumps(record.model_dump(exclude_defaults=True))
+        (tmp_path / "answers-0-of-1.jsonl").write_text(line + "\n")
+        with pytest.raises(UserError, match="which the run lacks"):
+            read_results([tmp_path])
+
+
+def test_a_pipe_in_place_of_the_answers_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "answers-0-of-1.jsonl")
+    with pytest.raises(UserError, match="a pipe or a device"), open_log(tmp_path, (0, 1)):
+        pass

@@ -15,12 +15,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from xl2jax.errors import UserError
 from xl2jax.system.atomic import replacing_file
 from xl2jax.system.json_lines import append_line, finished_lines
-from xl2jax.system.schema import Schema, read_json
+from xl2jax.system.schema import Schema, is_file, read_json
 
 RUN, ANSWERS = "run.json", re.compile(r"answers-(\d+)-of-(\d+)\.jsonl")
 
@@ -65,11 +65,26 @@ class RunInfo(Schema):
 
     format: Literal[1] = 1
     xl2jax: str
-    checkpoint: str
+    checkpoint: Annotated[str, Field(max_length=4096, pattern=r"^[^\x00]*$")]
     files: str
     shards: int
     asked: dict[str, Any]
     model: dict[str, Any]
+
+    @field_validator("asked")
+    @classmethod
+    def _complete(cls, asked: dict[str, Any]) -> dict[str, Any]:
+        tasks = asked.get("tasks")
+        if asked.get("variant") not in ("upstream", "lmms-eval") or not isinstance(asked.get("setting"), str):
+            raise ValueError("needs a variant and a setting")
+        if not isinstance(tasks, dict) or not tasks:
+            raise ValueError("needs tasks")
+        for name, task in tasks.items():
+            if not isinstance(task, dict) or not isinstance(task.get("questions"), int) or task["questions"] < 1:
+                raise ValueError(f"task {name!r} needs a number of questions")
+            if not isinstance(task.get("view", {}), dict):
+                raise ValueError(f"task {name!r}: view should be an object")
+        return asked
 
     def difference(self, other: RunInfo) -> str | None:
         """The first setting in which two runs differ, in words."""
@@ -149,7 +164,8 @@ def open_log(folder: Path, shard: tuple[int, int]) -> Iterator[AnswerLog]:
     """
     path = answers_file(folder, shard)
     try:
-        out = open(path, "ab")  # noqa: SIM115 (closed below)
+        is_file(path)  # opening a pipe would wait for a reader
+        out = open(path, "ab", buffering=0)  # noqa: SIM115 (closed below)
     except OSError as e:
         raise UserError(f"{path}: cannot be written ({e.strerror})") from None
     with out:

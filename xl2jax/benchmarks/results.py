@@ -198,7 +198,14 @@ def read_results(folders: Sequence[Path]) -> Results:
         difference = infos[0].difference(info)
         if difference is not None:
             raise UserError(f"{folders[0]} and {folder} are runs with different settings ({difference})")
-    return score(infos[0], read_records(folders))
+    records = read_records(folders)
+    counts = count_by_task(infos[0])
+    for task, doc_id in records:
+        if not 0 <= doc_id < counts.get(task, 0):
+            raise UserError(
+                f"{listing(map(str, folders))}: an answer to question {doc_id} of {task}, which the run lacks"
+            )
+    return score(infos[0], records)
 
 
 def require_complete(results: Results, folders: Sequence[Path]) -> None:
@@ -210,5 +217,6 @@ def require_complete(results: Results, folders: Sequence[Path]) -> None:
     ]
     if left:
         raise UserError(
-            f"{listing(map(str, folders))}: {listing(left)} have not been asked yet: run the missing shards"
+            f"{listing(map(str, folders))}: {listing(left)} have not been asked yet: start the same command again, or the "
+            "missing shards"
         )

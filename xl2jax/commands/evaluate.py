@@ -277,7 +277,7 @@ def merge() -> int:
         return _present(folders, folders[0], args.json)
     with replacing_folder(args.output) as beside:
         write_info(beside, results.info.model_copy(update={"shards": 1}))
-        with open(answers_file(beside, (0, 1)), "wb") as out:
+        with open(answers_file(beside, (0, 1)), "wb", buffering=0) as out:
             for record in read_records(folders).values():
                 append_line(out, record.model_dump(exclude_defaults=True))
     return _present([args.output], args.output, args.json)

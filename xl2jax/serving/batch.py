@@ -65,7 +65,7 @@ def run_batch(service: Service, source: Path, target: Path, shard: tuple[int, in
     lines = (line for number, line in enumerate(_read(source)) if number % shard[1] == shard[0])
     todo = (line for line in lines if line.custom_id not in done)
     try:
-        with open(target, "ab") as out, tqdm(total=count, desc="answer", unit="request") as bar:
+        with open(target, "ab", buffering=0) as out, tqdm(total=count, desc="answer", unit="request") as bar:
             bar.update(len(done))
             service.engine.start()
             try:

@@ -12,9 +12,10 @@ from xl2jax.system.schema import parse_json, require_regular, unreadable
 
 
 def append_line(out: IO[bytes], row: Mapping[str, Any]) -> None:
-    """Appends a line and waits until it is on the disk. Raises OSError."""
-    out.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-    out.flush()
+    """Appends a line to an unbuffered file and waits until it is on the disk. Raises OSError."""
+    left = memoryview(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+    while left:
+        left = left[out.write(left) :]
     os.fsync(out.fileno())
 
 
