@@ -425,6 +425,41 @@ def test_answers_that_fail(page: Page, media: Path, service: Service) -> None:
     expect(page.get_by_role("listitem").last.locator(".note")).to_contain_text("dense")
 
 
+@pytest.mark.parametrize("size", [(360, 740), (390, 844)])
+def test_the_newest_answer_is_in_sight_on_a_phone(page: Page, media: Path, size: tuple[int, int]) -> None:
+    page.set_viewport_size({"width": size[0], "height": size[1]})
+    open_video(page, media / "demo.mp4")
+    for text in ("It is red.", "It moves to the left. " * 9, "It moves to the left. " * 90):
+        page.route(CHAT, answer_with(PIECE.replace("It is at 0:23", text) + END))
+        card = ask(page, QUESTION)
+        box, bar = card.bounding_box(), page.locator("#ask").bounding_box()
+        assert box is not None
+        assert bar is not None
+        assert box["y"] + box["height"] <= bar["y"]
+        assert bar["y"] + bar["height"] <= size[1]
+        if len(text) < 1000:
+            assert box["y"] >= 0  # the question too
+        page.unroute(CHAT)
+    page.evaluate("scrollTo(0, 0)")
+    page.evaluate("document.querySelector('#turns button:not([hidden])').focus()")
+    button, bar = page.locator("#turns button:focus").bounding_box(), page.locator("#ask").bounding_box()
+    assert button is not None
+    assert bar is not None
+    assert button["y"] + button["height"] <= bar["y"]
+
+
+def test_a_link_keeps_the_focus_while_another_question_is_answered(page: Page, media: Path) -> None:
+    open_video(page, media / "demo.mp4")
+    page.route(CHAT, answer_with(PIECE + END))
+    link = ask(page, QUESTION).get_by_role("link", name="0:23")
+    page.unroute(CHAT)
+    page.get_by_label("Question", exact=True).fill("And then?")
+    link.focus()
+    page.evaluate("document.getElementById('ask').requestSubmit()")
+    expect(page.get_by_role("listitem").last.locator(".note")).to_contain_text("dense")
+    expect(link).to_be_focused()
+
+
 def test_a_key_is_asked_for(page: Page, media: Path, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service, "api_key", "right")
     page.reload()
