@@ -460,6 +460,33 @@ def test_a_link_keeps_the_focus_while_another_question_is_answered(page: Page, m
     expect(link).to_be_focused()
 
 
+@pytest.mark.parametrize("waits_for", ["models", "files/"])
+def test_a_video_is_opened_while_another_one_is_restored(
+    page: Page, media: Path, tmp_path: Path, waits_for: str
+) -> None:
+    open_video(page, media / "demo.mp4")
+    shutil.copyfile(media / "demo.mp4", tmp_path / "new.mp4")
+    held: list[Route] = []
+    page.route(
+        re.compile(f"/v1/{waits_for}[^/]*$"), lambda r: held.append(r) if r.request.method == "GET" else r.continue_()
+    )
+    page.reload()
+    for _ in range(100):
+        if held:
+            break
+        page.wait_for_timeout(20)
+    answer = held[0].fetch()
+    uploads: list[str] = []
+    page.on("request", lambda r: uploads.append(r.url) if r.url.endswith("/v1/files") else None)
+    page.get_by_label("Choose a file").set_input_files(tmp_path / "new.mp4")
+    held[0].fulfill(response=answer)
+    expect(page.locator("#status")).to_contain_text("Ready")
+    expect(page.get_by_role("heading", name="new.mp4")).to_be_visible()
+    assert len(uploads) == 1
+    assert page.evaluate("document.getElementById('player').src").startswith("blob:")  # the new one
+    expect(ask(page, QUESTION).locator(".note")).to_contain_text("dense")
+
+
 def test_a_key_is_asked_for(page: Page, media: Path, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service, "api_key", "right")
     page.reload()
