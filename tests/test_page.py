@@ -487,6 +487,33 @@ def test_a_video_is_opened_while_another_one_is_restored(
     expect(ask(page, QUESTION).locator(".note")).to_contain_text("dense")
 
 
+def test_the_storage_of_the_browser_is_full(page: Page, media: Path) -> None:
+    open_video(page, media / "demo.mp4")
+    page.evaluate(
+        """() => {
+          for (let size = 1 << 23; size; size >>= 1) {
+            try {
+              sessionStorage.setItem(`filler ${size}`, "x".repeat(size));
+            } catch {
+              // The next one is smaller.
+            }
+          }
+        }"""
+    )
+    page.route(CHAT, answer_with(PIECE.replace("It", "Long text " * 999) + END))
+    expect(ask(page, QUESTION).locator(".note")).to_contain_text("dense")
+    notice = page.get_by_text("The browser has no room left")
+    expect(notice).to_be_visible()
+    expect(ask(page, "And then?").locator(".note")).to_contain_text("dense")
+    page.evaluate(
+        "for (const key of Object.keys(sessionStorage)) if (key.startsWith('filler')) sessionStorage.removeItem(key)"
+    )
+    ask(page, "And now?")
+    expect(notice).to_be_hidden()
+    page.reload()
+    expect(page.locator(".question")).to_have_text([QUESTION, "And then?", "And now?"])
+
+
 def test_a_key_is_asked_for(page: Page, media: Path, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service, "api_key", "right")
     page.reload()

@@ -29,6 +29,11 @@ export class Conversation {
     return this.#running !== null;
   }
 
+  /** The turns as they are kept for `load`, without what only a running one needs. */
+  get kept() {
+    return this.turns.map(({ note: _, ...turn }) => turn);
+  }
+
   /** Shows these turns instead. A running question is stopped. */
   load(turns, selected) {
     this.stop();

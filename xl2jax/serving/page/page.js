@@ -45,8 +45,16 @@ const onServer = () => Boolean(source?.file || source?.url);
 function save() {
   const value = (field) => (field.type === "checkbox" ? field.checked : field.value);
   const settings = Object.fromEntries(settingFields().map((field) => [field.id, value(field)]));
-  const { turns, selected } = conversation;
-  sessionStorage.setItem(STATE, JSON.stringify({ settings, ...(onServer() ? { source, turns, selected } : {}) }));
+  const { kept: turns, selected } = conversation;
+  const state = JSON.stringify({ settings, ...(onServer() ? { source, turns, selected } : {}) });
+  try {
+    sessionStorage.setItem(STATE, state);
+    $("not-kept").hidden = true;
+  } catch (error) {
+    if (error.name !== "QuotaExceededError") throw error;
+    sessionStorage.removeItem(STATE); // rather than an older state, which may be of another video
+    $("not-kept").hidden = false;
+  }
 }
 
 function restore() {
