@@ -225,6 +225,7 @@ def test_an_answer_and_its_timeline(page: Page, media: Path, address: str) -> No
     assert names(page) == other_shown
     page.get_by_role("button", name="New video").click()
     expect(page.get_by_role("heading", name="Ask a video")).to_be_visible()
+    expect(page.locator("#announcer")).to_have_text("")
     page.reload()
     expect(page.get_by_role("heading", name="Ask a video")).to_be_visible()
 
@@ -322,6 +323,7 @@ def test_links(page: Page, media: Path) -> None:
     link.fill("https://videos.example/talk.mp4")
     page.get_by_role("button", name="Open").click()
     expect(page.get_by_role("alert")).to_contain_text("This server downloads nothing")
+    expect(page.locator("#announcer")).to_have_text("")  # not that the server fetches it
     assert_accessible(page)
     page.get_by_role("button", name="New video").click()
     expect(page.get_by_label("Choose a file")).to_be_focused()
@@ -374,6 +376,7 @@ def test_videos_that_are_refused(page: Page, media: Path, tmp_path: Path, servic
     expect(alert).to_contain_text("The video", ignore_case=True)
     assert str(media) not in alert.inner_text()
     expect(page.get_by_text("This browser cannot play the file.")).to_be_visible()
+    expect(page.locator("#announcer")).to_have_text("")  # not that it is opened
     (tmp_path / "large.mp4").write_bytes(bytes(3 << 20))
     page.get_by_role("button", name="New video").click()
     page.get_by_label("Choose a file").set_input_files(tmp_path / "large.mp4")

@@ -129,6 +129,7 @@ export class Conversation {
     }
     turn.state = "failed";
     turn.error = inSentence(error);
+    this.#page.announce(""); // the card alerts to the error
     this.#page.failed(error);
   }
 
