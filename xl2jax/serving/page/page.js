@@ -388,7 +388,9 @@ async function connect() {
   showText("start-error", null);
   const here = source;
   try {
-    showText("model", await modelName());
+    const model = await modelName();
+    showText("model", model);
+    if (model === "demo") $("question").placeholder = "What colour was the star?"; // it answers such questions only
   } catch (error) {
     if (here !== source) return; // a video was opened meanwhile: what fails is said there
     const text = error.status === 401 ? null : inSentence(error);
