@@ -513,7 +513,9 @@ def test_the_storage_of_the_browser_is_full(page: Page, media: Path) -> None:
     )
     ask(page, "And now?")
     expect(notice).to_be_hidden()
+    page.unroute(CHAT)
     page.reload()
+    expect(page.locator("#status")).to_contain_text("watched before")
     expect(page.locator(".question")).to_have_text([QUESTION, "And then?", "And now?"])
 
 
