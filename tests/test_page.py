@@ -225,6 +225,7 @@ def test_an_answer_and_its_timeline(page: Page, media: Path, address: str) -> No
     assert names(page) == other_shown
     page.get_by_role("button", name="New video").click()
     expect(page.get_by_role("heading", name="Ask a video")).to_be_visible()
+    expect(page.locator("#announcer")).to_have_text("")
     page.reload()
     expect(page.get_by_role("heading", name="Ask a video")).to_be_visible()
 
@@ -322,6 +323,7 @@ def test_links(page: Page, media: Path) -> None:
     link.fill("https://videos.example/talk.mp4")
     page.get_by_role("button", name="Open").click()
     expect(page.get_by_role("alert")).to_contain_text("This server downloads nothing")
+    expect(page.locator("#announcer")).to_have_text("")  # not that the server fetches it
     assert_accessible(page)
     page.get_by_role("button", name="New video").click()
     expect(page.get_by_label("Choose a file")).to_be_focused()
@@ -374,6 +376,7 @@ def test_videos_that_are_refused(page: Page, media: Path, tmp_path: Path, servic
     expect(alert).to_contain_text("The video", ignore_case=True)
     assert str(media) not in alert.inner_text()
     expect(page.get_by_text("This browser cannot play the file.")).to_be_visible()
+    expect(page.locator("#announcer")).to_have_text("")  # not that it is opened
     (tmp_path / "large.mp4").write_bytes(bytes(3 << 20))
     page.get_by_role("button", name="New video").click()
     page.get_by_label("Choose a file").set_input_files(tmp_path / "large.mp4")
@@ -423,6 +426,97 @@ def test_answers_that_fail(page: Page, media: Path, service: Service) -> None:
     page.unroute(CHAT)
     card.get_by_role("button", name="Ask again").click()
     expect(page.get_by_role("listitem").last.locator(".note")).to_contain_text("dense")
+
+
+@pytest.mark.parametrize("size", [(360, 740), (390, 844)])
+def test_the_newest_answer_is_in_sight_on_a_phone(page: Page, media: Path, size: tuple[int, int]) -> None:
+    page.set_viewport_size({"width": size[0], "height": size[1]})
+    open_video(page, media / "demo.mp4")
+    for text in ("It is red.", "It moves to the left. " * 9, "It moves to the left. " * 90):
+        page.route(CHAT, answer_with(PIECE.replace("It is at 0:23", text) + END))
+        card = ask(page, QUESTION)
+        box, bar = card.bounding_box(), page.locator("#ask").bounding_box()
+        assert box is not None
+        assert bar is not None
+        assert box["y"] + box["height"] <= bar["y"]
+        assert bar["y"] + bar["height"] <= size[1]
+        if len(text) < 1000:
+            assert box["y"] >= 0  # the question too
+        page.unroute(CHAT)
+    page.evaluate("scrollTo(0, 0)")
+    page.evaluate("document.querySelector('#turns button:not([hidden])').focus()")
+    button, bar = page.locator("#turns button:focus").bounding_box(), page.locator("#ask").bounding_box()
+    assert button is not None
+    assert bar is not None
+    assert button["y"] + button["height"] <= bar["y"]
+
+
+def test_a_link_keeps_the_focus_while_another_question_is_answered(page: Page, media: Path) -> None:
+    open_video(page, media / "demo.mp4")
+    page.route(CHAT, answer_with(PIECE + END))
+    link = ask(page, QUESTION).get_by_role("link", name="0:23")
+    page.unroute(CHAT)
+    page.get_by_label("Question", exact=True).fill("And then?")
+    link.focus()
+    page.evaluate("document.getElementById('ask').requestSubmit()")
+    expect(page.get_by_role("listitem").last.locator(".note")).to_contain_text("dense")
+    expect(link).to_be_focused()
+
+
+@pytest.mark.parametrize("waits_for", ["models", "files/"])
+def test_a_video_is_opened_while_another_one_is_restored(
+    page: Page, media: Path, tmp_path: Path, waits_for: str
+) -> None:
+    open_video(page, media / "demo.mp4")
+    shutil.copyfile(media / "demo.mp4", tmp_path / "new.mp4")
+    held: list[Route] = []
+    page.route(
+        re.compile(f"/v1/{waits_for}[^/]*$"), lambda r: held.append(r) if r.request.method == "GET" else r.continue_()
+    )
+    page.reload()
+    for _ in range(100):
+        if held:
+            break
+        page.wait_for_timeout(20)
+    answer = held[0].fetch()
+    uploads: list[str] = []
+    page.on("request", lambda r: uploads.append(r.url) if r.url.endswith("/v1/files") else None)
+    page.get_by_label("Choose a file").set_input_files(tmp_path / "new.mp4")
+    held[0].fulfill(response=answer)
+    expect(page.locator("#status")).to_contain_text("Ready")
+    expect(page.get_by_role("heading", name="new.mp4")).to_be_visible()
+    assert len(uploads) == 1
+    assert page.evaluate("document.getElementById('player').src").startswith("blob:")  # the new one
+    expect(ask(page, QUESTION).locator(".note")).to_contain_text("dense")
+
+
+def test_the_storage_of_the_browser_is_full(page: Page, media: Path) -> None:
+    open_video(page, media / "demo.mp4")
+    page.evaluate(
+        """() => {
+          for (let size = 1 << 23; size; size >>= 1) {
+            try {
+              sessionStorage.setItem(`filler ${size}`, "x".repeat(size));
+            } catch {
+              // The next one is smaller.
+            }
+          }
+        }"""
+    )
+    page.route(CHAT, answer_with(PIECE.replace("It", "Long text " * 999) + END))
+    expect(ask(page, QUESTION).locator(".note")).to_contain_text("dense")
+    notice = page.get_by_text("The browser has no room left")
+    expect(notice).to_be_visible()
+    expect(ask(page, "And then?").locator(".note")).to_contain_text("dense")
+    page.evaluate(
+        "for (const key of Object.keys(sessionStorage)) if (key.startsWith('filler')) sessionStorage.removeItem(key)"
+    )
+    ask(page, "And now?")
+    expect(notice).to_be_hidden()
+    page.unroute(CHAT)
+    page.reload()
+    expect(page.locator("#status")).to_contain_text("watched before")
+    expect(page.locator(".question")).to_have_text([QUESTION, "And then?", "And now?"])
 
 
 def test_a_key_is_asked_for(page: Page, media: Path, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,6 +81,7 @@ export async function modelName() {
 
 /** Uploads a file and returns its description. `onProgress` gets the bytes that were sent. */
 export async function upload(file, { onProgress, signal }) {
+  signal.throwIfAborted();
   const text = await new Promise((resolve, reject) => {
     const sending = new XMLHttpRequest(); // fetch does not tell how much was sent
     sending.open("POST", "v1/files");

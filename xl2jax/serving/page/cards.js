@@ -45,6 +45,7 @@ export class Card {
   #error = element("div", "error");
   #show;
   #again;
+  #linked = null; // the text and the duration that the links were made for
   #onSeek;
 
   constructor(turn, { onSeek, onShow, onAgain }) {
@@ -66,9 +67,13 @@ export class Card {
     this.element.dataset.state = turn.state;
     this.element.classList.toggle("selected", selected);
     this.#answer.hidden = !turn.answer;
-    // Links come with the end of the answer: one that is replaced while it grows would lose the focus.
+    // Links come with the end of the answer, and are not made anew without need: a replaced link loses the focus.
+    const toLink = `${duration} ${turn.answer}`;
     if (running) this.#answer.textContent = turn.answer;
-    else this.#answer.replaceChildren(...linked(turn.answer, duration, this.#onSeek));
+    else if (this.#linked !== toLink) {
+      this.#answer.replaceChildren(...linked(turn.answer, duration, this.#onSeek));
+      this.#linked = toLink;
+    }
     this.#error.hidden = !turn.error;
     if (this.#error.textContent !== (turn.error ?? "")) this.#error.textContent = turn.error ?? "";
     this.#note.textContent = running ? turn.note : this.#summary();

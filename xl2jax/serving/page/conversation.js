@@ -29,6 +29,11 @@ export class Conversation {
     return this.#running !== null;
   }
 
+  /** The turns as they are kept for `load`, without what only a running one needs. */
+  get kept() {
+    return this.turns.map(({ note: _, ...turn }) => turn);
+  }
+
   /** Shows these turns instead. A running question is stopped. */
   load(turns, selected) {
     this.stop();
@@ -47,8 +52,11 @@ export class Conversation {
   }
 
   draw() {
-    const { timeline } = this.#page;
-    this.#cards.forEach((card, n) => card.update(timeline.duration || Infinity, n === this.selected));
+    for (const number of this.#cards.keys()) this.#drawCard(number);
+  }
+
+  #drawCard(number) {
+    this.#cards[number].update(this.#page.timeline.duration || Infinity, number === this.selected);
   }
 
   #add(turn) {
@@ -81,7 +89,7 @@ export class Conversation {
     this.turns.push(turn);
     this.#add(turn);
     this.#changed();
-    this.#scroll(true);
+    this.#scroller.scrollTop = this.#scroller.scrollHeight;
     try {
       await this.#receive(turn, earlier, mine.signal);
       if (this.#running !== mine) return; // another video was opened
@@ -93,8 +101,7 @@ export class Conversation {
       this.#fail(turn, error);
     }
     this.#running = null;
-    this.#changed();
-    this.#scroll();
+    this.#follow(() => this.#changed());
   }
 
   async #receive(turn, earlier, signal) {
@@ -109,8 +116,7 @@ export class Conversation {
       } else if (event.kind === "end") {
         [turn.reason, turn.chunks, turn.whole] = [event.reason, event.chunks, event.chunks.length === 0];
       }
-      this.draw();
-      this.#scroll();
+      this.#follow(() => this.#drawCard(this.turns.indexOf(turn)));
     }
     turn.seconds = (performance.now() - began) / 1000;
   }
@@ -123,13 +129,21 @@ export class Conversation {
     }
     turn.state = "failed";
     turn.error = inSentence(error);
+    this.#page.announce(""); // the card alerts to the error
     this.#page.failed(error);
   }
 
-  /** Keeps the end in sight, unless the user has scrolled away from it. */
-  #scroll(always = false) {
+  /** What is scrolled: the box around the turns, or the whole page where it is narrow. */
+  get #scroller() {
     const box = this.#page.scroll;
-    if (always || box.scrollHeight - box.scrollTop - box.clientHeight < 160) box.scrollTop = box.scrollHeight;
-    if (always) this.#page.list.lastElementChild.scrollIntoView({ block: "nearest" });
+    return getComputedStyle(box).overflowY === "visible" ? document.scrollingElement : box;
+  }
+
+  /** Makes a change and keeps the end in sight, unless the user has scrolled away from it. */
+  #follow(change) {
+    const box = this.#scroller;
+    const atEnd = box.scrollHeight - box.scrollTop - box.clientHeight < 160;
+    change();
+    if (atEnd) box.scrollTop = box.scrollHeight;
   }
 }

@@ -45,8 +45,16 @@ const onServer = () => Boolean(source?.file || source?.url);
 function save() {
   const value = (field) => (field.type === "checkbox" ? field.checked : field.value);
   const settings = Object.fromEntries(settingFields().map((field) => [field.id, value(field)]));
-  const { turns, selected } = conversation;
-  sessionStorage.setItem(STATE, JSON.stringify({ settings, ...(onServer() ? { source, turns, selected } : {}) }));
+  const { kept: turns, selected } = conversation;
+  const state = JSON.stringify({ settings, ...(onServer() ? { source, turns, selected } : {}) });
+  try {
+    sessionStorage.setItem(STATE, state);
+    $("not-kept").hidden = true;
+  } catch (error) {
+    if (error.name !== "QuotaExceededError") throw error;
+    sessionStorage.removeItem(STATE); // rather than an older state, which may be of another video
+    $("not-kept").hidden = false;
+  }
 }
 
 function restore() {
@@ -183,13 +191,14 @@ function cannotPlayLink() {
 }
 
 /** Plays an uploaded file again after a reload. */
-async function playAgain() {
+async function playAgain(here) {
   try {
-    const src = await playable(await describe(source.file.id));
+    const src = await playable(await describe(here.file.id));
+    if (here !== source) return; // another video was opened
     if (src === null) cannotPlay("The video is too large to be played again after a reload.");
     else play(src);
   } catch (error) {
-    cannotPlay("The video cannot be played.");
+    if (here === source) cannotPlay("The video cannot be played.");
     throw error.status === 404 ? new Problem("The server does not have this video any more. Choose it again.") : error;
   }
 }
@@ -202,12 +211,14 @@ async function prepare() {
   showVideoError(null);
   showText("status", null);
   try {
-    if (here.file && local === null && !player.hasAttribute("src")) await playAgain();
+    if (here.file && local === null && !player.hasAttribute("src")) await playAgain(here);
+    if (here !== source) return; // another video was opened
     ready = onServer() ? Promise.resolve() : send(here, signal);
     await ready;
+    if (here !== source) return;
     await look(here, signal);
   } catch (error) {
-    if (here !== source) return; // another video was opened
+    if (here !== source) return;
     progress.end();
     if (error.name !== "AbortError") {
       showVideoError(inSentence(error));
@@ -243,6 +254,7 @@ async function look(here, signal) {
     if (event.kind === "end") here.chunks = event.chunks;
     if (event.kind === "usage") usage = event.usage;
   }
+  if (here !== source) return;
   progress.end();
   const text = usage.video_cached
     ? `Ready: ${usage.frames} frames, watched before.`
@@ -374,17 +386,22 @@ addEventListener("paste", (event) => {
 /** Finds out whether the server is there and takes the key, and makes the video of the last load usable. */
 async function connect() {
   showText("start-error", null);
+  const here = source;
   try {
-    showText("model", await modelName());
+    const model = await modelName();
+    showText("model", model);
+    if (model === "demo") $("question").placeholder = "What colour was the star?"; // it answers such questions only
   } catch (error) {
+    if (here !== source) return; // a video was opened meanwhile: what fails is said there
     const text = error.status === 401 ? null : inSentence(error);
     if (source === null) showText("start-error", text);
     else showVideoError(text);
     askForKey(error);
     return;
   }
-  if (source?.url) cannotPlayLink();
-  if (source !== null) prepare();
+  if (here === null || here !== source) return; // a video that was opened meanwhile is on its way
+  if (here.url) cannotPlayLink();
+  prepare();
 }
 
 restore();

@@ -35,7 +35,7 @@ export class Tracker {
   }
 }
 
-/** A bar with words. They are passed to `announce` at the beginning and at every quarter. */
+/** A bar with words. `announce` gets them at the beginning and at every quarter, and no words at the end. */
 export class ProgressBar {
   #words;
   #bar;
@@ -67,5 +67,6 @@ export class ProgressBar {
 
   end() {
     this.root.hidden = true;
+    this.#announce("");
   }
 }
