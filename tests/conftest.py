@@ -26,7 +26,23 @@ from xl2jax.testing import make_checkpoint, write_clip
 GOLDENS = Path(__file__).parent / "goldens"
 
 # Files that take longest run first, so that no process is left with a long one at the end.
-LONGEST = ["test_training_run", "test_verify", "test_needle", "test_infer", "test_generate", "test_model"]
+LONGEST = [
+    "test_serving",
+    "test_generate",
+    "test_page",
+    "test_offload",
+    "test_gpu_kernels",
+    "test_infer",
+    "test_terminal",
+    "test_weights",
+    "test_training_run",
+    "test_run_batch",
+    "test_serving_parts",
+    "test_prefill",
+    "test_benchmarks",
+    "test_verify",
+    "test_model",
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

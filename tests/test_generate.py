@@ -248,6 +248,7 @@ def count_traces(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
         monkeypatch.setattr(module, name, chex.assert_max_traces(getattr(module, name), n=limit))
 
 
+@pytest.mark.slow
 def test_other_questions_compile_nothing(
     model: xl2jax.Model, watched: xl2jax.WatchedVideo, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,7 +22,7 @@ SLOW_CASES = [(300, 8, False, "squared"), (5000, 8, True, "mean"), (300, 96, Fal
 @pytest.mark.parametrize(
     ("slots", "tokens", "int8", "heads"),
     [
-        (5000, 8, True, "squared"),
+        pytest.param(5000, 8, True, "squared", marks=pytest.mark.slow),
         (300, 96, False, "max"),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES),
     ],

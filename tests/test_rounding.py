@@ -58,6 +58,7 @@ def test_comparison_of_logits() -> None:
     assert other["logits, relative L2"] == pytest.approx(np.linalg.norm(e - e[:, ::-1]) / np.linalg.norm(e), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_large_key_bias_shows() -> None:
     """Its scale covers the bias, so that the error grows with it; taking the bias off first makes the error small."""
     rng = np.random.default_rng(0)

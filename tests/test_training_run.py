@@ -426,6 +426,7 @@ def test_not_a_number_stops_the_run(trained: Trained, tmp_path: Path) -> None:
     assert newest == len(good)
 
 
+@pytest.mark.slow
 def test_a_run_with_other_settings_or_samples_is_refused(
     trained: Trained,
     single: Path,

@@ -158,6 +158,7 @@ def test_a_wrong_tensor_fails(case: Path, command: Callable[..., tuple[int, str,
     assert "2 of 4 tensors differ" in err
 
 
+@pytest.mark.slow
 def test_unknown_tensor_is_an_error(case: Path, refused: Callable[..., str]) -> None:
     path = case / "expected" / "dense.safetensors"
     save_file({"attention_of_layer_7": np.zeros(3, np.float32)}, path)
