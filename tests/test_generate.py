@@ -97,16 +97,18 @@ def check_together(model: xl2jax.Model, videos: list[xl2jax.WatchedVideo]) -> No
     cases = list(enumerate(zip(videos, options, strict=True)))
     alone = [model.ask(video, f"What is {n}?", **o) for n, (video, o) in cases]
     texts, waiting, running = [""] * len(cases), cases[::-1], dict[int, Answering]()
-    answers = {}
+    answers, most = {}, 0
     while waiting or running:
         for n, (video, o) in waiting[:2]:
             running[n] = model.start_answer(video, f"What is {n}?", **o)
         del waiting[:2]
         decode(list(running.values()))
+        most = max(most, *(answering._decoding.rows.count for answering in running.values()))  # type: ignore[union-attr]
         for n, answering in list(running.items()):
             texts[n] += answering.read()
             if answering.finished:
                 answers[n] = running.pop(n)
+    assert most > 1  # they did share rows
     for n, answer in enumerate(alone):
         assert answers[n].answer.text == texts[n] == answer.text
         assert (answers[n].new_tokens, answers[n].answer.finish_reason) == (answer.new_tokens, answer.finish_reason)
