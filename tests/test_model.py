@@ -95,3 +95,17 @@ def test_the_product_is_the_convolution() -> None:
     np.testing.assert_allclose(dx, dy, rtol=1e-4, atol=1e-5)
     for left, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [3, 16])
+def test_the_llm_is_padded_to_at_least_so_many_rows(model: xl2jax.Model, tokens: int) -> None:
+    """Decoding on a GPU pads to eight rows. Sixteen answers at once are more, and are not cut."""
+    llm = model.network.model.llm
+    x = llm.embed_tokens(jnp.arange(tokens))
+
+    def own_value(state: None, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[None, jax.Array]:
+        return None, jnp.repeat(v, q.shape[-2] // v.shape[-2], axis=-2)
+
+    padded, plain = (llm.forward(x, jnp.arange(tokens), own_value, None, rows=rows)[0] for rows in (8, None))
+    assert padded.shape == plain.shape
+    np.testing.assert_allclose(padded, plain, rtol=1e-5, atol=1e-6)

@@ -220,7 +220,7 @@ def decode(
             separate=layers,
         )
         # XLA on GPUs would first write all of lm_head as float32 for fewer than eight rows.
-        padded = hidden if rows is None else jax.lax.optimization_barrier(pad_tokens(hidden, max(rows, count)))
+        padded = hidden if rows is None else jax.lax.optimization_barrier(pad_tokens(hidden, rows))
         key, new = _sampled(llm.logits(padded)[:count], state.key, stop, sampling)
         kept = (state.text.global_length, state.token, state.key, state.done, state.finite)
         following = (length + 1, new.token, key, new.done, new.finite)

@@ -24,8 +24,8 @@ type Attend[S] = Callable[[S, jax.Array, jax.Array, jax.Array, jax.Array], tuple
 
 
 def pad_tokens(x: jax.Array, rows: int) -> jax.Array:
-    """[..., T, D] -> [..., rows, D] with zeros behind."""
-    missing = rows - x.shape[-2]
+    """[..., T, D] with zeros behind, so that there are at least `rows` tokens."""
+    missing = max(rows - x.shape[-2], 0)
     return jnp.pad(x, (*((0, 0),) * (x.ndim - 2), (0, missing), (0, 0))) if missing else x
 
 
@@ -140,7 +140,7 @@ class Qwen2(nnx.Module):
         Args:
           remat: the backward pass recomputes each layer.
           unroll, separate: see `scan_layers`.
-          rows: pads everything but q, k, v and attention to so many tokens. XLA on GPUs pads the operands of products of
+          rows: pads everything but q, k, v and attention to at least so many tokens. XLA on GPUs pads the operands of products of
             fewer than eight rows, and slices their results, in kernels of their own.
         """
         tokens = x.shape[-2]
