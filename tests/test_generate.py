@@ -498,6 +498,7 @@ def test_settings_may_be_numpy_scalars() -> None:
         (lambda: xl2jax.BilevelConfig(top_chunks=-1), "top chunks must be a whole number from 0"),
         (lambda: PrefillConfig(window_chunks=-1), "window chunks must be a whole number from 0"),
         (lambda: xl2jax.AttentionScorer(0.5, 0.2), "relevance layers"),
+        (lambda: xl2jax.AttentionScorer(exponent=0.5), "exponent of relevance"),
         (lambda: xl2jax.RelevanceConfig("file"), "go together"),
     ],
 )
