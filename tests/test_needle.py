@@ -15,6 +15,7 @@ from xl2jax.commands import demo_clip, infer, needle
 from xl2jax.commands.flags import DEFAULT_CHECKPOINT
 from xl2jax.evaluation.needle import Mode, NeedleConfig, Result, make_cases, parse_modes, summary
 from xl2jax.evaluation.questions import NEEDLE_KINDS
+from xl2jax.evaluation.scenes import draw_scene, make_scene, scene_clip
 from xl2jax.inference.answering import Answer
 
 
@@ -37,14 +38,35 @@ def test_cases_cover_lengths_depths_and_kinds() -> None:
 
 
 def test_cases_about_the_whole_video() -> None:
-    for case in make_cases(NeedleConfig((32,), (0.5,), 6, others=3, kinds=("exists", "count", "first"))):
+    for case in make_cases(NeedleConfig((32,), (0.5,), 6, others=(3, 3), kinds=("exists", "count", "first"))):
         exists, count, first = case.questions
         assert exists.answer in ("Yes.", "No.")
         assert (exists.group is None) == (exists.answer == "No.")
         assert (count.answer, count.group) == (f"{len(case.scene.events)}.", None)
         assert first.answer == f"The {next(e.name for e in case.scene.events if e.start == first.group)}."
-    (alone,) = make_cases(NeedleConfig((32,), (0.5,), 1, others=0, kinds=("time", "first")))
+    (alone,) = make_cases(NeedleConfig((32,), (0.5,), 1, others=(0, 0), kinds=("time", "first")))
     assert [q.kind for q in alone.questions] == ["time"]
+    ranged = make_cases(NeedleConfig((64,), (0.5,), 5, others=(0, 3), kinds=("count",)))
+    assert [c.questions[0].answer for c in ranged] == ["1.", "2.", "3.", "4.", "1."]
+
+
+def test_frames_that_were_drawn_before_are_those_of_the_clip() -> None:
+    scene = make_scene(7, 3, events=2)
+    (read,) = scene_clip(scene).batches(12, 56)
+    drawn = draw_scene(56, scene)
+    assert np.array_equal(drawn, read)
+    (again,) = scene_clip(scene, drawn=drawn).batches(12, 56)
+    assert np.array_equal(again, read)
+
+
+def test_verdicts() -> None:
+    def verdict(chunked: int, best: int) -> str:
+        found = [(mode, i < n) for mode, n in (("chunked", chunked), ("top2", best)) for i in range(20)]
+        return needle.verdict([Result(64, 0.5, mode, "time", right, None) for mode, right in found])
+
+    assert verdict(20, 19).startswith("This checkpoint finds needles: 20 of 20 ")
+    assert "mostly finds needles: 20 of 20 questions are right after chunked prefill, and 16 of 20" in verdict(20, 16)
+    assert "does not reliably find" in verdict(15, 20)
 
 
 @pytest.mark.slow
@@ -121,6 +143,11 @@ def test_needle_refusals(checkpoint: Path, refused: Callable[..., str]) -> None:
     assert "no such question about 8 frames" in refuse("--frames", "8", "--kinds", "first", "--others", "0")
     assert "--depths: numbers from 0 to 1" in refuse("--depths", "0,2")
     assert "relevance layers" in refuse("--relevance-layers", 0.5, 0.5)
+    assert "exponent of relevance" in refuse("--relevance-exponent", 9)
+    assert "--others: a number, or a range such as 0-8" in refuse("--others", "3-")
+    assert "--others" in refuse("--others", "5-3")
+    assert "--processes" in refuse("--processes", -1)
+    assert "--quick chooses --cases, --modes itself" in refuse("--quick", "--cases", 9, "--modes", "dense")
     assert "--modes" in refuse("--modes", "sparse")
     assert "--modes" in refuse("--modes", "top")
     assert parse_modes("dense,top12") == (Mode("dense", "dense", 0), Mode("top12", "top", 12))

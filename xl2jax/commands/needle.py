@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import tyro
 
 import xl2jax
 from xl2jax.commands.flags import DEFAULT_CHECKPOINT, PrefillFlags, choices, require_checkpoint, shares, whole_numbers
 from xl2jax.config import FRAMES_PER_GROUP, Weights
-from xl2jax.evaluation.needle import KINDS, NeedleConfig, needle, parse_modes, summary
+from xl2jax.errors import UserError
+from xl2jax.evaluation.needle import KINDS, NeedleConfig, Result, needle, parse_modes, summary
 from xl2jax.evaluation.questions import NEEDLE_KINDS, Kind
 from xl2jax.inference.bilevel import BilevelConfig
 from xl2jax.inference.relevance import AttentionScorer
@@ -40,8 +42,8 @@ class Args:
     """Videos of each length and depth; each is asked one question of every kind."""
     modes: str = "dense,chunked,top1,top2,top4,random2"
     """Ways of reading: dense, chunked, topN and randomN (N chunks stay dense besides the first and the last)."""
-    others: int = 5
-    """How many other shapes the video shows."""
+    others: str = "5"
+    """How many other shapes a video shows: a number, or a range such as 0-8 whose numbers the cases take in turn."""
     kinds: str = ",".join(NEEDLE_KINDS)
     """Kinds of question: by content (colour_of, shape_of), by time (colour, shape), for a time (time), and about the
     whole video (exists, count, first)."""
@@ -54,8 +56,8 @@ class Args:
     """How many visual tokens are averaged into one where KV is pooled."""
     relevance_layers: tuple[float, float] = (AttentionScorer.first_layer, AttentionScorer.last_layer)
     """First and last layer whose attention counts, as shares of the depth."""
-    relevance_heads: Literal["squared", "mean", "max"] = AttentionScorer.heads
-    """How attention is reduced over heads."""
+    relevance_exponent: float = AttentionScorer.exponent
+    """Exponent of the power mean of attention over tokens, heads and layers, from 1 to 8."""
     relevance_keys: Literal["auto", "dense", "pooled"] = AttentionScorer.keys
     """The KV that the question attends to when chunks are scored."""
     cache_dtype: Literal["int8"] | None = None
@@ -66,6 +68,11 @@ class Args:
     """dtype of parameters and activations; by default that of the checkpoint."""
     weights: Weights | None = None
     """Quantises the LLM's matrices to 8 or 4 bits on loading."""
+    processes: int = 0
+    """Processes that draw the frames ahead of the model; 0 draws them when they are read."""
+    quick: bool = False
+    """Asks 60 questions about 64 and 256 frames, in place of the lengths, depths, cases and modes above, and ends with a
+    verdict. It takes about a minute on two CPU cores."""
     json: bool = False
     """Prints one JSON object instead of a table."""
     plot: Path | None = None
@@ -73,20 +80,52 @@ class Args:
 
     def config(self) -> NeedleConfig:
         """Raises UserError for flags out of range."""
+        if self.quick:
+            replaced = [
+                f.name for f in dataclasses.fields(self) if f.name in _QUICK and getattr(self, f.name) != f.default
+            ]
+            if replaced:
+                raise UserError(f"--quick chooses --{', --'.join(replaced)} itself")
+            return dataclasses.replace(self, quick=False, **_QUICK).config()
+        if self.processes < 0:
+            raise UserError(f"--processes must be 0 or more, not {self.processes}")
         return NeedleConfig(
             frames=tuple(whole_numbers("--frames", self.frames, FRAMES_PER_GROUP)),
             depths=tuple(shares("--depths", self.depths)),
             cases=self.cases,
             modes=parse_modes(self.modes),
-            others=self.others,
+            others=_range(self.others),
             kinds=cast(tuple[Kind, ...], tuple(choices("--kinds", self.kinds, KINDS))),
             seed=self.seed,
             held_out_template=self.held_out_template,
             prefill=self.prefill.config(),
             bilevel=BilevelConfig(self.select_chunk_groups, self.pool),
             cache=CacheConfig(self.cache_dtype),
-            scorer=AttentionScorer(*self.relevance_layers, self.relevance_heads, self.relevance_keys),
+            scorer=AttentionScorer(*self.relevance_layers, self.relevance_exponent, self.relevance_keys),
         )
+
+
+_QUICK: dict[str, Any] = {"frames": "64,256", "depths": "0.2,0.8", "cases": 3, "modes": "chunked,top2"}
+
+
+def verdict(results: Sequence[Result]) -> str:
+    """How many needles were found after chunked prefill, with all chunks dense and with the best two."""
+    found = [sum(r.correct for r in results if r.mode == mode) for mode in ("chunked", "top2")]
+    asked = len(results) // 2
+    share = min(found) / asked
+    grade = "finds" if share >= 0.95 else "mostly finds" if share >= 0.8 else "does not reliably find"
+    return (
+        f"This checkpoint {grade} needles: {found[0]} of {asked} questions are right after chunked prefill, and "
+        f"{found[1]} of {asked} with the best two chunks dense."
+    )
+
+
+def _range(text: str) -> tuple[int, int]:
+    """The ends of a range such as 0-8, or of a single number. Raises UserError."""
+    first, _, last = text.partition("-")
+    if not first.isdecimal() or not (last or first).isdecimal() or text.endswith("-"):
+        raise UserError(f"--others: a number, or a range such as 0-8, not {text!r}")
+    return int(first), int(last or first)
 
 
 def main() -> None:
@@ -98,7 +137,7 @@ def main() -> None:
         check_file_target(args.plot)
     start_backend()
     model = xl2jax.load(args.checkpoint, dtype=args.dtype, weights=args.weights)
-    results = needle(config, model)
+    results = needle(config, model, args.processes)
     rows = summary(results)
     if args.plot is not None:
         from xl2jax.evaluation.figures import plot_needle
@@ -108,3 +147,5 @@ def main() -> None:
         print(json.dumps({"rows": rows, "cases": [dataclasses.asdict(r) for r in results]}))
     else:
         print_table(rows, decimals=3)
+        if args.quick:
+            print(verdict(results))

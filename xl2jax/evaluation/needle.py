@@ -12,6 +12,7 @@ decoding that keeps the best N chunks dense (`topN`) or, as the control, N chunk
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from xl2jax.arithmetic import ceil_div
 from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.errors import UserError
 from xl2jax.evaluation.questions import NEEDLE_KINDS, TEMPLATES, Kind, Question, ask
-from xl2jax.evaluation.scenes import Scene, make_scene, scene_clip
+from xl2jax.evaluation.scenes import Scene, draw_scene, make_scene, scene_clip
 from xl2jax.inference.answering import Answer
 from xl2jax.inference.api import Model
 from xl2jax.inference.bilevel import BilevelConfig
@@ -32,6 +33,7 @@ from xl2jax.inference.layout import PrefillConfig
 from xl2jax.inference.relevance import AttentionScorer
 from xl2jax.inference.selection import RelevanceConfig
 from xl2jax.inference.video_cache import CacheConfig, WatchedVideo
+from xl2jax.system.process_pool import in_processes
 
 FAMILIES: Mapping[str, tuple[Kind, ...]] = {
     "by_content": ("colour_of", "shape_of"), "by_time": ("colour", "shape", "time"), "whole": ("exists", "count", "first"),
@@ -51,8 +53,8 @@ class NeedleConfig:
     cases: int = 6
     """Videos of each length and depth. Each is asked one question of every kind."""
     modes: tuple[Mode, ...] = ()
-    others: int = 5
-    """Other shapes in the video."""
+    others: tuple[int, int] = (5, 5)
+    """The fewest and the most other shapes in a video. Cases take the numbers in turn."""
     kinds: tuple[Kind, ...] = NEEDLE_KINDS
     """Kinds of question."""
     seed: int = 0
@@ -66,8 +68,10 @@ class NeedleConfig:
     def __post_init__(self) -> None:
         if any(f < FRAMES_PER_GROUP or f % FRAMES_PER_GROUP for f in self.frames):
             raise UserError(f"--frames: multiples of {FRAMES_PER_GROUP}, not {','.join(map(str, self.frames))}")
-        if self.cases < 1 or self.others < 0:
-            raise UserError("--cases must be 1 or more, --others 0 or more")
+        if self.cases < 1:
+            raise UserError("--cases must be 1 or more")
+        if not 0 <= self.others[0] <= self.others[1]:
+            raise UserError(f"--others: a number, or the fewest and the most such as 0-8, not {self.others}")
         if self.seed < 0:
             raise UserError(f"--seed must be 0 or more, not {self.seed}")
 
@@ -124,7 +128,9 @@ def make_cases(config: NeedleConfig) -> Iterator[Case]:
                 place = (config.seed * 1000 + round(depth * 100)) * 1000 + number
                 scene_seed = 2 * (place * 10_000 + groups) + 1
                 needle_at = round(depth * (groups - 1))
-                scene = make_scene(scene_seed, groups, events=config.others + 1, needle_at=needle_at)
+                fewest, most = config.others
+                others = fewest + number % (most - fewest + 1)
+                scene = make_scene(scene_seed, groups, events=others + 1, needle_at=needle_at)
                 rng = np.random.default_rng([scene_seed, 3])
                 questions = []
                 for kind in config.kinds:
@@ -135,15 +141,18 @@ def make_cases(config: NeedleConfig) -> Iterator[Case]:
                 yield Case(length, depth, scene, tuple(questions))
 
 
-def run_case(model: Model, case: Case, config: NeedleConfig) -> Iterator[Result]:
-    """Watches a video once for each kind of prefill, and asks its questions in every mode."""
+def run_case(model: Model, case: Case, config: NeedleConfig, drawn: np.ndarray | None = None) -> Iterator[Result]:
+    """Watches a video once for each kind of prefill, and asks its questions in every mode.
+
+    `drawn` is the result of `draw_scene`, if the frames were drawn before.
+    """
     watched: dict[bool, WatchedVideo] = {}
     size = config.bilevel.select_chunk_groups
     for mode in config.modes:
         dense = mode.kind == "dense"
         if dense not in watched:
             prefill = dataclasses.replace(config.prefill, window_chunks=None) if dense else config.prefill
-            watched[dense] = model.watch(scene_clip(case.scene), None, prefill, cache=config.cache)
+            watched[dense] = model.watch(scene_clip(case.scene, drawn=drawn), None, prefill, cache=config.cache)
         bilevel, relevance = None, None
         if mode.kind in ("top", "random"):
             blocks = ceil_div(case.scene.groups, size)
@@ -193,11 +202,18 @@ def _recall(results: Sequence[Result]) -> float | None:
     return sum(picked) / len(picked) if picked else None
 
 
-def needle(config: NeedleConfig, model: Model) -> list[Result]:
-    """Runs all cases with a progress bar on stderr."""
+def needle(config: NeedleConfig, model: Model, processes: int = 0) -> list[Result]:
+    """Runs all cases with a progress bar on stderr.
+
+    With `processes` the frames are drawn in that many processes, ahead of the model: drawing 10,000 frames takes longer
+    than reading them.
+    """
     cases = list(make_cases(config))
     for length, kind in itertools.product(config.frames, config.kinds):
         if not any(q.kind == kind for c in cases if c.frames == length for q in c.questions):
-            raise UserError(f"--kinds {kind}: no such question about {length} frames with {config.others} other shapes")
-    bar = tqdm(cases, "needle", unit="video", file=sys.stderr)
-    return [result for case in bar for result in run_case(model, case, config)]
+            raise UserError(f"--kinds {kind}: no such question about {length} frames with so many other shapes")
+    draw = functools.partial(draw_scene, model.config.vision.image_size)
+    scenes = (case.scene for case in cases)
+    drawn = in_processes(processes, draw, scenes) if processes else itertools.repeat(None)
+    bar = tqdm(zip(cases, drawn, strict=False), "needle", len(cases), unit="video", file=sys.stderr)
+    return [result for case, frames in bar for result in run_case(model, case, config, frames)]

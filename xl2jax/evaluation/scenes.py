@@ -128,6 +128,7 @@ def _draw(
 
 
 _MAX_DURATION = 3  # groups
+_SIDE = 112  # of the frames of a scene that is not written to a file
 
 
 def make_scene(
@@ -181,10 +182,19 @@ class SceneReader(Reader):
 
     Args:
       seconds: time from one group to the next; by default one frame a second.
+      drawn: the result of `draw_scene`, if the frames were drawn before.
     """
 
-    def __init__(self, scene: Scene, seconds: float = FRAMES_PER_GROUP, *, width: int = 112, height: int = 112):
-        self._scene, self._size = scene, (width, height)
+    def __init__(
+        self,
+        scene: Scene,
+        seconds: float = FRAMES_PER_GROUP,
+        *,
+        width: int = _SIDE,
+        height: int = _SIDE,
+        drawn: np.ndarray | None = None,
+    ):
+        self._scene, self._size, self._drawn = scene, (width, height), drawn
         self.total, self.fps = scene.frames, FRAMES_PER_GROUP / seconds
 
     def spans(self, indices: np.ndarray) -> list[np.ndarray]:
@@ -192,12 +202,17 @@ class SceneReader(Reader):
 
     def frames(self, indices: np.ndarray) -> Iterator[np.ndarray]:
         for i in indices:
-            yield self._scene.frame(int(i), *self._size)
+            yield self._scene.frame(int(i), *self._size) if self._drawn is None else self._drawn[i]
 
 
-def scene_clip(scene: Scene, seconds: float = FRAMES_PER_GROUP) -> Clip:
-    """All frames of a scene, for `Model.watch`. Groups are `seconds` apart."""
-    reader = SceneReader(scene, seconds)
+def draw_scene(size: int, scene: Scene) -> np.ndarray:
+    """uint8 [F, size, size, 3]: the frames of `scene_clip`, resized for a model whose frames have this size."""
+    return np.stack([resize(scene.frame(i, _SIDE, _SIDE), size) for i in range(scene.frames)])
+
+
+def scene_clip(scene: Scene, seconds: float = FRAMES_PER_GROUP, drawn: np.ndarray | None = None) -> Clip:
+    """All frames of a scene, for `Model.watch`. Groups are `seconds` apart. `drawn` is that of SceneReader."""
+    reader = SceneReader(scene, seconds, drawn=drawn)
     indices = np.arange(scene.frames)
     return Clip(Path(f"scene-{scene.seed}"), reader, indices, frame_times(indices, reader.fps))
 
