@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -98,18 +100,19 @@ def main() -> int:
         args.answer.max_new_tokens,
         args.answer.seed,
     )
-    done = answer_file(
-        args.input,
-        args.output,
-        settings,
-        columns=Columns(columns.video_column, columns.question_column, columns.id_column),
-        root=args.root,
-        rows_per_file=args.rows_per_file,
-        actors=cluster.actors,
-        num_gpus=cluster.num_gpus,
-        num_cpus=cluster.num_cpus,
-        address=cluster.address,
-    )
+    with contextlib.redirect_stdout(sys.stderr):  # Ray prints what its processes say
+        done = answer_file(
+            args.input,
+            args.output,
+            settings,
+            columns=Columns(columns.video_column, columns.question_column, columns.id_column),
+            root=args.root,
+            rows_per_file=args.rows_per_file,
+            actors=cluster.actors,
+            num_gpus=cluster.num_gpus,
+            num_cpus=cluster.num_cpus,
+            address=cluster.address,
+        )
     logger.info("%d rows answered, %d of them with an error, in %s", done.answered, done.errors, args.output)
     if args.json:
         print(json.dumps(dataclasses.asdict(done)))

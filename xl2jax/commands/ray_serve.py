@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,7 +70,7 @@ def main() -> int:
     stored_config(find_checkpoint(args.checkpoint), args.compute.weights)
     with server.listen(access.host, access.port) as listening:  # a taken port is reported before models are loaded
         port = listening.getsockname()[1]
-    with cluster(asked.address):
+    with contextlib.redirect_stdout(sys.stderr), cluster(asked.address):  # Ray prints what its processes say
         room_for(asked.replicas, asked.num_gpus, asked.num_cpus, "replicas")
         app = application(
             args,
@@ -113,7 +114,7 @@ def _run(app: object, host: str, port: int) -> None:
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         serve.start(http_options=HTTPOptions(host=host, port=port), logging_config=quiet)
         try:
-            serve.run(app, name=NAME, route_prefix="/", logging_config=quiet)  # type: ignore[arg-type]
+            serve.run(app, name=NAME, route_prefix="/", logging_config=quiet)
             shown = f"[{host}]" if ":" in host else host
             logger.info("serving on http://%s:%d/v1, with a page at http://%s:%d/", shown, port, shown, port)
             ended.wait()

@@ -219,16 +219,16 @@ def application(
     from ray.serve.config import RequestRouterConfig
 
     limits = limits_of(args.limits)
-    behind: Any = serve.deployment(Replica).options(  # type: ignore[attr-defined]
+    behind: Any = serve.deployment(Replica).options(
         name="replicas",
         num_replicas=replicas,
         ray_actor_options={"num_gpus": num_gpus, "num_cpus": num_cpus},
         # What is more than the server's own queue gets its status 429 at once.
         max_ongoing_requests=2 * limits.queue + 16,
-        request_router_config=RequestRouterConfig(request_router_class=ROUTER),  # type: ignore[arg-type]
+        request_router_config=RequestRouterConfig(request_router_class=ROUTER),
         graceful_shutdown_timeout_s=grace_seconds,
     )
-    front: Any = serve.deployment(Front).options(  # type: ignore[attr-defined]
+    front: Any = serve.deployment(Front).options(
         name="front",
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=10_000,
