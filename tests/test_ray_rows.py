@@ -264,6 +264,16 @@ def test_what_a_cluster_has_room_for(
         assert room_for(count, gpus, cpus, "actors") == room
 
 
+def test_a_cluster_that_is_not_there(
+    refused: Callable[..., str], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("xl2jax.ray.batch.require_ray", lambda: None)
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: False))
+    source = write(tmp_path / "in.jsonl", rows_of("a"))
+    flags = ("-i", source, "-o", tmp_path / "out", "--checkpoint", checkpoint, "--address", "127.0.0.1:1")
+    assert refused(ray_batch.main, *flags) == "Ray cannot be reached at 127.0.0.1:1 (Connection refused)"
+
+
 def test_several_replicas_share_a_folder(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("xl2jax.ray.cluster.require_ray", lambda: None)
     assert "--cache-dir" in refused(ray_serve.main, "--replicas", 2)

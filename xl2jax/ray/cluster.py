@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import math
 import os
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -54,14 +55,22 @@ def cluster(address: str | None) -> Iterator[None]:
     address = address or os.environ.get("RAY_ADDRESS") or LOCAL
     options: dict[str, Any] = {"include_dashboard": False} if address == LOCAL else {}
     try:
+        _require_reachable(address)  # Ray itself would try for minutes
         ray.init(address=address, logging_level=logging.WARNING, **options)
-    except (ConnectionError, ValueError, RuntimeError, OSError, TimeoutError) as e:
+    except (ValueError, RuntimeError, OSError, OverflowError) as e:
         where = "started on this machine" if address == LOCAL else f"reached at {address}"
         raise UserError(f"Ray cannot be {where} ({first_line(e)})") from None
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _require_reachable(address: str) -> None:
+    """Raises OSError where `address` is a host and a port at which nobody listens."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isascii() and port.isdigit() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def room_for(count: int | None, num_gpus: float, num_cpus: float, what: str) -> int:
