@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import tyro
@@ -120,15 +120,17 @@ def _run(app: object, host: str, port: int) -> None:
             ended.wait()
             logger.info("shutting down: what runs is finished first")
         except (RuntimeError, TimeoutError) as e:
-            raise UserError(f"the replicas did not start ({_cause(str(e)) or first_line(e)})") from None
+            found = serve.status().applications.get(NAME)
+            said = [] if found is None else [deployment.message for deployment in found.deployments.values()]
+            raise UserError(f"the replicas did not start ({_cause(said) or first_line(e)})") from None
         finally:
             serve.delete(NAME)
 
 
-def _cause(text: str) -> str | None:
-    """The UserError of a replica in what Ray says about its failure."""
-    found = [line.partition("UserError: ")[2] for line in text.splitlines() if "UserError: " in line]
-    return found[-1] if found else None
+def _cause(said: Sequence[str]) -> str | None:
+    """The UserError of a replica in what Ray says about its deployments."""
+    lines = [line for message in said for line in message.splitlines() if "UserError: " in line]
+    return lines[-1].partition("UserError: ")[2] if lines else None
 
 
 @contextlib.contextmanager
