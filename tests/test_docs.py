@@ -121,14 +121,29 @@ def test_the_worked_example_of_the_architecture() -> None:
             np.testing.assert_array_equal(column[position], values if len(values) > 1 else values * len(position))
 
 
-OTHERS = {"--gpus", "--help", "--local-dir", "--rm"} | {
-    "--model",
-    "--tasks",
-    "--output_path",
-    "--log_samples",
-    "--model_args",
-}
-"""Flags of Docker, of the hub's client, of every command, and of lmms-eval."""
+OTHERS = (
+    {"--gpus", "--help", "--local-dir", "--rm"}
+    | {
+        "--array",
+        "--block",
+        "--cpus-per-task",
+        "--gpus-per-node",
+        "--head",
+        "--include-dashboard",
+        "--nodes",
+        "--ntasks",
+        "--ntasks-per-node",
+        "--requeue",
+    }
+    | {
+        "--model",
+        "--tasks",
+        "--output_path",
+        "--log_samples",
+        "--model_args",
+    }
+)
+"""Flags of Docker, of the hub's client, of every command, of lmms-eval, of Ray, and of SLURM."""
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.name != "cli.md"], ids=name_of)

@@ -24,7 +24,7 @@ LAYERS = [
     {"benchmarks"},
     {"testing"},
     {"recipes"},
-    {"commands", "bench"},
+    {"commands", "bench", "ray"},
 ]
 """Packages from the lowest to the highest. A module imports from its own package and from layers below it."""
 

@@ -12,6 +12,8 @@ COMMANDS = {
     "infer": ("xl2jax.commands.infer", "main", "answers questions about a video"),
     "serve": ("xl2jax.commands.serve", "main", "answers questions about videos over HTTP"),
     "run-batch": ("xl2jax.commands.run_batch", "main", "answers a file of chat requests"),
+    "ray-batch": ("xl2jax.commands.ray_batch", "main", "answers a file of questions on a Ray cluster"),
+    "ray-serve": ("xl2jax.commands.ray_serve", "main", "answers questions over HTTP on a Ray cluster"),
     "demo-clip": ("xl2jax.commands.demo_clip", "main", "writes a video for a first try, with questions about it"),
     "train": ("xl2jax.commands.train", "main", "fine-tunes the model"),
     "convert": ("xl2jax.commands.convert", "main", "converts checkpoints between PyTorch and Orbax"),

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import tyro
@@ -92,6 +92,34 @@ class ComputeArgs:
     """Moves the video's dense KV to host memory; the device keeps the pooled KV and the chosen chunks."""
 
 
+class Reading(NamedTuple):
+    """How a video is watched and read for questions."""
+
+    frames: FrameSampling
+    folder_fps: float
+    prefill: PrefillConfig
+    bilevel: BilevelConfig | None
+    cache: CacheConfig
+
+
+def reading(frames: FrameArgs, compute: ComputeArgs) -> Reading:
+    """What these flags say. Raises UserError where they exclude each other."""
+    top = compute.top_chunks
+    if compute.offload and top == "all":
+        raise UserError(OFFLOAD_IS_DENSE)
+    if not 0 < frames.folder_fps < math.inf:
+        raise UserError(f"folder fps must be above 0, not {frames.folder_fps}")
+    if top == "all" and compute.pool != ComputeArgs.pool:
+        raise UserError("--pool has no effect with --top-chunks all, which pools nothing: leave one out")
+    return Reading(
+        FrameSampling(None if frames.fps == "uniform" else frames.fps, frames.max_fps, frames.max_frames),
+        frames.folder_fps,
+        PrefillFlags(window_chunks=compute.window_chunks).config(),
+        None if top == "all" else BilevelConfig(pool=compute.pool, top_chunks=top),
+        CacheConfig(compute.cache_dtype, compute.offload),
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Args:
     """Answers questions about a video with Video-XL-2."""
@@ -140,21 +168,10 @@ class Request:
         check_answer_options(args.answer.max_new_tokens, args.answer.seed)
         require_video_path(args.video)
         _check_files(args)
-        compute, fps = args.compute, None if args.frames.fps == "uniform" else args.frames.fps
-        if compute.offload and compute.top_chunks == "all":
-            raise UserError(OFFLOAD_IS_DENSE)
-        if not 0 < args.frames.folder_fps < math.inf:
-            raise UserError(f"folder fps must be above 0, not {args.frames.folder_fps}")
-        top = compute.top_chunks
-        if top == "all" and compute.pool != ComputeArgs.pool:
-            raise UserError("--pool has no effect with --top-chunks all, which pools nothing: leave one out")
+        compute = args.compute
         request = cls(
             args,
-            frames=FrameSampling(fps, args.frames.max_fps, args.frames.max_frames),
-            folder_fps=args.frames.folder_fps,
-            prefill=PrefillFlags(window_chunks=compute.window_chunks).config(),
-            bilevel=None if top == "all" else BilevelConfig(pool=compute.pool, top_chunks=top),
-            cache=CacheConfig(compute.cache_dtype, compute.offload),
+            *reading(args.frames, compute),
             tokens=TokenSampling(args.answer.temperature, args.answer.top_p),
             reads_cache=args.cache is not None and args.cache.exists(),
         )

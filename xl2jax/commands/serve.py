@@ -18,7 +18,7 @@ from xl2jax.system.terminal import flag_errors
 
 logger = logging.getLogger(__name__)
 
-_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,18 +50,15 @@ def main() -> int:
     with flag_errors():
         args = tyro.cli(Args)
     check_service(args)
-    if args.warm_up and not FRAMES_PER_GROUP <= args.warm_up <= args.limits.max_frames:
-        raise UserError(
-            f"--warm-up must be 0, or from {FRAMES_PER_GROUP} to --max-frames ({args.limits.max_frames:,}) frames"
-        )
-    key = _check(args.access)
+    check_warm_up(args.warm_up, args.limits.max_frames)
+    key = check_access(args.access)
     from xl2jax.serving import server
 
     access = args.access
     listening = server.listen(access.host, access.port)  # a taken port is reported before the model is loaded
     with listening, tempfile.TemporaryDirectory(prefix="xl2jax-serve-") as spool:
         service = build_service(args, Path(spool), args.warm_up)
-        service.api_key, service.hosts = key, _LOOPBACK if _is_loopback(access.host) else None
+        service.api_key, service.hosts = key, LOOPBACK if is_loopback(access.host) else None
         shown = f"[{access.host}]" if ":" in access.host else access.host
         address = f"http://{shown}:{listening.getsockname()[1]}"
         logger.info("serving %s on %s/v1, with a page at %s/", service.model, address, address)
@@ -70,12 +67,18 @@ def main() -> int:
     return 0
 
 
-def _check(access: AccessArgs) -> str | None:
+def check_warm_up(frames: int, most: int) -> None:
+    """Raises UserError where --warm-up is out of range."""
+    if frames and not FRAMES_PER_GROUP <= frames <= most:
+        raise UserError(f"--warm-up must be 0, or from {FRAMES_PER_GROUP} to --max-frames ({most:,}) frames")
+
+
+def check_access(access: AccessArgs) -> str | None:
     """Checks the flags. Returns the API key."""
     key = access.api_key if access.api_key is not None else os.environ.get("XL2JAX_API_KEY")
     if key is not None and (not key.strip() or not key.isascii()):
         raise UserError("the API key is empty or not ASCII")
-    if key is None and not _is_loopback(access.host):
+    if key is None and not is_loopback(access.host):
         raise UserError(f"--host {access.host} can be reached from other machines: give --api-key")
     require_whole("port", access.port, 0, 65_535)
     if not 0 < access.grace_seconds < 1e9:
@@ -83,7 +86,8 @@ def _check(access: AccessArgs) -> str | None:
     return key
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:

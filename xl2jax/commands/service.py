@@ -15,6 +15,7 @@ from xl2jax.config import FRAMES_PER_GROUP, Weights
 from xl2jax.errors import UserError, require_whole
 
 if TYPE_CHECKING:
+    from xl2jax.serving.limits import Limits
     from xl2jax.serving.service import Service
 
 PACKAGES = ("starlette", "uvicorn", "httpcore2", "httpx2", "prometheus_client", "python_multipart")
@@ -132,29 +133,11 @@ def check_service(args: ServiceArgs) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be 0 or more")
 
 
-def build_service(args: ServiceArgs, spool: Path, warm_up_frames: int = 0) -> Service:
-    """Loads the model and builds the server around it. `warm_up_frames`: see `serve --warm-up`."""
-    import xl2jax
-    from xl2jax.checkpoint.params import stored_config
-    from xl2jax.checkpoint.sources import find_checkpoint
-    from xl2jax.inference import memory
-    from xl2jax.inference.bilevel import BilevelConfig
-    from xl2jax.inference.selection import check_pool
-    from xl2jax.inference.video_cache import CacheConfig
-    from xl2jax.serving.addresses import Downloads
-    from xl2jax.serving.engine import Engine
+def limits_of(given: LimitArgs) -> Limits:
+    """The flags as the server's limits."""
     from xl2jax.serving.limits import Limits
-    from xl2jax.serving.media import Library, MediaRules
-    from xl2jax.serving.metrics import Metrics
-    from xl2jax.serving.partial import PartialUploads
-    from xl2jax.serving.service import Service
-    from xl2jax.serving.uploads import Uploads
-    from xl2jax.serving.videos import Budgets, WatchedVideos
-    from xl2jax.serving.warm_up import warm_up
-    from xl2jax.system.backend import start_backend
 
-    media, keep, given, compute = args.media, args.keep, args.limits, args.compute
-    limits = Limits(
+    return Limits(
         queue=given.max_queue,
         answers=given.max_answers,
         request_seconds=given.max_request_seconds,
@@ -167,6 +150,30 @@ def build_service(args: ServiceArgs, spool: Path, warm_up_frames: int = 0) -> Se
         text_characters=given.max_text,
         new_tokens=given.max_new_tokens,
     )
+
+
+def build_service(args: ServiceArgs, spool: Path, warm_up_frames: int = 0) -> Service:
+    """Loads the model and builds the server around it. `warm_up_frames`: see `serve --warm-up`."""
+    import xl2jax
+    from xl2jax.checkpoint.params import stored_config
+    from xl2jax.checkpoint.sources import find_checkpoint
+    from xl2jax.inference import memory
+    from xl2jax.inference.bilevel import BilevelConfig
+    from xl2jax.inference.selection import check_pool
+    from xl2jax.inference.video_cache import CacheConfig
+    from xl2jax.serving.addresses import Downloads
+    from xl2jax.serving.engine import Engine
+    from xl2jax.serving.media import Library, MediaRules
+    from xl2jax.serving.metrics import Metrics
+    from xl2jax.serving.partial import PartialUploads
+    from xl2jax.serving.service import Service
+    from xl2jax.serving.uploads import Uploads
+    from xl2jax.serving.videos import Budgets, WatchedVideos
+    from xl2jax.serving.warm_up import warm_up
+    from xl2jax.system.backend import start_backend
+
+    media, keep, compute = args.media, args.keep, args.compute
+    limits = limits_of(args.limits)
     bilevel, cache = BilevelConfig(pool=compute.pool), CacheConfig(compute.cache_dtype)
     prefill = PrefillFlags(window_chunks=compute.window_chunks).config()
     try:

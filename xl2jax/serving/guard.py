@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from starlette.requests import Request
@@ -36,7 +37,7 @@ class Guard:
 
         request = Request(scope)
         try:
-            refused = self._refused(request)
+            refused = refusal(request, self._service.api_key, self._service.hosts)
             if refused is not None:
                 await error_response(refused)(scope, receive, counted)
             else:
@@ -45,22 +46,23 @@ class Guard:
             route = scope.get("route")
             self._service.metrics.requests.labels(getattr(route, "path", "other"), status).inc()
 
-    def _refused(self, request: Request) -> RequestError | None:
-        host = request.headers.get("host", "")
-        if self._service.hosts is not None and _without_port(host) not in self._service.hosts:
-            # A page of another site whose name leads to this machine would be of the same origin.
-            return RequestError(403, "requests to this host name are refused", code="foreign_host")
-        origin = request.headers.get("origin")
-        if origin is not None and _network_location(origin) != host:
-            return RequestError(403, "requests from pages of other sites are refused", code="foreign_origin")
-        key = self._service.api_key
-        path = request.scope["path"]  # the path of `request.url` may depend on the Host header
-        if key is None or path in _OPEN or path.startswith("/page/"):
-            return None
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), key.encode()):
-            return None
-        return RequestError(401, "the API key is missing or wrong (Authorization: Bearer ...)", code="invalid_api_key")
+
+def refusal(request: Request, key: str | None, hosts: Sequence[str] | None) -> RequestError | None:
+    """Why a request is refused before anything of its body is read, if it is. `key` and `hosts`: see `Service`."""
+    host = request.headers.get("host", "")
+    if hosts is not None and _without_port(host) not in hosts:
+        # A page of another site whose name leads to this machine would be of the same origin.
+        return RequestError(403, "requests to this host name are refused", code="foreign_host")
+    origin = request.headers.get("origin")
+    if origin is not None and _network_location(origin) != host:
+        return RequestError(403, "requests from pages of other sites are refused", code="foreign_origin")
+    path = request.scope["path"]  # the path of `request.url` may depend on the Host header
+    if key is None or path in _OPEN or path.startswith("/page/"):
+        return None
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), key.encode()):
+        return None
+    return RequestError(401, "the API key is missing or wrong (Authorization: Bearer ...)", code="invalid_api_key")
 
 
 def _without_port(host: str) -> str | None:

@@ -214,6 +214,14 @@ def read_request(body: bytes, limits: Limits, model: str, bilevel: BilevelConfig
         raise RequestError(400, str(e)) from None
 
 
+def read_source(body: bytes, limits: Limits) -> Source:
+    """The video that the body of a chat request names. Raises RequestError where there is none."""
+    try:
+        return _source(parse_json(body, ChatRequest, "request").messages, limits)
+    except UserError as e:
+        raise RequestError(400, str(e)) from None
+
+
 def _refuse_unsupported(request: ChatRequest) -> None:
     wrong = {
         "n": request.n not in (None, 1),

@@ -18,6 +18,8 @@ from xl2jax.system.schema import Schema, read_json
 
 _ID = re.compile(r"file-[0-9a-f]{32}")
 
+_LEFT_SECONDS = 60
+
 
 class Readable(Protocol):
     """What is read like a file."""
@@ -43,8 +45,10 @@ class Uploads:
         remove_leftovers(folder)
         self._folder, self.max_bytes, self._total_bytes = folder, max_bytes, total_bytes
         for path in folder.glob("file-*.data"):
-            if not path.with_suffix(".json").exists():  # a server was killed before it had written both
-                path.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                old = time.time() - path.stat().st_mtime > _LEFT_SECONDS  # other replicas write to the folder too
+                if old and not path.with_suffix(".json").exists():  # a server was killed before it had written both
+                    path.unlink()
 
     def room(self) -> int:
         """Bytes that further files can have together."""
