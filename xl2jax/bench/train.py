@@ -17,11 +17,12 @@ from xl2jax.bench.setup import PREFIX, TIMES, timed
 from xl2jax.config import FRAMES_PER_GROUP, PRESETS, Weights
 from xl2jax.inference import memory
 from xl2jax.models.param_tree import is_quantized
+from xl2jax.models.sharding import param_sharding
 from xl2jax.training.batches import padded_groups, padded_tokens
 from xl2jax.training.config import PRESETS as TRAINING
 from xl2jax.training.config import TrainConfig, trained_names
 from xl2jax.training.loss import IGNORE, TokenBatch
-from xl2jax.training.sharding import batch_devices, batch_sharding, make_mesh, param_sharding
+from xl2jax.training.sharding import batch_devices, batch_sharding, make_mesh
 from xl2jax.training.state import abstract_state, new_state, parameter_shapes
 from xl2jax.training.step import MASTER, Params, StepConfig, Steps, learning_rate, optimizer
 from xl2jax.training.telemetry import sample_flops

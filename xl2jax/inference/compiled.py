@@ -6,15 +6,18 @@ Some programs return hidden states that only `verify` reads, so that it checks t
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from xl2jax.arithmetic import ceil_div
-from xl2jax.config import LLMConfig
+from xl2jax.config import FRAMES_PER_GROUP, LLMConfig
 from xl2jax.inference import bilevel, generate, prefill, relevance
 from xl2jax.inference.bilevel import GroupTable, MixedSource, PooledKV
 from xl2jax.inference.cache import KVCache, RowArray, RowCache, empty_cache
@@ -24,15 +27,16 @@ from xl2jax.inference.prefill import Step
 from xl2jax.inference.relevance import AttentionScorer
 from xl2jax.models.video_xl2 import normalise
 from xl2jax.ops.kv import KVArray, QuantizedKV
+from xl2jax.ops.split import on_parts, part_of, splits, whole
 from xl2jax.system.backend import COMPILER_OPTIONS
 
 
 def program(function: Callable[..., Any], **options: Any) -> Any:
-    """Compiles a function whose first argument is the `Network`, in the network's matmul precision."""
+    """Compiles a function whose first argument is the `Network`, in the network's matmul precision and on its devices."""
 
     @functools.wraps(function)
     def precise(network: Network, *args: Any, **kwargs: Any) -> Any:
-        with network.precision():
+        with network.precision(), network.in_mesh():
             return function(network, *args, **kwargs)
 
     return jax.jit(precise, compiler_options=COMPILER_OPTIONS, **options)
@@ -42,15 +46,29 @@ def program(function: Callable[..., Any], **options: Any) -> Any:
 def encode(network: Network, frames: jax.Array, *, frames_at_once: int) -> jax.Array:
     """Frames [F, H, W, 3] -> visual tokens [G, V, D]. Frames are uint8, or floating-point pixels in [-1, 1].
 
-    F is a multiple of `frames_at_once`, which bounds the activations.
+    F is a multiple of `frames_at_once`, which bounds the activations. Several devices encode whole groups of them each.
     """
-    model = network.model
+    count, llm = splits(), network.params["llm"]
+    own = nnx.State({name: value for name, value in network.params.items() if name != "llm"})
 
-    def part(frames: jax.Array) -> jax.Array:
-        return model.encode_frames(normalise(frames) if frames.dtype == jnp.uint8 else frames)
+    def encoded(own: nnx.State, frames: jax.Array) -> jax.Array:
+        model = dataclasses.replace(network, params=nnx.State({**own, "llm": llm})).model
 
-    visual = jax.lax.map(part, frames.reshape(-1, frames_at_once, *frames.shape[1:]))
-    return visual.reshape(-1, *visual.shape[2:])
+        def part(frames: jax.Array) -> jax.Array:
+            return model.encode_frames(normalise(frames) if frames.dtype == jnp.uint8 else frames)
+
+        return jax.lax.map(part, frames)
+
+    frames = frames.reshape(-1, frames_at_once, *frames.shape[1:])
+    if count == 1:
+        visual = encoded(own, frames)
+        return visual.reshape(-1, *visual.shape[2:])
+    # Each device gets as many groups. Those that are missing are encoded as black frames.
+    groups = frames_at_once // FRAMES_PER_GROUP
+    missing = FRAMES_PER_GROUP * (-groups % count)
+    frames = jnp.pad(frames, ((0, 0), (0, missing), *((0, 0),) * 3))
+    visual = on_parts(encoded, (PartitionSpec(), part_of(1)), part_of(1))(own, frames)
+    return whole(visual)[:, :groups].reshape(-1, *visual.shape[2:])
 
 
 @jax.jit
@@ -71,7 +89,19 @@ def all_finite(tree: Any) -> jax.Array:
     return jnp.all(jnp.stack(parts))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "slots", "dtype", "quantized"))
+def split_kv[T](tree: T, mesh: Mesh | None) -> T:
+    """Constrains keys and values [L, K, S, ...] to be split over the heads, and everything else to be whole."""
+    if mesh is None:
+        return tree
+
+    def constrained(x: jax.Array) -> jax.Array:
+        spec = part_of(1) if x.ndim >= 3 else PartitionSpec()
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+    return jax.tree.map(constrained, tree)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "slots", "dtype", "quantized", "mesh"))
 def new_cache(
     config: LLMConfig,
     slots: int,
@@ -80,10 +110,13 @@ def new_cache(
     *,
     quantized: bool = False,
     key_channels: jax.Array | None = None,
+    mesh: Mesh | None = None,
 ) -> KVCache:
-    """An empty cache; its visual region begins at `visual_start`, by default behind the last slot."""
+    """An empty cache on the devices of `mesh`; its visual region begins at `visual_start`, by default behind the last
+    slot."""
     cache = empty_cache(config, slots, dtype, quantized=quantized, key_channels=key_channels)
-    return cache if visual_start is None else cache._replace(visual_start=jnp.int32(visual_start))
+    cache = cache if visual_start is None else cache._replace(visual_start=jnp.int32(visual_start))
+    return split_kv(cache, mesh)
 
 
 @functools.partial(program, donate_argnames="cache")
@@ -206,7 +239,7 @@ def decode(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "rows", "slots", "dtype", "quantized", "key_channels", "separate")
+    jax.jit, static_argnames=("config", "rows", "slots", "dtype", "quantized", "key_channels", "separate", "mesh")
 )
 def empty_rows(
     config: LLMConfig,
@@ -217,6 +250,7 @@ def empty_rows(
     quantized: bool = False,
     key_channels: int = 0,
     separate: bool = False,
+    mesh: Mesh | None = None,
 ) -> RowCache:
     """Caches of `rows` answers with `slots` slots each, in which nothing is seen: see `cache.RowArray`.
 
@@ -235,16 +269,19 @@ def empty_rows(
     def arrays(exact: int = 0) -> RowArray:
         return tuple(array(rows, exact) for _ in range(layers)) if separate else array(layers * rows, exact)
 
-    return RowCache(arrays(key_channels), arrays(), none, none, none)
+    return split_kv(RowCache(arrays(key_channels), arrays(), none, none, none), mesh)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "rows", "slots", "dtype", "separate"))
-def empty_state(config: LLMConfig, rows: int, slots: int, dtype: str, *, separate: bool) -> tuple[RowState, Sampling]:
+@functools.partial(jax.jit, static_argnames=("config", "rows", "slots", "dtype", "separate", "mesh"))
+def empty_state(
+    config: LLMConfig, rows: int, slots: int, dtype: str, *, separate: bool, mesh: Mesh | None = None
+) -> tuple[RowState, Sampling]:
     """The state of `rows` answers that have ended, with `slots` slots of text each, and their sampling."""
-    text = empty_rows(config, rows, slots, dtype, separate=separate)
+    text = empty_rows(config, rows, slots, dtype, separate=separate, mesh=mesh)
     keys = jnp.broadcast_to(jax.random.key(0), (rows,))
     none, zero = jnp.zeros(rows, jnp.int32), jnp.zeros(rows)
-    return RowState(none, text, keys, jnp.ones(rows, bool), jnp.ones(rows, bool)), Sampling(zero, zero)
+    state = RowState(none, text, keys, jnp.ones(rows, bool), jnp.ones(rows, bool)), Sampling(zero, zero)
+    return split_kv(state, mesh)
 
 
 @functools.partial(jax.jit, static_argnames="layers", donate_argnames="target")

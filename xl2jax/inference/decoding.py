@@ -125,6 +125,7 @@ class _Rows:
             quantized=answers[0].quantized,
             key_channels=answers[0].key_channels,
             separate=network.layers is not None,
+            mesh=network.mesh,
         )
         rows = cls(network, count, contexts, slots, max(answer.text_tokens for answer in answers) + STREAM_TOKENS)
         for answer in answers:
@@ -180,7 +181,9 @@ class _Rows:
         network = self._network
         self._text_slots = text_slots(network, tokens)
         separate = network.layers is not None
-        return compiled.empty_state(network.config.llm, self.count, self._text_slots, network.dtype, separate=separate)
+        return compiled.empty_state(
+            network.config.llm, self.count, self._text_slots, network.dtype, separate=separate, mesh=network.mesh
+        )
 
     def _hold_text(self, tokens: int) -> None:
         """Makes room for `tokens` tokens of text in each row."""

@@ -9,10 +9,12 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from xl2jax.ops.attention import MMA_CARDS
 from xl2jax.ops.dense import cuda_capability
 from xl2jax.ops.precision import accumulator, product
+from xl2jax.ops.split import TENSOR, on_parts, part_of, splits
 from xl2jax.ops.weights import QuantizedMatrix, unpack
 
 logger = logging.getLogger(__name__)
@@ -23,15 +25,43 @@ matrix costs as much as about four."""
 
 
 def multiply(
-    x: jax.Array, matrices: tuple[QuantizedMatrix, ...], dtype: jax.typing.DTypeLike | None = None
+    x: jax.Array,
+    matrices: tuple[QuantizedMatrix, ...],
+    dtype: jax.typing.DTypeLike | None = None,
+    *,
+    sums_parts: bool = False,
 ) -> tuple[jax.Array, ...]:
     """x [..., n] times each of the transposed matrices [m, n]: [..., m] in `dtype`, by default that of x.
 
     On the NVIDIA GPUs of `MMA_CARDS` a kernel multiplies up to 16 rows of 16 bits with all of them (xl2jax.ops.matvec),
     where the sizes of the matrices fit it; it has no gradient. XLA multiplies everything else. Sums have the
     `accumulator` of x's dtype.
+
+    Where matrices are split over devices (`xl2jax.ops.split`), each multiplies with its own part: of the outputs, or
+    with `sums_parts` of the inputs.
     """
     dtype = np.dtype(x.dtype if dtype is None else dtype)
+    count = splits()
+    if count == 1 or (not sums_parts and any(matrix.codes.shape[-2] % count for matrix in matrices)):
+        return _multiply(x, matrices, dtype)
+    behind = x.ndim - 1
+    scales = 2 if matrices[0].zero is not None else 1
+    if not sums_parts:
+        spec = QuantizedMatrix(*[part_of(0)] * 3)  # type: ignore[arg-type]
+        run = on_parts(functools.partial(_multiply, dtype=dtype), (PartitionSpec(), spec), part_of(behind))
+        return run(x, matrices)
+
+    def summed(x: jax.Array, matrices: tuple[QuantizedMatrix, ...]) -> tuple[jax.Array, ...]:
+        parts = _multiply(x, matrices, np.dtype(accumulator(x.dtype)))
+        return tuple(out.astype(dtype) for out in jax.lax.psum(parts, TENSOR))
+
+    of_scale = part_of(1) if scales == 2 else PartitionSpec()
+    spec = QuantizedMatrix(part_of(1), of_scale, of_scale)  # type: ignore[arg-type]
+    return on_parts(summed, (part_of(behind), spec), PartitionSpec())(x, matrices)
+
+
+def _multiply(x: jax.Array, matrices: tuple[QuantizedMatrix, ...], dtype: np.dtype) -> tuple[jax.Array, ...]:
+    """`multiply` on one device."""
     rows, capability = math.prod(x.shape[:-1]), cuda_capability()
     xla = functools.partial(_by_xla, dtype)
     if capability is not None and ".".join(map(str, capability)) in MMA_CARDS and rows <= 16:
