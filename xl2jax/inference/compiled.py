@@ -68,7 +68,7 @@ def encode(network: Network, frames: jax.Array, *, frames_at_once: int) -> jax.A
     missing = FRAMES_PER_GROUP * (-groups % count)
     frames = jnp.pad(frames, ((0, 0), (0, missing), *((0, 0),) * 3))
     visual = on_parts(encoded, (PartitionSpec(), part_of(1)), part_of(1))(own, frames)
-    return whole(visual)[:, :groups].reshape(-1, *visual.shape[2:])
+    return whole(visual, 1)[:, :groups].reshape(-1, *visual.shape[2:])
 
 
 @jax.jit

@@ -196,10 +196,10 @@ class Qwen2(nnx.Module):
         """Hidden states [..., D] -> logits [..., vocab], float32 (float64 for float64)."""
         head = self.embed if self.tied else self.lm_head
         if isinstance(head, QuantizedEmbed | QuantizedLinear):
-            return whole(multiply(hidden, (head.matrix,), accumulator(hidden.dtype))[0])
+            return whole(multiply(hidden, (head.matrix,), accumulator(hidden.dtype))[0], -1)
         kernel = self.unembedding()
         if hidden.ndim > 1:
-            return whole(product("...d,dv->...v", hidden, kernel))
+            return whole(product("...d,dv->...v", hidden, kernel), -1)
         # For one 16-bit row XLA would first write all of lm_head as float32. For eight rows it does not.
         rows = jax.lax.optimization_barrier(jnp.pad(hidden[None], ((0, 7), (0, 0))))
-        return whole(product("td,dv->tv", rows, kernel))[0]
+        return whole(product("td,dv->tv", rows, kernel), -1)[0]

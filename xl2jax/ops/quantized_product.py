@@ -19,6 +19,8 @@ from xl2jax.ops.weights import QuantizedMatrix, unpack
 
 logger = logging.getLogger(__name__)
 
+KERNEL_ROWS = 16
+"""Rows that the kernel multiplies at most (`matvec.MAX_ROWS`, which is slow to import)."""
 FEW_ROWS = 3
 """Up to so many rows are multiplied with the codes themselves. Every row is a pass over the codes, and unpacking the
 matrix costs as much as about four."""
@@ -45,18 +47,20 @@ def multiply(
     if count == 1 or (not sums_parts and any(matrix.codes.shape[-2] % count for matrix in matrices)):
         return _multiply(x, matrices, dtype)
     behind = x.ndim - 1
-    scales = 2 if matrices[0].zero is not None else 1
     if not sums_parts:
-        spec = QuantizedMatrix(*[part_of(0)] * 3)  # type: ignore[arg-type]
+        spec = (QuantizedMatrix(*[part_of(0)] * 3),) * len(matrices)  # type: ignore[arg-type]
         run = on_parts(functools.partial(_multiply, dtype=dtype), (PartitionSpec(), spec), part_of(behind))
         return run(x, matrices)
 
+    # Many rows are summed in their own dtype, as XLA sums those of plain matrices: half the bytes are exchanged.
+    exchanged = np.dtype(accumulator(x.dtype)) if math.prod(x.shape[:-1]) <= KERNEL_ROWS else dtype
+
     def summed(x: jax.Array, matrices: tuple[QuantizedMatrix, ...]) -> tuple[jax.Array, ...]:
-        parts = _multiply(x, matrices, np.dtype(accumulator(x.dtype)))
+        parts = _multiply(x, matrices, exchanged)
         return tuple(out.astype(dtype) for out in jax.lax.psum(parts, TENSOR))
 
-    of_scale = part_of(1) if scales == 2 else PartitionSpec()
-    spec = QuantizedMatrix(part_of(1), of_scale, of_scale)  # type: ignore[arg-type]
+    of_scale = PartitionSpec() if matrices[0].zero is None else part_of(1)
+    spec = (QuantizedMatrix(part_of(1), of_scale, of_scale),) * len(matrices)  # type: ignore[arg-type]
     return on_parts(summed, (part_of(behind), spec), PartitionSpec())(x, matrices)
 
 
@@ -64,7 +68,7 @@ def _multiply(x: jax.Array, matrices: tuple[QuantizedMatrix, ...], dtype: np.dty
     """`multiply` on one device."""
     rows, capability = math.prod(x.shape[:-1]), cuda_capability()
     xla = functools.partial(_by_xla, dtype)
-    if capability is not None and ".".join(map(str, capability)) in MMA_CARDS and rows <= 16:
+    if capability is not None and ".".join(map(str, capability)) in MMA_CARDS and rows <= KERNEL_ROWS:
         from xl2jax.ops.matvec import supports  # Pallas is slow to import
 
         if all(supports(rows, matrix, x.dtype) for matrix in matrices):

@@ -32,6 +32,11 @@ def part_of(axis: int) -> PartitionSpec:
     return PartitionSpec(*[None] * axis, TENSOR)
 
 
-def whole(x: jax.Array) -> jax.Array:
-    """Has every device hold all of x."""
-    return x if splits() == 1 else jax.lax.with_sharding_constraint(x, PartitionSpec())
+def whole(x: jax.Array, axis: int = 0) -> jax.Array:
+    """Has every device hold all of x, whose parts along `axis` the devices compute."""
+    count = splits()
+    if count == 1:
+        return x
+    if x.shape[axis] % count == 0:  # otherwise XLA may gather what x is computed from instead
+        x = jax.lax.with_sharding_constraint(x, part_of(axis % x.ndim))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec())
