@@ -89,16 +89,18 @@ def all_finite(tree: Any) -> jax.Array:
     return jnp.all(jnp.stack(parts))
 
 
-def split_kv[T](tree: T, mesh: Mesh | None) -> T:
-    """Constrains keys and values [L, K, S, ...] to be split over the heads, and everything else to be whole."""
-    if mesh is None:
-        return tree
+def _kv_shardings(tree: Any, mesh: Mesh) -> Any:
+    """Keys and values [L, K, S, ...] are split over the heads, and everything else is whole."""
+    return jax.tree.map(lambda x: NamedSharding(mesh, part_of(1) if x.ndim >= 3 else PartitionSpec()), tree)
 
-    def constrained(x: jax.Array) -> jax.Array:
-        spec = part_of(1) if x.ndim >= 3 else PartitionSpec()
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
-    return jax.tree.map(constrained, tree)
+def _split_kv[T](tree: T, mesh: Mesh | None) -> T:
+    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, _kv_shardings(tree, mesh))
+
+
+def place_cache(cache: KVCache, mesh: Mesh | None) -> KVCache:
+    """A cache of arrays on the host, on the devices of `mesh`."""
+    return jax.device_put(cache, None if mesh is None else _kv_shardings(cache, mesh))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "slots", "dtype", "quantized", "mesh"))
@@ -116,7 +118,7 @@ def new_cache(
     slot."""
     cache = empty_cache(config, slots, dtype, quantized=quantized, key_channels=key_channels)
     cache = cache if visual_start is None else cache._replace(visual_start=jnp.int32(visual_start))
-    return split_kv(cache, mesh)
+    return _split_kv(cache, mesh)
 
 
 @functools.partial(program, donate_argnames="cache")
@@ -269,7 +271,7 @@ def empty_rows(
     def arrays(exact: int = 0) -> RowArray:
         return tuple(array(rows, exact) for _ in range(layers)) if separate else array(layers * rows, exact)
 
-    return split_kv(RowCache(arrays(key_channels), arrays(), none, none, none), mesh)
+    return _split_kv(RowCache(arrays(key_channels), arrays(), none, none, none), mesh)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "rows", "slots", "dtype", "separate", "mesh"))
@@ -281,7 +283,7 @@ def empty_state(
     keys = jnp.broadcast_to(jax.random.key(0), (rows,))
     none, zero = jnp.zeros(rows, jnp.int32), jnp.zeros(rows)
     state = RowState(none, text, keys, jnp.ones(rows, bool), jnp.ones(rows, bool)), Sampling(zero, zero)
-    return split_kv(state, mesh)
+    return _split_kv(state, mesh)
 
 
 @functools.partial(jax.jit, static_argnames="layers", donate_argnames="target")

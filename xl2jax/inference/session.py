@@ -279,7 +279,8 @@ def text_size(tokens: int) -> int:
 def new_text(network: Network, suffix: SuffixIds, new_tokens: int) -> KVCache:
     """An empty cache for a suffix. Raises UserError where there is no memory for it and `new_tokens` more."""
     slots = text_slots(network, int(suffix.end) + new_tokens)
-    need, free = slots * memory.slot_bytes(network.config, network.dtype), memory.available_bytes()
+    slot = memory.slot_bytes(network.config, network.dtype, tensor=network.tensor)
+    need, free = slots * slot, memory.available_bytes(network.mesh)
     if need > free:
         raise UserError(
             f"the question and up to {new_tokens} new tokens need {need / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are "

@@ -80,9 +80,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def shard_bytes(name: str, leaf: jax.ShapeDtypeStruct, tensor: int) -> int:
+def shard_bytes(name: str, leaf: jax.Array | jax.ShapeDtypeStruct, tensor: int) -> int:
     """Bytes of a parameter that each of `tensor` devices holds in inference."""
-    whole = math.prod(leaf.shape) * leaf.dtype.itemsize
+    whole: int = math.prod(leaf.shape) * leaf.dtype.itemsize
     if tensor == 1 or not name.startswith("llm."):
         return whole
     axis = _tensor_axis(name, len(leaf.shape), 1 if ".layers." in name else 0)
@@ -157,6 +157,12 @@ def head_copies(config: VideoXL2Config, tensor: int) -> int:
 def with_head_copies(config: VideoXL2Config, copies: int) -> VideoXL2Config:
     """The config of a model each of whose KV heads is there `copies` times. It computes the same."""
     llm = dataclasses.replace(config.llm, kv_heads=config.llm.kv_heads * copies)
+    return config if copies == 1 else dataclasses.replace(config, llm=llm)
+
+
+def without_head_copies(config: VideoXL2Config, copies: int) -> VideoXL2Config:
+    """The inverse of `with_head_copies`."""
+    llm = dataclasses.replace(config.llm, kv_heads=config.llm.kv_heads // copies)
     return config if copies == 1 else dataclasses.replace(config, llm=llm)
 
 
