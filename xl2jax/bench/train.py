@@ -50,6 +50,8 @@ class TrainBenchArgs:
     """Devices over which parameters are sharded; by default all."""
     tensor: int = 1
     """Devices over which each layer is split."""
+    devices: int | None = None
+    """Devices that take part; by default all."""
     steps: int = 5
     """Optimizer steps that are timed."""
     answer_tokens: int = 64
@@ -58,10 +60,12 @@ class TrainBenchArgs:
     """Prints the rows as JSON."""
 
 
-def train_rows(args: TrainBenchArgs) -> Iterator[dict[str, Any]]:
-    """Yields the rates of the card, then the step: its median seconds after a first step that compiles."""
-    rates = ceilings() if jax.default_backend() == "gpu" else {}
-    yield rates
+def train_rows(args: TrainBenchArgs, rates: dict[str, float] | None = None) -> Iterator[dict[str, Any]]:
+    """Yields the rates of the card, unless they are given, then the step: its median seconds after a first step that
+    compiles."""
+    if rates is None:
+        rates = ceilings() if jax.default_backend() == "gpu" else {}
+        yield rates
     model = PRESETS[args.preset].with_weights(args.weights)
     config = dataclasses.replace(
         TRAINING["stage4"],
@@ -74,7 +78,7 @@ def train_rows(args: TrainBenchArgs) -> Iterator[dict[str, Any]]:
         lora_rank=0 if args.train == "all" else args.lora_rank,
         train=("projector.*",) if args.train == "lora+projector" else None,
     )
-    mesh = make_mesh(config.fsdp, config.tensor)
+    mesh = make_mesh(config.fsdp, config.tensor, args.devices)
     step = StepConfig(model, config.lora, config.compute_dtype, remat=True)
     shapes = parameter_shapes(model, config.lora)
     names = trained_names(config, list(shapes))
@@ -116,7 +120,7 @@ def train_rows(args: TrainBenchArgs) -> Iterator[dict[str, Any]]:
         "rows": rows,
         "step_s": median,
         "tokens_per_s": rows * tokens / median,
-        "tflops_per_device": operations / median / jax.device_count() / 1e12,
+        "tflops_per_device": operations / median / mesh.size / 1e12,
         "first_step_s": first,
         "peak_gib": memory.peak_bytes() / 2**30,
         "loss_first": losses[0],

@@ -16,20 +16,24 @@ from xl2jax.errors import UserError
 BATCH_AXES = ("data", "fsdp")
 
 
-def make_mesh(fsdp: int | None, tensor: int) -> Mesh:
-    """A mesh over all devices. The data axis gets the devices that `fsdp` and `tensor` leave; fsdp None leaves none.
+def make_mesh(fsdp: int | None, tensor: int, count: int | None = None) -> Mesh:
+    """A mesh over the first `count` devices, by default all. The data axis gets the devices that `fsdp` and `tensor`
+    leave; fsdp None leaves none.
 
     Raises:
       UserError: the number of devices is not divisible by the axes.
     """
-    devices = jax.device_count()
+    devices = jax.device_count() if count is None else count
+    if not 1 <= devices <= jax.device_count():
+        raise UserError(f"--devices {devices}: {jax.device_count()} are there")
     if tensor < 1 or devices % tensor:
         raise UserError(f"--tensor {tensor} does not divide {devices} devices")
     fsdp = devices // tensor if fsdp is None else fsdp
     if fsdp < 1 or devices // tensor % fsdp:
         raise UserError(f"--fsdp {fsdp} with --tensor {tensor} does not divide {devices} devices")
     shape = (devices // tensor // fsdp, fsdp, tensor)
-    return jax.make_mesh(shape, (*BATCH_AXES, "tensor"), axis_types=(AxisType.Auto,) * 3)
+    names, types = (*BATCH_AXES, "tensor"), (AxisType.Auto,) * 3
+    return jax.make_mesh(shape, names, axis_types=types, devices=jax.devices()[:devices])
 
 
 def check_tensor(config: VideoXL2Config, tensor: int) -> None:
