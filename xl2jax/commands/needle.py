@@ -12,11 +12,21 @@ from typing import Literal, cast
 
 import tyro
 
-import xl2jax
-from xl2jax.commands.flags import DEFAULT_CHECKPOINT, PrefillFlags, choices, require_checkpoint, shares, whole_numbers
+from xl2jax.checkpoint.params import stored_config
+from xl2jax.checkpoint.sources import find_checkpoint
+from xl2jax.commands.flags import (
+    DEFAULT_CHECKPOINT,
+    DeviceFlags,
+    PrefillFlags,
+    choices,
+    require_checkpoint,
+    shares,
+    whole_numbers,
+)
 from xl2jax.config import FRAMES_PER_GROUP, Weights
 from xl2jax.evaluation.needle import KINDS, NeedleConfig, needle, parse_modes, summary
 from xl2jax.evaluation.questions import NEEDLE_KINDS, Kind
+from xl2jax.inference.api import load_copies
 from xl2jax.inference.bilevel import BilevelConfig
 from xl2jax.inference.relevance import AttentionScorer
 from xl2jax.inference.video_cache import CacheConfig
@@ -66,6 +76,7 @@ class Args:
     """dtype of parameters and activations; by default that of the checkpoint."""
     weights: Weights | None = None
     """Quantises the LLM's matrices to 8 or 4 bits on loading."""
+    devices: tyro.conf.OmitArgPrefixes[DeviceFlags] = dataclasses.field(default_factory=DeviceFlags)
     json: bool = False
     """Prints one JSON object instead of a table."""
     plot: Path | None = None
@@ -73,6 +84,7 @@ class Args:
 
     def config(self) -> NeedleConfig:
         """Raises UserError for flags out of range."""
+        self.devices.devices()
         return NeedleConfig(
             frames=tuple(whole_numbers("--frames", self.frames, FRAMES_PER_GROUP)),
             depths=tuple(shares("--depths", self.depths)),
@@ -96,9 +108,11 @@ def main() -> None:
     require_checkpoint(args.checkpoint)
     if args.plot is not None:
         check_file_target(args.plot)
+    devices = args.devices.devices()
+    devices.check(stored_config(find_checkpoint(args.checkpoint), args.weights))
     start_backend()
-    model = xl2jax.load(args.checkpoint, dtype=args.dtype, weights=args.weights)
-    results = needle(config, model)
+    models = load_copies(args.checkpoint, devices, dtype=args.dtype, weights=args.weights)
+    results = needle(config, models)
     rows = summary(results)
     if args.plot is not None:
         from xl2jax.evaluation.figures import plot_needle

@@ -28,6 +28,7 @@ from xl2jax.evaluation.scenes import Scene, make_scene, scene_clip
 from xl2jax.inference.answering import Answer
 from xl2jax.inference.api import Model
 from xl2jax.inference.bilevel import BilevelConfig
+from xl2jax.inference.copies import share
 from xl2jax.inference.layout import PrefillConfig
 from xl2jax.inference.relevance import AttentionScorer
 from xl2jax.inference.selection import RelevanceConfig
@@ -193,11 +194,17 @@ def _recall(results: Sequence[Result]) -> float | None:
     return sum(picked) / len(picked) if picked else None
 
 
-def needle(config: NeedleConfig, model: Model) -> list[Result]:
-    """Runs all cases with a progress bar on stderr."""
+def needle(config: NeedleConfig, models: Sequence[Model]) -> list[Result]:
+    """Runs all cases, which copies of a model share, with a progress bar on stderr."""
     cases = list(make_cases(config))
     for length, kind in itertools.product(config.frames, config.kinds):
         if not any(q.kind == kind for c in cases if c.frames == length for q in c.questions):
             raise UserError(f"--kinds {kind}: no such question about {length} frames with {config.others} other shapes")
-    bar = tqdm(cases, "needle", unit="video", file=sys.stderr)
-    return [result for case in bar for result in run_case(model, case, config)]
+    with tqdm(total=len(cases), desc="needle", unit="video", file=sys.stderr) as bar:
+
+        def run(model: Model, case: Case) -> list[Result]:
+            results = list(run_case(model, case, config))
+            bar.update()
+            return results
+
+        return [result for results in share(models, run, cases) for result in results]
