@@ -180,6 +180,10 @@ def _video_row(
     check_bilevel(bilevel, setup.layout)
     compiling = timed(lambda: setup.prefill(segments=1))[0]
     prefill, kv = timed(setup.prefill)
+    if prefill < 4:  # short ones vary
+        del kv
+        again, kv = timed(setup.prefill)
+        prefill = min(prefill, again)
     session.pooled_kv(setup.network, kv, bilevel.pool)  # made once for a video
 
     def question() -> Any:
