@@ -159,7 +159,7 @@ def test_a_wrong_split_is_one_line_before_anything_is_loaded(
     ]
     for main, *arguments in calls:
         assert expected in refused(main, *arguments, *flags)
-    assert "--data 2 needs 2 devices" in refused(verify.main, goldens / "tiny", "--data", 2)
+    assert "--copies 2 needs 2 devices" in refused(verify.main, goldens / "tiny", "--copies", 2)
 
 
 def test_the_plan_counts_each_device(command: Callable[..., tuple[int, str, str]]) -> None:

@@ -28,7 +28,7 @@ from xl2jax.inference.decoding import MOST_TOGETHER
 from xl2jax.inference.layout import PrefillConfig
 from xl2jax.inference.selection import check_bilevel
 from xl2jax.models.param_tree import flatten, unflatten
-from xl2jax.models.sharding import Devices, check_split, head_copies, inference_sharding, tensor_mesh
+from xl2jax.models.sharding import check_split, head_copies, inference_sharding, tensor_mesh
 from xl2jax.ops.attention import check_name
 from xl2jax.ops.split import TENSOR, on_parts, part_of
 
@@ -101,7 +101,8 @@ class CardsArgs:
         if self.cards is None:
             return [1 << i for i in range(there.bit_length())]
         counts = sorted(set(whole_numbers("--cards", self.cards)) | {1})
-        Devices(data=counts[-1]).meshes()
+        if counts[-1] > there:
+            raise UserError(f"--cards {counts[-1]}: {there} are there")
         return counts
 
 

@@ -131,9 +131,9 @@ def run() -> int:
 
             def ask(model: Model, number: int) -> int:
                 run = Run(ModelEngine(model), log, table, strict=args.strict, number=number, ended=ended)
-                return run.run(mine[number :: devices.data])
+                return run.run(mine[number :: devices.copies])
 
-            share(models, ask, range(devices.data))
+            share(models, ask, range(devices.copies))
     if shard[1] > 1:
         logger.info("shard %s is done; when all are: xl2jax eval merge %s", args.shard, args.output)
         return 0

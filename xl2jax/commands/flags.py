@@ -44,11 +44,11 @@ class TensorFlags:
 class DeviceFlags(TensorFlags):
     """How many devices of this host are used."""
 
-    data: int = 1
+    copies: int = 1
     """Copies of the model, which take the videos in turn; each has as many devices as --tensor says."""
 
     def devices(self) -> Devices:
-        return Devices(self.tensor, self.data)
+        return Devices(self.tensor, self.copies)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -77,7 +77,7 @@ def _sections(folder: Path, args: Args) -> tuple[str, ...]:
     devices.check(VideoXL2Config.from_hf(folder / "checkpoint").with_weights(args.weights))
     if "train" in chosen and devices.count > 1:
         if args.only is not None:
-            raise UserError(f"--only {args.only}: training is verified on one device: leave out --tensor and --data")
+            raise UserError(f"--only {args.only}: training is verified on one device: leave out --tensor and --copies")
         chosen = tuple(s for s in chosen if s != "train")
     if "train" in chosen and args.weights is not None:
         if args.only is not None:

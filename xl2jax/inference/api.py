@@ -437,7 +437,7 @@ def load_copies(
     progress: bool = False,
     verify_checksums: bool = True,
 ) -> list[Model]:
-    """Loads `devices.data` copies of a model, each split over `devices.tensor` devices. The checkpoint is read once.
+    """Loads `devices.copies` copies of a model, each split over `devices.tensor` devices. The checkpoint is read once.
 
     `xl2jax.inference.copies` shares work out among them. Arguments and errors are those of `load`.
     """

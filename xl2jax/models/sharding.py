@@ -98,16 +98,16 @@ class Devices:
 
     tensor: int = 1
     """Devices over which each copy is split."""
-    data: int = 1
+    copies: int = 1
     """Copies of the model."""
 
     def __post_init__(self) -> None:
         require_whole("--tensor", self.tensor, 1)
-        require_whole("--data", self.data, 1)
+        require_whole("--copies", self.copies, 1)
 
     @property
     def count(self) -> int:
-        return self.tensor * self.data
+        return self.tensor * self.copies
 
     def check(self, config: VideoXL2Config) -> None:
         """Raises UserError where the model cannot be split over so many devices."""
@@ -118,13 +118,13 @@ class Devices:
 
         Raises UserError where there are not enough devices.
         """
-        devices = jax.devices()
+        devices = jax.local_devices()
         if self.count > len(devices):
-            flags = f"--tensor {self.tensor}" + (f" with --data {self.data}" if self.data > 1 else "")
+            flags = f"--tensor {self.tensor}" + (f" with --copies {self.copies}" if self.copies > 1 else "")
             raise UserError(f"{flags} needs {self.count} devices, {len(devices)} are there ({devices[0].device_kind})")
         if self.count == 1:
             return (None,)
-        return tuple(tensor_mesh(devices[i * self.tensor : (i + 1) * self.tensor]) for i in range(self.data))
+        return tuple(tensor_mesh(devices[i * self.tensor : (i + 1) * self.tensor]) for i in range(self.copies))
 
 
 def tensor_mesh(devices: Sequence[jax.Device]) -> Mesh:
