@@ -6,8 +6,10 @@ Some programs return hidden states that only `verify` reads, so that it checks t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,7 +41,29 @@ def program(function: Callable[..., Any], **options: Any) -> Any:
         with network.precision(), network.in_mesh():
             return function(network, *args, **kwargs)
 
-    return jax.jit(precise, compiler_options=COMPILER_OPTIONS, **options)
+    return _Program(jax.jit(precise, compiler_options=COMPILER_OPTIONS, **options))
+
+
+class _Program:
+    """A jitted function. Where it runs on several devices, one thread launches it at a time.
+
+    Devices that exchange something wait for each other. All of them must begin such programs in the same order, and two
+    threads that launch at once could mix the orders up.
+    """
+
+    _launching = threading.RLock()
+
+    def __init__(self, jitted: Any):
+        self._jitted = jitted
+
+    def __call__(self, tree: Any, *args: Any, **kwargs: Any) -> Any:
+        first = next((x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)), None)
+        split = not isinstance(first, jax.core.Tracer | None) and len(first.sharding.device_set) > 1
+        with self._launching if split else contextlib.nullcontext():
+            return self._jitted(tree, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._jitted, name)
 
 
 @functools.partial(program, static_argnames="frames_at_once")
@@ -71,6 +95,7 @@ def encode(network: Network, frames: jax.Array, *, frames_at_once: int) -> jax.A
     return whole(visual, 1)[:, :groups].reshape(-1, *visual.shape[2:])
 
 
+@_Program
 @jax.jit
 def checksum(x: jax.Array) -> jax.Array:
     """A uint32 hash of all bits of an array, for telling checkpoints apart. A changed or moved element goes unnoticed
@@ -82,6 +107,7 @@ def checksum(x: jax.Array) -> jax.Array:
     return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)
 
 
+@_Program
 @jax.jit
 def all_finite(tree: Any) -> jax.Array:
     """Whether every floating-point element of a pytree is finite."""
