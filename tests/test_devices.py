@@ -225,10 +225,9 @@ from xl2jax.models.sharding import Devices
 folder, sections, tensor, data, weights = sys.argv[1], sys.argv[2].split(","), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
 meshes = Devices(tensor, data).meshes()
 rows = []
-for mesh in {0: meshes[0], len(meshes) - 1: meshes[-1]}.values():
-    with tempfile.TemporaryDirectory() as scratch:
-        rows += verify(Path(folder), sections, Path(scratch) / "c", dtype="float64", mesh=mesh,
-                       weights=None if weights == "None" else weights)
+with tempfile.TemporaryDirectory() as scratch:
+    rows += verify(Path(folder), sections, Path(scratch) / "c", dtype="float64", mesh=meshes[-1],
+                   weights=None if weights == "None" else weights)
 print(json.dumps([[r.name, r.relative_l2, r.ok] for r in rows]))
 """
 
@@ -246,10 +245,12 @@ def test_goldens_on_two_devices(goldens: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("tensor", "data"), [(8, 1), (4, 2), (1, 8)])
-def test_goldens_on_every_mesh_of_eight_devices(tensor: int, data: int, goldens: Path) -> None:
-    """8 heads and 2 KV heads, of which 8 devices hold four copies each, and 4 devices two. The first copy and the last."""
-    check_goldens(goldens / "wide", "dense,chunked,bilevel", tensor, data)
+@pytest.mark.parametrize(
+    ("tensor", "copies", "sections"), [(8, 1, "dense,chunked,bilevel"), (4, 2, "chunked,bilevel"), (1, 8, "bilevel")]
+)
+def test_goldens_on_every_mesh_of_eight_devices(tensor: int, copies: int, sections: str, goldens: Path) -> None:
+    """The last copy of the model. Of 2 KV heads 8 devices hold four copies each, and 4 devices two."""
+    check_goldens(goldens / "wide", sections, tensor, copies)
 
 
 @pytest.mark.slow
@@ -259,6 +260,7 @@ def test_goldens_of_quantised_matrices_on_two_devices(goldens: Path) -> None:
 
 ANSWERS = """
 import json, sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import jax
 import xl2jax
@@ -267,49 +269,53 @@ from xl2jax.inference.copies import share
 from xl2jax.inference.store import load_cache, model_key, save_cache
 from xl2jax.models.sharding import Devices
 checkpoint, clip, folder = map(Path, sys.argv[1:4])
-weights = None if sys.argv[4] == "None" else sys.argv[4]
+weights, cache = None if sys.argv[4] == "None" else sys.argv[4], xl2jax.CacheConfig(**json.loads(sys.argv[5]))
+questions = ["What?", "Who is it?", "Where?"]
 one = xl2jax.load(checkpoint, weights=weights)
 many = load_copies(checkpoint, Devices(2, 2), weights=weights)
-out = {"fingerprints": [m.fingerprint for m in (one, *many)], "rows": []}
-for cache in (xl2jax.CacheConfig(offload=True), xl2jax.CacheConfig("int8")):
-    key = {"prefill": {"chunk_groups": 4, "window_chunks": 3}} | model_key(one, cache)
+key = {"prefill": {"chunk_groups": 4, "window_chunks": 3}} | model_key(one, cache)
 
-    def watch_and_ask(model, number):
-        video = model.watch(clip, cache=cache)
-        save_cache(folder / f"{number}.kv", video, key)
-        many = model.ask_many([(video, q) for q in ("What?", "Who is it?", "Where?")], max_new_tokens=12)
-        scores = [c.score for c in many[0].chunks]
-        return [a.text for a in many], scores, video.device_bytes, [str(x.sharding) for x in jax.tree.leaves(video.kv.cache.k)]
+def watch_and_ask(model, number):
+    video = model.watch(clip, cache=cache)
+    save_cache(folder / f"{number}.kv", video, key)
+    many = model.ask_many([(video, q) for q in questions], max_new_tokens=12)
+    scores = [c.score for c in many[0].chunks]
+    return [a.text for a in many], scores, video.device_bytes, [str(x.sharding) for x in jax.tree.leaves(video.kv.cache.k)]
 
-    results = [watch_and_ask(one, 0), *share(many, watch_and_ask, [1, 2])]
-    read = [
-        model.ask(load_cache(folder / f"{n}.kv", model, key, clip, xl2jax.BilevelConfig(), cache), "What?", max_new_tokens=12).text
-        for model, n in ((one, 2), (many[1], 0))
-    ]
-    out["rows"].append([results, read])
-print(json.dumps(out))
+results = [watch_and_ask(one, 0), *share(many, watch_and_ask, [1, 2])]
+read = [load_cache(folder / f"{n}.kv", model, key, clip, xl2jax.BilevelConfig(), cache) for model, n in ((one, 2), (many[1], 0))]
+with ThreadPoolExecutor(3) as pool:
+    at_once = list(pool.map(lambda q: many[1].ask(read[1], q, max_new_tokens=12).text, questions))
+print(json.dumps({
+    "fingerprints": [m.fingerprint for m in (one, *many)],
+    "results": results,
+    "read": one.ask(read[0], questions[0], max_new_tokens=12).text,
+    "at_once": at_once,
+}))
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("weights", [None, "int8", "int4"])
-def test_answers_and_cache_files_are_those_of_one_device(weights: str | None, clip: Path, tmp_path: Path) -> None:
-    """Copies of two devices each, with offloaded KV and with KV in 8 bits. Files of one suit the others."""
+@pytest.mark.parametrize(("weights", "cache"), [(None, {"offload": True}), ("int4", {"dtype": "int8"})])
+def test_answers_and_cache_files_are_those_of_one_device(
+    weights: str | None, cache: dict[str, Any], clip: Path, tmp_path: Path
+) -> None:
+    """Copies of two devices each. Their files and those of one device suit each other, and threads ask at once."""
     from xl2jax.testing import make_checkpoint
 
     base = PRESETS["tiny"]
     llm = dataclasses.replace(base.llm, width=64, heads=8, kv_heads=2, head_width=32, mlp_width=256)
     make_checkpoint(tmp_path / "model", dataclasses.replace(base, llm=llm))
-    out = on_devices(ANSWERS, tmp_path / "model", clip, tmp_path, weights, devices=4)
+    out = on_devices(ANSWERS, tmp_path / "model", clip, tmp_path, weights, json.dumps(cache), devices=4)
     assert len(set(out["fingerprints"])) == 1
-    for (alone, *others), read in out["rows"]:
-        texts, scores, size, _ = alone
-        for other_texts, other_scores, other_size, shardings in others:
-            assert other_texts == texts
-            assert np.allclose(other_scores, scores, rtol=1e-4)
-            assert other_size == pytest.approx(size / 2, rel=0.01)
-            assert all("'tensor'" in s for s in shardings)
-        assert read == [texts[0]] * 2
+    (texts, scores, size, _), *others = out["results"]
+    for other_texts, other_scores, other_size, shardings in others:
+        assert other_texts == texts
+        assert np.allclose(other_scores, scores, rtol=2e-3)  # a code of 8 bits may be the next one
+        assert other_size == pytest.approx(size / 2, rel=0.01)
+        assert all("'tensor'" in s for s in shardings)
+    assert out["read"] == texts[0]
+    assert out["at_once"] == texts
 
 
 PROGRAMS = """
