@@ -24,9 +24,9 @@ from xl2jax.config import PRESETS
 from xl2jax.errors import UserError
 from xl2jax.inference import memory
 from xl2jax.inference.copies import share
+from xl2jax.inference.devices import Devices
 from xl2jax.models.param_tree import flatten
 from xl2jax.models.sharding import (
-    Devices,
     check_split,
     copy_heads,
     head_copies,
@@ -221,7 +221,7 @@ from pathlib import Path
 import jax
 jax.config.update("jax_enable_x64", True)
 from xl2jax.evaluation.verify import verify
-from xl2jax.models.sharding import Devices
+from xl2jax.inference.devices import Devices
 folder, sections, tensor, data, weights = sys.argv[1], sys.argv[2].split(","), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
 meshes = Devices(tensor, data).meshes()
 rows = []
@@ -267,7 +267,7 @@ import xl2jax
 from xl2jax.inference.api import load_copies
 from xl2jax.inference.copies import share
 from xl2jax.inference.store import load_cache, model_key, save_cache
-from xl2jax.models.sharding import Devices
+from xl2jax.inference.devices import Devices
 checkpoint, clip, folder = map(Path, sys.argv[1:4])
 weights, cache = None if sys.argv[4] == "None" else sys.argv[4], xl2jax.CacheConfig(**json.loads(sys.argv[5]))
 questions = ["What?", "Who is it?", "Where?"]

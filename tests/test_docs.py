@@ -127,6 +127,11 @@ OTHERS = {"--gpus", "--help", "--local-dir", "--rm"} | {
     "--output_path",
     "--log_samples",
     "--model_args",
+    "--array",
+    "--gres",
+    "--cpus-per-task",
+    "--requeue",
+    "--xla_force_host_platform_device_count",
 }
 """Flags of Docker, of the hub's client, of every command, and of lmms-eval."""
 

@@ -108,16 +108,12 @@ def run() -> int:
         )
         # Other files may hold the same parameters, in another layout: only the loaded model tells.
         if left or earlier is None or earlier.files != files:
-            from xl2jax.checkpoint.params import stored_config
-            from xl2jax.checkpoint.sources import find_checkpoint
-            from xl2jax.inference.api import load_copies
-            from xl2jax.inference.copies import share
+            import xl2jax
             from xl2jax.system.backend import start_backend
 
             devices = args.devices.devices()
-            devices.check(stored_config(find_checkpoint(args.checkpoint), args.weights))
             start_backend()
-            models = load_copies(args.checkpoint, devices, dtype=args.dtype, weights=args.weights, progress=True)
+            models = xl2jax.load_copies(args.checkpoint, devices, dtype=args.dtype, weights=args.weights, progress=True)
             model, ended = models[0], threading.Event()
             info = RunInfo(
                 xl2jax=version("xl2jax"),
@@ -133,7 +129,7 @@ def run() -> int:
                 run = Run(ModelEngine(model), log, table, strict=args.strict, number=number, ended=ended)
                 return run.run(mine[number :: devices.copies])
 
-            share(models, ask, range(devices.copies))
+            xl2jax.share(models, ask, range(devices.copies))
     if shard[1] > 1:
         logger.info("shard %s is done; when all are: xl2jax eval merge %s", args.shard, args.output)
         return 0

@@ -10,8 +10,8 @@ from typing import Literal
 
 from xl2jax.errors import UserError
 from xl2jax.inference.bilevel import BilevelConfig
+from xl2jax.inference.devices import Devices
 from xl2jax.inference.layout import PrefillConfig
-from xl2jax.models.sharding import Devices
 
 DEFAULT_CHECKPOINT = Path(__file__).parents[2] / "checkpoints" / "demo"
 """The bundled checkpoint of a source checkout. An installed wheel has none."""

@@ -74,7 +74,6 @@ def _sections(folder: Path, args: Args) -> tuple[str, ...]:
     available = tuple(s for s in SECTIONS if (expected / f"{STEMS.get(s, s)}.safetensors").is_file())
     chosen = available if args.only is None else tuple(choices("--only", args.only, SECTIONS))
     devices = args.devices.devices()
-    devices.check(VideoXL2Config.from_hf(folder / "checkpoint").with_weights(args.weights))
     if "train" in chosen and devices.count > 1:
         if args.only is not None:
             raise UserError(f"--only {args.only}: training is verified on one device: leave out --tensor and --copies")
@@ -85,7 +84,9 @@ def _sections(folder: Path, args: Args) -> tuple[str, ...]:
         chosen = tuple(s for s in chosen if s != "train")
     if not (folder / "case.json").is_file():
         raise UserError(f"{folder}: not a case folder (no case.json)")
-    width = VideoXL2Config.from_hf(folder / "checkpoint").vision.width
+    config = VideoXL2Config.from_hf(folder / "checkpoint")
+    devices.check(config.with_weights(args.weights))
+    width = config.vision.width
     if "train" in chosen and args.dtype == "float32" and width == NORM_GROUPS:
         reason = (
             f"{folder}: vision width {width} normalises one channel a group: float32 is too coarse for its gradients"

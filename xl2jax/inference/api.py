@@ -34,6 +34,7 @@ from xl2jax.inference import compiled, memory
 from xl2jax.inference.answering import Answer, Answering, decode
 from xl2jax.inference.bilevel import BilevelConfig
 from xl2jax.inference.decoding import MOST_TOGETHER
+from xl2jax.inference.devices import Devices
 from xl2jax.inference.generate import TokenSampling, check_answer_options
 from xl2jax.inference.layout import PrefillConfig, VideoLayout
 from xl2jax.inference.network import LARGE_KEY_BIAS, Network
@@ -42,7 +43,7 @@ from xl2jax.inference.selection import RelevanceConfig, check_bilevel
 from xl2jax.inference.video_cache import CacheConfig, WatchedVideo
 from xl2jax.inference.watching import Watching
 from xl2jax.models.param_tree import flatten
-from xl2jax.models.sharding import Devices, head_copies, single_heads, with_head_copies, without_head_copies
+from xl2jax.models.sharding import head_copies, single_heads, with_head_copies, without_head_copies
 from xl2jax.prompt import PREFIX, PromptTokenizer, Turn, suffix
 from xl2jax.video.clip import Backend, Clip, FrameSampling, open_video
 

@@ -74,7 +74,11 @@ class WatchedVideo:
             if self.closed:
                 return 0
             arrays = jax.tree.leaves((self.kv.cache, dict(self.kv.pooled)))
-            return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in arrays)
+            return sum(
+                math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+                for x in arrays
+                if isinstance(x, jax.Array)
+            )
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
