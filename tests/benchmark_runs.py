@@ -137,7 +137,7 @@ def main(data: Path, out: Path, kills: int) -> None:
     """Runs in processes that are killed after a random time, and at last in one that is not."""
     patches: dict[tuple[Any, str], Any] = {
         (engine, "ModelEngine"): lambda model: StubEngine(0.002),
-        (xl2jax, "load"): lambda *args, **options: stub_model(),
+        (xl2jax, "load_copies"): lambda *args, **options: [stub_model()],
         (checkpoint_identity, "files_identity"): lambda checkpoint: "files",
         (backend, "start_backend"): lambda: None,
         (report, "plot"): lambda *args: None,

@@ -75,7 +75,7 @@ def test_answers_are_those_of_the_library(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With a last group that is filled."""
-    monkeypatch.setattr(xl2jax, "load", lambda *args, **options: model)
+    monkeypatch.setattr(xl2jax, "load_copies", lambda *args, **options: [model])
     data = DataFolder(small)
     task = find_task("synthetic", "upstream")
     row = data.rows(task)[0]

@@ -56,7 +56,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stub(monkeypatch: pytest.MonkeyPatch) -> StubEngine:
     made = StubEngine()
     monkeypatch.setattr(engine, "ModelEngine", lambda model: made)
-    monkeypatch.setattr(xl2jax, "load", lambda *args, **options: stub_model())
+    monkeypatch.setattr(xl2jax, "load_copies", lambda *args, **options: [stub_model()])
     monkeypatch.setattr(checkpoint_identity, "files_identity", lambda checkpoint: "files")
     monkeypatch.setattr(backend, "start_backend", lambda: None)
     monkeypatch.setattr(report, "plot", lambda *args: None)  # drawing takes longer than all the rest
@@ -132,7 +132,7 @@ def test_other_settings_are_not_mixed(
     assert command(evaluate.main, *flags(data, b, "--shard", "1/2", "--setting", "chunked"))[0] == 0
     assert "different settings (setting" in refused(evaluate.main, "merge", a, b, "-o", tmp_path / "m")
     assert not (tmp_path / "m").exists()
-    monkeypatch.setattr(xl2jax, "load", lambda *args, **options: stub_model("another"))
+    monkeypatch.setattr(xl2jax, "load_copies", lambda *args, **options: [stub_model("another")])
     assert command(evaluate.main, *flags(data, c, "--shard", "1/2"))[0] == 0
     assert 'fingerprint: "abc", not "another"' in refused(evaluate.main, "merge", a, c, "-o", tmp_path / "m")
     assert "fingerprint" in refused(evaluate.main, *flags(data, a, "--shard", "1/2"))
@@ -155,12 +155,12 @@ def test_a_finished_run_is_not_taken_for_another(
         (("--weights", "int4"), 'weights: null, not "int4"'),
     ):
         assert words in refused(evaluate.main, *given, *further)
-    monkeypatch.setattr(xl2jax, "load", lambda *args, **options: stub_model("another"))
+    monkeypatch.setattr(xl2jax, "load_copies", lambda *args, **options: [stub_model("another")])
     monkeypatch.setattr(checkpoint_identity, "files_identity", lambda checkpoint: "other files")
     assert 'fingerprint: "abc", not "another"' in refused(evaluate.main, *given)
     assert (out / "report.md").read_text() == "the report"
     # The same parameters in other files are the same checkpoint.
-    monkeypatch.setattr(xl2jax, "load", lambda *args, **options: loaded.append(args) or stub_model())
+    monkeypatch.setattr(xl2jax, "load_copies", lambda *args, **options: loaded.append(args) or [stub_model()])
     assert command(evaluate.main, *given)[0] == 0
     assert len(loaded) == 1
     monkeypatch.setattr(checkpoint_identity, "files_identity", lambda checkpoint: "files")

@@ -121,29 +121,26 @@ def test_the_worked_example_of_the_architecture() -> None:
             np.testing.assert_array_equal(column[position], values if len(values) > 1 else values * len(position))
 
 
-OTHERS = (
-    {"--gpus", "--help", "--local-dir", "--rm"}
-    | {
-        "--array",
-        "--block",
-        "--cpus-per-task",
-        "--gpus-per-node",
-        "--head",
-        "--include-dashboard",
-        "--nodes",
-        "--ntasks",
-        "--ntasks-per-node",
-        "--requeue",
-    }
-    | {
-        "--model",
-        "--tasks",
-        "--output_path",
-        "--log_samples",
-        "--model_args",
-    }
-)
-"""Flags of Docker, of the hub's client, of every command, of lmms-eval, of Ray, and of SLURM."""
+OTHERS = {"--gpus", "--help", "--local-dir", "--rm"} | {
+    "--model",
+    "--tasks",
+    "--output_path",
+    "--log_samples",
+    "--model_args",
+    "--array",
+    "--block",
+    "--cpus-per-task",
+    "--gpus-per-node",
+    "--gres",
+    "--head",
+    "--include-dashboard",
+    "--nodes",
+    "--ntasks",
+    "--ntasks-per-node",
+    "--requeue",
+    "--xla_force_host_platform_device_count",
+}
+"""Flags of Docker, of the hub's client, of every command, of lmms-eval, of Ray, of SLURM, and of XLA."""
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.name != "cli.md"], ids=name_of)

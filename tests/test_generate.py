@@ -171,7 +171,7 @@ def test_answers_stay_in_their_rows_where_memory_is_short(
     assert {a._decoding.rows for a in answers} == {rows}  # type: ignore[union-attr]
     answers[1].close()
     answers[2].close()
-    monkeypatch.setattr(decoding.memory, "available_bytes", lambda: 0)
+    monkeypatch.setattr(decoding.memory, "available_bytes", lambda *_: 0)
     while not answers[0].finished:
         decode(answers[:1])
         assert answers[0]._decoding.rows is rows  # type: ignore[union-attr]
@@ -185,7 +185,7 @@ def test_answers_that_do_not_fit_together_are_decoded_in_parts(
     """No memory for rows: each answer reads its context where it is."""
     expected = [model.ask(watched, f"What is {n}?", max_new_tokens=12).text for n in range(2)]
     answers = [model.start_answer(watched, f"What is {n}?", max_new_tokens=12) for n in range(2)]
-    monkeypatch.setattr(decoding.memory, "available_bytes", lambda: 0)
+    monkeypatch.setattr(decoding.memory, "available_bytes", lambda *_: 0)
     texts = ["", ""]
     while running := [a for a in answers if not a.finished]:
         decode(running)
@@ -395,7 +395,7 @@ def test_a_refused_video_names_those_that_could_be_closed(
     model: xl2jax.Model, watched: xl2jax.WatchedVideo, clip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert watched.device_bytes > 0
-    monkeypatch.setattr(memory, "available_bytes", lambda: 0)
+    monkeypatch.setattr(memory, "available_bytes", lambda *_: 0)
     with pytest.raises(UserError, match=r"other watched videos hold .* GiB: close\(\) them"):
         model.watch(clip)
 
@@ -403,7 +403,7 @@ def test_a_refused_video_names_those_that_could_be_closed(
 def test_an_answer_too_long_for_memory(
     model: xl2jax.Model, watched: xl2jax.WatchedVideo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "available_bytes", lambda: 10**6)
+    monkeypatch.setattr(memory, "available_bytes", lambda *_: 10**6)
     with pytest.raises(UserError, match="shorten the question or ask for fewer new tokens"):
         model.ask(watched, "What?", max_new_tokens=100_000)
 

@@ -292,7 +292,7 @@ def test_a_video_too_long_for_memory(
     )
     plan = make_plan(layout, PrefillConfig(), "cpu")
     free = memory.memory_need(config, plan, layout, xl2jax.BilevelConfig(), "float32", "cpu").total
-    monkeypatch.setattr(memory, "available_bytes", lambda: free)
+    monkeypatch.setattr(memory, "available_bytes", lambda *_: free)
     line = refused(infer.main, *flags, "--max-frames", 120)
     assert "120 frames need" in line
     frames = int(line.split("--max-frames ")[1].split(")")[0])

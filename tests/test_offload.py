@@ -293,7 +293,7 @@ def test_advice_names_what_would_fit(
     need = memory.memory_need(
         model.config, watched.kv.plan, watched.kv.layout, BilevelConfig(), "float32", "cpu", quantized=True
     )
-    monkeypatch.setattr(memory, "available_bytes", lambda: need.total)
+    monkeypatch.setattr(memory, "available_bytes", lambda *_: need.total)
     flags = ("--video", clip, "--checkpoint", checkpoint, "--max-new-tokens", 2, "--question", QUESTION)
     line = refused(infer.main, *flags)
     assert line.endswith("all fit with --cache-dtype int8")

@@ -149,11 +149,11 @@ def test_a_model_too_large_for_memory(checkpoint: Path, monkeypatch: pytest.Monk
     need = memory.weight_bytes(load_params(checkpoint)[0], "float32")
     small = memory.weight_bytes(load_params(checkpoint)[0].with_weights("int8"), "float32")
     assert config.llm.weights is None
-    monkeypatch.setattr(memory, "available_bytes", lambda: (need + small) // 2)
+    monkeypatch.setattr(memory, "available_bytes", lambda *_: (need + small) // 2)
     with pytest.raises(UserError, match=r"the model needs .* --weights int8 needs"):
         xl2jax.load(checkpoint)
     assert xl2jax.load(checkpoint, weights="int8").config.llm.weights == "int8"
-    monkeypatch.setattr(memory, "available_bytes", lambda: small - 1)
+    monkeypatch.setattr(memory, "available_bytes", lambda *_: small - 1)
     with pytest.raises(UserError, match=r"--weights int4 needs"):
         xl2jax.load(checkpoint)
     with pytest.raises(UserError, match=r"the model needs [^;]* are free$"):

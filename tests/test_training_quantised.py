@@ -20,11 +20,12 @@ from xl2jax.config import PRESETS, Weights
 from xl2jax.errors import UserError
 from xl2jax.models.lora import LoRAConfig
 from xl2jax.models.param_tree import is_quantized
+from xl2jax.models.sharding import param_spec
 from xl2jax.training.config import PRESETS as STAGES
 from xl2jax.training.config import trained_names
 from xl2jax.training.loss import IGNORE, TokenBatch
 from xl2jax.training.report import memory_per_device
-from xl2jax.training.sharding import make_mesh, param_spec
+from xl2jax.training.sharding import make_mesh
 from xl2jax.training.state import parameter_shapes
 from xl2jax.training.step import StepConfig, Sums, gradients
 

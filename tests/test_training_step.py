@@ -20,10 +20,11 @@ from xl2jax.config import VideoXL2Config
 from xl2jax.errors import UserError
 from xl2jax.models.lora import LoRAConfig
 from xl2jax.models.param_tree import flatten
+from xl2jax.models.sharding import param_spec
 from xl2jax.ops.dense import dense_attention, padded_attention
 from xl2jax.training.config import PRESETS, TrainConfig, trained_names
 from xl2jax.training.loss import IGNORE, TokenBatch, cross_entropies
-from xl2jax.training.sharding import make_mesh, param_spec
+from xl2jax.training.sharding import make_mesh
 from xl2jax.training.state import abstract_state, merge_adapter, new_state, parameter_shapes
 from xl2jax.training.step import Params, StepConfig, Sums, TrainState, gradients, learning_rate, optimizer, update
 from xl2jax.training.telemetry import sample_flops

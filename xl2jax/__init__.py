@@ -36,8 +36,10 @@ if TYPE_CHECKING:
     from xl2jax.config import PRESETS, VideoXL2Config
     from xl2jax.errors import UserError
     from xl2jax.inference.answering import Answer
-    from xl2jax.inference.api import Model, load
+    from xl2jax.inference.api import Model, load, load_copies
     from xl2jax.inference.bilevel import BilevelConfig
+    from xl2jax.inference.copies import share
+    from xl2jax.inference.devices import Devices
     from xl2jax.inference.generate import TokenSampling
     from xl2jax.inference.layout import PrefillConfig
     from xl2jax.inference.relevance import AttentionScorer
@@ -50,7 +52,9 @@ _PUBLIC = {
     "config": ("PRESETS", "VideoXL2Config"),
     "errors": ("UserError",),
     "inference.answering": ("Answer",),
-    "inference.api": ("Model", "load"),
+    "inference.api": ("Model", "load", "load_copies"),
+    "inference.copies": ("share",),
+    "inference.devices": ("Devices",),
     "inference.bilevel": ("BilevelConfig",),
     "inference.generate": ("TokenSampling",),
     "inference.layout": ("PrefillConfig",),
@@ -62,7 +66,7 @@ _PUBLIC = {
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 
 __all__ = [  # noqa: RUF022 (in the order of use)
-    "load", "Model", "Answer", "WatchedVideo", "Chunk",
+    "load", "load_copies", "share", "Devices", "Model", "Answer", "WatchedVideo", "Chunk",
     "FrameSampling", "PrefillConfig", "BilevelConfig", "CacheConfig", "RelevanceConfig", "AttentionScorer", "TokenSampling",
     "VideoXL2Config", "PRESETS", "UserError",
 ]  # fmt: skip

@@ -96,8 +96,8 @@ def answer_rows(args: AnswersArgs) -> Iterator[dict[str, Any]]:
         each = list(itertools.islice(itertools.cycle(zip(setups, contexts, strict=True)), count))
         alone, together = [], []
         for run in range(args.repeats + 1):
-            separate = [_seconds([one], args.tokens) for one in each]
-            taken = _seconds(each, args.tokens)
+            separate = [decode_seconds([one], args.tokens) for one in each]
+            taken = decode_seconds(each, args.tokens)
             if run:  # the first one compiles
                 alone.append(sum(separate))
                 together.append(taken)
@@ -115,7 +115,7 @@ def answer_rows(args: AnswersArgs) -> Iterator[dict[str, Any]]:
         }
 
 
-def _seconds(answers: list[tuple[Setup, KVCache]], tokens: int) -> float:
+def decode_seconds(answers: list[tuple[Setup, KVCache]], tokens: int) -> float:
     """The time of all tokens but the first ones."""
     with contextlib.ExitStack() as opened:
         started = [

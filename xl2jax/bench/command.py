@@ -1,4 +1,4 @@
-"""`xl2jax bench prefill|decode|answers|read|kernels|e2e|serve|check|train`.
+"""`xl2jax bench prefill|decode|answers|read|kernels|e2e|cards|serve|check|train`.
 
 Every row of `prefill`, `decode`, `read` and `e2e --video` runs in a process of its own, so that it has its own peak
 memory and compilation. The other commands run in one process.
@@ -19,6 +19,7 @@ import jax
 import tyro
 
 from xl2jax.bench.answers import AnswersArgs, answer_rows
+from xl2jax.bench.cards import CardsArgs, card_rows
 from xl2jax.bench.e2e import E2EArgs, e2e_rows
 from xl2jax.bench.file import file_row, plot_rows
 from xl2jax.bench.kernels import KernelArgs, kernel_rows
@@ -81,6 +82,12 @@ def _answers(args: AnswersArgs) -> None:
     args.check()
     start_backend()
     _print_rows(answer_rows(args), args.json)
+
+
+def _cards(args: CardsArgs) -> None:
+    args.check()
+    start_backend(keep_programs=False)
+    _print_rows(card_rows(args), args.json)
 
 
 def _serve(args: ServeBenchArgs) -> None:
@@ -170,6 +177,7 @@ _COMMANDS: dict[str, tuple[type, Callable[..., None]]] = {
     "read": (ReadArgs, _read),
     "kernels": (KernelArgs, _kernels),
     "e2e": (E2EArgs, _e2e),
+    "cards": (CardsArgs, _cards),
     "serve": (ServeBenchArgs, _serve),
     "check": (CheckArgs, _check),
     "train": (TrainBenchArgs, _train),

@@ -100,7 +100,7 @@ def kernels_of(run: Callable[[], Any], limit: int) -> list[dict[str, Any]]:
     return [{"kernel": name, "calls": int(n), "ms": ms} for name, (n, ms) in ranked]
 
 
-class _Profiler:
+class Profiler:
     """Prints the costliest kernels of a stage to stderr, unless `limit` is 0."""
 
     def __init__(self, limit: int):
@@ -127,7 +127,7 @@ def random_frames(config: VideoXL2Config, count: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, size, size, 3), np.uint8)
 
 
-def vision_row(args: E2EArgs, params: nnx.State, ceiling: float, profile: _Profiler) -> dict[str, Any]:
+def vision_row(args: E2EArgs, params: nnx.State, ceiling: float, profile: Profiler) -> dict[str, Any]:
     """Frames per second of the tower alone, and of tower, DTS and projector."""
     config = PRESETS[args.preset].with_weights(args.weights)
     network = Network.create(config, params, args.attention)
@@ -165,7 +165,7 @@ def watch(setup: Setup, frames: np.ndarray) -> session.VideoKV:
 
 
 def cached_row(
-    setup: Setup, config: PrefillConfig, bilevel: BilevelConfig, ceiling: float, profile: _Profiler
+    setup: Setup, config: PrefillConfig, bilevel: BilevelConfig, ceiling: float, profile: Profiler
 ) -> dict[str, Any]:
     """Times the prefill of a video, a question about it, and the steps of its answer."""
     compiling = timed(lambda: setup.prefill(segments=1))[0]  # its cache is freed
@@ -208,7 +208,7 @@ def whole_row(setup: Setup, bilevel: BilevelConfig) -> dict[str, Any]:
     return {"pixels_to_first_token_s": timed(first_token)[0]}
 
 
-def video_row(args: E2EArgs, params: nnx.State, count: int, ceiling: float, profile: _Profiler) -> dict[str, Any]:
+def video_row(args: E2EArgs, params: nnx.State, count: int, ceiling: float, profile: Profiler) -> dict[str, Any]:
     """Times one video: prefill, a question, decoding, and the whole run. Its memory is freed afterwards."""
 
     def setup(config: PrefillConfig) -> Setup:
@@ -235,7 +235,7 @@ def e2e_rows(args: E2EArgs) -> Iterator[dict[str, Any]]:
     card = ceilings()
     yield {"stage": "card", **card}
     ceiling = card["matrix_tflops"] * 1e12
-    profile = _Profiler(args.profile)
+    profile = Profiler(args.profile)
     config = PRESETS[args.preset].with_weights(args.weights)
     if args.check:
         yield from check_rows(config, args.dtype, random_frames(config, 32), args.attention)

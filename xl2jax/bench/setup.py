@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from xl2jax.arithmetic import ceil_div
 from xl2jax.config import VideoXL2Config
@@ -63,10 +64,11 @@ class Setup:
         attention: str,
         *,
         quantized: bool = False,
+        mesh: Mesh | None = None,
     ):
-        """`quantized`: the video's KV is in 8 bits."""
+        """`quantized`: the video's KV is in 8 bits. `mesh`: the devices that `params` are split over."""
         self.quantized = quantized
-        self.network = Network.create(config, params, attention)
+        self.network = Network.create(config, params, attention, mesh=mesh)
         self.layout = VideoLayout(PREFIX, (TIMES,) * groups, config.visual_tokens)
         self.plan = make_plan(self.layout, prefill_config, self.network.platform, step_groups=step_groups)
         rng = np.random.default_rng(0)
@@ -74,7 +76,8 @@ class Setup:
         self._time_ids = rng.integers(0, vocab, (groups, TIMES)).tolist()
         self.suffix = session.suffix_ids(rng.integers(0, vocab, SUFFIX).tolist(), 0, SUFFIX // 2)
         shape = (self.plan.segment_groups, config.visual_tokens, config.llm.width)
-        self.visual = jax.random.normal(jax.random.key(1), shape, jnp.dtype(self.network.dtype)) * 0.02
+        visual = jax.random.normal(jax.random.key(1), shape, jnp.dtype(self.network.dtype)) * 0.02
+        self.visual = visual if mesh is None else jax.device_put(visual, self.network.whole)
 
     @property
     def segments(self) -> int:

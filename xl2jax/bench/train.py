@@ -17,11 +17,12 @@ from xl2jax.bench.setup import PREFIX, TIMES, timed
 from xl2jax.config import FRAMES_PER_GROUP, PRESETS, Weights
 from xl2jax.inference import memory
 from xl2jax.models.param_tree import is_quantized
+from xl2jax.models.sharding import param_sharding
 from xl2jax.training.batches import padded_groups, padded_tokens
 from xl2jax.training.config import PRESETS as TRAINING
 from xl2jax.training.config import TrainConfig, trained_names
 from xl2jax.training.loss import IGNORE, TokenBatch
-from xl2jax.training.sharding import batch_devices, batch_sharding, make_mesh, param_sharding
+from xl2jax.training.sharding import batch_devices, batch_sharding, make_mesh
 from xl2jax.training.state import abstract_state, new_state, parameter_shapes
 from xl2jax.training.step import MASTER, Params, StepConfig, Steps, learning_rate, optimizer
 from xl2jax.training.telemetry import sample_flops
@@ -49,6 +50,8 @@ class TrainBenchArgs:
     """Devices over which parameters are sharded; by default all."""
     tensor: int = 1
     """Devices over which each layer is split."""
+    devices: int | None = None
+    """Devices that take part; by default all."""
     steps: int = 5
     """Optimizer steps that are timed."""
     answer_tokens: int = 64
@@ -57,10 +60,12 @@ class TrainBenchArgs:
     """Prints the rows as JSON."""
 
 
-def train_rows(args: TrainBenchArgs) -> Iterator[dict[str, Any]]:
-    """Yields the rates of the card, then the step: its median seconds after a first step that compiles."""
-    rates = ceilings() if jax.default_backend() == "gpu" else {}
-    yield rates
+def train_rows(args: TrainBenchArgs, rates: dict[str, float] | None = None) -> Iterator[dict[str, Any]]:
+    """Yields the rates of the card, unless they are given, then the step: its median seconds after a first step that
+    compiles."""
+    if rates is None:
+        rates = ceilings() if jax.default_backend() == "gpu" else {}
+        yield rates
     model = PRESETS[args.preset].with_weights(args.weights)
     config = dataclasses.replace(
         TRAINING["stage4"],
@@ -73,7 +78,7 @@ def train_rows(args: TrainBenchArgs) -> Iterator[dict[str, Any]]:
         lora_rank=0 if args.train == "all" else args.lora_rank,
         train=("projector.*",) if args.train == "lora+projector" else None,
     )
-    mesh = make_mesh(config.fsdp, config.tensor)
+    mesh = make_mesh(config.fsdp, config.tensor, args.devices)
     step = StepConfig(model, config.lora, config.compute_dtype, remat=True)
     shapes = parameter_shapes(model, config.lora)
     names = trained_names(config, list(shapes))
@@ -115,7 +120,7 @@ def train_rows(args: TrainBenchArgs) -> Iterator[dict[str, Any]]:
         "rows": rows,
         "step_s": median,
         "tokens_per_s": rows * tokens / median,
-        "tflops_per_device": operations / median / jax.device_count() / 1e12,
+        "tflops_per_device": operations / median / mesh.size / 1e12,
         "first_step_s": first,
         "peak_gib": memory.peak_bytes() / 2**30,
         "loss_first": losses[0],

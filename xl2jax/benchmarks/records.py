@@ -11,6 +11,7 @@ import errno
 import fcntl
 import json
 import re
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal
@@ -138,16 +139,18 @@ def answers_file(folder: Path, shard: tuple[int, int]) -> Path:
 
 @dataclasses.dataclass
 class AnswerLog:
-    """The open file of answers. `done` are the questions that it has an answer to."""
+    """The open file of answers. `done` are the questions that it has an answer to. Several threads may add some."""
 
     path: Path
     done: set[tuple[str, int]]
     _out: IO[bytes]
+    _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
     def add(self, record: Record) -> None:
         """Appends a line that is on the disk when this returns. Raises UserError where it cannot be written."""
         try:
-            append_line(self._out, record.model_dump(exclude_defaults=True))
+            with self._lock:
+                append_line(self._out, record.model_dump(exclude_defaults=True))
         except OSError as e:
             raise UserError(f"{self.path}: cannot be written ({e.strerror})") from None
         if record.text is not None:

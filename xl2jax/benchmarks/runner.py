@@ -7,8 +7,9 @@ import dataclasses
 import hashlib
 import json
 import logging
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,12 +123,16 @@ class Run:
 
     table: upstream's selection files, if they choose what is read densely.
     strict: whether a video that is missing or cannot be read ends the run.
+    number: of this run among those that share the log, each with another part of the groups and a model of its own.
+    ended: set where one of them has failed, which ends the others behind the video that they watch.
     """
 
     engine: Engine
     log: AnswerLog
     table: SelectionTable | None = None
     strict: bool = False
+    number: int = 0
+    ended: threading.Event = dataclasses.field(default_factory=threading.Event)
     failed: list[str] = dataclasses.field(default_factory=list)
     seconds: dict[str, float] = dataclasses.field(
         default_factory=lambda: dict.fromkeys(("read", "watch", "answer"), 0.0)
@@ -142,13 +147,16 @@ class Run:
             if group.path is None:
                 self._fail(group, UserError(f"{group.name}: no such video in the data folder"))
         todo = [group for group in todo if group.path is not None]
-        before, count = len(self.log.done), sum(len(group.questions) for group in todo)
+        count = sum(len(group.questions) for group in todo)
         started = time.perf_counter()
         with (
             ReadAhead(todo, lambda group: self.engine.open(group.path, group.view)) as ahead,
-            tqdm(total=count, desc="answer", unit="question") as bar,
+            tqdm(total=count, desc="answer", unit="question", position=self.number) as bar,
+            self._ending_others(),
         ):
             for group in todo:
+                if self.ended.is_set():
+                    break
                 try:
                     self._watch(group, ahead)
                 except NotEnoughMemory:
@@ -157,8 +165,17 @@ class Run:
                     ahead.drain()
                     self._fail(self._unanswered(group), e)
                 bar.update(len(group.questions))
-        self._log_times(time.perf_counter() - started, len(self.log.done) - before)
-        return len(self.log.done) - before
+        answered = sum(question.key in self.log.done for group in todo for question in group.questions)
+        self._log_times(time.perf_counter() - started, answered)
+        return answered
+
+    @contextlib.contextmanager
+    def _ending_others(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.ended.set()
+            raise
 
     def _log_times(self, seconds: float, answered: int) -> None:
         needed = self.seconds["watch"] + self.seconds["answer"]

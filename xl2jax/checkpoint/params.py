@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import collections
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from xl2jax.checkpoint.orbax_folder import OrbaxFolder, is_orbax, read_manifest
 from xl2jax.checkpoint.param_names import Entry, Tensor, tensors
@@ -19,6 +24,7 @@ from xl2jax.checkpoint.torch_folder import TorchCheckpoint
 from xl2jax.config import VideoXL2Config, Weights
 from xl2jax.errors import UserError
 from xl2jax.models.param_tree import is_quantized, unflatten
+from xl2jax.models.sharding import copy_heads, inference_sharding, with_head_copies
 from xl2jax.system.schema import quoted
 from xl2jax.system.terminal import byte_bar
 
@@ -81,11 +87,12 @@ class ParamReader:
         if is_orbax(folder):
             orbax = OrbaxFolder(folder, self.config, verify=verify)
             table = orbax.tensors
-            self.dtype, self._source = dtype or orbax.dtype, orbax.read
+            # Orbax reads many tensors at once by itself, in their order.
+            self.dtype, self._source, self._threads = dtype or orbax.dtype, orbax.read, 1
         else:
             torch = TorchCheckpoint(folder)
             table = torch.entries
-            self.dtype, self._source = torch.dtype(dtype), torch.read
+            self.dtype, self._source, self._threads = torch.dtype(dtype), torch.read, 4
         self._parts = _by_param(tensors(self.config))
         self._stored = _by_param(table)
         self._quantized: dict[str, np.ndarray] = {}
@@ -99,6 +106,57 @@ class ParamReader:
         """All parameters, on the default device."""
         params = {n: jnp.asarray(array) for n, array in self.read_all(progress=progress)}
         return unflatten(params, self.config)
+
+    def load_split(self, meshes: Sequence[Mesh], *, head_copies: int = 1, progress: bool = False) -> list[nnx.State]:
+        """All parameters, on the devices of each mesh as `inference_sharding` splits them.
+
+        The host holds a few tensors at a time, and each device its own parts and a part of the next tensor. `head_copies`:
+        see `xl2jax.models.sharding.head_copies`.
+        """
+        config = with_head_copies(self.config, head_copies)
+        copies: list[dict[str, jax.Array]] = [{} for _ in meshes]
+        with byte_bar("load", sum(map(self.nbytes, self.names)), progress) as bar:
+            for name, layer, array in self._ahead():
+                bar.update(array.nbytes)
+                array = copy_heads(name, array, head_copies, config.llm.head_width)
+                for params, mesh in zip(copies, meshes, strict=True):
+                    if layer is None:
+                        params[name] = _placed(array, inference_sharding(name, array.shape, mesh))
+                        continue
+                    count = len(self._parts[name])
+                    stacked = inference_sharding(name, (count, *array.shape), mesh)
+                    if name not in params:
+                        params[name] = _zeros((count, *array.shape), array.dtype, stacked)
+                    part = _placed(array, NamedSharding(mesh, PartitionSpec(*stacked.spec[1:])))
+                    params[name] = _put_layer(params[name], part, np.int32(layer))
+        return [unflatten(params, config) for params in copies]
+
+    def _ahead(self) -> Iterator[tuple[str, int | None, np.ndarray]]:
+        """Each tensor of each parameter: (dotted name, layer, array). Threads read those that follow meanwhile."""
+        jobs: Iterator[tuple[str, int]] = ((name, i) for name, parts in self._stored.items() for i in range(len(parts)))
+        with ThreadPoolExecutor(self._threads) as pool:
+            waiting: collections.deque[Future[list[tuple[str, int | None, np.ndarray]]]] = collections.deque()
+            while True:
+                while len(waiting) <= self._threads and (job := next(jobs, None)) is not None:
+                    waiting.append(pool.submit(self._read_tensor, *job))
+                if not waiting:
+                    return
+                try:
+                    yield from waiting.popleft().result()
+                except BaseException:
+                    pool.shutdown(cancel_futures=True)
+                    raise
+
+    def _read_tensor(self, name: str, index: int) -> list[tuple[str, int | None, np.ndarray]]:
+        """A stored tensor, or its parts if it is quantised on reading."""
+        tensor = self._stored[name][index]
+        (array,) = self._source([tensor])
+        if name in self._parts:
+            return [(name, tensor.layer, self._cast(tensor, array))]
+        kind = weights_of(tensor, self.config)
+        assert kind is not None
+        base, parts = base_name(name), quantized(tensor, array, kind, self.dtype, self._where(tensor))
+        return [(f"{base}.{part.rpartition('.')[2]}", tensor.layer, x) for part, x in parts.items()]
 
     def nbytes(self, name: str) -> int:
         """Bytes of a parameter as `read` returns it."""
@@ -167,6 +225,21 @@ class ParamReader:
                 array = self.read(name)
                 yield name, array
                 bar.update(array.nbytes)
+
+
+def _placed(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """An array of which each device of this process gets its part."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _zeros(shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), sharding)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put_layer(stacked: jax.Array, part: jax.Array, layer: np.int32) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stacked, part, layer, 0)
 
 
 def _by_param[T: Tensor](table: Sequence[T]) -> dict[str, list[T]]:

@@ -7,6 +7,7 @@ import datetime
 import json
 import logging
 import sys
+import threading
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from xl2jax.commands.flags import DEFAULT_CHECKPOINT, BilevelFlags, parse_shard, require_checkpoint
+from xl2jax.commands.flags import DEFAULT_CHECKPOINT, BilevelFlags, DeviceFlags, parse_shard, require_checkpoint
 from xl2jax.config import Weights
 from xl2jax.errors import UserError, require_whole
 from xl2jax.system.tables import print_table
@@ -23,6 +24,7 @@ from xl2jax.system.terminal import flag_errors, require_stdout
 if TYPE_CHECKING:
     from xl2jax.benchmarks.runner import Group
     from xl2jax.benchmarks.selection_keys import SelectionTable
+    from xl2jax.inference.api import Model
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +74,7 @@ class RunArgs:
     """Keeps the video's KV in 8 bits."""
     offload: bool = False
     """Moves the video's dense KV to host memory; for bi-level decoding only."""
+    devices: tyro.conf.OmitArgPrefixes[DeviceFlags] = dataclasses.field(default_factory=DeviceFlags)
     json: bool = False
     """Prints one JSON object instead of a table."""
 
@@ -108,8 +111,10 @@ def run() -> int:
             import xl2jax
             from xl2jax.system.backend import start_backend
 
+            devices = args.devices.devices()
             start_backend()
-            model = xl2jax.load(args.checkpoint, dtype=args.dtype, weights=args.weights, progress=True)
+            models = xl2jax.load_copies(args.checkpoint, devices, dtype=args.dtype, weights=args.weights, progress=True)
+            model, ended = models[0], threading.Event()
             info = RunInfo(
                 xl2jax=version("xl2jax"),
                 checkpoint=args.checkpoint,
@@ -119,7 +124,12 @@ def run() -> int:
                 model={"fingerprint": model.fingerprint, "dtype": model.dtype, "weights": model.config.llm.weights},
             )
             write_info(args.output, info)
-            Run(ModelEngine(model), log, table, strict=args.strict).run(mine)
+
+            def ask(model: Model, number: int) -> int:
+                run = Run(ModelEngine(model), log, table, strict=args.strict, number=number, ended=ended)
+                return run.run(mine[number :: devices.copies])
+
+            xl2jax.share(models, ask, range(devices.copies))
     if shard[1] > 1:
         logger.info("shard %s is done; when all are: xl2jax eval merge %s", args.shard, args.output)
         return 0
@@ -139,6 +149,7 @@ def _checked(args: RunArgs) -> tuple[tuple[int, int], list[Group], SelectionTabl
     from xl2jax.inference.video_cache import CacheConfig
 
     shard = parse_shard(args.shard, first=0)
+    args.devices.devices()  # raises UserError for numbers out of range
     if args.limit is not None:
         require_whole("--limit", args.limit, 1)
     require_checkpoint(args.checkpoint)

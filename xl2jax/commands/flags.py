@@ -10,6 +10,7 @@ from typing import Literal
 
 from xl2jax.errors import UserError
 from xl2jax.inference.bilevel import BilevelConfig
+from xl2jax.inference.devices import Devices
 from xl2jax.inference.layout import PrefillConfig
 
 DEFAULT_CHECKPOINT = Path(__file__).parents[2] / "checkpoints" / "demo"
@@ -26,6 +27,28 @@ def require_checkpoint(checkpoint: str) -> None:
             "no checkpoint is installed: give --checkpoint with a folder or a hub id (BAAI/Video-XL-2), "
             "or run from a source checkout, which has checkpoints/demo"
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorFlags:
+    """Over how many devices of this host the model is split."""
+
+    tensor: int = 1
+    """Splits the LLM, its KV and the frames of the vision tower over so many devices."""
+
+    def devices(self) -> Devices:
+        return Devices(self.tensor)
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceFlags(TensorFlags):
+    """How many devices of this host are used."""
+
+    copies: int = 1
+    """Copies of the model, which take the videos in turn; each has as many devices as --tensor says."""
+
+    def devices(self) -> Devices:
+        return Devices(self.tensor, self.copies)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ import tyro
 import xl2jax
 from xl2jax.checkpoint.params import stored_config
 from xl2jax.checkpoint.sources import find_checkpoint
-from xl2jax.commands.flags import DEFAULT_CHECKPOINT, OFFLOAD_IS_DENSE, PrefillFlags, require_checkpoint
+from xl2jax.commands.flags import DEFAULT_CHECKPOINT, OFFLOAD_IS_DENSE, PrefillFlags, TensorFlags, require_checkpoint
 from xl2jax.config import Weights
 from xl2jax.errors import UserError
 from xl2jax.inference import memory
@@ -141,6 +141,7 @@ class Args:
     frames: tyro.conf.OmitArgPrefixes[FrameArgs] = FrameArgs()
     answer: tyro.conf.OmitArgPrefixes[AnswerArgs] = AnswerArgs()
     compute: tyro.conf.OmitArgPrefixes[ComputeArgs] = ComputeArgs()
+    split: tyro.conf.OmitArgPrefixes[TensorFlags] = dataclasses.field(default_factory=TensorFlags)
 
     @property
     def questions(self) -> tuple[str, ...]:
@@ -166,6 +167,7 @@ class Request:
         _check_questions(args)
         require_checkpoint(args.checkpoint)
         check_answer_options(args.answer.max_new_tokens, args.answer.seed)
+        args.split.devices()  # raises UserError for numbers out of range
         require_video_path(args.video)
         _check_files(args)
         compute = args.compute
@@ -223,9 +225,12 @@ def main() -> int:
     config = stored_config(folder, args.compute.weights)
     if request.bilevel is not None:
         check_pool(request.bilevel, config.visual_tokens)
+    args.split.devices().check(config)
     start_backend()
     started = time.perf_counter()
-    model = xl2jax.load(folder, dtype=args.compute.dtype, weights=args.compute.weights, progress=True)
+    model = xl2jax.load(
+        folder, dtype=args.compute.dtype, weights=args.compute.weights, progress=True, tensor=args.split.tensor
+    )
     load_seconds = time.perf_counter() - started
     for question in args.questions:
         suffix(model.tokenizer, question)  # a question that is too long is refused before the video is watched
@@ -351,6 +356,7 @@ def _report(
         "peak_memory_bytes": memory.peak_bytes(),
         "programs": {"compiled": programs.compiled, "from_cache": programs.from_cache},
         "device": f"{device.platform}: {device.device_kind}",
+        "tensor": model.network.tensor,
         "dtype": model.dtype,
         "weights": model.config.llm.weights,
         "cache": {

@@ -13,12 +13,22 @@ from typing import Any, Literal, cast
 
 import tyro
 
-import xl2jax
-from xl2jax.commands.flags import DEFAULT_CHECKPOINT, PrefillFlags, choices, require_checkpoint, shares, whole_numbers
+from xl2jax.checkpoint.params import stored_config
+from xl2jax.checkpoint.sources import find_checkpoint
+from xl2jax.commands.flags import (
+    DEFAULT_CHECKPOINT,
+    DeviceFlags,
+    PrefillFlags,
+    choices,
+    require_checkpoint,
+    shares,
+    whole_numbers,
+)
 from xl2jax.config import FRAMES_PER_GROUP, Weights
 from xl2jax.errors import UserError
 from xl2jax.evaluation.needle import KINDS, NeedleConfig, Result, needle, parse_modes, summary
 from xl2jax.evaluation.questions import NEEDLE_KINDS, Kind
+from xl2jax.inference.api import load_copies
 from xl2jax.inference.bilevel import BilevelConfig
 from xl2jax.inference.relevance import AttentionScorer
 from xl2jax.inference.video_cache import CacheConfig
@@ -73,6 +83,7 @@ class Args:
     quick: bool = False
     """Asks 60 questions about 64 and 256 frames, in place of the lengths, depths, cases and modes above, and ends with a
     verdict. It takes about a minute on two CPU cores."""
+    devices: tyro.conf.OmitArgPrefixes[DeviceFlags] = dataclasses.field(default_factory=DeviceFlags)
     json: bool = False
     """Prints one JSON object instead of a table."""
     plot: Path | None = None
@@ -80,6 +91,7 @@ class Args:
 
     def config(self) -> NeedleConfig:
         """Raises UserError for flags out of range."""
+        self.devices.devices()
         if self.quick:
             replaced = [
                 f.name for f in dataclasses.fields(self) if f.name in _QUICK and getattr(self, f.name) != f.default
@@ -135,9 +147,11 @@ def main() -> None:
     require_checkpoint(args.checkpoint)
     if args.plot is not None:
         check_file_target(args.plot)
+    devices = args.devices.devices()
+    devices.check(stored_config(find_checkpoint(args.checkpoint), args.weights))
     start_backend()
-    model = xl2jax.load(args.checkpoint, dtype=args.dtype, weights=args.weights)
-    results = needle(config, model, args.processes)
+    models = load_copies(args.checkpoint, devices, dtype=args.dtype, weights=args.weights)
+    results = needle(config, models, args.processes)
     rows = summary(results)
     if args.plot is not None:
         from xl2jax.evaluation.figures import plot_needle

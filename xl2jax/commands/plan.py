@@ -21,7 +21,7 @@ import tyro
 
 from xl2jax.checkpoint.params import stored_config
 from xl2jax.checkpoint.sources import find_checkpoint
-from xl2jax.commands.flags import OFFLOAD_IS_DENSE, BilevelFlags, PrefillFlags
+from xl2jax.commands.flags import OFFLOAD_IS_DENSE, BilevelFlags, PrefillFlags, TensorFlags
 from xl2jax.config import FRAMES_PER_GROUP, PRESETS, VideoXL2Config, Weights
 from xl2jax.errors import UserError
 from xl2jax.inference import flops, memory, prefill
@@ -51,7 +51,8 @@ class PlanArgs:
         "h200", "h100", "a100-80g", "a100-40g", "l40", "l4", "rtx5090", "rtx4090", "rtx3090", "rtx5060ti-16g",
         "rtx4060ti-16g", "rtx3060-12g", "rtx4060", "here",
     ] = "here"  # fmt: skip
-    """The device to predict for. "here" is the device of this machine, whose memory alone is predicted."""
+    """The device to predict for; with --tensor so many of them. "here" is the device of this machine, whose memory alone
+    is predicted."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """dtype of parameters and KV."""
     seconds_per_frame: float = 1.0
@@ -64,6 +65,7 @@ class PlanArgs:
     """dtype of the KV cache; by default --dtype."""
     offload: bool = False
     """Moves the visual KV to host memory once the video is watched."""
+    split: tyro.conf.OmitArgPrefixes[TensorFlags] = dataclasses.field(default_factory=TensorFlags)
     json: bool = False
     """Prints one JSON object."""
 
@@ -88,7 +90,8 @@ class Prediction:
 
 
 def predict_memory(config: VideoXL2Config, layout: VideoLayout, args: PlanArgs) -> tuple[dict[str, float], float]:
-    """(bytes by purpose, bytes at the peak) as `infer.py` counts them on that device."""
+    """(bytes by purpose, bytes at the peak) as `infer.py` counts them, on each of the devices."""
+    tensor = args.split.tensor
     config = config.with_weights(args.weights)
     platform = "gpu" if args.device != "here" else jax.default_backend()
     plan = prefill.make_plan(layout, args.prefill.config(), platform)
@@ -103,8 +106,9 @@ def predict_memory(config: VideoXL2Config, layout: VideoLayout, args: PlanArgs) 
         quantized=args.cache_dtype == "int8",
         key_channels=_key_channels(config),
         offload=args.offload,
+        tensor=tensor,
     )
-    weights = memory.weight_bytes(config, args.dtype)
+    weights = memory.weight_bytes(config, args.dtype, tensor)
     parts: dict[str, float] = {"weights": weights, "KV cache": need.cache}
     if args.offload:
         parts["KV cache kept on the device"] = need.kept
@@ -126,7 +130,9 @@ def _bilevel(args: PlanArgs, layout: VideoLayout) -> BilevelConfig | None:
 
 
 def _available(args: PlanArgs) -> float:
-    return memory.available_bytes() if args.device == "here" else DEVICES[args.device].available
+    if args.device == "here":
+        return memory.available_bytes(args.split.devices().meshes()[0])
+    return DEVICES[args.device].available
 
 
 def predict(config: VideoXL2Config, layout: VideoLayout, args: PlanArgs) -> Prediction:
@@ -135,16 +141,17 @@ def predict(config: VideoXL2Config, layout: VideoLayout, args: PlanArgs) -> Pred
     if args.device == "here":
         return Prediction(layout.tokens, parts, total, _available(args), None)
     device = DEVICES[args.device]
+    tensor = args.split.tensor
     slot = memory.slot_bytes(
-        config, args.dtype, quantized=args.cache_dtype == "int8", key_channels=_key_channels(config)
+        config, args.dtype, quantized=args.cache_dtype == "int8", key_channels=_key_channels(config), tensor=tensor
     )
     read = parts.get("mixed KV", layout.tokens * slot)
-    weights = memory.weight_bytes_of_a_token(config, args.dtype)
+    weights = memory.weight_bytes_of_a_token(config, args.dtype, tensor)
     frames = layout.groups * FRAMES_PER_GROUP
     vision = frames * flops.vision(config) + layout.groups * flops.dts_and_projector(config)
     seconds = {
-        "vision, DTS, projector": vision / device.matrix_rate / VISION_SHARE,
-        "prefill": flops.prefill(config, layout, args.prefill.config()) / device.matrix_rate / PREFILL_SHARE,
+        "vision, DTS, projector": vision / tensor / device.matrix_rate / VISION_SHARE,
+        "prefill": flops.prefill(config, layout, args.prefill.config()) / tensor / device.matrix_rate / PREFILL_SHARE,
         "decode, each token": (weights + read) / device.bandwidth / DECODE_SHARE,
     }
     return Prediction(layout.tokens, parts, total, _available(args), seconds)
@@ -212,6 +219,7 @@ def main() -> int:
         config = stored_config(folder, args.weights)
         args = dataclasses.replace(args, weights=config.llm.weights)
         tokenizer = PromptTokenizer.load(folder, config.llm.vocab)
+    args.split.devices().check(config.with_weights(args.weights))
     if args.device == "here":
         start_backend(keep_programs=False)
     layout = layout_of(config, tokenizer, args.frames, args.seconds_per_frame)
@@ -229,13 +237,17 @@ def main() -> int:
 
 
 def _report(args: PlanArgs, prediction: Prediction, fitting: int, others: list[str]) -> str:
-    lines = [f"{args.frames} frames, {prediction.tokens:,} tokens, {args.dtype}, on {args.device}", ""]
+    tensor = args.split.tensor
+    each = f", on each of {tensor} devices" if tensor > 1 else f", on {args.device}"
+    each += f" ({args.device})" if tensor > 1 else ""
+    lines = [f"{args.frames} frames, {prediction.tokens:,} tokens, {args.dtype}{each}", ""]
     sizes = {**prediction.memory, "in all at the peak": prediction.total, "available": prediction.available}
     lines += [f"{name:28} {size / 2**30:8.2f} GiB" for name, size in sizes.items()]
     if prediction.seconds is not None:
         lines += ["", *(f"{name:28} {s:8.3g} s" for name, s in prediction.seconds.items())]
         shares = f"{VISION_SHARE} for vision, {PREFILL_SHARE} for prefill, {DECODE_SHARE} of the bandwidth for decoding"
-        lines.append(f"(estimates: datasheet rates x {shares}, as read on an H200{_not_measured(args.device)})")
+        alone = "; what the devices exchange is not counted" if tensor > 1 else ""
+        lines.append(f"(estimates: datasheet rates x {shares}, as read on an H200{_not_measured(args.device)}{alone})")
     if prediction.fits:
         verdict = "it fits"
     elif fitting:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from xl2jax.commands.flags import DEFAULT_CHECKPOINT, PrefillFlags, require_checkpoint
+from xl2jax.commands.flags import DEFAULT_CHECKPOINT, PrefillFlags, TensorFlags, require_checkpoint
 from xl2jax.config import FRAMES_PER_GROUP, Weights
 from xl2jax.errors import UserError, require_whole
 
@@ -41,7 +41,7 @@ class KeepArgs:
     cache_dir: Path | None = None
     """Folder for the KV of watched videos and for uploads, which a restart finds again; by default neither is kept."""
     device_gib: float | None = None
-    """Device memory for the KV of watched videos; by default 60 % of what is free once the model is loaded."""
+    """Memory of each device for the KV of watched videos; by default 60 % of what is free once the model is loaded."""
     host_gib: float = 0.0
     """Host memory for those that leave the device."""
     disk_gib: float = 100.0
@@ -106,6 +106,7 @@ class ServiceArgs:
     keep: tyro.conf.OmitArgPrefixes[KeepArgs] = KeepArgs()
     limits: tyro.conf.OmitArgPrefixes[LimitArgs] = LimitArgs()
     compute: tyro.conf.OmitArgPrefixes[ComputeArgs] = ComputeArgs()
+    split: tyro.conf.OmitArgPrefixes[TensorFlags] = dataclasses.field(default_factory=TensorFlags)
 
 
 def check_service(args: ServiceArgs) -> None:
@@ -114,6 +115,7 @@ def check_service(args: ServiceArgs) -> None:
     if missing:
         raise UserError(f"this command needs further packages ({', '.join(missing)}): pip install 'xl2jax[serve]'")
     require_checkpoint(args.checkpoint)
+    args.split.devices()  # raises UserError for numbers out of range
     media, limits, keep = args.media, args.limits, args.keep
     for root in media.media_root:
         if not root.is_dir():
@@ -186,11 +188,19 @@ def build_service(args: ServiceArgs, spool: Path, warm_up_frames: int = 0) -> Se
     except OSError as e:
         raise UserError(f"--cache-dir {keep.cache_dir}: cannot be written ({e.strerror})") from None
     checkpoint = find_checkpoint(args.checkpoint)
-    check_pool(bilevel, stored_config(checkpoint, compute.weights).visual_tokens)
+    config = stored_config(checkpoint, compute.weights)
+    check_pool(bilevel, config.visual_tokens)
+    args.split.devices().check(config)
     start_backend()
-    model = xl2jax.load(checkpoint, dtype=compute.dtype, weights=compute.weights, progress=True)
+    model = xl2jax.load(
+        checkpoint, dtype=compute.dtype, weights=compute.weights, progress=True, tensor=args.split.tensor
+    )
     model.check_cache(cache, bilevel)
-    device = int(0.6 * memory.available_bytes()) if keep.device_gib is None else int(keep.device_gib * 2**30)
+    device = (
+        int(0.6 * memory.available_bytes(model.network.mesh))
+        if keep.device_gib is None
+        else int(keep.device_gib * 2**30)
+    )
     metrics = Metrics()
     videos = WatchedVideos(
         model,

@@ -13,8 +13,9 @@ from typing import Annotated, Any, Literal
 import jax
 import numpy as np
 import tyro
+from jax.sharding import Mesh
 
-from xl2jax.commands.flags import choices
+from xl2jax.commands.flags import DeviceFlags, choices
 from xl2jax.config import VideoXL2Config, Weights
 from xl2jax.errors import UserError
 from xl2jax.evaluation.verify import SECTIONS, STEMS, Row, verify
@@ -38,6 +39,7 @@ class Args:
     """dtype of the video's KV; by default --dtype. int8 has a wider limit."""
     weights: Weights | None = None
     """Quantises the LLM's matrices, with wider limits and without training; greedy ids are then reported only."""
+    devices: tyro.conf.OmitArgPrefixes[DeviceFlags] = dataclasses.field(default_factory=DeviceFlags)
     json: bool = False
     """Prints one JSON object instead of tables."""
 
@@ -51,10 +53,11 @@ def main() -> int:
     if args.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     reports = []
+    meshes = args.devices.devices().meshes()
     for folder, sections in chosen.items():
         if not args.json:
             print(f"{folder}, computed in {args.dtype}")
-        rows = _verify_case(folder, sections, args)
+        rows = [row for mesh in meshes for row in _verify_case(folder, sections, args, mesh)]
         passed = all(r.ok for r in rows) and bool(rows)
         reports.append({"case": str(folder), "passed": passed, "rows": [_as_json(r) for r in rows]})
         if not args.json and not passed:
@@ -70,13 +73,20 @@ def _sections(folder: Path, args: Args) -> tuple[str, ...]:
     expected = folder / "expected"
     available = tuple(s for s in SECTIONS if (expected / f"{STEMS.get(s, s)}.safetensors").is_file())
     chosen = available if args.only is None else tuple(choices("--only", args.only, SECTIONS))
+    devices = args.devices.devices()
+    if "train" in chosen and devices.count > 1:
+        if args.only is not None:
+            raise UserError(f"--only {args.only}: training is verified on one device: leave out --tensor and --copies")
+        chosen = tuple(s for s in chosen if s != "train")
     if "train" in chosen and args.weights is not None:
         if args.only is not None:
             raise UserError(f"--only {args.only} and --weights: quantised matrices have no gradients: leave out train")
         chosen = tuple(s for s in chosen if s != "train")
     if not (folder / "case.json").is_file():
         raise UserError(f"{folder}: not a case folder (no case.json)")
-    width = VideoXL2Config.from_hf(folder / "checkpoint").vision.width
+    config = VideoXL2Config.from_hf(folder / "checkpoint")
+    devices.check(config.with_weights(args.weights))
+    width = config.vision.width
     if "train" in chosen and args.dtype == "float32" and width == NORM_GROUPS:
         reason = (
             f"{folder}: vision width {width} normalises one channel a group: float32 is too coarse for its gradients"
@@ -90,14 +100,20 @@ def _sections(folder: Path, args: Args) -> tuple[str, ...]:
     return chosen
 
 
-def _verify_case(folder: Path, sections: tuple[str, ...], args: Args) -> list[Row]:
+def _verify_case(folder: Path, sections: tuple[str, ...], args: Args, mesh: Mesh | None) -> list[Row]:
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         if not args.json:
             print(f"{'tensor':32} {'shape':>20} {'relative L2':>12} {'max abs':>10}  ok")
         quantized = args.cache_dtype == "int8"
         for row in verify(
-            folder, sections, Path(scratch) / "checkpoint", dtype=args.dtype, quantized=quantized, weights=args.weights
+            folder,
+            sections,
+            Path(scratch) / "checkpoint",
+            dtype=args.dtype,
+            quantized=quantized,
+            weights=args.weights,
+            mesh=mesh,
         ):
             rows.append(row)
             if not args.json:

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from xl2jax.checkpoint.convert import torch_to_orbax
-from xl2jax.checkpoint.params import load_params
+from xl2jax.checkpoint.params import ParamReader
 from xl2jax.config import FRAMES_PER_GROUP, Weights
 from xl2jax.errors import UserError
 from xl2jax.inference import compiled, session
@@ -30,6 +31,7 @@ from xl2jax.inference.network import Network
 from xl2jax.inference.prefill import make_plan
 from xl2jax.models.dts import resample
 from xl2jax.models.param_tree import cast
+from xl2jax.models.sharding import head_copies, with_head_copies
 from xl2jax.models.video_xl2 import pad_to_groups
 
 VIDEO_ID = -200
@@ -55,13 +57,18 @@ class Case:
         dtype: str = "float32",
         quantized: bool = False,
         weights: Weights | None = None,
+        mesh: Mesh | None = None,
     ):
+        """`mesh`: the devices that the model is split over."""
         self.folder, self.quantized, self.dtype = folder, quantized, dtype
         if not (folder / "case.json").is_file():
             raise UserError(f"{folder}: not a case folder (no case.json)")
         torch_to_orbax(folder / "checkpoint", converted, "float32", weights)
-        self.config, params = load_params(converted)
-        self.network = Network.create(self.config, cast(params, dtype))
+        reader = ParamReader(converted)
+        copies = 1 if mesh is None else head_copies(reader.config, mesh.size)
+        self.config = with_head_copies(reader.config, copies)
+        params = reader.load() if mesh is None else reader.load_split([mesh], head_copies=copies)[0]
+        self.network = Network.create(self.config, cast(params, dtype), mesh=mesh, head_copies=copies)
         inputs = self._tensors(folder / "inputs.safetensors")
         try:
             self.case: dict[str, Any] = json.loads((folder / "case.json").read_text())
@@ -162,9 +169,13 @@ class Case:
             self.network, context, suffix, new_tokens=self.new_tokens, stop=stop, sampling=greedy
         )
         # Decoding donates the state, so its arrays are copied before.
-        k, v = (np.asarray(x)[:, :, :n] for x in (state.text.k, state.text.v))
+        k, v = (self.single_heads(np.asarray(x)[:, :, :n]) for x in (state.text.k, state.text.v))
         *_, ids = answer_tokens(self.network, context, state, new_tokens=self.new_tokens, stop=stop, sampling=greedy)
         return Reply(k, v, np.asarray(hidden)[:n], np.asarray(ids))
+
+    def single_heads(self, kv: np.ndarray) -> np.ndarray:
+        """Keys or values [L, K, ...] without the copies of heads that are on several devices."""
+        return kv[:, :: self.network.head_copies]
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:
         return np.asarray(token_logits(self.network, hidden))

@@ -29,6 +29,7 @@ from xl2jax.evaluation.scenes import Scene, draw_scene, make_scene, scene_clip
 from xl2jax.inference.answering import Answer
 from xl2jax.inference.api import Model
 from xl2jax.inference.bilevel import BilevelConfig
+from xl2jax.inference.copies import share
 from xl2jax.inference.layout import PrefillConfig
 from xl2jax.inference.relevance import AttentionScorer
 from xl2jax.inference.selection import RelevanceConfig
@@ -202,8 +203,8 @@ def _recall(results: Sequence[Result]) -> float | None:
     return sum(picked) / len(picked) if picked else None
 
 
-def needle(config: NeedleConfig, model: Model, processes: int = 0) -> list[Result]:
-    """Runs all cases with a progress bar on stderr.
+def needle(config: NeedleConfig, models: Sequence[Model], processes: int = 0) -> list[Result]:
+    """Runs all cases, which copies of a model share, with a progress bar on stderr.
 
     With `processes` the frames are drawn in that many processes, ahead of the model: drawing 10,000 frames takes longer
     than reading them.
@@ -212,8 +213,14 @@ def needle(config: NeedleConfig, model: Model, processes: int = 0) -> list[Resul
     for length, kind in itertools.product(config.frames, config.kinds):
         if not any(q.kind == kind for c in cases if c.frames == length for q in c.questions):
             raise UserError(f"--kinds {kind}: no such question about {length} frames with so many other shapes")
-    draw = functools.partial(draw_scene, model.config.vision.image_size)
+    draw = functools.partial(draw_scene, models[0].config.vision.image_size)
     scenes = (case.scene for case in cases)
     drawn = in_processes(processes, draw, scenes) if processes else itertools.repeat(None)
-    bar = tqdm(zip(cases, drawn, strict=False), "needle", len(cases), unit="video", file=sys.stderr)
-    return [result for case, frames in bar for result in run_case(model, case, config, frames)]
+    with tqdm(total=len(cases), desc="needle", unit="video", file=sys.stderr) as bar:
+
+        def run(model: Model, item: tuple[Case, np.ndarray | None]) -> list[Result]:
+            results = list(run_case(model, item[0], config, item[1]))
+            bar.update()
+            return results
+
+        return [result for results in share(models, run, zip(cases, drawn, strict=False)) for result in results]

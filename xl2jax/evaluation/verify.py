@@ -20,6 +20,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from xl2jax.arithmetic import ceil_div
 from xl2jax.checkpoint.param_names import Entry, entries
@@ -130,7 +131,8 @@ def bilevel_outputs(case: Case, wanted: set[str]) -> dict[str, np.ndarray]:
         cos, sin = rope_tables(jnp.arange(m + n), h, theta, case.dtype)
 
         def whole(cached: KVArray, text: np.ndarray, layer: int, m: int = m) -> jax.Array:
-            return jnp.concatenate([unpack(cached)[layer, :, :m], text[layer]], axis=1)
+            video = case.single_heads(np.asarray(unpack(cached)))
+            return jnp.concatenate([video[layer, :, :m], text[layer]], axis=1)
 
         out[f"bilevel{i}_layer0_keys"] = np.asarray(rotate(whole(context.k, reply.k, 0), cos, -sin))
         out[f"bilevel{i}_layer0_values"] = np.asarray(whole(context.v, reply.v, 0))
@@ -232,9 +234,13 @@ def verify(
     dtype: str = "float32",
     quantized: bool = False,
     weights: Weights | None = None,
+    mesh: Mesh | None = None,
 ) -> Iterator[Row]:
-    """Compares the named sections of a case. Yields a row for each tensor of expected/."""
-    case = Case(folder, converted, dtype=dtype, quantized=quantized, weights=weights)
+    """Compares the named sections of a case. Yields a row for each tensor of expected/.
+
+    `mesh`: the devices that the model is split over. The section `train` is for one device.
+    """
+    case = Case(folder, converted, dtype=dtype, quantized=quantized, weights=weights, mesh=mesh)
     stems = [p.stem for p in sorted((folder / "expected").glob("*.safetensors"))]
     unknown_files = set(stems) - {STEMS.get(s, s) for s in SECTIONS}
     if unknown_files:

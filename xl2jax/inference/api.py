@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flax import nnx
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from xl2jax.checkpoint.params import ParamReader
@@ -33,6 +34,7 @@ from xl2jax.inference import compiled, memory
 from xl2jax.inference.answering import Answer, Answering, decode
 from xl2jax.inference.bilevel import BilevelConfig
 from xl2jax.inference.decoding import MOST_TOGETHER
+from xl2jax.inference.devices import Devices
 from xl2jax.inference.generate import TokenSampling, check_answer_options
 from xl2jax.inference.layout import PrefillConfig, VideoLayout
 from xl2jax.inference.network import LARGE_KEY_BIAS, Network
@@ -41,6 +43,7 @@ from xl2jax.inference.selection import RelevanceConfig, check_bilevel
 from xl2jax.inference.video_cache import CacheConfig, WatchedVideo
 from xl2jax.inference.watching import Watching
 from xl2jax.models.param_tree import flatten
+from xl2jax.models.sharding import head_copies, single_heads, with_head_copies, without_head_copies
 from xl2jax.prompt import PREFIX, PromptTokenizer, Turn, suffix
 from xl2jax.video.clip import Backend, Clip, FrameSampling, open_video
 
@@ -54,9 +57,17 @@ class Model:
     """
 
     def __init__(
-        self, config: VideoXL2Config, params: nnx.State, tokenizer: PromptTokenizer, *, implementation: str = "auto"
+        self,
+        config: VideoXL2Config,
+        params: nnx.State,
+        tokenizer: PromptTokenizer,
+        *,
+        implementation: str = "auto",
+        mesh: Mesh | None = None,
+        head_copies: int = 1,
     ):
-        self.network = Network.create(config, params, implementation)
+        """`mesh` and `head_copies`: see `Network`."""
+        self.network = Network.create(config, params, implementation, mesh=mesh, head_copies=head_copies)
         self.tokenizer = tokenizer
         self._videos: weakref.WeakSet[WatchedVideo] = weakref.WeakSet()
         self._prefix = tokenizer.encode(*PREFIX)
@@ -77,10 +88,13 @@ class Model:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Hash of the config, the tokenizer and all parameters."""
-        digest = hashlib.blake2b(repr(self.config).encode(), digest_size=16)
+        network = self.network
+        copies, head_width = network.head_copies, self.config.llm.head_width
+        digest = hashlib.blake2b(repr(without_head_copies(self.config, copies)).encode(), digest_size=16)
         digest.update(self.tokenizer.tokenizer.to_str().encode())
         for name, value in flatten(self.params).items():
-            digest.update(f"{name} {int(compiled.checksum(value))} ".encode())
+            stored = single_heads(name, value, copies, head_width)
+            digest.update(f"{name} {int(compiled.checksum(stored))} ".encode())
         return digest.hexdigest()
 
     @functools.cached_property
@@ -218,8 +232,10 @@ class Model:
 
         `loaded`: the KV comes from a file, so that its offloaded part is never on the device.
         """
-
-        now = memory.Choices(bilevel, cache.quantized, cache.offload, self.config.llm.weights)
+        now, tensor = (
+            memory.Choices(bilevel, cache.quantized, cache.offload, self.config.llm.weights),
+            self.network.tensor,
+        )
 
         def need(layout: VideoLayout, choices: memory.Choices = now) -> memory.MemoryNeed:
             estimate = memory.memory_need(
@@ -232,19 +248,21 @@ class Model:
                 quantized=choices.quantized,
                 key_channels=self.key_channels,
                 offload=choices.offload,
+                tensor=tensor,
             )
             return dataclasses.replace(estimate, cache=estimate.kept) if loaded else estimate
 
         def in_all(choices: memory.Choices) -> int:
             """Bytes beside the parameters as they are now."""
-            weights = memory.weight_bytes(self.config.with_weights(choices.weights), self.dtype)
-            return need(layout, choices).total + weights - memory.weight_bytes(self.config, self.dtype)
+            weights = memory.weight_bytes(self.config.with_weights(choices.weights), self.dtype, tensor)
+            return need(layout, choices).total + weights - memory.weight_bytes(self.config, self.dtype, tensor)
 
         def others() -> dict[str, int]:
             options = memory.smaller_options(now, layout.visual_tokens)
             return {f: in_all(choices) for f, choices in options.items() if self.config.can_have(choices.weights)}
 
-        memory.check_fits(layout, need, others, held=sum(v.device_bytes for v in list(self._videos)))
+        held = sum(v.device_bytes for v in list(self._videos))
+        memory.check_fits(layout, need, others, held=held, mesh=self.network.mesh)
 
     def layout(self, time_ids: list[list[int]]) -> VideoLayout:
         """The layout of a video whose groups have these time tokens."""
@@ -388,18 +406,63 @@ def load(
     implementation: str = "auto",
     progress: bool = False,
     verify_checksums: bool = True,
+    tensor: int = 1,
 ) -> Model:
     """Loads an Orbax folder (`xl2jax.checkpoint.convert`), a PyTorch folder or a hub id (`org/name` or `org/name@revision`).
 
     `dtype` None keeps the stored dtype. `weights` quantises the LLM's matrices to 8 or 4 bits, a tensor at a time as they
     are read; without it they are as the checkpoint stores them. `verify_checksums` compares each tensor of an Orbax folder with the checksum
-    that the folder stores for it. Raises UserError where the checkpoint cannot be used.
+    that the folder stores for it. `tensor` splits the model over that many devices of this process.
+
+    Raises UserError where the checkpoint cannot be used, or cannot be split so.
+    """
+    (model,) = load_copies(
+        checkpoint,
+        Devices(tensor),
+        dtype=dtype,
+        weights=weights,
+        implementation=implementation,
+        progress=progress,
+        verify_checksums=verify_checksums,
+    )
+    return model
+
+
+def load_copies(
+    checkpoint: str | Path,
+    devices: Devices,
+    *,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    weights: Weights | None = None,
+    implementation: str = "auto",
+    progress: bool = False,
+    verify_checksums: bool = True,
+) -> list[Model]:
+    """Loads `devices.copies` copies of a model, each split over `devices.tensor` devices. The checkpoint is read once.
+
+    `xl2jax.inference.copies` shares work out among them. Arguments and errors are those of `load`.
     """
     folder = find_checkpoint(checkpoint)
     config = VideoXL2Config.from_hf(folder)
     tokenizer = PromptTokenizer.load(folder, config.llm.vocab)
     reader = ParamReader(folder, dtype, weights, verify=verify_checksums)
-    memory.check_weights_fit(reader.config, reader.dtype)
+    devices.check(reader.config)
+    meshes = devices.meshes()
+    memory.check_weights_fit(reader.config, reader.dtype, meshes[0])
     if weights is None and reader.config.llm.weights is not None:
         logger.info("the LLM's matrices are %s, as the checkpoint stores them", reader.config.llm.weights)
-    return Model(reader.config, reader.load(progress=progress), tokenizer, implementation=implementation)
+    split = [mesh for mesh in meshes if mesh is not None]
+    if not split:
+        return [Model(reader.config, reader.load(progress=progress), tokenizer, implementation=implementation)]
+    copies = head_copies(reader.config, devices.tensor)
+    return [
+        Model(
+            with_head_copies(reader.config, copies),
+            params,
+            tokenizer,
+            implementation=implementation,
+            mesh=mesh,
+            head_copies=copies,
+        )
+        for mesh, params in zip(split, reader.load_split(split, head_copies=copies, progress=progress), strict=True)
+    ]

@@ -6,15 +6,20 @@ Some programs return hidden states that only `verify` reads, so that it checks t
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from xl2jax.arithmetic import ceil_div
-from xl2jax.config import LLMConfig
+from xl2jax.config import FRAMES_PER_GROUP, LLMConfig
 from xl2jax.inference import bilevel, generate, prefill, relevance
 from xl2jax.inference.bilevel import GroupTable, MixedSource, PooledKV
 from xl2jax.inference.cache import KVCache, RowArray, RowCache, empty_cache
@@ -24,35 +29,73 @@ from xl2jax.inference.prefill import Step
 from xl2jax.inference.relevance import AttentionScorer
 from xl2jax.models.video_xl2 import normalise
 from xl2jax.ops.kv import KVArray, QuantizedKV
+from xl2jax.ops.split import on_parts, part_of, splits, whole
 from xl2jax.system.backend import COMPILER_OPTIONS
 
 
 def program(function: Callable[..., Any], **options: Any) -> Any:
-    """Compiles a function whose first argument is the `Network`, in the network's matmul precision."""
+    """Compiles a function whose first argument is the `Network`, in the network's matmul precision and on its devices."""
 
     @functools.wraps(function)
     def precise(network: Network, *args: Any, **kwargs: Any) -> Any:
-        with network.precision():
+        with network.precision(), network.in_mesh():
             return function(network, *args, **kwargs)
 
-    return jax.jit(precise, compiler_options=COMPILER_OPTIONS, **options)
+    return _Program(jax.jit(precise, compiler_options=COMPILER_OPTIONS, **options))
+
+
+class _Program:
+    """A jitted function. Where it runs on several devices, one thread launches it at a time.
+
+    Devices that exchange something wait for each other. All of them must begin such programs in the same order, and two
+    threads that launch at once could mix the orders up.
+    """
+
+    _launching = threading.RLock()
+
+    def __init__(self, jitted: Any):
+        self._jitted = jitted
+
+    def __call__(self, tree: Any, *args: Any, **kwargs: Any) -> Any:
+        first = next((x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)), None)
+        split = not isinstance(first, jax.core.Tracer | None) and len(first.sharding.device_set) > 1
+        with self._launching if split else contextlib.nullcontext():
+            return self._jitted(tree, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._jitted, name)
 
 
 @functools.partial(program, static_argnames="frames_at_once")
 def encode(network: Network, frames: jax.Array, *, frames_at_once: int) -> jax.Array:
     """Frames [F, H, W, 3] -> visual tokens [G, V, D]. Frames are uint8, or floating-point pixels in [-1, 1].
 
-    F is a multiple of `frames_at_once`, which bounds the activations.
+    F is a multiple of `frames_at_once`, which bounds the activations. Several devices encode whole groups of them each.
     """
-    model = network.model
+    count, llm = splits(), network.params["llm"]
+    own = nnx.State({name: value for name, value in network.params.items() if name != "llm"})
 
-    def part(frames: jax.Array) -> jax.Array:
-        return model.encode_frames(normalise(frames) if frames.dtype == jnp.uint8 else frames)
+    def encoded(own: nnx.State, frames: jax.Array) -> jax.Array:
+        model = dataclasses.replace(network, params=nnx.State({**own, "llm": llm})).model
 
-    visual = jax.lax.map(part, frames.reshape(-1, frames_at_once, *frames.shape[1:]))
-    return visual.reshape(-1, *visual.shape[2:])
+        def part(frames: jax.Array) -> jax.Array:
+            return model.encode_frames(normalise(frames) if frames.dtype == jnp.uint8 else frames)
+
+        return jax.lax.map(part, frames)
+
+    frames = frames.reshape(-1, frames_at_once, *frames.shape[1:])
+    if count == 1:
+        visual = encoded(own, frames)
+        return visual.reshape(-1, *visual.shape[2:])
+    # Each device gets as many groups. Those that are missing are encoded as black frames.
+    groups = frames_at_once // FRAMES_PER_GROUP
+    missing = FRAMES_PER_GROUP * (-groups % count)
+    frames = jnp.pad(frames, ((0, 0), (0, missing), *((0, 0),) * 3))
+    visual = on_parts(encoded, (PartitionSpec(), part_of(1)), part_of(1))(own, frames)
+    return whole(visual, 1)[:, :groups].reshape(-1, *visual.shape[2:])
 
 
+@_Program
 @jax.jit
 def checksum(x: jax.Array) -> jax.Array:
     """A uint32 hash of all bits of an array, for telling checkpoints apart. A changed or moved element goes unnoticed
@@ -64,6 +107,7 @@ def checksum(x: jax.Array) -> jax.Array:
     return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)
 
 
+@_Program
 @jax.jit
 def all_finite(tree: Any) -> jax.Array:
     """Whether every floating-point element of a pytree is finite."""
@@ -71,7 +115,21 @@ def all_finite(tree: Any) -> jax.Array:
     return jnp.all(jnp.stack(parts))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "slots", "dtype", "quantized"))
+def _kv_shardings(tree: Any, mesh: Mesh) -> Any:
+    """Keys and values [L, K, S, ...] are split over the heads, and everything else is whole."""
+    return jax.tree.map(lambda x: NamedSharding(mesh, part_of(1) if x.ndim >= 3 else PartitionSpec()), tree)
+
+
+def _split_kv[T](tree: T, mesh: Mesh | None) -> T:
+    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, _kv_shardings(tree, mesh))
+
+
+def place_cache(cache: KVCache, mesh: Mesh | None) -> KVCache:
+    """A cache of arrays on the host, on the devices of `mesh`."""
+    return jax.device_put(cache, None if mesh is None else _kv_shardings(cache, mesh))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "slots", "dtype", "quantized", "mesh"))
 def new_cache(
     config: LLMConfig,
     slots: int,
@@ -80,10 +138,13 @@ def new_cache(
     *,
     quantized: bool = False,
     key_channels: jax.Array | None = None,
+    mesh: Mesh | None = None,
 ) -> KVCache:
-    """An empty cache; its visual region begins at `visual_start`, by default behind the last slot."""
+    """An empty cache on the devices of `mesh`; its visual region begins at `visual_start`, by default behind the last
+    slot."""
     cache = empty_cache(config, slots, dtype, quantized=quantized, key_channels=key_channels)
-    return cache if visual_start is None else cache._replace(visual_start=jnp.int32(visual_start))
+    cache = cache if visual_start is None else cache._replace(visual_start=jnp.int32(visual_start))
+    return _split_kv(cache, mesh)
 
 
 @functools.partial(program, donate_argnames="cache")
@@ -206,7 +267,7 @@ def decode(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "rows", "slots", "dtype", "quantized", "key_channels", "separate")
+    jax.jit, static_argnames=("config", "rows", "slots", "dtype", "quantized", "key_channels", "separate", "mesh")
 )
 def empty_rows(
     config: LLMConfig,
@@ -217,6 +278,7 @@ def empty_rows(
     quantized: bool = False,
     key_channels: int = 0,
     separate: bool = False,
+    mesh: Mesh | None = None,
 ) -> RowCache:
     """Caches of `rows` answers with `slots` slots each, in which nothing is seen: see `cache.RowArray`.
 
@@ -235,16 +297,19 @@ def empty_rows(
     def arrays(exact: int = 0) -> RowArray:
         return tuple(array(rows, exact) for _ in range(layers)) if separate else array(layers * rows, exact)
 
-    return RowCache(arrays(key_channels), arrays(), none, none, none)
+    return _split_kv(RowCache(arrays(key_channels), arrays(), none, none, none), mesh)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "rows", "slots", "dtype", "separate"))
-def empty_state(config: LLMConfig, rows: int, slots: int, dtype: str, *, separate: bool) -> tuple[RowState, Sampling]:
+@functools.partial(jax.jit, static_argnames=("config", "rows", "slots", "dtype", "separate", "mesh"))
+def empty_state(
+    config: LLMConfig, rows: int, slots: int, dtype: str, *, separate: bool, mesh: Mesh | None = None
+) -> tuple[RowState, Sampling]:
     """The state of `rows` answers that have ended, with `slots` slots of text each, and their sampling."""
-    text = empty_rows(config, rows, slots, dtype, separate=separate)
+    text = empty_rows(config, rows, slots, dtype, separate=separate, mesh=mesh)
     keys = jnp.broadcast_to(jax.random.key(0), (rows,))
     none, zero = jnp.zeros(rows, jnp.int32), jnp.zeros(rows)
-    return RowState(none, text, keys, jnp.ones(rows, bool), jnp.ones(rows, bool)), Sampling(zero, zero)
+    state = RowState(none, text, keys, jnp.ones(rows, bool), jnp.ones(rows, bool)), Sampling(zero, zero)
+    return _split_kv(state, mesh)
 
 
 @functools.partial(jax.jit, static_argnames="layers", donate_argnames="target")

@@ -125,6 +125,7 @@ class _Rows:
             quantized=answers[0].quantized,
             key_channels=answers[0].key_channels,
             separate=network.layers is not None,
+            mesh=network.mesh,
         )
         rows = cls(network, count, contexts, slots, max(answer.text_tokens for answer in answers) + STREAM_TOKENS)
         for answer in answers:
@@ -180,7 +181,9 @@ class _Rows:
         network = self._network
         self._text_slots = text_slots(network, tokens)
         separate = network.layers is not None
-        return compiled.empty_state(network.config.llm, self.count, self._text_slots, network.dtype, separate=separate)
+        return compiled.empty_state(
+            network.config.llm, self.count, self._text_slots, network.dtype, separate=separate, mesh=network.mesh
+        )
 
     def _hold_text(self, tokens: int) -> None:
         """Makes room for `tokens` tokens of text in each row."""
@@ -259,10 +262,11 @@ def _in_rows(network: Network, group: list[Decoding]) -> list[tuple[_Rows, list[
                     rows.admit(answer)
             return [(rows, group)]
     first = group[0]
-    slot = memory.slot_bytes(network.config, network.dtype, quantized=first.quantized, key_channels=first.key_channels)
+    bytes_of = functools.partial(memory.slot_bytes, network.config, network.dtype, tensor=network.tensor)
+    slot = bytes_of(quantized=first.quantized, key_channels=first.key_channels)
     text = text_slots(network, max(answer.text_tokens + answer.limit for answer in group))
-    need = count * (row_slots(first.slots) * slot + text * memory.slot_bytes(network.config, network.dtype))
-    if need > memory.available_bytes() // 2:
+    need = count * (row_slots(first.slots) * slot + text * bytes_of())
+    if need > memory.available_bytes(network.mesh) // 2:
         if all(answer.rows is first.rows for answer in group):
             return [(first.rows, group)]  # they stay where they are, beside rows that nobody needs any more
         half = len(group) // 2

@@ -16,13 +16,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
+from xl2jax.arithmetic import ceil_div
 from xl2jax.config import FRAMES_PER_GROUP, VideoXL2Config, Weights
 from xl2jax.errors import NotEnoughMemory, UserError
 from xl2jax.inference.bilevel import BilevelConfig, mixed_slots
 from xl2jax.inference.layout import VideoLayout, bucket
 from xl2jax.inference.prefill import PrefillPlan, default_steps
 from xl2jax.models.param_tree import flatten
+from xl2jax.models.sharding import head_copies, shard_bytes, with_head_copies
 from xl2jax.models.video_xl2 import abstract_model
 
 _WORKSPACE = 256 << 20
@@ -47,31 +50,41 @@ class MemoryNeed:
         return max(self.cache, self.kept + self.pooled + self.mixed) + self.workspace
 
 
-def weight_bytes(config: VideoXL2Config, dtype: jax.typing.DTypeLike) -> int:
-    """Bytes of the parameters, of which those that are not quantised have `dtype`."""
-    params = flatten(nnx.state(abstract_model(config, jnp.dtype(dtype))))
-    return sum(x.size * x.dtype.itemsize for x in params.values())
+def weight_bytes(config: VideoXL2Config, dtype: jax.typing.DTypeLike, tensor: int = 1) -> int:
+    """Bytes of the parameters on each of `tensor` devices. Those that are not quantised have `dtype`."""
+    params = flatten(nnx.state(abstract_model(with_head_copies(config, head_copies(config, tensor)), jnp.dtype(dtype))))
+    return sum(shard_bytes(name, x, tensor) for name, x in params.items())
 
 
-def weight_bytes_of_a_token(config: VideoXL2Config, dtype: jax.typing.DTypeLike) -> int:
-    """Bytes of the parameters that one token of an answer reads: the LLM's, but for an embedding of its own."""
+def weight_bytes_of_a_token(config: VideoXL2Config, dtype: jax.typing.DTypeLike, tensor: int = 1) -> int:
+    """Bytes of the parameters that one token of an answer reads on each of `tensor` devices: the LLM's, but for an
+    embedding of its own."""
     params = flatten(nnx.state(abstract_model(config, jnp.dtype(dtype))))
     separate = not config.llm.tied_embeddings
     return sum(
-        x.size * x.dtype.itemsize
+        shard_bytes(name, x, tensor)
         for name, x in params.items()
         if name.startswith("llm.") and not (separate and name.startswith("llm.embed."))
     )
 
 
 def slot_bytes(
-    config: VideoXL2Config, dtype: jax.typing.DTypeLike, *, quantized: bool = False, key_channels: int = 0
+    config: VideoXL2Config,
+    dtype: jax.typing.DTypeLike,
+    *,
+    quantized: bool = False,
+    key_channels: int = 0,
+    tensor: int = 1,
 ) -> int:
-    """Bytes of the keys and values of one token in all layers. In 8 bits `key_channels` of each key keep `dtype` too."""
+    """Bytes of the keys and values of one token in all layers, on each of `tensor` devices.
+
+    In 8 bits `key_channels` of each key keep `dtype` too.
+    """
     c, itemsize = config.llm, jnp.dtype(dtype).itemsize
+    kv_heads = ceil_div(c.kv_heads, tensor)
     if not quantized:
-        return 2 * c.layers * c.kv_heads * c.head_width * itemsize
-    return c.layers * c.kv_heads * (2 * (c.head_width + itemsize) + key_channels * itemsize)
+        return 2 * c.layers * kv_heads * c.head_width * itemsize
+    return c.layers * kv_heads * (2 * (c.head_width + itemsize) + key_channels * itemsize)
 
 
 def memory_need(
@@ -85,16 +98,18 @@ def memory_need(
     quantized: bool = False,
     key_channels: int = 0,
     offload: bool = False,
+    tensor: int = 1,
 ) -> MemoryNeed:
-    """The memory of the video cache and, where `bilevel` is given, of its pooled and mixed copies.
+    """The memory of the video cache and, where `bilevel` is given, of its pooled and mixed copies, on each of `tensor`
+    devices.
 
     `quantized` and `offload` are those of `CacheConfig`, `key_channels` those of `slot_bytes`. `platform` is "cpu" or "gpu". On a CPU offloading frees
     nothing, because the device is the host.
     """
     gpu = platform == "gpu"
     c, v, itemsize = config.llm, config.vision, jnp.dtype(dtype).itemsize
-    slot = slot_bytes(config, dtype)
-    kept_slot = slot_bytes(config, dtype, quantized=quantized, key_channels=key_channels)
+    slot = slot_bytes(config, dtype, tensor=tensor)
+    kept_slot = slot_bytes(config, dtype, quantized=quantized, key_channels=key_channels, tensor=tensor)
     cache = kept = plan.slots * kept_slot
     pooled = mixed = 0
     if offload and gpu:
@@ -108,15 +123,16 @@ def memory_need(
             mixed += (plan.visual_start + bucket(dense) * plan.visual_tokens) * kept_slot
     tokens = plan.step_groups * (plan.visual_tokens + plan.time_cap)
     # The hidden states of a whole segment are part of the result.
-    prefill = tokens * (4 * c.mlp_width + (8 + plan.segment_steps) * c.width) * itemsize
+    prefill = tokens * (4 * c.mlp_width // tensor + (8 + plan.segment_steps) * c.width) * itemsize
     if c.weights is not None:  # the matrices of one layer are unpacked
-        prefill += c.width * (3 * c.mlp_width + 2 * (c.heads + c.kv_heads) * c.head_width) * itemsize
-    patches = FRAMES_PER_GROUP * default_steps(platform)[0] * v.patch_grid**2
+        prefill += c.width * (3 * c.mlp_width + 2 * (c.heads + c.kv_heads) * c.head_width) * itemsize // tensor
+    patches = FRAMES_PER_GROUP * ceil_div(default_steps(platform)[0], tensor) * v.patch_grid**2
     # XLA materialises the scores of all heads of a frame; cuDNN does not.
     scores = 0 if gpu else 2 * v.heads * v.patch_grid**2 * 4
     vision = patches * ((2 * v.mlp_width + 8 * v.width) * itemsize + scores)
     # One layer of the cache is in float32 while it is pooled or gathered.
-    layer = 2 * plan.slots * c.kv_heads * c.head_width * 4 if bilevel is not None or quantized else 0
+    kv_heads = ceil_div(c.kv_heads, tensor)
+    layer = 2 * plan.slots * kv_heads * c.head_width * 4 if bilevel is not None or quantized else 0
     prefill += layer if quantized else 0
     return MemoryNeed(cache, kept, pooled, mixed, _WORKSPACE + max(prefill, vision, layer))
 
@@ -176,11 +192,24 @@ def simplest(fitting: Iterable[str]) -> list[str]:
     return out
 
 
-def available_bytes() -> int:
-    """Free bytes of the default device: what XLA may still take there, or free host memory."""
-    stats = jax.devices()[0].memory_stats()
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats["bytes_in_use"]
+def available_bytes(mesh: Mesh | None = None) -> int:
+    """Free bytes of the default device, or of the fullest device of `mesh`: what XLA may still take there.
+
+    For CPUs it is the free memory of the host, which the devices of a mesh share.
+    """
+    devices = _devices(mesh)
+    stats = [device.memory_stats() or {} for device in devices]
+    if all("bytes_limit" in each for each in stats):
+        return min(each["bytes_limit"] - each["bytes_in_use"] for each in stats)
+    return _free_host_bytes() // len(devices)
+
+
+def _devices(mesh: Mesh | None) -> list[jax.Device]:
+    """Those of a mesh that belong to this process."""
+    return jax.devices()[:1] if mesh is None else list(mesh.local_devices)
+
+
+def _free_host_bytes() -> int:
     free = []
     with contextlib.suppress(OSError, KeyError, ValueError), open("/proc/meminfo") as f:
         fields = dict(line.split(":", 1) for line in f)
@@ -198,13 +227,14 @@ def check_fits(
     others: Callable[[], Mapping[str, int]] = dict,
     *,
     held: int = 0,
+    mesh: Mesh | None = None,
 ) -> None:
     """Raises NotEnoughMemory, a UserError, if a video needs more memory than is free.
 
     The message says how many frames would fit, and with which of `others()` (flags -> bytes for the same video) all would.
-    `held`: bytes of other watched videos, which could be closed.
+    `held`: bytes of other watched videos, which could be closed. All bytes are those of one device of `mesh`.
     """
-    free, need = available_bytes(), need_of(layout)
+    free, need = available_bytes(mesh), need_of(layout)
     if need.total <= free:
         return
 
@@ -221,25 +251,31 @@ def check_fits(
         enough = "all fit then" if need.total <= free + held else "which is not enough for all"
         advice.append(f"other watched videos hold {held / 2**30:.2f} GiB: close() them ({enough})")
     raise NotEnoughMemory(
-        f"{layout.groups * FRAMES_PER_GROUP} frames need {need.total / 2**30:.2f} GiB beside the model "
+        f"{layout.groups * FRAMES_PER_GROUP} frames need {need.total / 2**30:.2f} GiB{each_of(mesh)} beside the model "
         f"(KV cache {need.cache / 2**30:.2f}), {free / 2**30:.2f} GiB are free: {'; '.join(advice)}"
     )
 
 
-def check_weights_fit(config: VideoXL2Config, dtype: str) -> None:
+def each_of(mesh: Mesh | None) -> str:
+    """Says in a message that bytes are those of each device."""
+    return "" if mesh is None or mesh.size == 1 else f" on each of {mesh.size} devices"
+
+
+def check_weights_fit(config: VideoXL2Config, dtype: str, mesh: Mesh | None = None) -> None:
     """Raises UserError if the parameters need more memory than is free. The message says which bits would fit."""
-    free, need = available_bytes(), weight_bytes(config, dtype)
+    tensor = 1 if mesh is None else mesh.size
+    free, need = available_bytes(mesh), weight_bytes(config, dtype, tensor)
     if need <= free:
         return
     kinds: tuple[Weights, ...] = ("int8", "int4") if config.llm.weights is None else ()
-    sizes = {kind: weight_bytes(config.with_weights(kind), dtype) for kind in kinds if config.can_have(kind)}
+    sizes = {kind: weight_bytes(config.with_weights(kind), dtype, tensor) for kind in kinds if config.can_have(kind)}
     fitting = next((kind for kind, size in sizes.items() if size <= free), None)
     advice = "" if fitting is None else f"; --weights {fitting} needs {sizes[fitting] / 2**30:.2f} GiB"
-    raise UserError(f"the model needs {need / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free{advice}")
+    raise UserError(f"the model needs {need / 2**30:.2f} GiB{each_of(mesh)}, {free / 2**30:.2f} GiB are free{advice}")
 
 
 def used_bytes() -> int:
-    """Bytes in use now, on the device where it reports them, else by this process."""
+    """Bytes in use now, on the default device where it reports them, else by this process."""
     stats = jax.devices()[0].memory_stats()
     if stats and "bytes_in_use" in stats:
         return stats["bytes_in_use"]
@@ -251,11 +287,10 @@ def used_bytes() -> int:
 
 
 def peak_bytes() -> int:
-    """Bytes in use at the peak so far, on the device where it reports them, else by this process."""
-    stats = jax.devices()[0].memory_stats()
-    if stats and "peak_bytes_in_use" in stats:
-        return stats["peak_bytes_in_use"]
-    return host_peak_bytes()
+    """Bytes in use at the peak so far, on the fullest device where devices report them, else by this process."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [each["peak_bytes_in_use"] for each in stats if "peak_bytes_in_use" in each]
+    return max(peaks) if peaks else host_peak_bytes()
 
 
 def host_peak_bytes() -> int:

@@ -10,10 +10,12 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 
 from xl2jax.config import VideoXL2Config
 from xl2jax.errors import UserError
 from xl2jax.models.param_tree import flatten
+from xl2jax.models.sharding import replicated
 from xl2jax.models.video_xl2 import VideoXL2, abstract_model
 from xl2jax.ops.attention import Attention, choose_attention
 
@@ -37,11 +39,11 @@ def largest_channels(biases: np.ndarray) -> np.ndarray:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("params",),
-    meta_fields=("config", "attention", "platform"),
+    meta_fields=("config", "attention", "platform", "mesh", "head_copies"),
 )
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """Config, parameters, and the two choices that depend on the device. Both are made once, by `create`.
+    """Config, parameters, and the choices that depend on the devices, which are made once.
 
     A pytree: under `jax.jit` the parameters are traced and everything else is static.
     """
@@ -52,17 +54,32 @@ class Network:
     """The implementation of arena attention."""
     platform: str
     """"cpu" or "gpu": where the parameters are."""
+    mesh: Mesh | None = None
+    """The devices over which the LLM and the KV are split, and frames for the vision tower. None: the default device."""
+    head_copies: int = 1
+    """How often each KV head of the checkpoint is there (`xl2jax.models.sharding.head_copies`)."""
 
     @classmethod
-    def create(cls, config: VideoXL2Config, params: nnx.State, implementation: str = "auto") -> Network:
+    def create(
+        cls,
+        config: VideoXL2Config,
+        params: nnx.State,
+        implementation: str = "auto",
+        *,
+        mesh: Mesh | None = None,
+        head_copies: int = 1,
+    ) -> Network:
         """Finds the platform and, where `implementation` is "auto", chooses the attention. The choice is logged once.
+
+        `params` are on the devices of `mesh`, as `xl2jax.models.sharding` splits them.
 
         Raises UserError for an implementation that does not exist or does not serve the model on its device.
         """
         first = jax.tree.leaves(params)[0]
         device = next(iter(first.devices()))
         attention = choose_attention(implementation, device, config.llm.head_width, first.dtype)
-        return cls(config, params, attention, "gpu" if device.platform in ("gpu", "cuda", "rocm") else device.platform)
+        platform = "gpu" if device.platform in ("gpu", "cuda", "rocm") else device.platform
+        return cls(config, params, attention, platform, mesh, head_copies)
 
     @property
     def dtype(self) -> str:
@@ -78,12 +95,28 @@ class Network:
     def layers(self) -> tuple[Any, ...] | None:
         """The parameters of each layer of the LLM for `scan_layers`, on CPUs. They share the memory of the stacked ones.
 
-        None on GPUs, which read the stacked ones in place.
+        None on GPUs, which read the stacked ones in place, and where they are split over devices.
         """
-        if self.platform != "cpu":
+        if self.platform != "cpu" or self.tensor > 1:
             return None
         stacked = nnx.state(self.model.llm.layers)
         return tuple(jax.tree.map(functools.partial(layer_view, at=i), stacked) for i in range(self.config.llm.layers))
+
+    @property
+    def tensor(self) -> int:
+        """Number of devices over which the LLM is split."""
+        return 1 if self.mesh is None else self.mesh.size
+
+    def in_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        """Has operations split over the devices while a program is traced (`xl2jax.ops.split`)."""
+        if self.mesh is None:
+            return contextlib.nullcontext()
+        return jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh)
+
+    @property
+    def whole(self) -> NamedSharding | None:
+        """The sharding of an array that every device holds whole."""
+        return None if self.mesh is None else replicated(self.mesh)
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
         """Has products of float32 arrays computed in float32. By default GPUs compute them in TF32."""

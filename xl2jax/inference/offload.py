@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from xl2jax.config import LLMConfig
 from xl2jax.inference import compiled
@@ -31,6 +32,11 @@ class HostKV(NamedTuple):
     @property
     def nbytes(self) -> int:
         return sum(x.nbytes for x in jax.tree.leaves(self))
+
+
+def placed_like(a: jax.Array, x: np.ndarray) -> jax.Array:
+    """x on the devices of a. Heads are split as those of a are."""
+    return jax.device_put(x, a.sharding if isinstance(a.sharding, NamedSharding) else None)
 
 
 @functools.partial(jax.jit, static_argnames="start")
@@ -70,7 +76,7 @@ def pool_host(
     """`bilevel.pool_cache` of an offloaded video. One layer of it is on the device at a time."""
     pooled: PooledKV | None = None
     for layer in range(config.layers):
-        k, v = jax.tree.map(lambda a, i=layer: jnp.asarray(a[i : i + 1]), (host.k, host.v))
+        k, v = jax.tree.map(lambda a, x, i=layer: placed_like(a, x[i : i + 1]), (cache.k, cache.v), (host.k, host.v))
         one_layer = cache._replace(k=k, v=v, visual_start=jnp.int32(0))
         part = compiled.pool_cache(config, one_layer, table, visual_tokens=visual_tokens, pool=pool)
         if pooled is None:
@@ -90,7 +96,7 @@ def fetch(cache: KVCache, host: HostKV, dense: np.ndarray, *, visual_tokens: int
         layers, kv_heads, slots = visual.shape[:3]
         by_group = visual.reshape(layers, kv_heads, slots // visual_tokens, visual_tokens, *visual.shape[3:])
         picked = by_group[:, :, groups].reshape(layers, kv_heads, -1, *visual.shape[3:])
-        return jnp.concatenate([a, jnp.asarray(picked)], axis=2)
+        return jnp.concatenate([a, placed_like(a, picked)], axis=2)
 
     k, v = jax.tree.map(pick, (cache.k, cache.v), (host.k, host.v))
     return cache._replace(k=k, v=v)

@@ -59,7 +59,13 @@ def empty_video_cache(network: Network, slots: int, visual_start: int, *, quanti
     """An empty cache for a video. In 8 bits it keeps key channels with large biases as they are."""
     channels = network.exact_key_channels() if quantized else None
     return compiled.new_cache(
-        network.config.llm, slots, network.dtype, visual_start, quantized=quantized, key_channels=channels
+        network.config.llm,
+        slots,
+        network.dtype,
+        visual_start,
+        quantized=quantized,
+        key_channels=channels,
+        mesh=network.mesh,
     )
 
 
@@ -273,13 +279,15 @@ def text_size(tokens: int) -> int:
 def new_text(network: Network, suffix: SuffixIds, new_tokens: int) -> KVCache:
     """An empty cache for a suffix. Raises UserError where there is no memory for it and `new_tokens` more."""
     slots = text_slots(network, int(suffix.end) + new_tokens)
-    need, free = slots * memory.slot_bytes(network.config, network.dtype), memory.available_bytes()
+    slot = memory.slot_bytes(network.config, network.dtype, tensor=network.tensor)
+    need, free = slots * slot, memory.available_bytes(network.mesh)
     if need > free:
         raise UserError(
             f"the question and up to {new_tokens} new tokens need {need / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are "
             "free: shorten the question or ask for fewer new tokens"
         )
-    return compiled.new_cache(network.config.llm, text_slots(network, len(suffix.ids)), network.dtype)
+    slots = text_slots(network, len(suffix.ids))
+    return compiled.new_cache(network.config.llm, slots, network.dtype, mesh=network.mesh)
 
 
 def text_slots(network: Network, tokens: int) -> int:

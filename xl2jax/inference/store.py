@@ -97,7 +97,8 @@ def save_cache(path: Path, video: WatchedVideo, key: dict[str, Any]) -> None:
         if kv.host is None
         else {name: (x, 0) for name, x in _arrays(kv.host.k, kv.host.v).items()},
     }
-    places, tensors = _contents(kept, kv.layout)
+    copies = video.head_copies
+    places, tensors = _contents(kept, kv.layout, copies)
     metadata = {
         "format": _FORMAT,
         "key": json.dumps(key, sort_keys=True),
@@ -113,19 +114,28 @@ def save_cache(path: Path, video: WatchedVideo, key: dict[str, Any]) -> None:
 
         for name, part, layer, count in places:
             x, start = regions[part][name]
-            write(f"{name}.{part}.{layer}", np.asarray(x[layer, :, start : start + count]))
+            write(f"{name}.{part}.{layer}", np.asarray(x[layer, ::copies, start : start + count]))
         out.write("checksums", np.array([list(bytes.fromhex(c)) for c in checksums], np.uint8).view(np.int8))
 
 
-def _contents(arrays: dict[str, Any], layout: VideoLayout) -> tuple[list[tuple[str, str, int, int]], list[Stored]]:
-    """The contents of a file in order: (array, region, layer, slots) of the KV, and all tensors."""
+def _contents(
+    arrays: dict[str, Any], layout: VideoLayout, copies: int
+) -> tuple[list[tuple[str, str, int, int]], list[Stored]]:
+    """The contents of a file in order: (array, region, layer, slots) of the KV, and all tensors.
+
+    A file holds each KV head once, also where devices have copies of it.
+    """
     counts = {"globals": layout.global_tokens, "visual": layout.groups * layout.visual_tokens}
     layers = len(next(iter(arrays.values())))
     places = [
         (name, part, layer, count) for layer in range(layers) for name in arrays for part, count in counts.items()
     ]
     tensors: list[Stored] = [
-        (f"{name}.{part}.{layer}", (arrays[name].shape[1], count, *arrays[name].shape[3:]), _CODES[arrays[name].dtype])
+        (
+            f"{name}.{part}.{layer}",
+            (arrays[name].shape[1] // copies, count, *arrays[name].shape[3:]),
+            _CODES[arrays[name].dtype],
+        )
         for name, part, layer, count in places
     ]
     tensors.append(("checksums", (len(tensors) + 1, 16), "I8"))  # of the header, then of each tensor
@@ -189,7 +199,8 @@ def loading_cache(
         slots = plan.visual_start if cache.offload else plan.slots
         empty = empty_video_cache(model.network, slots, plan.visual_start, quantized=cache.quantized)
         arrays, visual = _arrays(empty.k, empty.v), {}
-        places, tensors = _contents(arrays, layout)
+        copies = model.network.head_copies
+        places, tensors = _contents(arrays, layout, copies)
         file.check_tensors(tensors)
         if cache.offload:
             visual = {
@@ -197,7 +208,7 @@ def loading_cache(
                 for n, a in arrays.items()
             }
         for name, part, layer, count in places:
-            array = file.read(f"{name}.{part}.{layer}")
+            array = np.repeat(file.read(f"{name}.{part}.{layer}"), copies, axis=0)
             if part == "globals":
                 arrays[name] = _put(arrays[name], array, layer, 0)
             elif cache.offload:
@@ -217,6 +228,7 @@ def loading_cache(
         duration=file.about.duration,
         times=file.about.times,
         kv=VideoKV(layout, plan, filled, host),
+        head_copies=copies,
         thumbnails=[],
         timings={"read": 0.0, "compute": 0.0},
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import threading
 from collections.abc import Iterator
 from typing import Literal
@@ -58,6 +59,8 @@ class WatchedVideo:
     timings: dict[str, float]
     thumbnails: list[tuple[float, np.ndarray]]
     """Up to 12 evenly spread (seconds, uint8 [64, 64, 3]); empty where the cache came from a file."""
+    head_copies: int = 1
+    """How often each KV head is there (see `Network`)."""
     closed: bool = False
     _readers: list[int] = dataclasses.field(default_factory=list)
     """Threads that generate an answer now."""
@@ -66,11 +69,16 @@ class WatchedVideo:
 
     @property
     def device_bytes(self) -> int:
-        """Bytes that the video holds on the device."""
+        """Bytes that the video holds on each device."""
         with self._free:
             if self.closed:
                 return 0
-            return sum(x.nbytes for x in jax.tree.leaves((self.kv.cache, dict(self.kv.pooled))))
+            arrays = jax.tree.leaves((self.kv.cache, dict(self.kv.pooled)))
+            return sum(
+                math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+                for x in arrays
+                if isinstance(x, jax.Array)
+            )
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:

@@ -94,4 +94,5 @@ class Watching:
             kv=kv,
             timings=self._timings,
             thumbnails=self._thumbnails,
+            head_copies=self._network.head_copies,
         )

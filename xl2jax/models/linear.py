@@ -38,14 +38,24 @@ class QuantizedLinear(Quantized):
     """A linear map from n to m. The bias has `param_dtype`, the result the dtype of the input."""
 
     def __init__(
-        self, n: int, m: int, weights: Weights, *, use_bias: bool, param_dtype: jax.typing.DTypeLike, rngs: nnx.Rngs
+        self,
+        n: int,
+        m: int,
+        weights: Weights,
+        *,
+        use_bias: bool,
+        param_dtype: jax.typing.DTypeLike,
+        rngs: nnx.Rngs,
+        sums_parts: bool = False,
     ):
+        """`sums_parts`: several devices hold parts of the inputs, and not of the outputs."""
         super().__init__(m, n, weights, rngs=rngs)
+        self.sums_parts = sums_parts
         self.bias = nnx.Param(jnp.zeros(m, param_dtype)) if use_bias else None
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """[..., n] -> [..., m]."""
-        return self.add_bias(multiply(inputs, (self.matrix,))[0])
+        return self.add_bias(multiply(inputs, (self.matrix,), sums_parts=self.sums_parts)[0])
 
     def add_bias(self, out: jax.Array) -> jax.Array:
         return out if self.bias is None else out + self.bias[...]

@@ -17,6 +17,7 @@ from xl2jax.models.linear import QuantizedEmbed, QuantizedLinear, apply_all
 from xl2jax.models.lora import LoRAConfig, LoRALinear, LoRAQuantizedLinear
 from xl2jax.ops.precision import accumulator, product
 from xl2jax.ops.quantized_product import multiply
+from xl2jax.ops.split import whole
 from xl2jax.ops.weights import unpack
 
 type Attend[S] = Callable[[S, jax.Array, jax.Array, jax.Array, jax.Array], tuple[S, jax.Array]]
@@ -41,11 +42,13 @@ class DecoderLayer(nnx.Module):
         c = config
         self.head_width = c.head_width
 
-        def linear(n: int, m: int, bias: bool = False) -> nnx.Linear | QuantizedLinear:
+        def linear(n: int, m: int, bias: bool = False, inward: bool = False) -> nnx.Linear | QuantizedLinear:
             if c.weights is not None and lora is not None:
                 return LoRAQuantizedLinear(n, m, c.weights, lora, use_bias=bias, param_dtype=param_dtype, rngs=rngs)
             if c.weights is not None:
-                return QuantizedLinear(n, m, c.weights, use_bias=bias, param_dtype=param_dtype, rngs=rngs)
+                return QuantizedLinear(
+                    n, m, c.weights, use_bias=bias, param_dtype=param_dtype, rngs=rngs, sums_parts=inward
+                )
             if lora is not None:
                 return LoRALinear(n, m, lora, use_bias=bias, param_dtype=param_dtype, rngs=rngs)
             return nnx.Linear(n, m, use_bias=bias, param_dtype=param_dtype, rngs=rngs)
@@ -57,9 +60,9 @@ class DecoderLayer(nnx.Module):
         self.q = linear(c.width, c.heads * c.head_width, bias=True)
         self.k = linear(c.width, c.kv_heads * c.head_width, bias=True)
         self.v = linear(c.width, c.kv_heads * c.head_width, bias=True)
-        self.o = linear(c.heads * c.head_width, c.width)
+        self.o = linear(c.heads * c.head_width, c.width, inward=True)
         self.gate, self.up = linear(c.width, c.mlp_width), linear(c.width, c.mlp_width)
-        self.down = linear(c.mlp_width, c.width)
+        self.down = linear(c.mlp_width, c.width, inward=True)
 
     def __call__[S](
         self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend[S], state: S, index: jax.Array
@@ -193,10 +196,10 @@ class Qwen2(nnx.Module):
         """Hidden states [..., D] -> logits [..., vocab], float32 (float64 for float64)."""
         head = self.embed if self.tied else self.lm_head
         if isinstance(head, QuantizedEmbed | QuantizedLinear):
-            return multiply(hidden, (head.matrix,), accumulator(hidden.dtype))[0]
+            return whole(multiply(hidden, (head.matrix,), accumulator(hidden.dtype))[0], -1)
         kernel = self.unembedding()
         if hidden.ndim > 1:
-            return product("...d,dv->...v", hidden, kernel)
+            return whole(product("...d,dv->...v", hidden, kernel), -1)
         # For one 16-bit row XLA would first write all of lm_head as float32. For eight rows it does not.
         rows = jax.lax.optimization_barrier(jnp.pad(hidden[None], ((0, 7), (0, 0))))
-        return product("td,dv->tv", rows, kernel)[0]
+        return whole(product("td,dv->tv", rows, kernel), -1)[0]

@@ -23,12 +23,14 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from xl2jax.errors import UserError
 from xl2jax.ops.blockwise import attend_blockwise, backward_blockwise
 from xl2jax.ops.kv import QuantizedKV, Source, kv_dtype, unpack_row
 from xl2jax.ops.ranges import merge
 from xl2jax.ops.reference import attend_reference
+from xl2jax.ops.split import on_parts, part_of, splits
 
 logger = logging.getLogger(__name__)
 
@@ -200,7 +202,7 @@ def arena_attention(q: jax.Array, *sources: Source, attention: Attention = BLOCK
     """Attention of the queries to all slots that they see in the sources. Shapes as in the module's docstring.
 
     Differentiable in q, k and v (out and lse), unless k and v have 8 bits. The backward pass is blockwise XLA whatever
-    the implementation.
+    the implementation. Where heads are split over devices (`xl2jax.ops.split`), each computes its own.
 
     Raises:
       UserError: the implementation does not support these shapes or dtypes. There is no fallback.
@@ -224,4 +226,9 @@ def arena_attention(q: jax.Array, *sources: Source, attention: Attention = BLOCK
             chex.assert_shape(source.rows, (batch,))
         chex.assert_shape(list(source.ranges), (batch, tokens))
         chex.assert_is_divisible(heads, kv_heads)
-    return _differentiable(attention, q, sources)
+    if splits() == 1:
+        return _differentiable(attention, q, sources)
+    of_source = Source(part_of(1), part_of(1), PartitionSpec(), PartitionSpec())  # type: ignore[arg-type]
+    specs = (part_of(2), (of_source,) * len(sources))
+    run = on_parts(functools.partial(_differentiable, attention), specs, (part_of(2), part_of(2)))
+    return run(q, sources)

@@ -9,32 +9,66 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from xl2jax.ops.attention import MMA_CARDS
 from xl2jax.ops.dense import cuda_capability
 from xl2jax.ops.precision import accumulator, product
+from xl2jax.ops.split import TENSOR, on_parts, part_of, splits
 from xl2jax.ops.weights import QuantizedMatrix, unpack
 
 logger = logging.getLogger(__name__)
 
+KERNEL_ROWS = 16
+"""Rows that the kernel multiplies at most (`matvec.MAX_ROWS`, which is slow to import)."""
 FEW_ROWS = 3
 """Up to so many rows are multiplied with the codes themselves. Every row is a pass over the codes, and unpacking the
 matrix costs as much as about four."""
 
 
 def multiply(
-    x: jax.Array, matrices: tuple[QuantizedMatrix, ...], dtype: jax.typing.DTypeLike | None = None
+    x: jax.Array,
+    matrices: tuple[QuantizedMatrix, ...],
+    dtype: jax.typing.DTypeLike | None = None,
+    *,
+    sums_parts: bool = False,
 ) -> tuple[jax.Array, ...]:
     """x [..., n] times each of the transposed matrices [m, n]: [..., m] in `dtype`, by default that of x.
 
     On the NVIDIA GPUs of `MMA_CARDS` a kernel multiplies up to 16 rows of 16 bits with all of them (xl2jax.ops.matvec),
     where the sizes of the matrices fit it; it has no gradient. XLA multiplies everything else. Sums have the
     `accumulator` of x's dtype.
+
+    Where matrices are split over devices (`xl2jax.ops.split`), each multiplies with its own part: of the outputs, or
+    with `sums_parts` of the inputs.
     """
     dtype = np.dtype(x.dtype if dtype is None else dtype)
+    count = splits()
+    if count == 1 or (not sums_parts and any(matrix.codes.shape[-2] % count for matrix in matrices)):
+        return _multiply(x, matrices, dtype)
+    behind = x.ndim - 1
+    if not sums_parts:
+        spec = (QuantizedMatrix(*[part_of(0)] * 3),) * len(matrices)  # type: ignore[arg-type]
+        run = on_parts(functools.partial(_multiply, dtype=dtype), (PartitionSpec(), spec), part_of(behind))
+        return run(x, matrices)
+
+    # Many rows are summed in their own dtype, as XLA sums those of plain matrices: half the bytes are exchanged.
+    exchanged = np.dtype(accumulator(x.dtype)) if math.prod(x.shape[:-1]) <= KERNEL_ROWS else dtype
+
+    def summed(x: jax.Array, matrices: tuple[QuantizedMatrix, ...]) -> tuple[jax.Array, ...]:
+        parts = _multiply(x, matrices, exchanged)
+        return tuple(out.astype(dtype) for out in jax.lax.psum(parts, TENSOR))
+
+    of_scale = PartitionSpec() if matrices[0].zero is None else part_of(1)
+    spec = (QuantizedMatrix(part_of(1), of_scale, of_scale),) * len(matrices)  # type: ignore[arg-type]
+    return on_parts(summed, (part_of(behind), spec), PartitionSpec())(x, matrices)
+
+
+def _multiply(x: jax.Array, matrices: tuple[QuantizedMatrix, ...], dtype: np.dtype) -> tuple[jax.Array, ...]:
+    """`multiply` on one device."""
     rows, capability = math.prod(x.shape[:-1]), cuda_capability()
     xla = functools.partial(_by_xla, dtype)
-    if capability is not None and ".".join(map(str, capability)) in MMA_CARDS and rows <= 16:
+    if capability is not None and ".".join(map(str, capability)) in MMA_CARDS and rows <= KERNEL_ROWS:
         from xl2jax.ops.matvec import supports  # Pallas is slow to import
 
         if all(supports(rows, matrix, x.dtype) for matrix in matrices):

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import jax
 
 from xl2jax.errors import NotEnoughMemory, UserError
-from xl2jax.inference import memory
+from xl2jax.inference import compiled, memory
 from xl2jax.inference.api import Model
 from xl2jax.inference.bilevel import BilevelConfig
 from xl2jax.inference.layout import PrefillConfig
@@ -130,7 +130,11 @@ class WatchedVideos:
         model = self._model
         plan = model.plan(model.layout(model.tokenizer.time_ids(clip.times)), self.prefill)
         need = plan.slots * memory.slot_bytes(
-            model.config, model.dtype, quantized=self.cache.quantized, key_channels=model.key_channels
+            model.config,
+            model.dtype,
+            quantized=self.cache.quantized,
+            key_channels=model.key_channels,
+            tensor=model.network.tensor,
         )
         if need > self._budgets.device:
             raise NotEnoughMemory(
@@ -175,11 +179,11 @@ class WatchedVideos:
         kept = self._kept[key.name]
         kept.users += 1  # what makes room must not drop it
         try:
-            if not self.make_room(kept.bytes):
+            if not self.make_room(kept.bytes // self._model.network.tensor):
                 return False
         finally:
             kept.users -= 1
-        kept.video.kv.cache = jax.device_put(kept.video.kv.cache)
+        kept.video.kv.cache = compiled.place_cache(kept.video.kv.cache, self._model.network.mesh)
         kept.place = "device"
         return True
 
@@ -193,6 +197,7 @@ class WatchedVideos:
             size = file.stat().st_size
         except OSError:
             raise UserError("the video's file is gone") from None
+        size //= self._model.network.tensor
         while not self.make_room(size):
             yield False
         self.reserve(size)
@@ -237,7 +242,9 @@ class WatchedVideos:
     # --- behind the device ----------------------------------------------------------------------
 
     def _bytes(self, place: Place) -> int:
-        return sum(kept.bytes for kept in self._kept.values() if kept.place == place)
+        """Bytes on each device, or on the host."""
+        total = sum(kept.bytes for kept in self._kept.values() if kept.place == place)
+        return total // self._model.network.tensor if place == "device" else total
 
     def _shrink_host(self) -> None:
         for name, kept in list(self._kept.items()):

@@ -12,10 +12,11 @@ from jax.sharding import Mesh
 from xl2jax.arithmetic import ceil_div
 from xl2jax.config import FRAMES_PER_GROUP, VideoXL2Config
 from xl2jax.models.param_tree import is_quantized, parameter_count
+from xl2jax.models.sharding import param_spec
 from xl2jax.training.batches import Probe
 from xl2jax.training.config import TrainConfig
 from xl2jax.training.records import Record, RecordSet
-from xl2jax.training.sharding import batch_devices, param_spec
+from xl2jax.training.sharding import batch_devices
 from xl2jax.training.step import MASTER, StepConfig
 
 _PARTS = ("vision", "dts", "projector", "llm")

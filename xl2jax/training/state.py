@@ -28,11 +28,11 @@ from xl2jax.config import VideoXL2Config
 from xl2jax.errors import UserError, first_line
 from xl2jax.models.lora import LoRAConfig
 from xl2jax.models.param_tree import flatten, is_quantized
+from xl2jax.models.sharding import param_sharding, replicated
 from xl2jax.models.video_xl2 import VideoXL2, abstract_model
 from xl2jax.system.schema import check
 from xl2jax.system.terminal import machine_fault
 from xl2jax.training.processes import from_main
-from xl2jax.training.sharding import param_sharding, replicated
 from xl2jax.training.step import MASTER, Params, StepConfig, TrainState
 
 _CHECKPOINTS = "checkpoints"
