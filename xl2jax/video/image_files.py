@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from xl2jax.errors import UserError, first_line
-from xl2jax.system.schema import unreadable
+from xl2jax.system.schema import require_regular, unreadable
 from xl2jax.system.terminal import machine_fault
 from xl2jax.video.containers import MAX_PIXELS
 from xl2jax.video.readers import SPAN_FRAMES, Reader
@@ -42,16 +42,21 @@ class ImageReader(Reader):
             yield frame
 
 
-def read_image(path: Path, max_pixels: int | None = None) -> np.ndarray:
+def read_image(path: Path, max_pixels: int | None = None, *, still: bool = False) -> np.ndarray:
     """uint8 RGB [H, W, 3], rotated upright. 16-bit grey is scaled to 8 bits, and transparency is dropped.
 
     Raises:
-      UserError: the file is not an image, is damaged, or has more than `max_pixels`, by default `MAX_PIXELS`.
+      UserError: the file is not an image, is damaged, or has more than `max_pixels`, by default `MAX_PIXELS`. With
+        `still` it is also refused where it holds several images, such as an animation.
     """
     try:
+        require_regular(path)
         with Image.open(path) as image:
             if image.width * image.height > (max_pixels or MAX_PIXELS):
                 raise UserError(f"{path}: has {image.width} x {image.height} pixels, more than can be read")
+            # Cameras add smaller copies and depth maps to a photo (MPO).
+            if still and image.format != "MPO" and getattr(image, "is_animated", False):
+                raise UserError(f"{path}: holds several images: give an animation as a video, or one of its images")
             upright = ImageOps.exif_transpose(image)
             if upright.mode == "I" or upright.mode.startswith("I;16"):  # Pillow would clip values above 255
                 grey = np.clip(np.asarray(upright, np.float64), 0, 65535) / 257
@@ -62,7 +67,9 @@ def read_image(path: Path, max_pixels: int | None = None) -> np.ndarray:
     except UserError:
         raise
     except UnidentifiedImageError:
-        raise UserError(f"{path}: not an image that can be read (its format is not known)") from None
+        kind = path.suffix.lower()
+        advice = "convert it to .jpg or .png first" if kind in _OTHER_IMAGES else "its format is not known"
+        raise UserError(f"{path}: not an image that can be read ({advice})") from None
     except Exception as e:  # on damaged files Pillow's decoders raise errors of many types
         if machine_fault(e) is not None:
             raise  # the machine ran short; the file may be good
