@@ -14,7 +14,8 @@ from safetensors.numpy import load_file
 
 from xl2jax.config import GRIDS, VideoXL2Config
 from xl2jax.errors import UserError
-from xl2jax.video.pictures import Picture, cut, fit, padded_to_square
+from xl2jax.video.image_files import padded_to_square
+from xl2jax.video.pictures import Picture, cut, fit
 
 
 def views(picture: np.ndarray, tile: int, grids: tuple[tuple[int, int], ...]) -> np.ndarray:

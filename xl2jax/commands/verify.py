@@ -78,6 +78,8 @@ def _sections(folder: Path, args: Args) -> tuple[str, ...]:
         chosen = tuple(s for s in chosen if s != "train")
     if not (folder / "case.json").is_file():
         raise UserError(f"{folder}: not a case folder (no case.json)")
+    if is_picture_case(folder) and (args.weights is not None or args.cache_dtype is not None):
+        raise UserError(f"{folder}: pictures are compared without --weights and --cache-dtype: leave them out")
     width = VideoXL2Config.from_hf(folder / "checkpoint").vision.width
     if "train" in chosen and args.dtype == "float32" and width == NORM_GROUPS:
         reason = (

@@ -34,7 +34,8 @@ from xl2jax.models.dts import resample
 from xl2jax.models.param_tree import cast
 from xl2jax.models.video_xl2 import normalise, pad_to_groups
 from xl2jax.training.loss import IGNORE, TokenBatch, token_loss
-from xl2jax.video.pictures import cut, padded_to_square
+from xl2jax.video.image_files import padded_to_square
+from xl2jax.video.pictures import cut
 from xl2jax.video.read_ahead import resize
 
 

@@ -44,6 +44,11 @@ class Surroundings:
     tiles: np.ndarray
     names: tuple[str, ...] = ()
 
+    @property
+    def picture_tokens(self) -> int:
+        """Visual tokens of all pictures."""
+        return int(sum((stretch.visual >= 0).sum() for stretch in (self.before, self.after)))
+
 
 def default_text(pictures: int, *, video: bool) -> str:
     """The text before a question that names no places: as upstream's evaluation has it."""

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from safetensors import SafetensorError, safe_open
 
 from xl2jax.checkpoint.array_checks import checksum
@@ -35,6 +35,7 @@ from xl2jax.video.clip import FrameSampling
 
 _FORMAT = "xl2jax video cache 3"
 _EARLIER = ("xl2jax video cache 1", "xl2jax video cache 2")
+_MAX_TOKENS = 2**24
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -101,7 +102,7 @@ def save_cache(path: Path, video: WatchedVideo, key: dict[str, Any]) -> None:
     metadata = {
         "format": _FORMAT,
         "key": json.dumps(key, sort_keys=True),
-        "video": json.dumps({"duration": video.duration, "times": video.times}),
+        "video": json.dumps({"duration": video.duration, "times": video.times, **_beside(video)}),
     }
     size = sum(math.prod(shape) * DTYPES[code].itemsize for _, shape, code in tensors)
     with replacing_file(path, need_bytes=size) as beside, ShardWriter(beside, tensors, metadata) as out:
@@ -115,6 +116,15 @@ def save_cache(path: Path, video: WatchedVideo, key: dict[str, Any]) -> None:
             x, start = regions[part][name]
             write(f"{name}.{part}.{layer}", np.asarray(x[layer, :, start : start + count]))
         out.write("checksums", np.array([list(bytes.fromhex(c)) for c in checksums], np.uint8).view(np.int8))
+
+
+def _beside(video: WatchedVideo) -> dict[str, Any]:
+    """What a file says of text and pictures beside a video, or without one. Nothing for a video alone."""
+    layout = video.kv.layout
+    if layout.groups and not video.picture_tokens:
+        return {}
+    about = {"prefix": layout.prefix, "tail": layout.tail, "lead": video.lead}
+    return about | {"picture_tokens": video.picture_tokens}
 
 
 def _contents(arrays: dict[str, Any], layout: VideoLayout) -> tuple[list[tuple[str, str, int, int]], list[Stored]]:
@@ -181,7 +191,8 @@ def loading_cache(
     """`load_cache` in steps: yields behind every tensor of the file, and returns the video."""
     with _CacheFile(path) as file:
         file.check_key(key)
-        layout = model.layout(model.tokenizer.time_ids(file.about.times))
+        about = file.about
+        layout = model.layout(model.tokenizer.time_ids(about.times), about.prefix, about.tail)
         config = PrefillConfig(**key["prefill"])
         model.check_cache(cache, bilevel)
         model.check_fits(layout, config, bilevel, cache, loaded=True)
@@ -214,11 +225,13 @@ def loading_cache(
     host = HostKV(*_cache_of(visual)) if cache.offload else None
     watched = WatchedVideo(
         path=str(video_path),
-        duration=file.about.duration,
-        times=file.about.times,
+        duration=about.duration,
+        times=about.times,
         kv=VideoKV(layout, plan, filled, host),
         thumbnails=[],
         timings={"read": 0.0, "compute": 0.0},
+        lead=about.lead,
+        picture_tokens=about.picture_tokens,
     )
     return model.adopt(watched)
 
@@ -233,10 +246,14 @@ def check_cache_file(path: Path, key: dict[str, Any] | None = None) -> None:
 
 
 class _About(Schema):
-    """The description of the video in a file."""
+    """The description of the video in a file, and of what stands beside it."""
 
     duration: Annotated[float, Field(ge=0)]
-    times: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=FRAMES_PER_GROUP, max_length=2**20)]
+    times: Annotated[list[Annotated[float, Field(ge=0)]], Field(max_length=2**20)]
+    prefix: Annotated[int, Field(ge=1, le=_MAX_TOKENS)] | None = None
+    tail: Annotated[int, Field(ge=0, le=_MAX_TOKENS)] = 0
+    lead: str = "\n"
+    picture_tokens: Annotated[int, Field(ge=0, le=_MAX_TOKENS)] = 0
 
     @field_validator("times")
     @classmethod
@@ -244,6 +261,14 @@ class _About(Schema):
         if len(times) % FRAMES_PER_GROUP:
             raise ValueError(f"should hold whole groups of {FRAMES_PER_GROUP} frames")
         return times
+
+    @model_validator(mode="after")
+    def _holds_something(self) -> _About:
+        if not self.times and (self.prefix is None or self.tail):
+            raise ValueError("should hold frames, or a prefix alone")
+        if self.picture_tokens > (self.prefix or 0) + self.tail:
+            raise ValueError("should hold no more picture tokens than tokens")
+        return self
 
 
 class _CacheFile:

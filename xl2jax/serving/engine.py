@@ -339,7 +339,7 @@ class Engine:
                     self._metrics.watch_seconds.inc(time.monotonic() - started)
                     self._metrics.frames.inc(len(frames))
                     for job in watch.jobs:
-                        job.emit(Watched(watch.watching.frames, watch.watching.total))
+                        job.emit(Watched(watch.watching.done, watch.watching.total))
                 case _:
                     assert watch.watching is not None
                     video = watch.watching.finish()

@@ -25,10 +25,10 @@ _VIDEOS = {
 
 
 class ImageReader(Reader):
-    """A sequence of image files, one per frame, at `fps` frames a second."""
+    """A sequence of image files, one per frame, at `fps` frames a second. `squares`: they are padded to grey squares."""
 
-    def __init__(self, files: Sequence[Path], fps: float, max_pixels: int | None = None):
-        self._files, self._max_pixels = files, max_pixels
+    def __init__(self, files: Sequence[Path], fps: float, max_pixels: int | None = None, *, squares: bool = False):
+        self._files, self._max_pixels, self._squares = files, max_pixels, squares
         self.total, self.fps = len(files), fps
 
     def spans(self, indices: np.ndarray) -> list[np.ndarray]:
@@ -38,7 +38,8 @@ class ImageReader(Reader):
         previous, frame = -1, np.empty(0)
         for i in indices.tolist():
             if i != previous:
-                previous, frame = i, read_image(self._files[i], self._max_pixels)
+                previous, frame = i, read_image(self._files[i], self._max_pixels, still=self._squares)
+                frame = padded_to_square(frame) if self._squares else frame
             yield frame
 
 
@@ -74,6 +75,16 @@ def read_image(path: Path, max_pixels: int | None = None, *, still: bool = False
         if machine_fault(e) is not None:
             raise  # the machine ran short; the file may be good
         raise UserError(f"{path}: not an image that can be read ({first_line(e)})") from None
+
+
+def padded_to_square(image: np.ndarray) -> np.ndarray:
+    """uint8 RGB [H, W, 3], centred on a grey square, as upstream's benchmarks show pictures."""
+    height, width = image.shape[:2]
+    side = max(height, width)
+    square = np.full((side, side, 3), 127, np.uint8)
+    top, left = (side - height) // 2, (side - width) // 2
+    square[top : top + height, left : left + width] = image
+    return square
 
 
 def images_in(folder: Path) -> list[Path]:

@@ -70,16 +70,6 @@ def cut(picture: np.ndarray, tile: int, grids: Sequence[Grid]) -> np.ndarray:
     return canvas.reshape(rows, tile, columns, tile, 3).swapaxes(1, 2).reshape(-1, tile, tile, 3)
 
 
-def padded_to_square(picture: np.ndarray) -> np.ndarray:
-    """uint8 RGB [H, W, 3], centred on a grey square. Upstream's benchmarks show pictures so, as frames of a video."""
-    height, width = picture.shape[:2]
-    side = max(height, width)
-    square = np.full((side, side, 3), 127, np.uint8)
-    top, left = (side - height) // 2, (side - width) // 2
-    square[top : top + height, left : left + width] = picture
-    return square
-
-
 @dataclasses.dataclass(frozen=True)
 class Picture:
     """A picture in memory, uint8 RGB [H, W, 3], and a name for messages."""
