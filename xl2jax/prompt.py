@@ -157,7 +157,7 @@ def suffix(
     Raises:
       UserError: the question is empty, not Unicode or too long, or an entry of the history is not a turn.
     """
-    if not question.strip():
+    if not question.strip() and lead:  # without a lead, a text that may be the question ends with the context
         raise UserError("the question is empty")
     head: list[str] = [lead]
     for earlier, answer in pairs(history or ()):

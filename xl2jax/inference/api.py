@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from xl2jax.checkpoint.params import ParamReader
 from xl2jax.checkpoint.sources import find_checkpoint
-from xl2jax.config import VideoXL2Config, Weights
+from xl2jax.config import GRIDS, VideoXL2Config, Weights
 from xl2jax.errors import UserError, require_whole
 from xl2jax.inference import compiled, memory
 from xl2jax.inference.answering import Answer, Answering, decode
@@ -82,6 +82,8 @@ class Model:
     def fingerprint(self) -> str:
         """Hash of the config, the tokenizer and all parameters."""
         digest = hashlib.blake2b(repr(self.config).encode(), digest_size=16)
+        if self.config.picture_grids != GRIDS:
+            digest.update(repr(self.config.picture_grids).encode())
         digest.update(self.tokenizer.tokenizer.to_str().encode())
         for name, value in flatten(self.params).items():
             digest.update(f"{name} {int(compiled.checksum(value))} ".encode())

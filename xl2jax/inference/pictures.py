@@ -56,6 +56,25 @@ def default_text(pictures: int, *, video: bool) -> str:
     return " ".join(marks) + "\n" if marks else ""
 
 
+def split_question(question: str) -> tuple[str | None, str]:
+    """The text up to the last `<image>` or `<video>` of a question, as `surroundings` takes it, and what follows.
+
+    None where the question names no place.
+    """
+    end = max((match.end() for match in re.finditer(f"{IMAGE}|{VIDEO}", question)), default=None)
+    return (None, question) if end is None else (question[:end], question[end:])
+
+
+def check_places(text: str, pictures: int, *, video: bool) -> None:
+    """Raises UserError unless the text has a place for each picture and for the video, and is Unicode."""
+    check_unicode(text)
+    if text.count(IMAGE) != pictures:
+        raise UserError(f"the text has {IMAGE} {text.count(IMAGE)} times for {pictures} pictures: {text[:80]!r}")
+    if text.count(VIDEO) != video:
+        wanted = "once, where the video stands" if video else "but there is no video"
+        raise UserError(f"the text has {VIDEO} {text.count(VIDEO)} times, {wanted}: {text[:80]!r}")
+
+
 def surroundings(
     tokenizer: PromptTokenizer,
     config: VideoXL2Config,
@@ -72,14 +91,9 @@ def surroundings(
       UserError: the text has another number of places, or the checkpoint knows no tiles.
     """
     text = default_text(len(pictures), video=video) if text is None else text
-    check_unicode(text)
+    check_places(text, len(pictures), video=video)
     pieces = re.split(f"({IMAGE}|{VIDEO})", text)
     marks = pieces[1::2]
-    if marks.count(IMAGE) != len(pictures):
-        raise UserError(f"the text has {IMAGE} {marks.count(IMAGE)} times for {len(pictures)} pictures: {text[:80]!r}")
-    if marks.count(VIDEO) != video:
-        wanted = "once, where the video stands" if video else "but there is no video"
-        raise UserError(f"the text has {VIDEO} {marks.count(VIDEO)} times, {wanted}: {text[:80]!r}")
     size = config.vision.image_size
     tiles = [cut(p.pixels, size, config.grids()) for p in pictures]
     *pieces, lead = pieces

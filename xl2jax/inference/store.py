@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,6 +71,16 @@ def video_key(video: Path, sampling: FrameSampling, folder_fps: float, config: P
     except OSError as e:
         raise UserError(f"{video}: cannot be read ({e.strerror})") from None
     return content_key(content, sampling, folder_fps if video.is_dir() else None, config)
+
+
+def pictures_key(pictures: Sequence[Path], text: str | None, config: PrefillConfig) -> dict[str, Any]:
+    """`video_key` of pictures without a video; what to add to that of a video beside which they stand."""
+    try:
+        content = [content_hash(picture) for picture in pictures]
+    except OSError as e:
+        raise UserError(f"{e.filename}: cannot be read ({e.strerror})") from None
+    digest = hashlib.blake2b("".join(content).encode(), digest_size=16).hexdigest()
+    return {"pictures": digest, "text": text, "prefill": dataclasses.asdict(config)}
 
 
 def content_key(
@@ -265,7 +275,7 @@ class _About(Schema):
     @model_validator(mode="after")
     def _holds_something(self) -> _About:
         if not self.times and (self.prefix is None or self.tail):
-            raise ValueError("should hold frames, or a prefix alone")
+            raise ValueError("should have times, or a prefix alone")
         if self.picture_tokens > (self.prefix or 0) + self.tail:
             raise ValueError("should hold no more picture tokens than tokens")
         return self
@@ -351,6 +361,8 @@ def _update(x: jax.Array, part: jax.Array, layer: jax.Array, start: jax.Array) -
 
 
 def _check_key(path: Path, made: dict[str, Any], wanted: dict[str, Any]) -> None:
+    if wanted:  # those of a video alone name no pictures, and those of pictures no video
+        wanted = {"video": None, "pictures": None} | wanted
     for name, value in wanted.items():
         if made.get(name) != value:
             old = made.get(name)
@@ -359,7 +371,7 @@ def _check_key(path: Path, made: dict[str, Any], wanted: dict[str, Any]) -> None
                     f"{k} was {shorten(str(old.get(k)))}, now it is {v}" for k, v in value.items() if old.get(k) != v
                 )
                 raise UserError(f"{path}: made with other {name} settings ({change}); remove it or name another file")
-            what = {"video": "another video", "checkpoint": "another checkpoint"}.get(
+            what = {"video": "another video", "pictures": "other pictures", "checkpoint": "another checkpoint"}.get(
                 name, f"{name} {shorten(str(old))}, not {value}"
             )
             raise UserError(f"{path}: made from {what}; remove it or name another file")
