@@ -217,7 +217,7 @@ class Model:
         around = around or self._alone
         self.check_cache(cache, bilevel)
         time_ids = [] if clip is None else self.tokenizer.time_ids(clip.times)
-        layout = self.layout(time_ids, len(around.before.ids), len(around.after.ids))
+        layout = self.layout_of(clip, around)
         if bilevel is not None and clip is not None:
             check_bilevel(bilevel, layout)
         self.check_fits(layout, config, bilevel, cache, tiles=len(around.tiles))
@@ -300,6 +300,12 @@ class Model:
         """
         prefix = len(self._alone.before.ids) if prefix is None else prefix
         return VideoLayout(prefix, tuple(map(len, time_ids)), self.config.visual_tokens, tail)
+
+    def layout_of(self, clip: Clip | None, around: Surroundings | None) -> VideoLayout:
+        """The layout of a clip, or none, and of what stands around it."""
+        around = around or self._alone
+        time_ids = [] if clip is None else self.tokenizer.time_ids(clip.times)
+        return self.layout(time_ids, len(around.before.ids), len(around.after.ids))
 
     # --- questions, many ---------------------------------------------------------------------
 
