@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from xl2jax.errors import UserError, first_line
 from xl2jax.system.schema import require_regular, unreadable
@@ -50,6 +51,24 @@ def read_image(path: Path, max_pixels: int | None = None, *, still: bool = False
       UserError: the file is not an image, is damaged, or has more than `max_pixels`, by default `MAX_PIXELS`. With
         `still` it is also refused where it holds several images, such as an animation.
     """
+    with _opened(path, max_pixels, still) as image:
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode == "I" or upright.mode.startswith("I;16"):  # Pillow would clip values above 255
+            grey = np.clip(np.asarray(upright, np.float64), 0, 65535) / 257
+            return np.repeat(np.round(grey).astype(np.uint8)[..., None], 3, axis=2)
+        return np.asarray(upright.convert("RGB"))
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height of the picture that `read_image` gives, read from the head of the file. Raises UserError as it does."""
+    with _opened(path, None, True) as image:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        return (image.height, image.width) if turned else (image.width, image.height)
+
+
+@contextlib.contextmanager
+def _opened(path: Path, max_pixels: int | None, still: bool) -> Iterator[Image.Image]:
+    """Opens an image file. Errors of the body of the `with` statement become a UserError too."""
     try:
         require_regular(path)
         with Image.open(path) as image:
@@ -58,11 +77,7 @@ def read_image(path: Path, max_pixels: int | None = None, *, still: bool = False
             # Cameras add smaller copies and depth maps to a photo (MPO).
             if still and image.format != "MPO" and getattr(image, "is_animated", False):
                 raise UserError(f"{path}: holds several images: give an animation as a video, or one of its images")
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode == "I" or upright.mode.startswith("I;16"):  # Pillow would clip values above 255
-                grey = np.clip(np.asarray(upright, np.float64), 0, 65535) / 257
-                return np.repeat(np.round(grey).astype(np.uint8)[..., None], 3, axis=2)
-            return np.asarray(upright.convert("RGB"))
+            yield image
     except (FileNotFoundError, PermissionError) as e:
         raise unreadable(path, e) from None
     except UserError:
