@@ -26,7 +26,7 @@ from xl2jax.errors import UserError
 from xl2jax.evaluation.case import VIDEO_ID, case_pixels, greedy_reply, prefilled, token_logits
 from xl2jax.evaluation.verify import LIMITS, Row, compare, gradient_rows
 from xl2jax.inference import compiled, session
-from xl2jax.inference.layout import PrefillConfig, VideoLayout
+from xl2jax.inference.layout import PrefillConfig, VideoLayout, bucket
 from xl2jax.inference.network import Network
 from xl2jax.inference.pictures import joined
 from xl2jax.inference.prefill import make_plan
@@ -217,10 +217,13 @@ def train_rows(case: PictureCase) -> Iterator[Row]:
     path = case.folder / case.expected / "train.json"
     stored = _json(path)
     whole = case.tensors("train_grads", case.expected)
+    # All batches are padded to one shape, so that few programs are compiled.
+    length = max(len(row) for batch in stored["batches"] for row in batch["merged_labels"])
     for number, batch in enumerate(stored["batches"]):
         name = f"{'+'.join(batch['samples'])}{' cut at ' * ('model_max_length' in batch)}{batch.get('model_max_length', '')}: "
-        tiles, tokens = _batch(case, [stored["samples"][s] for s in batch["samples"]], batch.get("model_max_length"))
-        yield compare(f"{name}labels", np.asarray(batch["merged_labels"]), np.asarray(tokens.labels), None, limit=0)
+        samples, labels = [stored["samples"][s] for s in batch["samples"]], np.asarray(batch["merged_labels"])
+        tiles, tokens = _batch(case, samples, batch.get("model_max_length"), length)
+        yield compare(f"{name}labels", labels, np.asarray(tokens.labels)[:, : labels.shape[1]], None, limit=0)
         loss, gradients = _loss_and_gradients(case.network, tiles, tokens)
         both = np.array([batch["loss"]]), np.asarray(loss)[None]
         yield compare(f"{name}loss", *both, None, limit=LIMITS[case.dtype].loss)
@@ -236,8 +239,13 @@ def _loss_and_gradients(network: Network, tiles: jax.Array, tokens: TokenBatch) 
     return total / count
 
 
-def _batch(case: PictureCase, samples: Sequence[dict[str, Any]], limit: int | None) -> tuple[jax.Array, TokenBatch]:
-    """The tiles and tokens of a batch, from upstream's ids and labels before pictures are merged into them."""
+def _batch(
+    case: PictureCase, samples: Sequence[dict[str, Any]], limit: int | None, length: int
+) -> tuple[jax.Array, TokenBatch]:
+    """The tiles and tokens of a batch, from upstream's ids and labels before pictures are merged into them.
+
+    `limit`: upstream's model_max_length. `length`: what rows are padded to.
+    """
     tile_tokens = case.config.tile_tokens
     tiles: list[np.ndarray] = []
     rows = []
@@ -254,7 +262,7 @@ def _batch(case: PictureCase, samples: Sequence[dict[str, Any]], limit: int | No
             labels += [IGNORE] * n if token == VIDEO_ID else [label]
             first += n if token == VIDEO_ID else 0
         rows.append(tuple(x[:limit] for x in (ids, visual, labels)))
-    length, most = max(len(ids) for ids, *_ in rows), max(map(len, tiles))
+    most = bucket(max(map(len, tiles)), 8)
     columns = [
         jnp.asarray([row[i] + [fill] * (length - len(row[i])) for row in rows], jnp.int32)
         for i, fill in enumerate((0, -1, IGNORE))
