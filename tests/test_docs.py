@@ -127,8 +127,9 @@ OTHERS = {"--gpus", "--help", "--local-dir", "--rm"} | {
     "--output_path",
     "--log_samples",
     "--model_args",
+    "--pictures",
 }
-"""Flags of Docker, of the hub's client, of every command, and of lmms-eval."""
+"""Flags of Docker, of the hub's client, of every command, of lmms-eval, and of the recipe's data sets."""
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.name != "cli.md"], ids=name_of)

@@ -44,6 +44,8 @@ def test_answers_about_pictures(
     made = json.loads(out)
     seen = model.see(pictures, "Left: <image> Right: <image>")
     assert made["answers"][0]["answer"] == model.ask(seen, " Which is larger?", max_new_tokens=4).text
+    assert (made["video"], made["frames"]) == (None, 0)
+    assert made["images"] == [str(path) for path in pictures]
     assert made["tokens"]["pictures"] == 3 * model.config.tile_tokens
     status, out, err = command(infer.main, *flags, *question, "--cache", file, "--json")
     assert "reading" in err

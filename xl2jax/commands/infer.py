@@ -181,7 +181,7 @@ def main() -> int:
             video.thumbnails = read_thumbnails(clip)
         plot_answers(args.plot, video, answers)
     if args.json:
-        print(json.dumps(_report(model, video, answers, load_seconds, programs), allow_nan=False))
+        print(json.dumps(_report(args, model, video, answers, load_seconds, programs), allow_nan=False))
     else:
         _print_timings(video, answers, load_seconds, programs)
     return 2 if refused and not answers else 0
@@ -262,7 +262,7 @@ def _interact(request: Request, model: Model, video: WatchedVideo, earlier: list
 
 
 def _report(
-    model: Model, video: WatchedVideo, answers: list[Answer], load_seconds: float, programs: ProgramCount
+    args: Args, model: Model, video: WatchedVideo, answers: list[Answer], load_seconds: float, programs: ProgramCount
 ) -> dict[str, Any]:
     kv, device = video.kv, jax.devices()[0]
     layout = kv.layout
@@ -280,7 +280,8 @@ def _report(
         for a in answers
     ]
     return {
-        "video": video.path,
+        "video": video.path if layout.groups else None,
+        "images": [str(path) for path in args.image],
         "duration_s": round(video.duration, 3),
         "frames": len(video.times),
         "groups": layout.groups,
