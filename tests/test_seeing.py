@@ -18,7 +18,7 @@ import xl2jax
 from xl2jax.errors import UserError
 from xl2jax.evaluation.case import greedy_reply
 from xl2jax.inference import prefill, session
-from xl2jax.inference.store import load_cache, save_cache
+from xl2jax.inference.store import load_cache, pictures_key, save_cache
 from xl2jax.prompt import suffix
 from xl2jax.video.clip import pictures_as_frames
 from xl2jax.video.pictures import Picture
@@ -67,26 +67,40 @@ def reply(seer: xl2jax.Model, seen: xl2jax.WatchedVideo, question: str, count: i
     return greedy_reply(seer.network, seen.kv.cache, ids, count).ids.tolist()
 
 
-@pytest.mark.parametrize(
-    "name", ["mixed", *(pytest.param(name, marks=pytest.mark.slow) for name in ("square", "tall", "two"))]
-)
-def test_prompts_are_upstreams(name: str, seer: xl2jax.Model, case: dict[str, Any], files: dict[str, Path]) -> None:
+def prompt_of(
+    name: str, seer: xl2jax.Model, case: dict[str, Any], files: dict[str, Path]
+) -> tuple[list[Picture], str, str, list[int]]:
+    """The pictures of a prompt, the text before the question, the question, and upstream's ids with -200 for pictures."""
     prompt = next(p for p in case["prompts"] if p["name"] == name)
-    text, question = split(prompt["text"])
-    pictures = [Picture.read(files[p]) for p in prompt["pictures"]]
-    around = seer.around(pictures, text)
     counts = iter(case["pictures"][p]["visual_tokens"] for p in prompt["pictures"])
     expected: list[int] = []
     for token in prompt["input_ids"]:
         expected += [-200] * next(counts) if token == -200 else [token]
+    assert len(expected) == prompt["length"]
+    return [Picture.read(files[p]) for p in prompt["pictures"]], *split(prompt["text"]), expected
+
+
+NAMES = ("square", "tall", "two", "mixed")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_prompts_are_upstreams(name: str, seer: xl2jax.Model, case: dict[str, Any], files: dict[str, Path]) -> None:
+    pictures, text, question, expected = prompt_of(name, seer, case, files)
+    around = seer.around(pictures, text)
     ids = np.where(around.before.visual >= 0, -200, around.before.ids).tolist()
     assert ids + suffix(seer.tokenizer, question, None, around.lead).ids == expected
     assert np.array_equal(around.before.visual[around.before.visual >= 0], np.arange(ids.count(-200)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_answers_are_upstreams(name: str, seer: xl2jax.Model, case: dict[str, Any], files: dict[str, Path]) -> None:
+    pictures, text, question, expected = prompt_of(name, seer, case, files)
     with seer.see(pictures, text) as seen:
         assert reply(seer, seen, question, case["new_tokens"]) == generated(name, files)
         answer = seer.ask(seen, question, max_new_tokens=4)
     assert answer.chunks == []
-    assert answer.context_tokens + answer.suffix_tokens == prompt["length"] == len(expected)
+    assert answer.context_tokens + answer.suffix_tokens == len(expected)
 
 
 def generated(name: str, files: dict[str, Path]) -> list[int]:
@@ -133,29 +147,49 @@ def test_a_picture_beside_a_video(
 
 
 def test_text_alone_is_tokenised_as_one_piece(seer: xl2jax.Model) -> None:
-    with seer.see([]) as seen:
-        ids = suffix(seer.tokenizer, "How are you?", None, seen.lead).ids
-        assert bytes(i for i in ids if i < 256).startswith(b"user\nHow are you?")
-        assert seer.ask(seen, "How are you?", max_new_tokens=3).new_tokens > 0
-        assert seer.ask(seen, "And now?", history=[("How are you?", "Well.")], max_new_tokens=3).new_tokens > 0
+    around = seer.around([])
+    ids = [*around.before.ids.tolist(), *suffix(seer.tokenizer, "How are you?", None, around.lead).ids]
+    plain = bytes(i for i in ids if i < 256)
+    assert plain == b"system\nYou are a helpful assistant.\nuser\nHow are you?\nassistant\n"
+    assert b"user\nHow are you?" in bytes(i for i in ids[len(around.before.ids) :] if i < 256)  # tokenised together
 
 
-def test_pictures_are_asked_as_videos_are(seer: xl2jax.Model, files: dict[str, Path], tmp_path: Path) -> None:
-    """Together, streamed, in a conversation, in 8 bits and from a file."""
+def noise(width: int, height: int) -> np.ndarray:
+    return np.random.default_rng(width).integers(0, 256, (height, width, 3), np.uint8)
+
+
+TEXT = "Left: <image> Right: <image>"
+
+
+def test_pictures_are_asked_as_videos_are(model: xl2jax.Model, tmp_path: Path) -> None:
+    """Streamed, in a conversation, and from a file, which other text or damage does not pass."""
+    seen = model.see([noise(140, 70), Image.fromarray(noise(40, 30))], TEXT)
+    pieces: list[str] = []
+    alone = model.ask(seen, " What is it?", max_new_tokens=4, on_text=pieces.append)
+    assert alone.text == "".join(pieces)
+    assert model.ask(seen, "Why?", history=[("What?", "Red.")], max_new_tokens=4).new_tokens > 0
+    key = pictures_key([], TEXT, xl2jax.PrefillConfig())
+    file = tmp_path / "pictures.kv"
+    save_cache(file, seen, key)
+    again = load_cache(file, model, key, Path("a.png"), xl2jax.BilevelConfig())
+    assert (again.lead, again.picture_tokens, again.times) == (seen.lead, seen.picture_tokens, [])
+    assert model.ask(again, " What is it?", max_new_tokens=4).text == alone.text
+    for wrong in ({"text": None}, {"pictures": "others"}, {"video": "a hash"}):
+        with pytest.raises(UserError, match="made from"):
+            load_cache(file, model, key | wrong, Path("a.png"), xl2jax.BilevelConfig())
+
+
+@pytest.mark.slow
+def test_pictures_together_and_in_8_bits(seer: xl2jax.Model, files: dict[str, Path]) -> None:
     square, small = (seer.see([files[name]]) for name in ("square", "small"))
     alone = [seer.ask(seen, "What is it?", max_new_tokens=12) for seen in (square, small)]
     together = seer.ask_many([(square, "What is it?"), (small, "What is it?")], max_new_tokens=12)
     assert [a.text for a in together] == [a.text for a in alone]
-    pieces: list[str] = []
-    assert seer.ask(square, "What is it?", max_new_tokens=12, on_text=pieces.append).text == "".join(pieces)
-    key = {"pictures": "a hash", "prefill": {"chunk_groups": 4, "window_chunks": 3}}
-    save_cache(tmp_path / "square.kv", square, key)
-    again = load_cache(tmp_path / "square.kv", seer, key, Path("square.png"), xl2jax.BilevelConfig())
-    assert (again.lead, again.picture_tokens, again.times) == (square.lead, square.picture_tokens, [])
-    assert seer.ask(again, "What is it?", max_new_tokens=12).text == alone[0].text
     quantized = seer.see([files["square"]], cache=xl2jax.CacheConfig("int8"))
     assert quantized.device_bytes < square.device_bytes
     seer.ask(quantized, "What is it?", max_new_tokens=2)
+    with seer.see([]) as nothing:
+        assert seer.ask(nothing, "How are you?", max_new_tokens=3).new_tokens > 0
 
 
 @pytest.mark.slow
