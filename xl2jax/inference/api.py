@@ -217,7 +217,7 @@ class Model:
         around = around or self._alone
         self.check_cache(cache, bilevel)
         time_ids = [] if clip is None else self.tokenizer.time_ids(clip.times)
-        layout = self.layout_of(clip, around)
+        layout = self.layout(time_ids, len(around.before.ids), len(around.after.ids))
         if bilevel is not None and clip is not None:
             check_bilevel(bilevel, layout)
         self.check_fits(layout, config, bilevel, cache, tiles=len(around.tiles))
