@@ -168,6 +168,7 @@ def test_pictures_are_asked_as_videos_are(model: xl2jax.Model, tmp_path: Path) -
     alone = model.ask(seen, " What is it?", max_new_tokens=4, on_text=pieces.append)
     assert alone.text == "".join(pieces)
     assert model.ask(seen, "Why?", history=[("What?", "Red.")], max_new_tokens=4).new_tokens > 0
+    assert model.ask(seen, "", max_new_tokens=4).new_tokens > 0  # the text before the pictures may be the question
     key = pictures_key([], TEXT, xl2jax.PrefillConfig())
     file = tmp_path / "pictures.kv"
     save_cache(file, seen, key)
