@@ -65,7 +65,7 @@ def naive_mix(layout: VideoLayout, dense: np.ndarray, pool: int, x: np.ndarray) 
         n = layout.visual_tokens // pool
         parts.append(visual if whole else visual[:, :, : n * pool].reshape(L, K, n, pool, H).mean(3))
         at += times + layout.visual_tokens
-    return np.concatenate(parts, axis=2)
+    return np.concatenate([*parts, x[:, :, at:]], axis=2)
 
 
 @functools.partial(jax.jit, static_argnames=("visual_tokens", "pool", "slots"))
@@ -84,10 +84,10 @@ def _mixed(
     data=st.data(),
 )
 def test_mixed_cache(times: list[int], sizes: tuple[int, int], data: st.DataObject) -> None:
-    """Every mixture is right, remainders of pooling are dropped, and slots behind the video stay empty."""
+    """Every mixture is right, with its tail; remainders of pooling are dropped, and slots behind it stay empty."""
     visual, pool = sizes
     extra = _CAPACITY - len(times)
-    layout = VideoLayout(3, tuple(times), visual)
+    layout = VideoLayout(3, tuple(times), visual, data.draw(st.integers(0, 3)))
     dense = np.array(data.draw(st.lists(st.booleans(), min_size=len(times), max_size=len(times))))
     cache, raw, v = video_cache(layout, _CAPACITY)
     table = group_table(layout, _CAPACITY)
@@ -106,7 +106,9 @@ def test_mixed_cache(times: list[int], sizes: tuple[int, int], data: st.DataObje
     group = np.asarray(source.group)[:m]
     assert (group[: layout.prefix] == -1).all()
     counts = np.array(times) + np.where(dense, visual, visual // pool)
-    assert np.array_equal(np.bincount(group[layout.prefix :], minlength=len(times)), counts)
+    behind = m - layout.tail
+    assert np.array_equal(np.bincount(group[layout.prefix : behind], minlength=len(times)), counts)
+    assert (group[behind:] == -1).all()
 
 
 @pytest.mark.parametrize(

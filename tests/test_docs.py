@@ -137,10 +137,11 @@ OTHERS = {"--gpus", "--help", "--local-dir", "--rm"} | {
     "--nodes",
     "--ntasks",
     "--ntasks-per-node",
+    "--pictures",
     "--requeue",
     "--xla_force_host_platform_device_count",
 }
-"""Flags of Docker, of the hub's client, of every command, of lmms-eval, of Ray, of SLURM, and of XLA."""
+"""Flags of Docker, of the hub's client, of every command, of lmms-eval, of Ray, of SLURM, of XLA, and of the recipe's data sets."""
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.name != "cli.md"], ids=name_of)

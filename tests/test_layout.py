@@ -10,13 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xl2jax.inference.layout import PrefillConfig, VideoLayout, bucket, dense_mask, natural_ranges, token_ranges
-from xl2jax.inference.prefill import make_plan, segments, steps
+from xl2jax.inference.prefill import Stretch, blocks, make_plan, segments, steps
 
 layouts = st.builds(
     VideoLayout,
     prefix=st.integers(1, 5),
     time_lengths=st.lists(st.integers(1, 5), min_size=1, max_size=9).map(tuple),
     visual_tokens=st.integers(1, 4),
+    tail=st.integers(0, 3),
 )
 configs = st.builds(
     PrefillConfig,
@@ -88,8 +89,27 @@ def test_steps_hold_every_token_once(
                 column = column[i]
                 assert np.array_equal(column[used], wanted[segment.position[i, used]])
                 assert not np.delete(column, used).any()  # padding sees nothing
-    assert sorted(positions) == list(range(layout.prefix, layout.tokens))
-    assert (global_length, visual_length) == (layout.global_tokens, layout.groups * layout.visual_tokens)
+    assert sorted(positions) == list(range(layout.prefix, layout.tokens - layout.tail))
+    assert visual_length == layout.groups * layout.visual_tokens
+    assert global_length + layout.tail == layout.global_tokens <= plan.visual_start
+
+
+@settings(deadline=None)
+@given(st.integers(0, 20_000), st.integers(0, 9_000), st.integers(0, 3))
+def test_there_is_room_for_the_blocks_of_prefix_and_tail(prefix: int, tail: int, groups: int) -> None:
+    """Blocks are padded, and write that many slots."""
+    layout = VideoLayout(prefix, (3,) * groups, 4, tail if groups else 0)
+    for platform in ("cpu", "gpu"):
+        plan = make_plan(layout, PrefillConfig(), platform)
+        at = 0
+        for length, before in ((prefix, 0), (layout.tail, layout.global_tokens - layout.tail)):
+            at = before
+            for block, real in blocks(Stretch.of_text([7] * length), platform):
+                assert at + len(block.ids) <= plan.visual_start
+                assert (block.ids[:real] == 7).all()
+                at += real
+            assert at == before + length
+        assert plan.group_capacity >= groups
 
 
 @settings(deadline=None)

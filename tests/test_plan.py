@@ -20,7 +20,7 @@ from xl2jax.commands import plan
 from xl2jax.commands.flags import BilevelFlags
 from xl2jax.commands.plan import DEVICES, PlanArgs, alternatives, largest, layout_of, predict
 from xl2jax.config import PRESETS, Weights
-from xl2jax.inference import compiled, memory, prefill
+from xl2jax.inference import compiled, memory, prefill, session
 from xl2jax.inference.generate import SuffixIds
 from xl2jax.inference.layout import PrefillConfig
 from xl2jax.inference.network import Network
@@ -88,6 +88,28 @@ def test_the_compiler_needs_no_more_than_predicted(name: str, quantized: bool, w
     ).compile()
     temporaries = max(c.memory_analysis().temp_size_in_bytes for c in (encode, extend, score))
     assert temporaries <= need.workspace
+
+
+@pytest.mark.slow
+def test_the_compiler_needs_no_more_than_predicted_for_a_picture() -> None:
+    """A picture of 6 x 6 tiles: its tower, and the blocks in which its tokens go through the LLM."""
+    config = PRESETS["small"]
+    layout = layout_of(config, None, 0, 1.0, 36)
+    assert layout.tokens == 14 + 36 * 144
+    step = prefill.make_plan(layout, PrefillConfig(), "cpu")
+    need = memory.memory_need(config, step, layout, None, "float32", "cpu", tiles=36)
+    network = Network(config, nnx.state(abstract_model(config, jnp.float32)), BLOCKWISE, "cpu")
+    cache = jax.eval_shape(lambda: compiled.new_cache(config.llm, step.slots, "float32", step.visual_start))
+    assert need.cache == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((cache.k, cache.v)))
+    tokens = jax.eval_shape(lambda: session.TileTokens(network, 36).tokens)
+    size = config.vision.image_size
+    tiles = jax.ShapeDtypeStruct((session.tiles_at_once("cpu"), size, size, 3), np.uint8)
+    encode = compiled.encode_tiles.lower(network, tokens, tiles, np.int32(0), pool=2).compile()
+    column = jax.ShapeDtypeStruct((prefill.global_tokens_at_once("cpu"),), np.int32)
+    block = prefill.Stretch(column, column)
+    extend = compiled.prefill_globals.lower(network, cache, block, tokens, np.int32(9)).compile()
+    temporaries = max(c.memory_analysis().temp_size_in_bytes for c in (encode, extend))
+    assert temporaries + tokens.size * tokens.dtype.itemsize <= need.workspace
 
 
 @pytest.mark.parametrize(("weights", "dtype"), [("int8", "float32"), ("int4", "bfloat16")])
@@ -168,6 +190,26 @@ def test_command(checkpoint: Path, command: Callable[..., tuple[int, str, str]],
     assert "--offload has no use" in refused(plan.main, "--offload", "--top-chunks", "all")
     assert "no such checkpoint" in refused(plan.main, "--checkpoint", "/none")
     assert "pool must be a whole number from 1" in refused(plan.main, "--pool", 0)
+
+
+def test_pictures_are_planned(command: Callable[..., tuple[int, str, str]], refused: Callable[..., str]) -> None:
+    """A picture of 6 x 6 tiles alone, and others beside a video."""
+    status, out, err = command(plan.main, "--image", "2304x2304", "--device", "rtx4090", "--json")
+    assert status == 0, err
+    report = json.loads(out)
+    assert report["tokens"] == 14 + 36 * 144
+    assert "pooled KV" not in report["memory"]
+    assert report["memory"]["KV cache"] >= report["tokens"] * 57_344
+    status, beside, _ = command(plan.main, "--image", "2304x2304", "--frames", 64, "--device", "rtx4090", "--json")
+    video = json.loads(command(plan.main, "--frames", 64, "--device", "rtx4090", "--json")[1])
+    assert json.loads(beside)["tokens"] == video["tokens"] + 36 * 144
+    status, out, _ = command(plan.main, "--image", "2304x2304", "--device", "rtx3060-12g")
+    assert status == 1
+    assert "it does not fit" in out
+    assert "all fits with --weights int4" in out
+    assert "--pool" not in out
+    for size in ("12", "0x5", "99999x99999"):
+        assert "WIDTHxHEIGHT" in refused(plan.main, "--image", size)
 
 
 def test_options_that_would_fit_do(command: Callable[..., tuple[int, str, str]]) -> None:

@@ -85,7 +85,7 @@ def test_a_second_length_in_the_bucket_compiles_nothing(model: xl2jax.Model) -> 
         layout = VideoLayout(prefix, tuple(1 + g % 3 for g in range(groups)), CONFIG.visual_tokens)
         visual = np.zeros((groups, CONFIG.visual_tokens, CONFIG.llm.width), np.float32)
         run(model, layout, PrefillConfig(), visual)
-        fns = (compiled.new_cache, compiled.prefill_prefix, compiled.prefill_segment)
+        fns = (compiled.new_cache, compiled.prefill_globals, compiled.prefill_segment)
         return tuple(f._cache_size() for f in fns)
 
     first = once(38, 5)

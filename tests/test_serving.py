@@ -364,6 +364,32 @@ def test_frames_are_a_video(client: openai.OpenAI, model: xl2jax.Model, tmp_path
         assert (answer.usage.model_extra or {})["frames"] == 8
 
 
+def test_images_may_be_pictures(client: openai.OpenAI, model: xl2jax.Model) -> None:
+    """They are seen in tiles, with the text that stands between them, and kept as a video is."""
+    pictures, parts = [], []
+    for i, size in enumerate(((140, 70), (64, 48))):
+        buffer = io.BytesIO()
+        pictures.append(Image.fromarray(shape_frame(float(i), *size)))
+        pictures[-1].save(buffer, "PNG")
+        parts.append({"type": "image_url", "image_url": {"url": f"data:image/png;base64,{coded(buffer.getvalue())}"}})
+    between = [parts[0], {"type": "text", "text": "and"}, parts[1]]
+    for content, text in ((parts, None), (between, "<image>\nand\n<image>\n")):
+        with model.see(pictures, text) as seen:
+            expected = model.ask(seen, QUESTION, max_new_tokens=12).text
+        for cached in (False, True):
+            answer = client.chat.completions.create(
+                model="tiny",
+                messages=asks(*content),
+                max_tokens=12,
+                extra_body={"xl2jax": {"treat_images_as": "pictures"}},
+            )
+            assert answer.choices[0].message.content == expected
+            assert answer.usage is not None
+            usage = answer.usage.model_extra or {}
+            assert (usage["frames"], usage["video_tokens"]) == (0, 3 * model.config.tile_tokens)
+            assert usage["video_cached"] == cached
+
+
 # --- refusals ----------------------------------------------------------------------------------
 
 VIDEO = {"type": "video_url", "video_url": {"url": "file:///nowhere.mp4"}}

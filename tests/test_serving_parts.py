@@ -171,6 +171,40 @@ def test_stop_texts_are_found_however_the_text_is_cut(text: str, stops: list[str
 
 # --- requests ----------------------------------------------------------------------------------
 
+_TEXT = {"type": "text", "text": "Compare."}
+_IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
+_PICTURES = {"xl2jax": {"treat_images_as": "pictures"}}
+
+
+@pytest.mark.parametrize(
+    ("parts", "text", "question"),
+    [
+        ([_IMAGE, _IMAGE, _TEXT], None, "Compare."),
+        ([_TEXT, _IMAGE], None, "Compare."),
+        ([_TEXT, _IMAGE, _IMAGE, _IMAGE, _TEXT], "Compare.\n<image> <image> <image>\n", "Compare."),
+    ],
+)
+def test_places_of_pictures(parts: list[Any], text: str | None, question: str) -> None:
+    body = json.dumps({"messages": [{"role": "user", "content": parts}], **_PICTURES}).encode()
+    asked = read_request(body, Limits(), "tiny", None)
+    assert (asked.text, asked.question, len(asked.source.pictures)) == (text, question, parts.count(_IMAGE))
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        ([("user", [_TEXT]), ("assistant", [_TEXT]), ("user", [_IMAGE, _TEXT])], "the first message"),
+        ([("user", [_IMAGE, {"type": "text", "text": "<image>"}])], "leave it out"),
+        ([("user", [_IMAGE] * 17 + [_TEXT])], "17 images, more than the 16"),
+        ([("user", [_IMAGE, {"type": "video_url", "video_url": {"url": "file:///a"}}, _TEXT])], "several videos"),
+    ],
+)
+def test_pictures_that_are_refused(messages: list[tuple[str, list[Any]]], words: str) -> None:
+    body = json.dumps({"messages": [{"role": r, "content": c} for r, c in messages], **_PICTURES}).encode()
+    with pytest.raises(RequestError, match=words):
+        read_request(body, Limits(), "tiny", None)
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),

@@ -32,6 +32,8 @@ from xl2jax.training.records import Record, read_records
 from xl2jax.training.samples import group_times, open_media, tokenise
 from xl2jax.video.clip import open_video
 from xl2jax.video.frame_sampling import FrameSampling
+from xl2jax.video.image_files import read_image
+from xl2jax.video.pictures import cut
 
 # --- tokens -----------------------------------------------------------------------------------
 
@@ -111,14 +113,14 @@ def test_special_tokens_in_text_are_text(model: xl2jax.Model, special: str) -> N
 
 def test_cut_at_the_limit(model: xl2jax.Model) -> None:
     conversation = [("user", "Which?"), ("assistant", "A long answer that goes on.")]
-    whole = tokenise(conversation, [None], model.tokenizer, 4, 999)
-    assert whole.visual.tolist().count(-1) == len(whole.ids) - 4  # an image has no time text
-    part = tokenise(conversation, [None], model.tokenizer, 4, len(whole.ids) - 5)
+    whole = tokenise(conversation, [], model.tokenizer, 4, 999, pictures=(4, 0))
+    assert whole.visual.tolist().count(-1) == len(whole.ids) - 4  # a picture has no time text
+    part = tokenise(conversation, [], model.tokenizer, 4, len(whole.ids) - 5, pictures=(4, 0))
     assert part.cut
     assert part.ids.tolist() == whole.ids[:-5].tolist()
     assert part.labels.tolist() == whole.labels[:-5].tolist()
     with pytest.raises(UserError, match="contain no part of an answer"):
-        tokenise(conversation, [None], model.tokenizer, 4, 20)
+        tokenise(conversation, [], model.tokenizer, 4, 20, pictures=(4, 0))
 
 
 def test_scale_multiplies_times(clip: Path) -> None:
@@ -201,12 +203,12 @@ SAMPLING = FrameSampling(1, 4, 8)
 @pytest.mark.parametrize("workers", [0, 1])
 def test_probe_reports_unreadable_samples(records: list[Record], model: xl2jax.Model, workers: int) -> None:
     """Threads and processes give the same results, in the order of the records."""
-    v = model.config.visual_tokens
     long_name = dataclasses.replace(records[0], id="long", media=Path("x" * 5000))
     probe = probe_records(
-        [*records, long_name], SAMPLING, model.tokenizer, v, 999, threads=2, workers=workers, decode_size=70
+        [*records, long_name], SAMPLING, model.tokenizer, model.config, 999, threads=2, workers=workers, decode=True
     )
-    assert [None if x is None else x.groups for x in probe.lengths] == [2, 1, 1, 0, None, None, None]
+    assert [None if x is None else x.groups for x in probe.lengths] == [2, 0, 1, 0, None, None, None]
+    assert [None if x is None else x.tiles for x in probe.lengths] == [0, 1, 0, 0, None, None, None]
     assert probe.problems.keys() == {4, 5, 6}
     assert "bad.mp4: not a video" in probe.problems[4]
     assert "gone.mp4: no such video" in probe.problems[5]
@@ -219,23 +221,22 @@ def test_any_error_of_a_reader_skips_one_sample(
 ) -> None:
     """Errors of a reader skip the sample, before and during training. Running out of memory does not."""
 
-    def broken(record: Record, sampling: FrameSampling) -> Any:
+    def broken(record: Record, *others: Any) -> Any:
         if record.id == "picture":
             raise error
-        return open_media(record, sampling)
+        return open_media(record, *others)
 
     error: Exception = AttributeError("'NoneType' object has no attribute 'codec_context'")
-    v = model.config.visual_tokens
-    loader = Loader(records, SAMPLING, model.tokenizer, v, 999, 70)
+    loader = Loader(records, SAMPLING, model.tokenizer, model.config, 999)
     (plan,) = plan_epoch([Length(2, 100)] * 4, 4, 4, 0, 0)[0]
     for module in (batches, loader_module):
         monkeypatch.setattr(module, "open_media", broken)
-    probe = probe_records(records[:4], SAMPLING, model.tokenizer, v, 999, threads=2)
+    probe = probe_records(records[:4], SAMPLING, model.tokenizer, model.config, 999, threads=2)
     assert probe.problems == {1: "AttributeError: 'NoneType' object has no attribute 'codec_context'"}
     assert loader(plan)["failed"] == [f"picture: {probe.problems[1]}"]
     error = MemoryError()
     with pytest.raises(MemoryError):
-        probe_records(records[:4], SAMPLING, model.tokenizer, v, 999, threads=2)
+        probe_records(records[:4], SAMPLING, model.tokenizer, model.config, 999, threads=2)
     with pytest.raises(MemoryError):
         loader(plan)
 
@@ -244,9 +245,13 @@ def test_any_error_of_a_reader_skips_one_sample(
 def test_rows_contain_their_samples(records: list[Record], model: xl2jax.Model, workers: int) -> None:
     v = model.config.visual_tokens
     records = records[:4]
-    lengths = [x for x in probe_records(records, SAMPLING, model.tokenizer, v, 999, threads=2).lengths if x is not None]
+    lengths = [
+        x
+        for x in probe_records(records, SAMPLING, model.tokenizer, model.config, 999, threads=2).lengths
+        if x is not None
+    ]
     plan = [m for s in plan_epoch(lengths, 2, 2, 0, 0, pack_to=250) for m in s]
-    loader = Loader(records, SAMPLING, model.tokenizer, v, 999, 70)
+    loader = Loader(records, SAMPLING, model.tokenizer, model.config, 999)
     reading = read_ahead(plan, loader, 0, process=0, processes=1, workers=workers, threads=2)
     got = copy.deepcopy(
         list(reading)
@@ -255,20 +260,24 @@ def test_rows_contain_their_samples(records: list[Record], model: xl2jax.Model, 
     assert sorted(s for part in got for s in part["samples"]) == ["clip", "folder", "picture", "text"]
     for part, micro in zip(got, plan, strict=True):
         for b, row in enumerate(micro.rows):
-            t = f = 0
+            t = f = n = 0
             assert part["lengths"][b].tolist() == [*(lengths[i].tokens for i in row), *[0] * (micro.samples - len(row))]
             for i in row:
-                clip = open_media(records[i], SAMPLING)
-                frames = np.zeros((0, 70, 70, 3), np.uint8)
+                clip = open_media(records[i], SAMPLING, model.config).clip
+                frames = tiles = np.zeros((0, 70, 70, 3), np.uint8)
                 if clip is not None:
                     frames = np.concatenate(list(clip.batches(99, 70)))
+                for path in records[i].pictures:
+                    tiles = cut(read_image(path), 70, model.config.grids())
                 end = t + lengths[i].tokens
                 assert np.array_equal(part["pixels"][b, f : f + len(frames)], frames)
                 visual = part["visual"][b, t:end]
-                assert visual[visual >= 0].tolist() == list(range(f // 4 * v, (f + len(frames)) // 4 * v))
+                assert np.array_equal(part["tiles"][b, n : n + len(tiles)], tiles)
+                first = f // 4 * v if len(frames) else micro.groups * v + n * v
+                assert visual[visual >= 0].tolist() == list(range(first, first + (len(frames) // 4 + len(tiles)) * v))
                 assert part["labels"][b, t] == IGNORE
                 assert (part["labels"][b, t:end] != IGNORE).sum() > 3
-                t, f = end, f + len(frames)
+                t, f, n = end, f + len(frames), n + len(tiles)
             assert (part["labels"][b, t:] == IGNORE).all()
     later = list(read_ahead(plan, loader, 1, process=0, processes=1, workers=0, threads=2))
     assert [p["samples"] for p in later] == [p["samples"] for p in got[1:]]
@@ -290,8 +299,8 @@ def test_a_killed_worker_gives_one_line() -> None:
 
 
 def test_the_place_of_an_unreadable_sample_stays_empty(records: list[Record], model: xl2jax.Model) -> None:
-    plan = plan_epoch([Length(2, 100)] * len(records), 6, 6, 0, 0)[0]
-    loader = Loader(records, SAMPLING, model.tokenizer, model.config.visual_tokens, 999, 70)
+    plan = plan_epoch([Length(2, 100, 1)] * len(records), 6, 6, 0, 0)[0]
+    loader = Loader(records, SAMPLING, model.tokenizer, model.config, 999)
     part = loader(plan[0])
     assert sorted(x.partition(":")[0] for x in part["failed"]) == ["bad", "gone"]
     for b, row in enumerate(plan[0].rows):
@@ -302,7 +311,7 @@ def test_the_place_of_an_unreadable_sample_stays_empty(records: list[Record], mo
 
 def test_shapes_of_rows() -> None:
     """Few shapes, little padding: even numbers of groups above 4, and room for a power of two of samples."""
-    assert [padded_groups(n) for n in (0, 1, 3, 4, 5, 37, 63, 64, 65, 97)] == [1, 1, 3, 4, 6, 38, 64, 64, 80, 112]
+    assert [padded_groups(n) for n in (0, 1, 3, 4, 5, 37, 63, 64, 65, 97)] == [0, 1, 3, 4, 6, 38, 64, 64, 80, 112]
     for n in range(65, 400):
         assert n <= padded_groups(n) <= 1.25 * n + 2
     lengths = [Length(1, 50)] * 11

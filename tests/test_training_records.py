@@ -58,7 +58,7 @@ def test_record_fields(tmp_path: Path) -> None:
         "7", "video", tmp_path / "v.mp4",
         (("user", "\nWhat?"), ("assistant", "That."), ("user", "And?"), ("assistant", "This.")), 2.0,
     )  # fmt: skip
-    assert (two.id, two.kind, two.media, two.turns[0][1]) == ("1", "image", tmp_path / "sub/i.png", "Look")
+    assert (two.id, two.kind, two.pictures, two.turns[0][1]) == ("1", "image", (tmp_path / "sub/i.png",), "Look")
     assert (three.kind, three.media) == ("text", None)
     (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, rows)))
     again = read_records(tmp_path / "b.jsonl", 0, Path("/elsewhere")).records
@@ -83,12 +83,14 @@ GOOD = {"id": "good", "conversations": turns("Hi", "Ho")}
         ({"conversations": []}, "conversations: "),
         ({"id": "x"}, "conversations: is missing"),
         ({"video": "a", "image": "b", "conversations": turns("<image>", "x")}, "both a video and an image"),
-        ({"image": ["a", "b"], "conversations": turns("<image>", "x")}, "several images"),
+        ({"image": ["a", "b"], "conversations": turns("<image>", "x")}, "contains <image> 1 times for 2 images"),
+        ({"image": "a", "conversations": turns("What?", "x")}, "contains <image> 0 times for 1 images"),
+        ({"image": [], "conversations": turns("<image>", "x")}, "has no video or image"),
         ({"video": "a", "scale": -1, "conversations": turns("<image>", "x")}, "scale: .*-1"),
         ({"video": "a", "scale": 1e300, "conversations": turns("<image>", "x")}, "scale: .*1e"),
         ({"video": "a", "scale": True, "conversations": turns("<image>", "x")}, "scale: "),
         ({"video": "", "conversations": turns("<image>", "x")}, "video: should be the name of a file, not ''"),
-        ({"image": " ", "conversations": turns("<image>", "x")}, "image: should be the name of a file"),
+        ({"image": " ", "conversations": turns("<image>", "x")}, "image.0: should be the name of a file"),
         ({"video": "a\0b", "conversations": turns("<image>", "x")}, "video: should be the name of a file"),
         ("text", "should be an object"),
         (None, "should be an object"),

@@ -61,6 +61,26 @@ def test_float32_agrees(case: str, trained: bool, goldens: Path, command: Callab
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_pictures_agree(dtype: str, goldens: Path) -> None:
+    """Tiles, all stages, prompts with several pictures and beside a video, and in float64 losses and gradients."""
+    folder = goldens / "images_tiny"
+    command = [sys.executable, "-m", "xl2jax", "verify", str(folder), "--dtype", dtype, "--json"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.stdout, run.stderr
+    report = json.loads(run.stdout)
+    assert report["passed"]
+    names = {row["name"] for row in report["cases"][0]["rows"]}
+    expected = folder / ("expected64" if dtype == "float64" else "expected")
+    assert set(load_file(expected / "dense.safetensors")) <= names
+    assert ("one+text: loss" in names) == (dtype == "float64")
+
+
+def test_pictures_are_compared_as_they_are(goldens: Path, refused: Callable[..., str]) -> None:
+    assert "leave them out" in refused(verify.main, goldens / "images_tiny", "--cache-dtype", "int8")
+
+
+@pytest.mark.slow
 def test_int8_kv_agrees_within_its_rounding(goldens: Path, command: Callable[..., tuple[int, str, str]]) -> None:
     """Outputs agree with upstream's within the 1 % that 8 bits cost, and all generated ids are equal."""
     status, out, err = command(verify.main, goldens / "tiny", "--only", "bilevel", "--cache-dtype", "int8", "--json")

@@ -18,11 +18,12 @@ Words for the parts of a video have one meaning too:
                      chunk of the answer (`Chunk`, `top_chunks`)
     unit             2 groups; upstream's selection files count in units
     key block        key slots that the attention kernel reads together
-    tile             the queries that one instance of the attention kernel works on, key block by key block
+    tile             square part of a picture, which is encoded like a group of 4 equal frames; in attention kernels, the
+                     queries that one instance works on, key block by key block
     span             frames that one reading thread decodes in one go, from a key frame on
 
-Tokens are of four kinds. The prefix is the prompt left of the video, the suffix is the prompt right of it, with the
-question. Time tokens stand before the visual tokens of their group. Prefix and time tokens together are the globals.
+Tokens are of four kinds. The prefix is the prompt left of the video, with the pictures there, and the suffix is the prompt
+right of it, with the question. Pictures and text between the video and the question are the tail. Time tokens stand before the visual tokens of their group. Prefix and time tokens together are the globals.
 docs/architecture.md has the same words with the sizes of the released model.
 """
 
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from xl2jax.inference.relevance import AttentionScorer
     from xl2jax.inference.selection import Chunk, RelevanceConfig
     from xl2jax.inference.video_cache import CacheConfig, WatchedVideo
-    from xl2jax.video.clip import FrameSampling
+    from xl2jax.video.clip import FrameSampling, pictures_as_frames
 
 # Public names are imported when they are first used, so that `infer.py --help` needs no JAX.
 _PUBLIC = {
@@ -61,13 +62,14 @@ _PUBLIC = {
     "inference.relevance": ("AttentionScorer",),
     "inference.selection": ("Chunk", "RelevanceConfig"),
     "inference.video_cache": ("CacheConfig", "WatchedVideo"),
-    "video.clip": ("FrameSampling",),
+    "video.clip": ("FrameSampling", "pictures_as_frames"),
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 
 __all__ = [  # noqa: RUF022 (in the order of use)
     "load", "load_copies", "share", "Devices", "Model", "Answer", "WatchedVideo", "Chunk",
     "FrameSampling", "PrefillConfig", "BilevelConfig", "CacheConfig", "RelevanceConfig", "AttentionScorer", "TokenSampling",
+    "pictures_as_frames",
     "VideoXL2Config", "PRESETS", "UserError",
 ]  # fmt: skip
 

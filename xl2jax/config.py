@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
@@ -17,6 +18,12 @@ type Weights = Literal["int8", "int4"]
 
 FRAMES_PER_GROUP = 4
 """Frames that DTS merges into one group: it has two temporal strides of 2."""
+
+TILE_POOL = 2
+"""Side of the squares over which the tokens of a picture's tile are averaged. Upstream has it fixed."""
+
+GRIDS = tuple((columns, rows) for columns in range(1, 7) for rows in range(1, 7))
+"""The grids of tiles that the released model knows, in the order in which they are tried."""
 
 VISION_FOLDER = "vision_tower"
 """Name of the folder beside config.json that holds the vision tower's config.json."""
@@ -80,11 +87,29 @@ class VideoXL2Config:
     llm: LLMConfig
     grid: int = 24
     pool_stride: int = 2
+    picture_grids: tuple[tuple[int, int], ...] | None = dataclasses.field(default=GRIDS, repr=False)
+    """(columns, rows) of the grids of tiles that a picture may have, in the order in which they are tried. None: the
+    checkpoint wants pictures in a form that is not implemented. `repr` leaves it out: caches and runs of videos do not
+    depend on it."""
 
     @property
     def visual_tokens(self) -> int:
         """V, visual tokens of one group."""
         return (self.grid // self.pool_stride) ** 2
+
+    @property
+    def tile_tokens(self) -> int:
+        """Visual tokens of one tile of a picture."""
+        return (self.grid // TILE_POOL) ** 2
+
+    def grids(self) -> tuple[tuple[int, int], ...]:
+        """`picture_grids`. Raises UserError where the checkpoint wants pictures in another form."""
+        if self.picture_grids is None:
+            raise UserError(
+                "this checkpoint's config.json asks for pictures in a form that is not implemented (only "
+                "image_aspect_ratio anyres with mm_patch_merge_type unires is)"
+            )
+        return self.picture_grids
 
     def can_have(self, weights: Weights | None) -> bool:
         """Whether the sizes of the LLM's matrices allow it. In 4 bits, 32 to 128 inputs share a scale."""
@@ -138,7 +163,7 @@ class VideoXL2Config:
             problems.append(f"mm_hidden_size {fields.mm_hidden_size} is not the vision width {config.vision.width}")
         if problems:
             raise UserError(f"{path}: " + "; ".join(problems))
-        return config
+        return dataclasses.replace(config, picture_grids=_picture_grids(fields, config.vision.image_size, path))
 
     def _contradictions(self) -> list[str]:
         """The contradictions between sizes that are each within their bounds."""
@@ -194,7 +219,8 @@ class VideoXL2Config:
             "mm_spatial_pool_mode": "average",
             "mm_vision_select_feature": "patch",
             "mm_interpolate_grid": self.grid,
-            "image_aspect_ratio": "anyres",
+            "image_aspect_ratio": "square" if self.picture_grids is None else "anyres",
+            "image_grid_pinpoints": [[v.image_size * side for side in grid] for grid in self.picture_grids or GRIDS],
         }, {
             "model_type": "siglip_vision_model",
             "hidden_size": v.width,
@@ -247,6 +273,9 @@ class _ModelFields(Schema):
     mm_vision_select_feature: Literal["patch"] = "patch"
     mm_interpolate_grid: _Side = 24
     mm_spatial_pool_stride: _Side = 2
+    image_aspect_ratio: str | None = None
+    mm_patch_merge_type: str | None = None
+    image_grid_pinpoints: str | list[Annotated[list[_Side], Field(min_length=2, max_length=2)]] | None = None
 
 
 class _VisionFields(Schema):
@@ -283,6 +312,42 @@ def _llm_config(fields: _ModelFields, where: Path) -> LLMConfig:
         eps=fields.rms_norm_eps,
         tied_embeddings=fields.tie_word_embeddings,
     )
+
+
+_MAX_TILES = 1024  # of a picture
+
+
+def _picture_grids(fields: _ModelFields, tile: int, where: Path) -> tuple[tuple[int, int], ...] | None:
+    """The grids of `image_grid_pinpoints`, as upstream reads them; those of the released model where it is missing.
+
+    A list has (width, height) in pixels. A text with an x names ranges of columns and rows: "(1x1),...,(6x6)".
+    """
+    if fields.image_aspect_ratio not in (None, "anyres") or fields.mm_patch_merge_type not in (None, "unires"):
+        return None
+    points = fields.image_grid_pinpoints
+    if points is None:
+        return GRIDS
+    wrong = UserError(f"{where}: image_grid_pinpoints: {quoted(str(points))} names no grids of tiles of {tile} pixels")
+    if isinstance(points, str):
+        if "x" in points:
+            pairs = [(int(a), int(b)) for a, b in re.findall(r"\((\d{1,4})x(\d{1,4})\)", points)]
+            if not pairs:
+                raise wrong
+            (first_column, first_row), (last_column, last_row) = pairs[0], pairs[-1]
+            if last_column * last_row > _MAX_TILES:
+                raise wrong
+            columns, rows = range(first_column, last_column + 1), range(first_row, last_row + 1)
+            grids = tuple((c, r) for c in columns for r in rows)
+        else:
+            sides = [int(n) for n in re.findall(r"\d{1,5}", points)]
+            points = [list(pair) for pair in zip(sides[::2], sides[1::2], strict=False)]
+    if not isinstance(points, str):
+        if any(width % tile or height % tile for width, height in points):
+            raise wrong
+        grids = tuple((width // tile, height // tile) for width, height in points)
+    if not grids or any(not 0 < c * r <= _MAX_TILES for c, r in grids):
+        raise wrong
+    return grids
 
 
 def vision_config_path(folder: Path, name: str) -> Path | None:

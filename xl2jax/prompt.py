@@ -149,15 +149,17 @@ class Suffix:
     last: int
 
 
-def suffix(tokenizer: PromptTokenizer, question: str, history: Sequence[Turn] | None = None) -> Suffix:
-    """The prompt after the video: earlier turns as text, then the question.
+def suffix(
+    tokenizer: PromptTokenizer, question: str, history: Sequence[Turn] | None = None, lead: str = "\n"
+) -> Suffix:
+    """The prompt after the video: `lead`, which the video's context ends with; earlier turns as text; the question.
 
     Raises:
       UserError: the question is empty, not Unicode or too long, or an entry of the history is not a turn.
     """
-    if not question.strip():
+    if not question.strip() and lead:  # without a lead, a text that may be the question ends with the context
         raise UserError("the question is empty")
-    head: list[str] = ["\n"]
+    head: list[str] = [lead]
     for earlier, answer in pairs(history or ()):
         head += [earlier, IM_END, "\n", IM_START, "assistant\n", answer, IM_END, "\n", IM_START, "user\n"]
     for text in (question, *head):

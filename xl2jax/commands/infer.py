@@ -1,4 +1,4 @@
-"""`xl2jax infer` and infer.py: answers questions about a video."""
+"""`xl2jax infer` and infer.py: answers questions about a video, or about pictures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import tyro
@@ -21,8 +21,8 @@ import tyro
 import xl2jax
 from xl2jax.checkpoint.params import stored_config
 from xl2jax.checkpoint.sources import find_checkpoint
-from xl2jax.commands.flags import DEFAULT_CHECKPOINT, OFFLOAD_IS_DENSE, PrefillFlags, TensorFlags, require_checkpoint
-from xl2jax.config import Weights
+from xl2jax.commands.flags import OFFLOAD_IS_DENSE, PrefillFlags, require_checkpoint
+from xl2jax.commands.infer_flags import Args, ComputeArgs, FrameArgs
 from xl2jax.errors import UserError
 from xl2jax.inference import memory
 from xl2jax.inference.answering import Answer
@@ -31,65 +31,17 @@ from xl2jax.inference.bilevel import BilevelConfig
 from xl2jax.inference.generate import TokenSampling, check_answer_options
 from xl2jax.inference.layout import PrefillConfig
 from xl2jax.inference.selection import check_pool
-from xl2jax.inference.store import cache_key, check_cache_file, load_cache, save_cache, video_key
+from xl2jax.inference.store import check_cache_file, load_cache, model_key, pictures_key, save_cache, video_key
 from xl2jax.inference.video_cache import CacheConfig, WatchedVideo, read_thumbnails
 from xl2jax.prompt import check_unicode, suffix
 from xl2jax.system.atomic import check_file_target
 from xl2jax.system.backend import ProgramCount, program_count, start_backend
 from xl2jax.system.terminal import OutputError, argument_text, flag_errors, require_stdout, stdin_is_closed
-from xl2jax.video.clip import Clip, FrameSampling, open_video
+from xl2jax.video.clip import Clip, FrameSampling, open_video, pictures_as_frames
 from xl2jax.video.containers import require_video_path
+from xl2jax.video.pictures import Picture
 
 logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class FrameArgs:
-    """Which frames are read."""
-
-    fps: float | Literal["uniform"] = 1.0
-    """Frames per second to read. uniform reads --max-frames frames, spread evenly over the video."""
-    max_fps: int = 4
-    """Short videos are read at up to this many frames per second, as long as --max-frames is not exceeded."""
-    max_frames: int = 256
-    """The largest number of frames; a longer video is sampled evenly."""
-    folder_fps: float = 1.0
-    """Frames per second at which a folder of images was taken."""
-
-
-@dataclasses.dataclass(frozen=True)
-class AnswerArgs:
-    """How answers are written."""
-
-    max_new_tokens: int = 128
-    """An answer is cut off at this many tokens."""
-    temperature: float = 0.0
-    """Sampling temperature; 0 is greedy decoding."""
-    top_p: float = 1.0
-    """Samples from the most likely tokens that together have this probability."""
-    seed: int = 0
-    """Seed of the sampling."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ComputeArgs:
-    """Settings that trade accuracy for memory and time."""
-
-    dtype: Literal["bfloat16", "float32", "float16"] | None = None
-    """dtype of parameters, KV and activations; by default that of the checkpoint."""
-    weights: Weights | None = None
-    """Quantises the LLM's matrices to 8 or 4 bits on loading; by default they are as the checkpoint stores them."""
-    window_chunks: int | Literal["all"] = 3
-    """How many chunks (of 16 frames) before its own a visual token sees during prefill; all is dense prefill."""
-    top_chunks: int | Literal["all"] | None = None
-    """How many chunks (of 16 frames) stay dense because they matter to the question: by default 2; all is dense
-    decoding."""
-    pool: int = 4
-    """How many visual tokens are averaged into one in all other chunks."""
-    cache_dtype: Literal["int8"] | None = None
-    """Keeps the video's KV in 8 bits, with a scale for each token and head."""
-    offload: bool = False
-    """Moves the video's dense KV to host memory; the device keeps the pooled KV and the chosen chunks."""
 
 
 class Reading(NamedTuple):
@@ -121,34 +73,6 @@ def reading(frames: FrameArgs, compute: ComputeArgs) -> Reading:
 
 
 @dataclasses.dataclass(frozen=True)
-class Args:
-    """Answers questions about a video with Video-XL-2."""
-
-    video: Path
-    """A video file, or a folder of images."""
-    question: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """What to ask; may be given several times."""
-    interactive: bool = False
-    """Reads further questions from stdin, a line each; earlier turns are kept."""
-    checkpoint: str = str(DEFAULT_CHECKPOINT)
-    """Orbax folder, PyTorch folder or hub id (BAAI/Video-XL-2)."""
-    cache: Path | None = None
-    """File for the video's KV: it is read if it exists, and written otherwise."""
-    json: bool = False
-    """Prints one JSON object."""
-    plot: Path | None = None
-    """PNG of the timeline: thumbnails, the relevance of every chunk, and which chunks stayed dense."""
-    frames: tyro.conf.OmitArgPrefixes[FrameArgs] = FrameArgs()
-    answer: tyro.conf.OmitArgPrefixes[AnswerArgs] = AnswerArgs()
-    compute: tyro.conf.OmitArgPrefixes[ComputeArgs] = ComputeArgs()
-    split: tyro.conf.OmitArgPrefixes[TensorFlags] = dataclasses.field(default_factory=TensorFlags)
-
-    @property
-    def questions(self) -> tuple[str, ...]:
-        return tuple(map(argument_text, self.question))
-
-
-@dataclasses.dataclass(frozen=True)
 class Request:
     """The flags as settings of the library, checked as far as possible without the model."""
 
@@ -165,10 +89,13 @@ class Request:
     def check(cls, args: Args) -> Request:
         """Checks the flags. Raises UserError for all errors that can be seen before anything is loaded."""
         _check_questions(args)
+        args.check_media()
         require_checkpoint(args.checkpoint)
         check_answer_options(args.answer.max_new_tokens, args.answer.seed)
         args.split.devices()  # raises UserError for numbers out of range
-        require_video_path(args.video)
+        for path in (args.video, *args.image):
+            if path is not None:
+                require_video_path(path)
         _check_files(args)
         compute = args.compute
         request = cls(
@@ -178,17 +105,39 @@ class Request:
             reads_cache=args.cache is not None and args.cache.exists(),
         )
         if args.cache is not None and request.reads_cache:
-            key = video_key(args.video, request.frames, request.folder_fps, request.prefill)
+            key = request.key
             if compute.cache_dtype is not None or compute.dtype is not None:
                 key["dtype"] = compute.cache_dtype or compute.dtype
             check_cache_file(args.cache, key)
         return request
 
-    def open(self) -> Clip:
-        """Opens the video, so that an unreadable one is refused before weights are read."""
-        clip = open_video(self.args.video, self.frames, folder_fps=self.folder_fps)
-        clip.check()
-        return clip
+    @property
+    def key(self) -> dict[str, Any]:
+        """The part of a cache's key that is known before a model is loaded. It hashes the files."""
+        args, key = self.args, dict[str, Any]()
+        if args.image or args.text_only:
+            key = pictures_key(args.image, "as frames" if args.images_as_frames else args.text, self.prefill)
+        return key if args.video is None else key | video_key(args.video, self.frames, self.folder_fps, self.prefill)
+
+    def open(self) -> Opened:
+        """Opens what is looked at, so that unreadable files are refused before weights are read."""
+        args, clip = self.args, None
+        pictures = [Picture.read(path) for path in args.pictures]
+        if args.has_frames:
+            clip = (
+                pictures_as_frames(args.image)
+                if args.video is None
+                else open_video(args.video, self.frames, folder_fps=self.folder_fps)
+            )
+            clip.check()
+        return Opened(clip, pictures)
+
+
+class Opened(NamedTuple):
+    """The video and the pictures of a run."""
+
+    clip: Clip | None
+    pictures: list[Picture]
 
 
 def _check_questions(args: Args) -> None:
@@ -197,7 +146,7 @@ def _check_questions(args: Args) -> None:
         raise UserError("nothing to ask: give --question or --interactive")
     if args.interactive and stdin_is_closed():
         raise UserError("standard input is closed: --interactive has no questions to read")
-    for question in args.questions:
+    for question in map(argument_text, args.question):
         if not question.strip():
             raise UserError("the question is empty")
         check_unicode(question)
@@ -205,7 +154,8 @@ def _check_questions(args: Args) -> None:
 
 def _check_files(args: Args) -> None:
     named: dict[str, str] = {}
-    for flag, file in {"--video": args.video, "--cache": args.cache, "--plot": args.plot}.items():
+    given = {"--video": args.video, "--cache": args.cache, "--plot": args.plot}
+    for flag, file in [*given.items(), *(("--image", file) for file in args.image)]:
         if file is not None and (other := named.setdefault(os.path.realpath(file), flag)) != flag:
             raise UserError(f"{flag} and {other} name the same file {file}")
     if args.plot is not None:
@@ -220,9 +170,11 @@ def main() -> int:
         args = tyro.cli(Args, prog=None if sys.argv[0].startswith("xl2jax") else "python infer.py")
     request = Request.check(args)
     programs = program_count()
-    clip = None if request.reads_cache else request.open()
+    opened = None if request.reads_cache else request.open()
     folder = find_checkpoint(args.checkpoint)
     config = stored_config(folder, args.compute.weights)
+    if args.pictures:
+        config.grids()
     if request.bilevel is not None:
         check_pool(request.bilevel, config.visual_tokens)
     args.split.devices().check(config)
@@ -233,8 +185,9 @@ def main() -> int:
     )
     load_seconds = time.perf_counter() - started
     for question in args.questions:
-        suffix(model.tokenizer, question)  # a question that is too long is refused before the video is watched
-    video = _watch(request, model, clip)
+        # A question that is too long is refused before the video is watched.
+        suffix(model.tokenizer, question, lead="" if args.text else "\n")
+    video = _watch(request, model, opened)
     answers = [_ask(request, model, video, q) for q in args.questions]
     refused = 0
     if args.interactive:
@@ -244,26 +197,33 @@ def main() -> int:
         from xl2jax.inference.timeline import plot_answers
 
         if not video.thumbnails:  # the cache came from a file
-            video.thumbnails = read_thumbnails(request.open())
+            clip = request.open().clip
+            assert clip is not None
+            video.thumbnails = read_thumbnails(clip)
         plot_answers(args.plot, video, answers)
     if args.json:
-        print(json.dumps(_report(model, video, answers, load_seconds, programs), allow_nan=False))
+        print(json.dumps(_report(args, model, video, answers, load_seconds, programs), allow_nan=False))
     else:
         _print_timings(video, answers, load_seconds, programs)
     return 2 if refused and not answers else 0
 
 
-def _watch(request: Request, model: Model, clip: Clip | None) -> WatchedVideo:
-    """Watches the clip, or reads its KV from the cache file where `clip` is None."""
-    file = request.args.cache
-    if file is None:
-        assert clip is not None
-        return model.watch(clip, config=request.prefill, bilevel=request.bilevel, cache=request.cache, progress=True)
-    key = cache_key(model, request.args.video, request.frames, request.folder_fps, request.prefill, request.cache)
-    if clip is None:
+def _watch(request: Request, model: Model, opened: Opened | None) -> WatchedVideo:
+    """Watches what was opened, or reads its KV from the cache file where that is None."""
+    args, file = request.args, request.args.cache
+    key = {} if file is None else request.key | model_key(model, request.cache)
+    if opened is None:
+        assert file is not None
         logger.info("%s: reading the video's KV from this file", file)
-        return load_cache(file, model, key, request.args.video, request.bilevel, request.cache)
-    video = model.watch(clip, config=request.prefill, bilevel=request.bilevel, cache=request.cache, progress=True)
+        name = args.video or Path(", ".join(map(str, args.image)))
+        return load_cache(file, model, key, name, request.bilevel, request.cache)
+    settings: dict[str, Any] = {"config": request.prefill, "bilevel": request.bilevel, "cache": request.cache}
+    if opened.clip is not None and not opened.pictures:
+        video = model.watch(opened.clip, progress=True, **settings)
+    else:
+        video = model.see(opened.pictures, args.text, video=opened.clip, progress=True, **settings)
+    if file is None:
+        return video
     save_cache(file, video, key)
     logger.info("%s: wrote the video's KV to this file", file)
     return video
@@ -323,7 +283,7 @@ def _interact(request: Request, model: Model, video: WatchedVideo, earlier: list
 
 
 def _report(
-    model: Model, video: WatchedVideo, answers: list[Answer], load_seconds: float, programs: ProgramCount
+    args: Args, model: Model, video: WatchedVideo, answers: list[Answer], load_seconds: float, programs: ProgramCount
 ) -> dict[str, Any]:
     kv, device = video.kv, jax.devices()[0]
     layout = kv.layout
@@ -341,12 +301,14 @@ def _report(
         for a in answers
     ]
     return {
-        "video": video.path,
+        "video": video.path if layout.groups else None,
+        "images": [str(path) for path in args.image],
         "duration_s": round(video.duration, 3),
         "frames": len(video.times),
         "groups": layout.groups,
         "tokens": {
             "prefix": layout.prefix,
+            "pictures": video.picture_tokens,
             "video": layout.tokens - layout.prefix,
             "suffix": answers[0].suffix_tokens if answers else 0,
         },

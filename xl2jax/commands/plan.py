@@ -1,6 +1,7 @@
-"""`xl2jax plan`: predicts the memory and the time that a video takes.
+"""`xl2jax plan`: predicts the memory and the time that a video or pictures take.
 
 xl2jax plan --frames 10000 --device h200 [--checkpoint DIR]
+xl2jax plan --image 2304x2304 --device rtx4090
 
 Memory is the same prediction that `infer.py` checks before it begins. Time is a roofline model: operations divided by the
 matrix rate of the device, or bytes divided by its memory bandwidth. Both rates are the datasheet's times the share of it
@@ -13,6 +14,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -33,7 +35,9 @@ from xl2jax.prompt import PREFIX, PromptTokenizer, time_text
 from xl2jax.system.backend import start_backend
 from xl2jax.system.cards import DEVICES
 from xl2jax.system.terminal import flag_errors
+from xl2jax.video.containers import MAX_PIXELS
 from xl2jax.video.frame_sampling import MAX_FRAMES
+from xl2jax.video.pictures import fit
 
 VISION_SHARE, PREFILL_SHARE, DECODE_SHARE = 0.47, 0.56, 0.6
 """Shares that were reached of the datasheet's matrix rate (vision, prefill) and of its bandwidth (decoding)."""
@@ -41,10 +45,12 @@ VISION_SHARE, PREFILL_SHARE, DECODE_SHARE = 0.47, 0.56, 0.6
 
 @dataclasses.dataclass(frozen=True)
 class PlanArgs:
-    """Predicts memory and time of a video, and whether it fits."""
+    """Predicts memory and time of a video or of pictures, and whether they fit."""
 
-    frames: int = 1024
-    """Frames of the video."""
+    frames: int | None = None
+    """Frames of the video: 1024, or none with --image."""
+    image: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """WIDTHxHEIGHT of a picture in pixels; may be given several times, and beside --frames."""
     checkpoint: str | None = None
     """Checkpoint folder or hub id; by default the sizes of the released model."""
     device: Literal[
@@ -89,6 +95,17 @@ class Prediction:
         return self.total <= self.available
 
 
+def tiles_of(config: VideoXL2Config, args: PlanArgs) -> int:
+    """Tiles of all pictures. Raises UserError for a size that is none."""
+    tiles = 0
+    for text in args.image:
+        match = re.fullmatch(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})", text)
+        if not match or int(match[1]) * int(match[2]) > MAX_PIXELS:
+            raise UserError(f"--image: should be WIDTHxHEIGHT with at most {MAX_PIXELS:,} pixels, not {text!r}")
+        tiles += fit(int(match[1]), int(match[2]), config.vision.image_size, config.grids()).tiles
+    return tiles
+
+
 def predict_memory(config: VideoXL2Config, layout: VideoLayout, args: PlanArgs) -> tuple[dict[str, float], float]:
     """(bytes by purpose, bytes at the peak) as `infer.py` counts them, on each of the devices."""
     tensor = args.split.tensor
@@ -107,6 +124,7 @@ def predict_memory(config: VideoXL2Config, layout: VideoLayout, args: PlanArgs) 
         key_channels=_key_channels(config),
         offload=args.offload,
         tensor=tensor,
+        tiles=tiles_of(config, args),
     )
     weights = memory.weight_bytes(config, args.dtype, tensor)
     parts: dict[str, float] = {"weights": weights, "KV cache": need.cache}
@@ -123,7 +141,7 @@ def _key_channels(config: VideoXL2Config) -> int:
 
 
 def _bilevel(args: PlanArgs, layout: VideoLayout) -> BilevelConfig | None:
-    bilevel = args.decode.config()
+    bilevel = args.decode.config() if layout.groups else None
     if bilevel is None or bilevel.top_chunks is None:
         return bilevel
     return dataclasses.replace(bilevel, top_chunks=min(bilevel.top_chunks, bilevel.blocks(layout)))
@@ -147,8 +165,9 @@ def predict(config: VideoXL2Config, layout: VideoLayout, args: PlanArgs) -> Pred
     )
     read = parts.get("mixed KV", layout.tokens * slot)
     weights = memory.weight_bytes_of_a_token(config, args.dtype, tensor)
-    frames = layout.groups * FRAMES_PER_GROUP
-    vision = frames * flops.vision(config) + layout.groups * flops.dts_and_projector(config)
+    tiles = tiles_of(config, args)
+    frames, groups = layout.groups * FRAMES_PER_GROUP + tiles, layout.groups + tiles
+    vision = frames * flops.vision(config) + groups * flops.dts_and_projector(config)
     seconds = {
         "vision, DTS, projector": vision / tensor / device.matrix_rate / VISION_SHARE,
         "prefill": flops.prefill(config, layout, args.prefill.config()) / tensor / device.matrix_rate / PREFILL_SHARE,
@@ -193,21 +212,30 @@ def _not_measured(device: str | None) -> str:
     return "" if device in ("h100", "h200", None) else "; nothing was measured on this card"
 
 
-def layout_of(config: VideoXL2Config, tokenizer: PromptTokenizer | None, frames: int, seconds: float) -> VideoLayout:
-    """The layout of a video of that many frames. Without a tokenizer, tokens are counted as Qwen's has them."""
+def layout_of(
+    config: VideoXL2Config, tokenizer: PromptTokenizer | None, frames: int, seconds: float, tiles: int = 0
+) -> VideoLayout:
+    """The layout of a video of that many frames, behind pictures with that many tiles.
+
+    Without a tokenizer, tokens are counted as Qwen's has them. Those between pictures are left out: they are few.
+    """
+    pictures = tiles * config.tile_tokens
     groups = frames // FRAMES_PER_GROUP
     times = [round(g * FRAMES_PER_GROUP * seconds, 1) for g in range(groups)]
     if tokenizer is None:  # a token each for "Time", a space, "s", ":", every digit and the point
-        return VideoLayout(14, tuple(len(str(t)) + 4 for t in times), config.visual_tokens)
+        return VideoLayout(14 + pictures, tuple(len(str(t)) + 4 for t in times), config.visual_tokens)
     lengths = tuple(len(tokenizer.encode(time_text(t))) for t in times)
-    return VideoLayout(len(tokenizer.encode(*PREFIX)), lengths, config.visual_tokens)
+    return VideoLayout(len(tokenizer.encode(*PREFIX)) + pictures, lengths, config.visual_tokens)
 
 
 def main() -> int:
     with flag_errors():
         args = tyro.cli(PlanArgs, prog="xl2jax plan")
-    if not FRAMES_PER_GROUP <= args.frames <= MAX_FRAMES or args.frames % FRAMES_PER_GROUP:
-        raise UserError(f"--frames: a multiple of {FRAMES_PER_GROUP} up to {MAX_FRAMES:,}, not {args.frames}")
+    frames = 0 if args.image else 1024
+    if args.frames is not None:
+        frames = args.frames
+        if not FRAMES_PER_GROUP <= frames <= MAX_FRAMES or frames % FRAMES_PER_GROUP:
+            raise UserError(f"--frames: a multiple of {FRAMES_PER_GROUP} up to {MAX_FRAMES:,}, not {frames}")
     if not 0 < args.seconds_per_frame <= 3600:
         raise UserError(f"--seconds-per-frame must be above 0, and at most 3600, not {args.seconds_per_frame}")
     args.prefill.config()
@@ -222,25 +250,26 @@ def main() -> int:
     args.split.devices().check(config.with_weights(args.weights))
     if args.device == "here":
         start_backend(keep_programs=False)
-    layout = layout_of(config, tokenizer, args.frames, args.seconds_per_frame)
+    layout = layout_of(config, tokenizer, frames, args.seconds_per_frame, tiles_of(config, args))
     if (bilevel := args.decode.config()) is not None:
         check_pool(bilevel, layout.visual_tokens)
     prediction = predict(config, layout, args)
-    fitting = args.frames if prediction.fits else largest(config, layout, args)
+    fitting = frames if prediction.fits else largest(config, layout, args)
     others = [] if prediction.fits else alternatives(config, layout, args)
     if args.json:
         verdict = {"fits": prediction.fits, "frames_that_fit": fitting, "would_fit_with": others}
         print(json.dumps({**dataclasses.asdict(prediction), **verdict}))
     else:
-        print(_report(args, prediction, fitting, others))
+        print(_report(args, frames, prediction, fitting, others))
     return 0 if prediction.fits else 1
 
 
-def _report(args: PlanArgs, prediction: Prediction, fitting: int, others: list[str]) -> str:
+def _report(args: PlanArgs, frames: int, prediction: Prediction, fitting: int, others: list[str]) -> str:
     tensor = args.split.tensor
-    each = f", on each of {tensor} devices" if tensor > 1 else f", on {args.device}"
-    each += f" ({args.device})" if tensor > 1 else ""
-    lines = [f"{args.frames} frames, {prediction.tokens:,} tokens, {args.dtype}{each}", ""]
+    place = f"on each of {tensor} devices ({args.device})" if tensor > 1 else f"on {args.device}"
+    pictures = f"{len(args.image)} picture{'s' * (len(args.image) > 1)}"
+    subject = " and ".join([f"{frames} frames"] * bool(frames) + [pictures] * bool(args.image))
+    lines = [f"{subject}, {prediction.tokens:,} tokens, {args.dtype}, {place}", ""]
     sizes = {**prediction.memory, "in all at the peak": prediction.total, "available": prediction.available}
     lines += [f"{name:28} {size / 2**30:8.2f} GiB" for name, size in sizes.items()]
     if prediction.seconds is not None:
@@ -250,8 +279,12 @@ def _report(args: PlanArgs, prediction: Prediction, fitting: int, others: list[s
         lines.append(f"(estimates: datasheet rates x {shares}, as read on an H200{_not_measured(args.device)}{alone})")
     if prediction.fits:
         verdict = "it fits"
+    elif not frames:
+        verdict = "it does not fit"
     elif fitting:
         verdict = f"it does not fit: {fitting} frames would"
     else:
         verdict = f"it does not fit: not even {FRAMES_PER_GROUP} frames would"
-    return "\n".join([*lines, "", verdict, *(f"all frames fit with {flags}" for flags in others)])
+    return "\n".join(
+        [*lines, "", verdict, *(f"all {'frames fit' if frames else 'fits'} with {flags}" for flags in others)]
+    )

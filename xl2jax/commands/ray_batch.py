@@ -14,7 +14,8 @@ from typing import Annotated
 import tyro
 
 from xl2jax.commands.flags import DEFAULT_CHECKPOINT, require_checkpoint
-from xl2jax.commands.infer import AnswerArgs, ComputeArgs, FrameArgs, reading
+from xl2jax.commands.infer import reading
+from xl2jax.commands.infer_flags import AnswerArgs, ComputeArgs, FrameArgs
 from xl2jax.errors import UserError
 from xl2jax.inference.generate import TokenSampling, check_answer_options
 from xl2jax.ray.batch import answer_file

@@ -70,6 +70,8 @@ class LimitArgs:
     """Length of a video."""
     max_frames: int = 1024
     """Frames that may be read from a video."""
+    max_pictures: int = 16
+    """Pictures of a conversation that are seen in tiles (treat_images_as pictures)."""
     max_frame_pixels: int = 33_177_600
     """Pixels of a frame of the file."""
     max_text: int = 65_536
@@ -125,6 +127,7 @@ def check_service(args: ServiceArgs) -> None:
     for name in ("max_queue", "max_answers", "max_body_mib", "max_video_mib", "max_text", "max_new_tokens"):
         require_whole(f"--{name.replace('_', '-')}", getattr(limits, name), 1)
     require_whole("--max-frames", limits.max_frames, FRAMES_PER_GROUP)
+    require_whole("--max-pictures", limits.max_pictures, 1, 1024)
     require_whole("--max-frame-pixels", limits.max_frame_pixels, 1, 1 << 27)
     for name in ("max_request_seconds", "max_fetch_seconds", "max_video_seconds"):
         if not 0 < getattr(limits, name) < 1e9:
@@ -148,6 +151,7 @@ def limits_of(given: LimitArgs) -> Limits:
         video_bytes=given.max_video_mib << 20,
         video_seconds=given.max_video_seconds,
         frames=given.max_frames,
+        pictures=given.max_pictures,
         frame_pixels=given.max_frame_pixels,
         text_characters=given.max_text,
         new_tokens=given.max_new_tokens,

@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,8 +19,10 @@ from jax.sharding import Mesh
 from xl2jax.commands.flags import DeviceFlags, choices
 from xl2jax.config import VideoXL2Config, Weights
 from xl2jax.errors import UserError
+from xl2jax.evaluation.picture_case import is_picture_case, verify_pictures
 from xl2jax.evaluation.verify import SECTIONS, STEMS, Row, verify
 from xl2jax.models.dts import NORM_GROUPS
+from xl2jax.models.sharding import Devices
 from xl2jax.system.terminal import flag_errors
 
 logger = logging.getLogger(__name__)
@@ -84,6 +87,11 @@ def _sections(folder: Path, args: Args) -> tuple[str, ...]:
         chosen = tuple(s for s in chosen if s != "train")
     if not (folder / "case.json").is_file():
         raise UserError(f"{folder}: not a case folder (no case.json)")
+    alone = args.weights is None and args.cache_dtype is None and devices == Devices()
+    if is_picture_case(folder) and not alone:
+        raise UserError(
+            f"{folder}: pictures are compared without --weights, --cache-dtype, --tensor and --copies: leave them out"
+        )
     config = VideoXL2Config.from_hf(folder / "checkpoint")
     devices.check(config.with_weights(args.weights))
     width = config.vision.width
@@ -105,22 +113,20 @@ def _verify_case(folder: Path, sections: tuple[str, ...], args: Args, mesh: Mesh
     with tempfile.TemporaryDirectory() as scratch:
         if not args.json:
             print(f"{'tensor':32} {'shape':>20} {'relative L2':>12} {'max abs':>10}  ok")
-        quantized = args.cache_dtype == "int8"
-        for row in verify(
-            folder,
-            sections,
-            Path(scratch) / "checkpoint",
-            dtype=args.dtype,
-            quantized=quantized,
-            weights=args.weights,
-            mesh=mesh,
-        ):
+        for row in _compared(folder, sections, Path(scratch) / "checkpoint", args, mesh):
             rows.append(row)
             if not args.json:
                 shape = "x".join(map(str, row.shape))
                 mark = "ok" if row.ok else "WRONG"
                 print(f"{row.name:32} {shape:>20} {row.relative_l2:12.2e} {row.max_abs:10.2e}  {mark}", flush=True)
     return rows
+
+
+def _compared(folder: Path, sections: tuple[str, ...], converted: Path, args: Args, mesh: Mesh | None) -> Iterator[Row]:
+    if is_picture_case(folder):
+        return verify_pictures(folder, sections, converted, dtype=args.dtype)
+    quantized = args.cache_dtype == "int8"
+    return verify(folder, sections, converted, dtype=args.dtype, quantized=quantized, weights=args.weights, mesh=mesh)
 
 
 def _as_json(row: Row) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from xl2jax.inference.decoding import answer_tokens
 from xl2jax.inference.generate import TokenSampling
 from xl2jax.inference.layout import PrefillConfig, VideoLayout
 from xl2jax.inference.network import Network
-from xl2jax.inference.prefill import make_plan
+from xl2jax.inference.prefill import PrefillPlan, Stretch, make_plan
 from xl2jax.models.dts import resample
 from xl2jax.models.param_tree import cast
 from xl2jax.models.sharding import head_copies, with_head_copies
@@ -146,32 +147,14 @@ class Case:
     def prefill(self, config: PrefillConfig) -> tuple[session.VideoKV, np.ndarray]:
         """The video's KV, and hidden states [N without suffix, D] in natural order."""
         plan = make_plan(self.layout, config, self.network.platform)
-        hidden = np.zeros((self.layout.tokens, self.config.llm.width), self.dtype)
         video = session.VideoPrefill(
-            self.network, self.layout, plan, self.prefix, self.time_ids, quantized=self.quantized
+            self.network, self.layout, plan, self.prefix, self.time_ids, quantized=self.quantized, keep_hidden=True
         )
-        hidden[: len(self.prefix)] = video.prefix_hidden[: len(self.prefix)]
-        visuals = plan.step_groups * plan.visual_tokens
-        for visual in self._visual:
-            steps, outputs = video.add(visual)
-            states = np.asarray(outputs)
-            for i in range(plan.segment_steps):
-                spans = ((0, int(steps.visuals[i])), (visuals, visuals + int(steps.times[i])))
-                for first, last in spans:
-                    hidden[steps.position[i, first:last]] = states[i, first:last]
-        return video.finish(), hidden
+        return prefilled(video, plan, self._visual)
 
     def answer(self, context: KVCache) -> Reply:
         """Runs the suffix behind `context` and decodes a greedy answer."""
-        n, stop, greedy = len(self.suffix), np.array([-1], np.int32), TokenSampling()
-        suffix = session.suffix_ids(self.suffix, 0, n)
-        state, hidden = session.start_answer(
-            self.network, context, suffix, new_tokens=self.new_tokens, stop=stop, sampling=greedy
-        )
-        # Decoding donates the state, so its arrays are copied before.
-        k, v = (self.single_heads(np.asarray(x)[:, :, :n]) for x in (state.text.k, state.text.v))
-        *_, ids = answer_tokens(self.network, context, state, new_tokens=self.new_tokens, stop=stop, sampling=greedy)
-        return Reply(k, v, np.asarray(hidden)[:n], np.asarray(ids))
+        return greedy_reply(self.network, context, self.suffix, self.new_tokens)
 
     def single_heads(self, kv: np.ndarray) -> np.ndarray:
         """Keys or values [L, K, ...] without the copies of heads that are on several devices."""
@@ -179,6 +162,41 @@ class Case:
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:
         return np.asarray(token_logits(self.network, hidden))
+
+
+def prefilled(
+    video: session.VideoPrefill, plan: PrefillPlan, visual: Sequence[jax.Array], tail: Stretch | None = None
+) -> tuple[session.VideoKV, np.ndarray]:
+    """Prefills the visual tokens of all segments, and the tail. The KV, and hidden states [N, D] in natural order.
+
+    `video` keeps hidden states.
+    """
+    prefix = np.concatenate(video.hidden)
+    hidden = np.zeros((video.layout.tokens, prefix.shape[1]), prefix.dtype)
+    hidden[: len(prefix)] = prefix
+    visuals = plan.step_groups * plan.visual_tokens
+    for segment in visual:
+        steps, outputs = video.add(segment)
+        states = np.asarray(outputs)
+        for i in range(plan.segment_steps):
+            spans = ((0, int(steps.visuals[i])), (visuals, visuals + int(steps.times[i])))
+            for first, last in spans:
+                hidden[steps.position[i, first:last]] = states[i, first:last]
+    if tail is not None and len(tail.ids):
+        video.add_globals(tail)
+        hidden[len(hidden) - len(tail.ids) :] = np.concatenate(video.hidden)[len(prefix) :]
+    return video.finish(), hidden
+
+
+def greedy_reply(network: Network, context: KVCache, suffix: Sequence[int], new_tokens: int) -> Reply:
+    """Runs a suffix behind `context` and decodes a greedy answer."""
+    n, stop, greedy = len(suffix), np.array([-1], np.int32), TokenSampling()
+    ids = session.suffix_ids(suffix, 0, n)
+    state, hidden = session.start_answer(network, context, ids, new_tokens=new_tokens, stop=stop, sampling=greedy)
+    # Decoding donates the state, so its arrays are copied before.
+    k, v = (np.asarray(x)[:, :: network.head_copies, :n] for x in (state.text.k, state.text.v))
+    *_, answer = answer_tokens(network, context, state, new_tokens=new_tokens, stop=stop, sampling=greedy)
+    return Reply(k, v, np.asarray(hidden)[:n], np.asarray(answer))
 
 
 class Reply(NamedTuple):

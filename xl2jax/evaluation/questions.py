@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -79,6 +79,10 @@ NEEDLE_KINDS: tuple[Kind, ...] = ("colour_of", "shape_of", "colour", "shape", "t
 """Kinds of question about one shape."""
 
 
+PICTURE_KINDS: tuple[Kind, ...] = ("colour_of", "shape_of", "exists", "count")
+"""Kinds of question about a picture."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Question:
     kind: Kind
@@ -146,6 +150,23 @@ def ask(
     one, two = (scene.events[int(i)] for i in rng.permutation(len(scene.events))[:2])
     first = min(one, two, key=lambda e: e.start)
     return Question(kind, text.format(one=one.name, two=two.name), f"The {first.name}.", first.start)
+
+
+def ask_about_picture(scene: Scene, kind: Kind, rng: np.random.Generator) -> Question | None:
+    """A question about a picture, one of `PICTURE_KINDS`, in words that training uses and that name no video."""
+    words = [number for number, text in enumerate(TEMPLATES[kind][:-1]) if "video" not in text]
+    return ask(scene, kind, 0.0, rng, template=words[int(rng.integers(len(words)))])
+
+
+def ask_which_picture(scenes: Sequence[Scene], rng: np.random.Generator) -> tuple[str, str] | None:
+    """A question about two pictures and its answer; None where both show the same shapes."""
+    pairs = [{(e.colour, e.shape) for e in scene.events} for scene in scenes]
+    right = int(rng.integers(2))
+    only = sorted(pairs[right] - pairs[1 - right])
+    if not only:
+        return None
+    colour, shape = only[int(rng.integers(len(only)))]
+    return f"Which picture shows the {colour} {shape}, the first or the second?", f"The {('first', 'second')[right]}."
 
 
 def corpus() -> Iterator[str]:

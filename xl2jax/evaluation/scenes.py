@@ -171,6 +171,27 @@ def make_scene(
     return Scene(seed, groups, tuple(shown))
 
 
+MAX_PICTURE_SHAPES = 4
+PICTURE_SIZES = ((56, 56), (112, 56), (56, 112), (100, 75), (112, 112), (168, 112))
+"""Widths and heights of training pictures: of one tile and of several, where a tile has 56 pixels."""
+
+
+def make_picture(seed: int, *, shapes: int | None = None) -> Scene:
+    """A scene of one group whose first frame is a picture of several shapes, each in a quarter of its own.
+
+    Odd seeds may show held-out combinations. `shapes`: by default 1 to `MAX_PICTURE_SHAPES`.
+    """
+    rng = np.random.default_rng([seed, 4])
+    allowed = [p for p in PAIRS if seed % 2 or p not in HELD_OUT]
+    count = int(rng.integers(1, MAX_PICTURE_SHAPES + 1)) if shapes is None else shapes
+    pairs = [allowed[int(i)] for i in rng.permutation(len(allowed))[:count]]
+    shown = []
+    for quarter, (colour, shape) in zip(rng.permutation(MAX_PICTURE_SHAPES).tolist(), pairs, strict=False):
+        x, y = (0.25 + 0.5 * at + float(rng.uniform(-0.04, 0.04)) for at in divmod(quarter, 2))
+        shown.append(Event(0, 1, colour, shape, x, y, float(rng.uniform(0.13, 0.19)), 0.0, 0.0))
+    return Scene(seed, 1, tuple(shown))
+
+
 def group_frames(scene: Scene, size: int) -> np.ndarray:
     """uint8 [4, size, size, 3] of a scene's first group, drawn in one of `SIZES`."""
     width, height = SIZES[scene.seed // 2 % len(SIZES)]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -171,28 +171,43 @@ def train_rows(case: Case) -> Iterator[Row]:
         return total / count
 
     loss, gradients = loss_of(case.network, pixels, tokens)
-    limits = LIMITS[case.dtype]
-    yield compare("loss", np.array([expected_loss]), np.asarray(loss)[None], None, limit=limits.loss)
+    yield compare("loss", np.array([expected_loss]), np.asarray(loss)[None], None, limit=LIMITS[case.dtype].loss)
+    expected = case.expected(STEMS["train"]) or {}
+    yield from gradient_rows(case.network, gradients, path, expected_norm, norms, expected)
+
+
+def gradient_rows(
+    network: Network,
+    gradients: Network,
+    path: Path,
+    expected_norm: float,
+    norms: Mapping[str, float],
+    expected: Mapping[str, np.ndarray],
+    prefix: str = "",
+) -> Iterator[Row]:
+    """Compares gradients: their global norm, norms by parameter, and whole ones, by upstream's names.
+
+    `path` names the file of the norms in messages, and `prefix` begins the names of the rows.
+    """
+    limits = LIMITS[network.dtype]
     flat = {name: np.asarray(x) for name, x in flatten(gradients.params).items()}
     norm = float(np.sqrt(sum(np.sum(x.astype(np.float64) ** 2) for x in flat.values())))
     # Key biases shift all scores of a softmax equally, so their gradient is 0 and the stored one is rounding error. It
     # is compared relative to the resolution of the whole gradient.
-    floor = float(np.finfo(case.dtype).eps) * expected_norm / limits.gradients
-    expected = case.expected(STEMS["train"]) or {}
-    table = {e.torch_name: e for e in entries(case.config)}
+    floor = float(np.finfo(network.dtype).eps) * expected_norm / limits.gradients
+    table = {e.torch_name: e for e in entries(network.config)}
     unknown = sorted({*norms, *expected} - set(table))
     if unknown:
         raise UserError(f"{path}: gradients of unknown parameters: {', '.join(unknown)}")
-    yield compare("global gradient norm", np.array([expected_norm]), np.array([norm]), None, limit=limits.gradients)
+    both = np.array([expected_norm]), np.array([norm])
+    yield compare(f"{prefix}global gradient norm", *both, None, limit=limits.gradients)
     for name, value in norms.items():
-        actual_norm = float(np.linalg.norm(_slice(flat, table[name]).astype(np.float64)))
-        yield compare(
-            f"|{name}|", np.array([value]), np.array([actual_norm]), None, limit=limits.gradients, floor=floor
-        )
+        both = np.array([value]), np.array([np.linalg.norm(_slice(flat, table[name]).astype(np.float64))])
+        yield compare(f"{prefix}|{name}|", *both, None, limit=limits.gradients, floor=floor)
     for name, tensor in expected.items():
         entry = table[name]
-        gradient = entry.transform.to_torch(_slice(flat, entry), case.config)
-        yield compare(name, tensor, gradient, None, limit=limits.gradients)
+        gradient = entry.transform.to_torch(_slice(flat, entry), network.config)
+        yield compare(f"{prefix}{name}", tensor, gradient, None, limit=limits.gradients)
 
 
 def _slice(flat: dict[str, np.ndarray], entry: Entry) -> np.ndarray:

@@ -22,13 +22,15 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from PIL.Image import Image
 from tqdm import tqdm
 
 from xl2jax.checkpoint.params import ParamReader
 from xl2jax.checkpoint.sources import find_checkpoint
-from xl2jax.config import VideoXL2Config, Weights
+from xl2jax.config import GRIDS, VideoXL2Config, Weights
 from xl2jax.errors import UserError, require_whole
 from xl2jax.inference import compiled, memory
 from xl2jax.inference.answering import Answer, Answering, decode
@@ -38,14 +40,16 @@ from xl2jax.inference.devices import Devices
 from xl2jax.inference.generate import TokenSampling, check_answer_options
 from xl2jax.inference.layout import PrefillConfig, VideoLayout
 from xl2jax.inference.network import LARGE_KEY_BIAS, Network
+from xl2jax.inference.pictures import Surroundings, surroundings
 from xl2jax.inference.prefill import PrefillPlan, make_plan
 from xl2jax.inference.selection import RelevanceConfig, check_bilevel
 from xl2jax.inference.video_cache import CacheConfig, WatchedVideo
 from xl2jax.inference.watching import Watching
 from xl2jax.models.param_tree import flatten
 from xl2jax.models.sharding import head_copies, single_heads, with_head_copies, without_head_copies
-from xl2jax.prompt import PREFIX, PromptTokenizer, Turn, suffix
+from xl2jax.prompt import PromptTokenizer, Turn, suffix
 from xl2jax.video.clip import Backend, Clip, FrameSampling, open_video
+from xl2jax.video.pictures import Picture
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +74,7 @@ class Model:
         self.network = Network.create(config, params, implementation, mesh=mesh, head_copies=head_copies)
         self.tokenizer = tokenizer
         self._videos: weakref.WeakSet[WatchedVideo] = weakref.WeakSet()
-        self._prefix = tokenizer.encode(*PREFIX)
+        self._alone = surroundings(tokenizer, config, video=True)
         self._logged_exact_channels = False
 
     @property
@@ -90,7 +94,10 @@ class Model:
         """Hash of the config, the tokenizer and all parameters."""
         network = self.network
         copies, head_width = network.head_copies, self.config.llm.head_width
-        digest = hashlib.blake2b(repr(without_head_copies(self.config, copies)).encode(), digest_size=16)
+        config = without_head_copies(self.config, copies)
+        digest = hashlib.blake2b(repr(config).encode(), digest_size=16)
+        if config.picture_grids != GRIDS:
+            digest.update(repr(config.picture_grids).encode())
         digest.update(self.tokenizer.tokenizer.to_str().encode())
         for name, value in flatten(self.params).items():
             stored = single_heads(name, value, copies, head_width)
@@ -158,17 +165,55 @@ class Model:
         watching = self.start_watch(
             clip, config, bilevel=bilevel, cache=cache, measure_stages=measure_stages, started=started
         )
+        return self._watched(watching, progress)
+
+    def see(
+        self,
+        pictures: Sequence[str | Path | np.ndarray | Image | Picture],
+        text: str | None = None,
+        *,
+        video: str | Path | Clip | None = None,
+        sampling: FrameSampling | None = None,
+        config: PrefillConfig | None = None,
+        bilevel: BilevelConfig | None = BilevelConfig(),  # noqa: B008 (frozen)
+        cache: CacheConfig = CacheConfig(),  # noqa: B008 (frozen)
+        progress: bool = False,
+    ) -> WatchedVideo:
+        """Reads, encodes and prefills pictures in tiles, as `watch` does a video. Questions are asked in the same way.
+
+        Without pictures and without a video, questions are about nothing but their text.
+
+        Args:
+          pictures: image files, uint8 arrays [height, width, 3] or PIL images.
+          text: what stands before the question, with `<image>` in the place of each picture and `<video>` in that of the
+            video. By default they come first, as in upstream's evaluation.
+          video: a video beside the pictures. `sampling`, `config` and `bilevel` are those of `watch`.
+          cache, progress: those of `watch`.
+
+        Raises:
+          UserError: a picture or the video cannot be read, the text has another number of places, more than memory holds.
+        """
+        around = self.around([Picture.of(p, n) for n, p in enumerate(pictures, 1)], text, video=video is not None)
+        clip = video if isinstance(video, Clip | None) else open_video(video, sampling or FrameSampling())
+        return self._watched(self.start_watch(clip, config, around=around, bilevel=bilevel, cache=cache), progress)
+
+    def around(self, pictures: Sequence[Picture], text: str | None = None, *, video: bool = False) -> Surroundings:
+        """What a question's context holds beside a video: see `see`. Raises UserError."""
+        return surroundings(self.tokenizer, self.config, pictures, text, video=video)
+
+    def _watched(self, watching: Watching, progress: bool) -> WatchedVideo:
         with tqdm(total=watching.total, desc="watch", unit="frame", disable=not progress) as bar:
-            for frames in watching.batches():
-                bar.update(len(frames))
-                watching.add(frames)
+            for images in watching.batches():
+                bar.update(len(images))
+                watching.add(images)
         return self.adopt(watching.finish())
 
     def start_watch(
         self,
-        clip: Clip,
+        clip: Clip | None,
         config: PrefillConfig | None = None,
         *,
+        around: Surroundings | None = None,
         bilevel: BilevelConfig | None = BilevelConfig(),  # noqa: B008 (frozen)
         cache: CacheConfig = CacheConfig(),  # noqa: B008 (frozen)
         measure_stages: bool = False,
@@ -176,7 +221,7 @@ class Model:
     ) -> Watching:
         """Begins to watch an opened clip a segment at a time; `watch` is this, all of its segments, and `adopt`.
 
-        The arguments are those of `watch`. `started`: the reading of `time.perf_counter()` from which on `timings`
+        The arguments are those of `watch`. `around`: pictures and text beside the clip, or without one. `started`: the reading of `time.perf_counter()` from which on `timings`
         count, by default now.
 
         Raises:
@@ -184,18 +229,19 @@ class Model:
         """
         started = time.perf_counter() if started is None else started
         config = config or PrefillConfig()
+        around = around or self._alone
         self.check_cache(cache, bilevel)
-        time_ids = self.tokenizer.time_ids(clip.times)
-        layout = self.layout(time_ids)
-        if bilevel is not None:
+        time_ids = [] if clip is None else self.tokenizer.time_ids(clip.times)
+        layout = self.layout(time_ids, len(around.before.ids), len(around.after.ids))
+        if bilevel is not None and clip is not None:
             check_bilevel(bilevel, layout)
-        self.check_fits(layout, config, bilevel, cache)
+        self.check_fits(layout, config, bilevel, cache, tiles=len(around.tiles))
         return Watching(
             self.network,
             clip,
+            around,
             layout,
             self.plan(layout, config),
-            self._prefix,
             time_ids,
             cache,
             started=started,
@@ -226,11 +272,12 @@ class Model:
         bilevel: BilevelConfig | None,
         cache: CacheConfig,
         *,
+        tiles: int = 0,
         loaded: bool = False,
     ) -> None:
         """Raises UserError where a video of this layout needs more memory than is free. The message says what fits.
 
-        `loaded`: the KV comes from a file, so that its offloaded part is never on the device.
+        `tiles`: of all pictures. `loaded`: the KV comes from a file, so that its offloaded part is never on the device.
         """
         now, tensor = (
             memory.Choices(bilevel, cache.quantized, cache.offload, self.config.llm.weights),
@@ -249,6 +296,7 @@ class Model:
                 key_channels=self.key_channels,
                 offload=choices.offload,
                 tensor=tensor,
+                tiles=tiles,
             )
             return dataclasses.replace(estimate, cache=estimate.kept) if loaded else estimate
 
@@ -264,9 +312,19 @@ class Model:
         held = sum(v.device_bytes for v in list(self._videos))
         memory.check_fits(layout, need, others, held=held, mesh=self.network.mesh)
 
-    def layout(self, time_ids: list[list[int]]) -> VideoLayout:
-        """The layout of a video whose groups have these time tokens."""
-        return VideoLayout(len(self._prefix), tuple(map(len, time_ids)), self.config.visual_tokens)
+    def layout(self, time_ids: list[list[int]], prefix: int | None = None, tail: int = 0) -> VideoLayout:
+        """The layout of a video whose groups have these time tokens.
+
+        `prefix`, `tail`: tokens before and behind it, by default those of a video alone.
+        """
+        prefix = len(self._alone.before.ids) if prefix is None else prefix
+        return VideoLayout(prefix, tuple(map(len, time_ids)), self.config.visual_tokens, tail)
+
+    def layout_of(self, clip: Clip | None, around: Surroundings | None) -> VideoLayout:
+        """The layout of a clip, or none, and of what stands around it."""
+        around = around or self._alone
+        time_ids = [] if clip is None else self.tokenizer.time_ids(clip.times)
+        return self.layout(time_ids, len(around.before.ids), len(around.after.ids))
 
     # --- questions, many ---------------------------------------------------------------------
 
@@ -384,7 +442,7 @@ class Model:
             self.tokenizer,
             video,
             question,
-            suffix(self.tokenizer, question, history),
+            suffix(self.tokenizer, question, history, video.lead),
             max_new_tokens=max_new_tokens,
             sampling=sampling or TokenSampling(),
             seed=seed,

@@ -59,12 +59,13 @@ class GroupTable(NamedTuple):
     prefix: jax.Array
     time_lengths: jax.Array
     groups: jax.Array
+    tail: jax.Array
 
 
 def group_table(layout: VideoLayout, capacity: int) -> GroupTable:
     times = np.zeros(capacity, np.int32)
     times[: layout.groups] = layout.time_lengths
-    return GroupTable(jnp.int32(layout.prefix), jnp.asarray(times), jnp.int32(layout.groups))
+    return GroupTable(jnp.int32(layout.prefix), jnp.asarray(times), jnp.int32(layout.groups), jnp.int32(layout.tail))
 
 
 def slot_groups(table: GroupTable, cache: KVCache, visual_tokens: int) -> jax.Array:
@@ -148,7 +149,7 @@ class MixedSource(NamedTuple):
 
     valid: jax.Array
     group: jax.Array
-    """Group of the slot, -1 in the prefix."""
+    """Group of the slot, -1 in the prefix and in the tail."""
     pooled: jax.Array
     """Whether the slot is a pooled token."""
     slot: jax.Array
@@ -194,13 +195,19 @@ def mixed_source(
     source = jnp.where(is_time, first + offset, visual_start + place * v + visual)
     source = jnp.where(is_pooled, group * kept + visual, source)
     position = first + group * v + offset
+    video_end = table.prefix + lengths.sum(dtype=jnp.int32)
+    in_tail = slot >= video_end
+    behind_times = table.prefix + times.sum(dtype=jnp.int32) + slot - video_end
+    source = jnp.where(in_tail, behind_times, source)
+    position = jnp.where(in_tail, behind_times + table.groups * v, jnp.where(is_pooled, 0, position))
+    length = video_end + table.tail
     return MixedSource(
-        valid=slot < table.prefix + lengths.sum(dtype=jnp.int32),
-        group=jnp.where(in_prefix, -1, group),
-        pooled=is_pooled,
+        valid=slot < length,
+        group=jnp.where(in_prefix | in_tail, -1, group),
+        pooled=is_pooled & ~in_tail,
         slot=jnp.where(in_prefix, slot, source),
-        position=jnp.where(in_prefix, slot, jnp.where(is_pooled, 0, position)),
-        length=table.prefix + lengths.sum(dtype=jnp.int32),
+        position=jnp.where(in_prefix, slot, position),
+        length=length,
     )
 
 

@@ -25,7 +25,7 @@ from xl2jax.inference.bilevel import GroupTable, MixedSource, PooledKV
 from xl2jax.inference.cache import KVCache, RowArray, RowCache, empty_cache
 from xl2jax.inference.generate import DecodeState, RowState, Sampling, SuffixIds
 from xl2jax.inference.network import Network
-from xl2jax.inference.prefill import Step
+from xl2jax.inference.prefill import Step, Stretch
 from xl2jax.inference.relevance import AttentionScorer
 from xl2jax.models.video_xl2 import normalise
 from xl2jax.ops.kv import KVArray, QuantizedKV
@@ -95,6 +95,18 @@ def encode(network: Network, frames: jax.Array, *, frames_at_once: int) -> jax.A
     return whole(visual, 1)[:, :groups].reshape(-1, *visual.shape[2:])
 
 
+@functools.partial(program, static_argnames="pool", donate_argnames="tokens")
+def encode_tiles(network: Network, tokens: jax.Array, tiles: jax.Array, at: jax.Array, *, pool: int) -> jax.Array:
+    """Writes the visual tokens of tiles [F, H, W, 3] to `tokens` [N, D], behind those of the first `at` tiles.
+
+    Tiles are uint8 or pixels, as in `encode`.
+    """
+    pixels = normalise(tiles) if tiles.dtype == jnp.uint8 else tiles
+    visual = network.model.encode_tiles(pixels, pool=pool)
+    rows = visual.reshape(-1, visual.shape[-1]).astype(tokens.dtype)
+    return jax.lax.dynamic_update_slice(tokens, rows, (at * jnp.int32(visual.shape[1]), jnp.int32(0)))
+
+
 @_Program
 @jax.jit
 def checksum(x: jax.Array) -> jax.Array:
@@ -148,10 +160,12 @@ def new_cache(
 
 
 @functools.partial(program, donate_argnames="cache")
-def prefill_prefix(network: Network, cache: KVCache, ids: jax.Array, length: jax.Array) -> tuple[KVCache, jax.Array]:
-    """See `prefill.prefill_prefix`."""
+def prefill_globals(
+    network: Network, cache: KVCache, block: Stretch, pictures: jax.Array | None, length: jax.Array
+) -> tuple[KVCache, jax.Array]:
+    """See `prefill.prefill_globals`."""
     llm = network.model.llm
-    return prefill.prefill_prefix(llm, cache, ids, length, attention=network.attention)
+    return prefill.prefill_globals(llm, cache, block, pictures, length, attention=network.attention)
 
 
 @functools.partial(program, donate_argnames="cache")

@@ -1,6 +1,6 @@
 """The layout of a video: the position and the arena slot of every token, and what each query sees.
 
-A video of G groups is, in natural order, `prefix, (time tokens, V visual tokens) per group, suffix`;
+A video of G groups is, in natural order, `prefix, (time tokens, V visual tokens) per group, tail, suffix`;
 positions count that order. The arena that keys and values live in puts the globals (prefix, then time
 tokens) first and the visual tokens behind them, at slot `visual_start`. Then each query sees
 `[0, g_end) U [v_lo, v_hi)`:
@@ -9,6 +9,9 @@ tokens) first and the visual tokens behind them, at slot `visual_start`. Then ea
     prefix token             own slot + 1              empty
     visual token, chunk c    globals before it         first visual of chunk max(c - w, 0)  own slot + 1
     time token               own slot + 1              first visual                         visuals before it
+
+Text and pictures before a video are part of the prefix. Those behind it are its tail: globals behind the time tokens of
+all groups, which see everything before them. A prompt without a video is all prefix.
 
 Here c counts chunks of `chunk_groups` groups, and w is `window_chunks`. Dense causal attention (None) has v_lo = first
 visual for every query. The suffix and the answer see the whole video and have a cache of their own.
@@ -96,11 +99,15 @@ def token_ranges(
 
 @dataclasses.dataclass(frozen=True)
 class VideoLayout:
-    """Numbers of tokens of one video. Group g has `time_lengths[g]` time tokens, then V visual tokens."""
+    """Numbers of tokens of one video. Group g has `time_lengths[g]` time tokens, then V visual tokens.
+
+    `tail`: tokens of text and pictures behind the video. Without a video there are no groups and no tail.
+    """
 
     prefix: int
     time_lengths: tuple[int, ...]
     visual_tokens: int
+    tail: int = 0
 
     @property
     def groups(self) -> int:
@@ -108,11 +115,11 @@ class VideoLayout:
 
     @property
     def global_tokens(self) -> int:
-        return self.prefix + sum(self.time_lengths)
+        return self.prefix + sum(self.time_lengths) + self.tail
 
     @property
     def tokens(self) -> int:
-        """Tokens of prefix and video, and the position of the first suffix token."""
+        """Tokens of prefix, video and tail, and the position of the first suffix token."""
         return self.global_tokens + self.groups * self.visual_tokens
 
 
@@ -138,8 +145,8 @@ def natural_ranges(layout: VideoLayout, suffix: int, visual_start: int, config: 
         np.where(is_time, index, index - times[group]),
         is_time,
     )
-    head, tail = np.arange(layout.prefix), np.arange(suffix)
-    behind = layout.global_tokens + tail
+    head, tail = np.arange(layout.prefix), np.arange(layout.tail + suffix)
+    behind = layout.global_tokens - layout.tail + tail
     end = visual_start + layout.groups * v
 
     def around(before: np.ndarray, middle: np.ndarray, after: np.ndarray) -> np.ndarray:
@@ -147,7 +154,7 @@ def natural_ranges(layout: VideoLayout, suffix: int, visual_start: int, config: 
 
     g_end, v_lo, v_hi = video.ranges
     return Tokens(
-        position=around(head, video.position, layout.tokens + tail),
+        position=around(head, video.position, layout.tokens - layout.tail + tail),
         slot=around(head, video.slot, behind),
         ranges=Ranges(
             g_end=around(head + 1, g_end, behind + 1),
@@ -163,7 +170,8 @@ def dense_mask(layout: VideoLayout, suffix: int, config: PrefillConfig) -> np.nd
     for g, times in enumerate(layout.time_lengths):
         chunk += [g // config.chunk_groups] * (times + layout.visual_tokens)
         is_global += [True] * times + [False] * layout.visual_tokens
-    c, glob = np.array(chunk + [-1] * suffix), np.array(is_global + [True] * suffix)
+    behind = layout.tail + suffix
+    c, glob = np.array(chunk + [-1] * behind), np.array(is_global + [True] * behind)
     causal = np.tri(len(c), dtype=bool)
     if config.window_chunks is None:
         return causal

@@ -23,7 +23,7 @@ from xl2jax.config import FRAMES_PER_GROUP, VideoXL2Config, Weights
 from xl2jax.errors import NotEnoughMemory, UserError
 from xl2jax.inference.bilevel import BilevelConfig, mixed_slots
 from xl2jax.inference.layout import VideoLayout, bucket
-from xl2jax.inference.prefill import PrefillPlan, default_steps
+from xl2jax.inference.prefill import PrefillPlan, default_steps, global_tokens_at_once
 from xl2jax.models.param_tree import flatten
 from xl2jax.models.sharding import head_copies, shard_bytes, with_head_copies
 from xl2jax.models.video_xl2 import abstract_model
@@ -99,9 +99,12 @@ def memory_need(
     key_channels: int = 0,
     offload: bool = False,
     tensor: int = 1,
+    tiles: int = 0,
 ) -> MemoryNeed:
     """The memory of the video cache and, where `bilevel` is given, of its pooled and mixed copies, on each of `tensor`
     devices.
+
+    `tiles`: of all pictures. Their visual tokens are kept until everything is prefilled.
 
     `quantized` and `offload` are those of `CacheConfig`, `key_channels` those of `slot_bytes`. `platform` is "cpu" or "gpu". On a CPU offloading frees
     nothing, because the device is the host.
@@ -114,14 +117,15 @@ def memory_need(
     pooled = mixed = 0
     if offload and gpu:
         kept = plan.visual_start * kept_slot
-    if bilevel is not None:
+    if bilevel is not None and layout.groups:
         pooled = plan.group_capacity * (plan.visual_tokens // bilevel.pool) * slot
         # Chunks are scored on the dense cache, or on an all-pooled cache that is freed before the mixed one is made.
         dense = min((bilevel.top(layout) + 2) * bilevel.select_chunk_groups, layout.groups)
         mixed = mixed_slots(layout, dense, bilevel) * kept_slot
         if offload:
             mixed += (plan.visual_start + bucket(dense) * plan.visual_tokens) * kept_slot
-    tokens = plan.step_groups * (plan.visual_tokens + plan.time_cap)
+    tokens = plan.step_groups * (plan.visual_tokens + plan.time_cap) if layout.groups else 0
+    tokens = max(tokens, min(max(plan.prefix_cap, bucket(layout.tail, 32)), global_tokens_at_once(platform)))
     # The hidden states of a whole segment are part of the result.
     prefill = tokens * (4 * c.mlp_width // tensor + (8 + plan.segment_steps) * c.width) * itemsize
     if c.weights is not None:  # the matrices of one layer are unpacked
@@ -131,10 +135,11 @@ def memory_need(
     scores = 0 if gpu else 2 * v.heads * v.patch_grid**2 * 4
     vision = patches * ((2 * v.mlp_width + 8 * v.width) * itemsize + scores)
     # One layer of the cache is in float32 while it is pooled or gathered.
-    kv_heads = ceil_div(c.kv_heads, tensor)
-    layer = 2 * plan.slots * kv_heads * c.head_width * 4 if bilevel is not None or quantized else 0
+    gathered = quantized or (bilevel is not None and layout.groups)
+    layer = 2 * plan.slots * ceil_div(c.kv_heads, tensor) * c.head_width * 4 if gathered else 0
     prefill += layer if quantized else 0
-    return MemoryNeed(cache, kept, pooled, mixed, _WORKSPACE + max(prefill, vision, layer))
+    pictures = bucket(tiles + default_steps(platform)[0]) * config.tile_tokens * c.width * itemsize if tiles else 0
+    return MemoryNeed(cache, kept, pooled, mixed, _WORKSPACE + pictures + max(prefill, vision, layer))
 
 
 class Choices(NamedTuple):
@@ -237,6 +242,12 @@ def check_fits(
     free, need = available_bytes(mesh), need_of(layout)
     if need.total <= free:
         return
+
+    if not layout.groups:
+        raise NotEnoughMemory(
+            f"the pictures need {need.total / 2**30:.2f} GiB beside the model (KV cache {need.cache / 2**30:.2f}), "
+            f"{free / 2**30:.2f} GiB are free: give fewer or smaller pictures"
+        )
 
     def fits(groups: int) -> bool:
         return need_of(dataclasses.replace(layout, time_lengths=layout.time_lengths[:groups])).total <= free

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,9 +23,22 @@ from xl2jax.inference.cache import KV, KVCache, source, write
 from xl2jax.inference.layout import PrefillConfig, VideoLayout, bucket, token_ranges
 from xl2jax.models.qwen2 import Qwen2
 from xl2jax.ops.attention import Attention, arena_attention
-from xl2jax.ops.ranges import Ranges, first_slots
+from xl2jax.ops.ranges import Ranges
 
 _PREFIX_UNIT, _TIME_UNIT, _SLOT_UNIT = 32, 4, 128
+
+
+class Stretch(NamedTuple):
+    """Text, and pictures among it, before or behind a video: int32 [T] each."""
+
+    ids: Any
+    """Token ids. Those at the places of visual tokens are not used."""
+    visual: Any
+    """Index into the visual tokens of all pictures; -1 for text."""
+
+    @classmethod
+    def of_text(cls, ids: Sequence[int]) -> Stretch:
+        return cls(np.asarray(ids, np.int32), np.full(len(ids), -1, np.int32))
 
 
 class Step(NamedTuple):
@@ -81,16 +94,20 @@ def make_plan(
     segment_steps: int | None = None,
 ) -> PrefillPlan:
     """The plan of a video. Steps are `default_steps` unless given; short videos have smaller steps."""
+    prefix_cap = bucket(layout.prefix, _PREFIX_UNIT)
+    tail_cap = bucket(layout.tail, _PREFIX_UNIT) if layout.tail else 0
+    if not layout.groups:
+        start = round_up(prefix_cap, _SLOT_UNIT)
+        return PrefillPlan(config, layout.visual_tokens, prefix_cap, 0, 1, 1, visual_start=start, slots=start)
     default_groups, default_count = default_steps(platform)
     step_groups = min(step_groups or default_groups, bucket(layout.groups))
     segment_steps = min(segment_steps or default_count, ceil_div(layout.groups, step_groups))
     segment = step_groups * segment_steps
     time_cap = round_up(max(layout.time_lengths), _TIME_UNIT)
-    prefix_cap = bucket(layout.prefix, _PREFIX_UNIT)
     groups = bucket(layout.groups, segment)
 
     # A padded step needs room behind the last time token.
-    visual_start = round_up(prefix_cap + (groups + step_groups) * time_cap, _SLOT_UNIT)
+    visual_start = round_up(prefix_cap + (groups + step_groups) * time_cap + tail_cap, _SLOT_UNIT)
     return PrefillPlan(
         config=config,
         visual_tokens=layout.visual_tokens,
@@ -148,20 +165,48 @@ def segments(all_steps: Step, plan: PrefillPlan) -> Iterator[Step]:
         yield jax.tree.map(operator.itemgetter(part), all_steps)
 
 
-def prefill_prefix(
-    llm: Qwen2, cache: KVCache, ids: jax.Array, length: jax.Array, *, attention: Attention
+def global_tokens_at_once(platform: str) -> int:
+    """How many tokens of a stretch go through the LLM together on "cpu" or "gpu". A power of two."""
+    return 512 if platform == "cpu" else 4096
+
+
+def blocks(stretch: Stretch, platform: str) -> Iterator[tuple[Stretch, int]]:
+    """The parts of a stretch that go through the LLM together, padded to one of few sizes, and their lengths.
+
+    Together they are no longer than `bucket` of the whole stretch, for which the plan has room.
+    """
+    most = global_tokens_at_once(platform)
+    for first in range(0, len(stretch.ids), most):
+        part = Stretch(*(x[first : first + most] for x in stretch))
+        length = len(part.ids)
+        padding = bucket(length, _PREFIX_UNIT) - length
+        yield Stretch(np.pad(part.ids, (0, padding)), np.pad(part.visual, (0, padding), constant_values=-1)), length
+
+
+def prefill_globals(
+    llm: Qwen2, cache: KVCache, block: Stretch, pictures: jax.Array | None, length: jax.Array, *, attention: Attention
 ) -> tuple[KVCache, jax.Array]:
-    """Runs the prefix, ids [prefix_cap] of which `length` are real: (cache, hidden states [prefix_cap, D])."""
-    at = jnp.arange(ids.shape[0], dtype=jnp.int32)
-    ranges = first_slots(jnp.where(at < length, at + 1, 0))
+    """Appends a block of a stretch to the cache, of which `length` tokens are real. They see everything before them.
+
+    `pictures` [N, D] are the visual tokens that `block.visual` counts; None where the block holds none.
+    Returns (cache, hidden states [T, D]).
+    """
+    at = jnp.arange(block.ids.shape[0], dtype=jnp.int32)
+    start, visual_end = cache.global_length, cache.visual_start + cache.visual_length
+    visual = (jnp.broadcast_to(x, at.shape) for x in (cache.visual_start, visual_end))
+    ranges = Ranges(start + at + 1, *visual).only(at < length)
 
     def attend(kv: KV, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[KV, jax.Array]:
-        kv = write(kv, layer, k, v, jnp.int32(0))
+        kv = write(kv, layer, k, v, start)
         out, _ = arena_attention(q[None], source(kv, layer, ranges), attention=attention)
         return kv, out[0]
 
-    hidden, kv = llm.forward(llm.embed_tokens(ids), at, attend, (cache.k, cache.v))
-    return cache._replace(k=kv[0], v=kv[1], global_length=jnp.int32(length)), hidden
+    x = llm.embed_tokens(block.ids)
+    if pictures is not None:
+        seen = jnp.take(pictures, jnp.maximum(block.visual, 0), axis=0)
+        x = jnp.where((block.visual >= 0)[:, None], seen.astype(x.dtype), x)
+    hidden, kv = llm.forward(x, cache.length + at, attend, (cache.k, cache.v))
+    return cache._replace(k=kv[0], v=kv[1], global_length=start + jnp.int32(length)), hidden
 
 
 def prefill_segment(

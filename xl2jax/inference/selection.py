@@ -95,8 +95,13 @@ def choose_context(
     bilevel: BilevelConfig | None,
     relevance: RelevanceConfig,
 ) -> tuple[KVCache, list[Chunk]]:
-    """The cache that an answer reads, and its selection blocks. The list is empty where the whole cache is dense."""
+    """The cache that an answer reads, and its selection blocks. The list is empty where the whole cache is dense.
+
+    Pictures without a video are always dense.
+    """
     kv = video.kv
+    if not kv.layout.groups:
+        return kv.cache, []
     if relevance.scorer == "file":
         selection = relevance.selection or selection_for(relevance, Path(video.path), question)
         if selection is None:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xl2jax.config import FRAMES_PER_GROUP
+from xl2jax.config import FRAMES_PER_GROUP, TILE_POOL
 from xl2jax.errors import UserError
 from xl2jax.inference import compiled, memory, prefill
 from xl2jax.inference.bilevel import (
@@ -31,10 +31,10 @@ from xl2jax.inference.bilevel import (
 )
 from xl2jax.inference.cache import KVCache
 from xl2jax.inference.generate import DecodeState, SuffixIds, TokenSampling
-from xl2jax.inference.layout import VideoLayout
+from xl2jax.inference.layout import VideoLayout, bucket
 from xl2jax.inference.network import Network
 from xl2jax.inference.offload import HostKV, fetch, pool_host
-from xl2jax.inference.prefill import PrefillPlan, Step
+from xl2jax.inference.prefill import PrefillPlan, Step, Stretch
 from xl2jax.inference.relevance import AttentionScorer
 
 _TEXT_SIZES = (32, 128, 512, 2048)  # larger sizes are powers of two
@@ -53,6 +53,43 @@ def encode(network: Network, plan: PrefillPlan, frames: np.ndarray) -> jax.Array
     if missing:
         frames = np.pad(frames, ((0, missing), (0, 0), (0, 0), (0, 0)))
     return compiled.encode(network, frames, frames_at_once=plan.step_groups * FRAMES_PER_GROUP)
+
+
+class TileTokens:
+    """The visual tokens of the tiles of all pictures of a prompt.
+
+    Tiles are encoded a few at a time. Their number in a program is a power of two, so that few are compiled.
+
+    Attributes:
+      filled: how many of the tiles have been encoded.
+      tokens: [N, D], those of the tiles in their order; the rest is unused.
+    """
+
+    def __init__(self, network: Network, tiles: int, *, pool: int = TILE_POOL):
+        """`pool`: see `VideoXL2.encode_tiles`."""
+        self._network, self._pool, self.filled = network, pool, 0
+        most, width = tiles_at_once(network.platform), network.config.llm.width
+        rows = bucket(tiles // most * most + _power_of_two(tiles % most)) * (network.config.grid // pool) ** 2
+        self.tokens = jnp.zeros((rows, width), network.dtype)
+
+    def add(self, tiles: np.ndarray) -> None:
+        """Encodes the next tiles [n, H, W, 3], uint8 or pixels, of which `tiles_at_once` go together."""
+        most = tiles_at_once(self._network.platform)
+        for first in range(0, len(tiles), most):
+            part = tiles[first : first + most]
+            padded = np.pad(part, ((0, _power_of_two(len(part)) - len(part)), (0, 0), (0, 0), (0, 0)))
+            at = np.int32(self.filled)
+            self.tokens = compiled.encode_tiles(self._network, self.tokens, padded, at, pool=self._pool)
+            self.filled += len(part)
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length() if number else 0
+
+
+def tiles_at_once(platform: str) -> int:
+    """How many tiles are encoded together on "cpu" or "gpu": as many as groups of frames, which take more memory."""
+    return prefill.default_steps(platform)[0]
 
 
 def empty_video_cache(network: Network, slots: int, visual_start: int, *, quantized: bool) -> KVCache:
@@ -75,7 +112,7 @@ class VideoPrefill:
     Attributes:
       layout: of the video; shortened where it ended early.
       cache: the KV so far. `add` donates it and puts another one in its place.
-      prefix_hidden: hidden states of the prefix, [prefix_cap, D].
+      hidden: hidden states [T, D] of each part of the prefix and the tail, where they are kept.
     """
 
     def __init__(
@@ -83,19 +120,30 @@ class VideoPrefill:
         network: Network,
         layout: VideoLayout,
         plan: PrefillPlan,
-        prefix: Sequence[int],
+        prefix: Sequence[int] | Stretch,
         time_ids: list[list[int]],
         *,
+        pictures: jax.Array | None = None,
         quantized: bool = False,
+        keep_hidden: bool = False,
     ):
+        """`pictures`: the visual tokens [N, D] to which the prefix and the tail refer."""
         self._network, self._plan, self._time_ids = network, plan, time_ids
         self.layout = layout
         self._groups = 0
-        self._segments = prefill.segments(prefill.steps(layout, plan, time_ids), plan)
-        ids = np.zeros(plan.prefix_cap, np.int32)
-        ids[: len(prefix)] = prefix
-        empty = empty_video_cache(network, plan.slots, plan.visual_start, quantized=quantized)
-        self.cache, self.prefix_hidden = compiled.prefill_prefix(network, empty, ids, np.int32(len(prefix)))
+        self._pictures, self._keep_hidden = pictures, keep_hidden
+        self._segments = prefill.segments(prefill.steps(layout, plan, time_ids), plan) if layout.groups else iter(())
+        self.hidden: list[jax.Array] = []
+        self.cache = empty_video_cache(network, plan.slots, plan.visual_start, quantized=quantized)
+        self.add_globals(prefix if isinstance(prefix, Stretch) else Stretch.of_text(prefix))
+
+    def add_globals(self, stretch: Stretch) -> None:
+        """Prefills the prefix, or behind the last segment the tail."""
+        for block, length in prefill.blocks(stretch, self._network.platform):
+            pictures = self._pictures if block.visual.max() >= 0 else None
+            self.cache, hidden = compiled.prefill_globals(self._network, self.cache, block, pictures, np.int32(length))
+            if self._keep_hidden:
+                self.hidden.append(hidden[:length])
 
     def add(self, visual: jax.Array, groups: int | None = None) -> tuple[Step, jax.Array]:
         """Prefills the next segment from visual tokens [segment_groups, V, D].

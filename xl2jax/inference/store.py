@@ -7,14 +7,14 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from safetensors import SafetensorError, safe_open
 
 from xl2jax.checkpoint.array_checks import checksum
@@ -35,6 +35,7 @@ from xl2jax.video.clip import FrameSampling
 
 _FORMAT = "xl2jax video cache 3"
 _EARLIER = ("xl2jax video cache 1", "xl2jax video cache 2")
+_MAX_TOKENS = 2**24
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -72,6 +73,16 @@ def video_key(video: Path, sampling: FrameSampling, folder_fps: float, config: P
     return content_key(content, sampling, folder_fps if video.is_dir() else None, config)
 
 
+def pictures_key(pictures: Sequence[Path], text: str | None, config: PrefillConfig) -> dict[str, Any]:
+    """`video_key` of pictures without a video; what to add to that of a video beside which they stand."""
+    try:
+        content = [content_hash(picture) for picture in pictures]
+    except OSError as e:
+        raise UserError(f"{e.filename}: cannot be read ({e.strerror})") from None
+    digest = hashlib.blake2b("".join(content).encode(), digest_size=16).hexdigest()
+    return {"pictures": digest, "text": text, "prefill": dataclasses.asdict(config)}
+
+
 def content_key(
     content: str, sampling: FrameSampling, folder_fps: float | None, config: PrefillConfig
 ) -> dict[str, Any]:
@@ -102,7 +113,7 @@ def save_cache(path: Path, video: WatchedVideo, key: dict[str, Any]) -> None:
     metadata = {
         "format": _FORMAT,
         "key": json.dumps(key, sort_keys=True),
-        "video": json.dumps({"duration": video.duration, "times": video.times}),
+        "video": json.dumps({"duration": video.duration, "times": video.times, **_beside(video)}),
     }
     size = sum(math.prod(shape) * DTYPES[code].itemsize for _, shape, code in tensors)
     with replacing_file(path, need_bytes=size) as beside, ShardWriter(beside, tensors, metadata) as out:
@@ -116,6 +127,15 @@ def save_cache(path: Path, video: WatchedVideo, key: dict[str, Any]) -> None:
             x, start = regions[part][name]
             write(f"{name}.{part}.{layer}", np.asarray(x[layer, ::copies, start : start + count]))
         out.write("checksums", np.array([list(bytes.fromhex(c)) for c in checksums], np.uint8).view(np.int8))
+
+
+def _beside(video: WatchedVideo) -> dict[str, Any]:
+    """What a file says of text and pictures beside a video, or without one. Nothing for a video alone."""
+    layout = video.kv.layout
+    if layout.groups and not video.picture_tokens:
+        return {}
+    about = {"prefix": layout.prefix, "tail": layout.tail, "lead": video.lead}
+    return about | {"picture_tokens": video.picture_tokens}
 
 
 def _contents(
@@ -191,7 +211,8 @@ def loading_cache(
     """`load_cache` in steps: yields behind every tensor of the file, and returns the video."""
     with _CacheFile(path) as file:
         file.check_key(key)
-        layout = model.layout(model.tokenizer.time_ids(file.about.times))
+        about = file.about
+        layout = model.layout(model.tokenizer.time_ids(about.times), about.prefix, about.tail)
         config = PrefillConfig(**key["prefill"])
         model.check_cache(cache, bilevel)
         model.check_fits(layout, config, bilevel, cache, loaded=True)
@@ -225,12 +246,14 @@ def loading_cache(
     host = HostKV(*_cache_of(visual)) if cache.offload else None
     watched = WatchedVideo(
         path=str(video_path),
-        duration=file.about.duration,
-        times=file.about.times,
+        duration=about.duration,
+        times=about.times,
         kv=VideoKV(layout, plan, filled, host),
         head_copies=copies,
         thumbnails=[],
         timings={"read": 0.0, "compute": 0.0},
+        lead=about.lead,
+        picture_tokens=about.picture_tokens,
     )
     return model.adopt(watched)
 
@@ -245,10 +268,14 @@ def check_cache_file(path: Path, key: dict[str, Any] | None = None) -> None:
 
 
 class _About(Schema):
-    """The description of the video in a file."""
+    """The description of the video in a file, and of what stands beside it."""
 
     duration: Annotated[float, Field(ge=0)]
-    times: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=FRAMES_PER_GROUP, max_length=2**20)]
+    times: Annotated[list[Annotated[float, Field(ge=0)]], Field(max_length=2**20)]
+    prefix: Annotated[int, Field(ge=1, le=_MAX_TOKENS)] | None = None
+    tail: Annotated[int, Field(ge=0, le=_MAX_TOKENS)] = 0
+    lead: str = "\n"
+    picture_tokens: Annotated[int, Field(ge=0, le=_MAX_TOKENS)] = 0
 
     @field_validator("times")
     @classmethod
@@ -256,6 +283,14 @@ class _About(Schema):
         if len(times) % FRAMES_PER_GROUP:
             raise ValueError(f"should hold whole groups of {FRAMES_PER_GROUP} frames")
         return times
+
+    @model_validator(mode="after")
+    def _holds_something(self) -> _About:
+        if not self.times and (self.prefix is None or self.tail):
+            raise ValueError("should have times, or a prefix alone")
+        if self.picture_tokens > (self.prefix or 0) + self.tail:
+            raise ValueError("should hold no more picture tokens than tokens")
+        return self
 
 
 class _CacheFile:
@@ -338,6 +373,8 @@ def _update(x: jax.Array, part: jax.Array, layer: jax.Array, start: jax.Array) -
 
 
 def _check_key(path: Path, made: dict[str, Any], wanted: dict[str, Any]) -> None:
+    if wanted:  # those of a video alone name no pictures, and those of pictures no video
+        wanted = {"video": None, "pictures": None} | wanted
     for name, value in wanted.items():
         if made.get(name) != value:
             old = made.get(name)
@@ -346,7 +383,7 @@ def _check_key(path: Path, made: dict[str, Any], wanted: dict[str, Any]) -> None
                     f"{k} was {shorten(str(old.get(k)))}, now it is {v}" for k, v in value.items() if old.get(k) != v
                 )
                 raise UserError(f"{path}: made with other {name} settings ({change}); remove it or name another file")
-            what = {"video": "another video", "checkpoint": "another checkpoint"}.get(
+            what = {"video": "another video", "pictures": "other pictures", "checkpoint": "another checkpoint"}.get(
                 name, f"{name} {shorten(str(old))}, not {value}"
             )
             raise UserError(f"{path}: made from {what}; remove it or name another file")

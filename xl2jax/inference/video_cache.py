@@ -1,4 +1,4 @@
-"""A watched video, and the settings of how its KV is kept."""
+"""A watched video or pictures that were seen, and the settings of how their KV is kept."""
 
 from __future__ import annotations
 
@@ -45,22 +45,27 @@ class CacheConfig:
 
 @dataclasses.dataclass(eq=False)
 class WatchedVideo:
-    """A video in the KV cache of the model that watched it.
+    """A video in the KV cache of the model that watched it, pictures, or both.
 
     Questions never change it, and several threads may ask about it. `close()`, or the end of a `with` block, frees its
     memory.
     """
 
     path: str
+    """The video, or the names of the pictures."""
     duration: float
     times: list[float]
-    """Seconds of every frame."""
+    """Seconds of every frame; none without a video."""
     kv: VideoKV
     timings: dict[str, float]
     thumbnails: list[tuple[float, np.ndarray]]
     """Up to 12 evenly spread (seconds, uint8 [64, 64, 3]); empty where the cache came from a file."""
     head_copies: int = 1
     """How often each KV head is there (see `Network`)."""
+    lead: str = "\n"
+    """The text between the video, or the last picture, and the question."""
+    picture_tokens: int = 0
+    """Visual tokens of all pictures."""
     closed: bool = False
     _readers: list[int] = dataclasses.field(default_factory=list)
     """Threads that generate an answer now."""
@@ -79,6 +84,11 @@ class WatchedVideo:
                 for x in arrays
                 if isinstance(x, jax.Array)
             )
+
+    @property
+    def visual_tokens(self) -> int:
+        """Visual tokens of all frames and pictures."""
+        return self.kv.layout.groups * self.kv.layout.visual_tokens + self.picture_tokens
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xl2jax.config import VideoXL2Config
+from xl2jax.config import FRAMES_PER_GROUP, TILE_POOL, VideoXL2Config
 from xl2jax.models.dts import DTS, resample
 from xl2jax.models.lora import LoRAConfig
 from xl2jax.models.projector import Projector, average_pool
@@ -44,14 +44,24 @@ class VideoXL2(nnx.Module):
 
         With `remat` the backward pass keeps the inputs of the tower's layers and the features; it recomputes the rest.
         """
-        features = self.vision(pixels, remat=remat)
+        return self._merge_frames(self.vision(pixels, remat=remat), 1, self.config.pool_stride, remat=remat)
 
-        def merge_frames(dts: DTS, projector: Projector, features: jax.Array) -> jax.Array:
-            return average_pool(projector(dts(resample(features, self.config.grid))), self.config.pool_stride)
+    def encode_tiles(self, pixels: jax.Array, *, pool: int = TILE_POOL, remat: bool = False) -> jax.Array:
+        """Pixels of the tiles of pictures [F, H, W, 3] in [-1, 1] -> visual tokens [F, tile tokens, D].
 
-        if remat:
-            merge_frames = jax.checkpoint(merge_frames)
-        return merge_frames(self.dts, self.projector, features)
+        A tile is a group of 4 equal frames, which the tower encodes once. `pool` 1 keeps the tokens of all positions, as
+        upstream does with a picture that is given as one view without tiles.
+        """
+        return self._merge_frames(self.vision(pixels, remat=remat), FRAMES_PER_GROUP, pool, remat=remat)
+
+    def _merge_frames(self, features: jax.Array, times: int, pool: int, *, remat: bool) -> jax.Array:
+        """Features [F, P, C], of which each stands for `times` equal frames -> visual tokens of each group."""
+
+        def merge(dts: DTS, projector: Projector, features: jax.Array) -> jax.Array:
+            frames = jnp.repeat(resample(features, self.config.grid), times, axis=0)
+            return average_pool(projector(dts(frames)), pool)
+
+        return (jax.checkpoint(merge) if remat else merge)(self.dts, self.projector, features)
 
 
 def normalise(frames: jax.Array) -> jax.Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import math
 import time
@@ -160,6 +161,9 @@ async def _prepare(service: Service, body: bytes) -> tuple[Asked, Media | None, 
         content, frames, folder_fps = service.named(source.uuid or "")
         return asked, None, (content, asked.frames or frames, folder_fps)
     media = await service.library.find(source)
+    if source.pictures:  # other text around them makes another context
+        content = hashlib.blake2b(f"{media.content} {asked.text!r}".encode(), digest_size=16).hexdigest()
+        return asked, media, (f"pictures {content}", FrameSampling(), None)
     folder_fps = asked.folder_fps if media.path.is_dir() else None
     default = FrameSampling(max_frames=min(FrameSampling.max_frames, service.limits.frames))
     if folder_fps is not None:  # all of the frames that the client chose

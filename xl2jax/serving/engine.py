@@ -18,6 +18,7 @@ import numpy as np
 from xl2jax.errors import NotEnoughMemory, UserError
 from xl2jax.inference.answering import Answering, decode
 from xl2jax.inference.api import Model
+from xl2jax.inference.pictures import Surroundings
 from xl2jax.serving.errors import RequestError, internal_error, not_kept, public_error
 from xl2jax.serving.jobs import Begun, Ended, Failed, Job, Piece, Watched
 from xl2jax.serving.limits import Limits
@@ -174,7 +175,7 @@ class Engine:
         if job.media is None:
             job.emit(Failed(not_kept()))
             return
-        self._watches.append(NewVideo(job, self._limits, self._wake))
+        self._watches.append(NewVideo(job, self._limits, self._wake, self.model.around))
 
     def _drop_cancelled(self) -> None:
         for answer in [a for a in self._answers if a.job.cancelled]:
@@ -219,7 +220,8 @@ class Engine:
             return
         layout = video.kv.layout
         prompt = layout.tokens + answering.suffix_tokens
-        use = VideoUse(len(video.times), layout.tokens - layout.prefix, prompt, job.cached, answering.chunks)
+        seen = layout.tokens - layout.prefix + video.picture_tokens
+        use = VideoUse(len(video.times), seen, prompt, job.cached, answering.chunks)
         self._metrics.prompt_tokens.inc(prompt)
         job.emit(Begun(use))
         self._answers.append(_Answer(job, answering))
@@ -321,17 +323,17 @@ class Engine:
         """One segment of a video, or what has to be done before the first one and behind the last one."""
         watch.open()
         try:
-            if watch.watching is None and watch.clip is not None:
-                self._start(watch, watch.clip)
+            if watch.watching is None and watch.opened is not None:
+                self._start(watch, watch.opened)
                 return
             match watch.take():
                 case None:
                     return
                 case Exception() as e:
                     raise e
-                case Clip() as clip:
-                    watch.clip = clip
-                    self._start(watch, clip)
+                case Clip() | Surroundings() as opened:
+                    watch.opened = opened
+                    self._start(watch, opened)
                 case np.ndarray() as frames:
                     assert watch.watching is not None
                     started = time.monotonic()
@@ -339,7 +341,7 @@ class Engine:
                     self._metrics.watch_seconds.inc(time.monotonic() - started)
                     self._metrics.frames.inc(len(frames))
                     for job in watch.jobs:
-                        job.emit(Watched(watch.watching.frames, watch.watching.total))
+                        job.emit(Watched(watch.watching.done, watch.watching.total))
                 case _:
                     assert watch.watching is not None
                     video = watch.watching.finish()
@@ -353,15 +355,16 @@ class Engine:
         if watch.has_read:
             self._wake()
 
-    def _start(self, watch: NewVideo, clip: Clip) -> None:
-        """Begins to watch a clip as soon as there is room for it."""
-        need = self._videos.needed(clip)
+    def _start(self, watch: NewVideo, opened: Clip | Surroundings) -> None:
+        """Begins to watch a clip or pictures as soon as there is room for them."""
+        clip, around = (None, opened) if isinstance(opened, Surroundings) else (opened, None)
+        need = self._videos.needed(clip, around)
         if not self._videos.make_room(need):
             self._pause()
             return
         while True:
             try:
-                watching = self.model.start_watch(clip, self._videos.prefill, cache=self._videos.cache)
+                watching = self.model.start_watch(clip, self._videos.prefill, around=around, cache=self._videos.cache)
                 break
             except NotEnoughMemory:
                 if not self._more_room():

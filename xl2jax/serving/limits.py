@@ -17,7 +17,8 @@ class Limits:
     video_bytes: size of a video file, whether it is uploaded, downloaded, local or part of a request.
     video_seconds: length of a video.
     frames: frames that may be read from a video.
-    frame_pixels: pixels of a frame of the file.
+    pictures: pictures of a conversation that are seen in tiles.
+    frame_pixels: pixels of a frame of the file, or of a picture.
     text_characters: characters of a question with the history before it.
     new_tokens: tokens of an answer.
     """
@@ -30,6 +31,7 @@ class Limits:
     video_bytes: int = 8 << 30
     video_seconds: float = 6 * 3600.0
     frames: int = 1024
+    pictures: int = 16
     frame_pixels: int = 7680 * 4320
     text_characters: int = 65_536
     new_tokens: int = 4096

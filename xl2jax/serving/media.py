@@ -25,6 +25,7 @@ from xl2jax.serving.limits import Limits
 from xl2jax.serving.protocol import Source
 from xl2jax.serving.uploads import Uploads
 from xl2jax.video.clip import Clip, FrameSampling, open_video
+from xl2jax.video.pictures import Picture
 
 _REMEMBERED = 4096
 _DATA = re.compile(r"data:([\w.+-]+/[\w.+-]+)?((?:;[\w.+-]+=[\w.+-]*)*);base64,")
@@ -65,6 +66,10 @@ class Media:
         clip.check()
         return clip
 
+    def pictures(self, limits: Limits) -> list[Picture]:
+        """Reads the images as pictures. Raises UserError where one cannot be read or is beyond the limits."""
+        return [Picture.read(path, limits.frame_pixels) for path in sorted(self.path.iterdir())]
+
 
 @dataclasses.dataclass(frozen=True)
 class MediaRules:
@@ -89,8 +94,8 @@ class Library:
         """The video of a source that is not only a name. Raises RequestError."""
         if source.file_id is not None:
             return await asyncio.to_thread(self._local, self._uploads.path(source.file_id))
-        if source.frames:
-            return await self._frames(source.frames)
+        if images := source.frames or source.pictures:
+            return await self._frames(images)
         url = source.url or ""
         if source.data is not None:
             url = source.data if source.data.startswith("data:") else f"data:;base64,{source.data}"

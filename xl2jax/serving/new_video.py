@@ -1,4 +1,4 @@
-"""A new video: a thread opens it and reads ahead of the engine, which watches it for one or more jobs."""
+"""A new video, or pictures: a thread opens it and reads ahead of the engine, which watches it for one or more jobs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from xl2jax.inference.pictures import Surroundings
 from xl2jax.inference.watching import Watching
 from xl2jax.serving.jobs import Job
 from xl2jax.serving.limits import Limits
@@ -25,20 +26,21 @@ class NewVideo:
 
     Attributes:
       jobs: those that wait for it.
-      clip, watching: None until it was opened, and until it is begun.
+      opened, watching: None until it was opened, and until it is begun.
       reserved: bytes that were reserved for its KV.
     """
 
-    def __init__(self, first: Job, limits: Limits, wake: Callable[[], None]):
+    def __init__(self, first: Job, limits: Limits, wake: Callable[[], None], around: Callable[..., Surroundings]):
+        """`around`: that of the model."""
         assert first.media is not None
         self.key, self.jobs = first.key, [first]
         self._media, self._frames, self._limits = first.media.hold(), first.frames, limits
-        self._folder_fps, self._wake = first.asked.folder_fps, wake
+        self._asked, self._wake, self._around = first.asked, wake, around
         self._read: queue.Queue[Any] = queue.Queue(_SEGMENTS_AHEAD)
         self._begun = threading.Event()
         self._closed = False
         self._thread: threading.Thread | None = None
-        self.clip: Clip | None = None
+        self.opened: Clip | Surroundings | None = None
         self.watching: Watching | None = None
         self.reserved = 0
 
@@ -57,7 +59,7 @@ class NewVideo:
         self._begun.set()
 
     def take(self) -> Any:
-        """What the thread has given: a clip, frames, an error, or "end"; None if nothing."""
+        """What the thread has given: what it opened, frames, an error, or "end"; None if nothing."""
         try:
             return self._read.get_nowait()
         except queue.Empty:
@@ -76,7 +78,7 @@ class NewVideo:
 
     def _work(self) -> None:
         try:
-            self._give(self._media.open(self._frames, self._folder_fps, self._limits))
+            self._give(self._opened())
             self._begun.wait()
             for frames in self._batches():
                 if not self._give(frames):
@@ -86,6 +88,11 @@ class NewVideo:
             self._give(e)
         finally:
             self._media.release()
+
+    def _opened(self) -> Clip | Surroundings:
+        if self._asked.source.pictures:
+            return self._around(self._media.pictures(self._limits), self._asked.text)
+        return self._media.open(self._frames, self._asked.folder_fps, self._limits)
 
     def _batches(self) -> Iterator[np.ndarray]:
         return iter(()) if self.watching is None else self.watching.batches()

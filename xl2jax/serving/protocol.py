@@ -7,6 +7,7 @@ models' image processors (`min_pixels`, `size` and the like) and of chat templat
 from __future__ import annotations
 
 import dataclasses
+import re
 import secrets
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -17,6 +18,7 @@ from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.errors import UserError
 from xl2jax.inference.bilevel import BilevelConfig
 from xl2jax.inference.generate import TokenSampling
+from xl2jax.inference.pictures import IMAGE, VIDEO
 from xl2jax.prompt import SYSTEM
 from xl2jax.serving.errors import RequestError
 from xl2jax.serving.limits import Limits
@@ -98,6 +100,7 @@ class _Own(Schema):
     folder_fps: Annotated[float, Field(gt=0, le=1000)] = 1.0
     top_chunks: Annotated[int, Field(ge=0, le=1 << 20)] | Literal["all"] | None = None
     chunks: bool = False
+    treat_images_as: Literal["frames", "pictures"] = "frames"
 
 
 class _Format(Schema):
@@ -144,11 +147,13 @@ class ChatRequest(Schema):
 class Source:
     """Where the video of a request comes from: one of these, and a name for later requests if `uuid` is given.
 
-    url: http, https, file or data. frames: addresses of images, in order. data: base64, or a data URL.
+    url: http, https, file or data. frames: addresses of images, in order. pictures: the same, of pictures that are no
+    frames. data: base64, or a data URL.
     """
 
     url: str | None = None
     frames: tuple[str, ...] = ()
+    pictures: tuple[str, ...] = ()
     file_id: str | None = None
     data: str | None = None
     uuid: str | None = None
@@ -156,7 +161,7 @@ class Source:
     @property
     def is_name(self) -> bool:
         """Whether only the name of an earlier video is given."""
-        return not (self.url or self.frames or self.file_id or self.data)
+        return not (self.url or self.frames or self.pictures or self.file_id or self.data)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +169,8 @@ class Asked:
     """A chat request as settings of the library."""
 
     source: Source
+    text: str | None
+    """What stands before the question, with the places of pictures; None where they come first."""
     question: str
     history: tuple[tuple[str, str], ...]
     frames: FrameSampling | None
@@ -191,9 +198,12 @@ def read_request(body: bytes, limits: Limits, model: str, bilevel: BilevelConfig
                 404, f"there is no such model here: this server has {model!r}", code="model_not_found", param="model"
             )
         _refuse_unsupported(request)
-        question, history = _conversation(request.messages, limits)
+        pictures = request.xl2jax.treat_images_as == "pictures"
+        source = _source(request.messages, limits, pictures=pictures)
+        text, question, history = _conversation(request.messages, limits, pictures=pictures)
         return Asked(
-            source=_source(request.messages, limits),
+            source=source,
+            text=text,
             question=question,
             history=history,
             frames=_frames(request, limits),
@@ -217,7 +227,8 @@ def read_request(body: bytes, limits: Limits, model: str, bilevel: BilevelConfig
 def read_source(body: bytes, limits: Limits) -> Source:
     """The video that the body of a chat request names. Raises RequestError where there is none."""
     try:
-        return _source(parse_json(body, ChatRequest, "request").messages, limits)
+        request = parse_json(body, ChatRequest, "request")
+        return _source(request.messages, limits, pictures=request.xl2jax.treat_images_as == "pictures")
     except UserError as e:
         raise RequestError(400, str(e)) from None
 
@@ -239,12 +250,28 @@ def _refuse_unsupported(request: ChatRequest) -> None:
             raise RequestError(400, f"{name}: is not supported by this model", code="unsupported", param=name)
 
 
-def _conversation(messages: Sequence[_Message], limits: Limits) -> tuple[str, tuple[tuple[str, str], ...]]:
-    """The last question, and the turns before it. Instructions stand before the first question."""
+def _conversation(
+    messages: Sequence[_Message], limits: Limits, *, pictures: bool
+) -> tuple[str | None, str, tuple[tuple[str, str], ...]]:
+    """The text around pictures, the last question, and the turns before it. Instructions stand before the first question.
+
+    The text is None where no text stands before a picture.
+    """
     turns: list[tuple[str, str]] = []
     instructions: list[str] = []
+    around: str | None = None
     for message in messages:
-        text = "\n".join(part.text for part in message.content if isinstance(part, _Text))
+        if pictures and any(isinstance(part, _Image) for part in message.content):
+            if message.role != "user" or turns:
+                raise RequestError(
+                    400,
+                    "messages: pictures belong into the first message of the user",
+                    code="unsupported",
+                    param="messages",
+                )
+            around, text = _placed(message.content)
+        else:
+            text = "\n".join(part.text for part in message.content if isinstance(part, _Text))
         if message.role in ("system", "developer"):
             if text.strip() and text.strip() != SYSTEM:
                 instructions.append(text)
@@ -255,7 +282,7 @@ def _conversation(messages: Sequence[_Message], limits: Limits) -> tuple[str, tu
     if not turns or turns[0][0] != "user" or turns[-1][0] != "user":
         raise RequestError(400, "messages: should begin and end with a message of the user", param="messages")
     turns[0] = ("user", "\n".join([*instructions, turns[0][1]]))
-    texts = [text for _, text in turns]
+    texts = [around or "", *(text for _, text in turns)]
     if (length := sum(map(len, texts))) > limits.text_characters:
         raise RequestError(
             400,
@@ -265,10 +292,27 @@ def _conversation(messages: Sequence[_Message], limits: Limits) -> tuple[str, tu
         )
     if not texts[-1].strip():
         raise RequestError(400, "messages: the question is empty", param="messages")
-    return texts[-1], tuple(zip(texts[:-1:2], texts[1::2], strict=True))
+    return around, texts[-1], tuple(zip(texts[1:-1:2], texts[2::2], strict=True))
 
 
-def _source(messages: Sequence[_Message], limits: Limits) -> Source:
+def _placed(parts: Sequence[_Part]) -> tuple[str | None, str]:
+    """The text up to the last picture with the places of all of them, and the text behind it.
+
+    Where no text follows, or none comes before, it is None: pictures then come first, as in training.
+    """
+    texts = [part.text if isinstance(part, _Text) else IMAGE for part in parts if isinstance(part, _Text | _Image)]
+    places = [number for number, part in enumerate(parts) if isinstance(part, _Image)]
+    words = [part.text for part in parts if isinstance(part, _Text)]
+    if any(mark in word for word in words for mark in (IMAGE, VIDEO)):
+        raise RequestError(400, f"messages: {IMAGE} in a text names a place: leave it out", param="messages")
+    last = places[-1]
+    before, behind = texts[: last + 1], texts[last + 1 :]
+    if not any(word.strip() for word in behind) or before == [IMAGE] * len(before):
+        return None, "\n".join(words)
+    return re.sub(f"{IMAGE}\n(?={IMAGE})", f"{IMAGE} ", "\n".join(before)) + "\n", "\n".join(behind)
+
+
+def _source(messages: Sequence[_Message], limits: Limits, *, pictures: bool) -> Source:
     """The one video of a conversation, which may be named in several messages."""
     found: list[Source] = []
     images: list[str] = []
@@ -289,14 +333,15 @@ def _source(messages: Sequence[_Message], limits: Limits) -> Source:
             if source not in found:
                 found.append(source)
     if images:
-        found.append(Source(frames=tuple(images)))
+        found.append(Source(pictures=tuple(images)) if pictures else Source(frames=tuple(images)))
     if not found:
         raise RequestError(400, "messages: hold no video (video_url, file or image_url part)", param="messages")
     if len(found) > 1:
         raise RequestError(400, "messages: name several videos; a conversation is about one", param="messages")
-    if len(images) > limits.frames:
+    most = limits.pictures if pictures else limits.frames
+    if len(images) > most:
         raise RequestError(
-            400, f"messages: hold {len(images)} images, more than the {limits.frames} that are read", param="messages"
+            400, f"messages: hold {len(images)} images, more than the {most} that are read", param="messages"
         )
     return found[0]
 

@@ -15,7 +15,7 @@ from xl2jax.serving.protocol import Asked
 class VideoUse:
     """What an answer read of its video.
 
-    frames, video_tokens: of the watched video. prompt_tokens: with prefix, question and history. cached: whether it was
+    frames, video_tokens: of the watched video; without frames, the tokens are those of pictures. prompt_tokens: with prefix, question and history. cached: whether it was
     watched for an earlier question.
     """
 

@@ -23,6 +23,7 @@ from xl2jax.inference import compiled, memory
 from xl2jax.inference.api import Model
 from xl2jax.inference.bilevel import BilevelConfig
 from xl2jax.inference.layout import PrefillConfig
+from xl2jax.inference.pictures import Surroundings
 from xl2jax.inference.store import content_key, loading_cache, model_key, save_cache
 from xl2jax.inference.video_cache import CacheConfig, WatchedVideo
 from xl2jax.serving.metrics import Metrics
@@ -125,10 +126,10 @@ class WatchedVideos:
 
     # --- ways to the device ---------------------------------------------------------------------
 
-    def needed(self, clip: Clip) -> int:
-        """Bytes of the KV of a clip that will be watched. Raises NotEnoughMemory where they never fit."""
+    def needed(self, clip: Clip | None, around: Surroundings | None) -> int:
+        """Bytes of the KV of a clip or pictures that will be watched. Raises NotEnoughMemory where they never fit."""
         model = self._model
-        plan = model.plan(model.layout(model.tokenizer.time_ids(clip.times)), self.prefill)
+        plan = model.plan(model.layout_of(clip, around), self.prefill)
         need = plan.slots * memory.slot_bytes(
             model.config,
             model.dtype,
@@ -138,8 +139,8 @@ class WatchedVideos:
         )
         if need > self._budgets.device:
             raise NotEnoughMemory(
-                f"{len(clip.indices)} frames need {need / 2**30:.2f} GiB of KV, more than the "
-                f"{self._budgets.device / 2**30:.2f} that this server has for a video: ask for fewer frames"
+                f"{len(clip.indices) if clip else 'the'} {'frames' if clip else 'pictures'} need {need / 2**30:.2f} GiB of KV, more than the "
+                f"{self._budgets.device / 2**30:.2f} that this server has for a video: ask for fewer"
             )
         return need
 

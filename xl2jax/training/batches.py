@@ -18,12 +18,12 @@ import numpy as np
 from tqdm import tqdm
 
 from xl2jax.arithmetic import round_up
-from xl2jax.config import FRAMES_PER_GROUP
+from xl2jax.config import VideoXL2Config
 from xl2jax.inference.layout import bucket
 from xl2jax.prompt import PromptTokenizer
 from xl2jax.system.process_pool import in_processes, in_threads
 from xl2jax.training.records import Record
-from xl2jax.training.samples import open_media, read_frames, sample_tokens, unusable
+from xl2jax.training.samples import open_media, read_frames, read_tiles, sample_tokens, unusable
 from xl2jax.video.frame_sampling import FrameSampling
 
 _TOKEN_UNIT = 64  # row lengths are multiples of this
@@ -32,10 +32,12 @@ _WINDOW = 32  # number of steps whose samples are sorted by length together
 
 @dataclasses.dataclass(frozen=True)
 class Length:
-    """The size of a sample: groups of 4 frames, and tokens."""
+    """The size of a sample: groups of 4 frames, tokens, and tiles of pictures."""
 
     groups: int
     tokens: int
+    tiles: int = dataclasses.field(default=0, repr=False)
+    """Their number follows from the tokens. `repr` leaves it out, so that runs without pictures keep their identity."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,26 +59,27 @@ class MicroBatch:
     tokens: int
     samples: int
     """Number of samples that a row has room for: a power of two, so that few shapes are compiled."""
+    tiles: int = 0
 
 
 def probe_records(
     records: Sequence[Record],
     sampling: FrameSampling,
     tokenizer: PromptTokenizer,
-    visual_tokens: int,
+    model: VideoXL2Config,
     max_length: int,
     *,
     threads: int,
     workers: int = 0,
     progress: bool = False,
-    decode_size: int | None = None,
+    decode: bool = False,
 ) -> Probe:
-    """Measures every record by opening its media. With `decode_size` it also reads all frames at that size.
+    """Measures every record by opening its media. With `decode` it also reads all frames and pictures.
 
     The work runs in `workers` processes, or with 0 in `threads` threads of this process.
     """
-    probe = _RecordProbe(sampling, tokenizer, visual_tokens, max_length, decode_size)
-    label = "measure the data" if decode_size is None else "read the data"
+    probe = _RecordProbe(sampling, tokenizer, model, max_length, decode)
+    label = "read the data" if decode else "measure the data"
     results = in_processes(workers, probe, records) if workers else in_threads(threads, probe, records)
     with contextlib.closing(results):
         answers = list(tqdm(results, label, len(records), disable=not progress, unit="sample"))
@@ -93,20 +96,20 @@ class _RecordProbe:
 
     sampling: FrameSampling
     tokenizer: PromptTokenizer
-    visual_tokens: int
+    model: VideoXL2Config
     max_length: int
-    decode_size: int | None
+    decode: bool
 
     def __call__(self, record: Record) -> tuple[Length, bool] | str:
         try:
-            clip = open_media(record, self.sampling)
-            tokens = sample_tokens(record, clip, self.tokenizer, self.visual_tokens, self.max_length)
-            if self.decode_size is not None:
-                read_frames(record, clip, self.decode_size)
+            media = open_media(record, self.sampling, self.model)
+            tokens = sample_tokens(record, media, self.tokenizer, self.model, self.max_length)
+            if self.decode:
+                read_frames(record, media, self.model.vision.image_size)
+                read_tiles(record, self.model)
         except Exception as e:
             return unusable(e)
-        groups = 0 if clip is None else len(clip.indices) // FRAMES_PER_GROUP
-        return Length(groups, len(tokens.ids)), tokens.cut
+        return Length(media.groups, len(tokens.ids), sum(media.tiles)), tokens.cut
 
 
 def plan_epoch(
@@ -122,7 +125,9 @@ def plan_epoch(
     steps: list[list[tuple[int, ...]]] = []
     size = batch * _WINDOW
     for first in range(0, len(order), size):
-        window = sorted(order[first : first + size], key=lambda i: (lengths[i].groups, lengths[i].tokens))
+        window = sorted(
+            order[first : first + size], key=lambda i: (lengths[i].groups, lengths[i].tiles, lengths[i].tokens)
+        )
         filled: list[tuple[int, ...]] = [(i,) for i in window] if pack_to is None else _packed(window, lengths, pack_to)
         steps += [filled[start : start + batch] for start in range(0, len(filled), batch)]
 
@@ -132,6 +137,7 @@ def plan_epoch(
             groups=padded_groups(max(sum(lengths[i].groups for i in row) for row in part)),
             tokens=padded_tokens(max(sum(lengths[i].tokens for i in row) for row in part)),
             samples=1 << (max(len(row) for row in part) - 1).bit_length(),
+            tiles=padded_tiles(max(sum(lengths[i].tiles for i in row) for row in part)),
         )
 
     return [
@@ -141,15 +147,20 @@ def plan_epoch(
 
 
 def padded_groups(groups: int) -> int:
-    """The number of groups that rows of at most `groups` are padded to.
+    """The number of groups that rows of at most `groups` are padded to; 0 where no row has frames.
 
     From 5 on it is even. The patches of an odd number of groups are no multiple of 8, and on GPUs XLA then pads the
     operands of every product in the vision tower by copying them, which costs about a fifth of its time. Above 64, where
     exact numbers would be too many shapes, at most a quarter is added.
     """
     if groups <= 4:
-        return max(groups, 1)
+        return groups
     return round_up(groups, 2) if groups <= 64 else bucket(groups, 2)
+
+
+def padded_tiles(tiles: int) -> int:
+    """The number of tiles that rows of at most `tiles` are padded to; 0 where no row has pictures."""
+    return bucket(tiles, 1 if tiles <= 4 else 2) if tiles else 0
 
 
 def padded_tokens(tokens: int) -> int:

@@ -51,6 +51,7 @@ class _Entry(Schema):
     groups: int = pydantic.Field(ge=0)
     tokens: int = pydantic.Field(ge=1)
     cut: bool
+    tiles: int = pydantic.Field(0, ge=0)
 
 
 class Lengths(Schema):
@@ -107,28 +108,34 @@ def measure(
     contents: dict[int, str] = {}
     for number, record in enumerate(records):
         if number not in problems:
-            fingerprint = "" if record.media is None else media[_key(record.media)].fingerprint
-            contents[number] = digest(record.kind, record.turns, record.scale, fingerprint)
+            contents[number] = _content(record, [media[_key(path)].fingerprint for path in record.files])
     new = [number for number, content in contents.items() if content not in known]
     probed = probe([records[number] for number in new]) if new else Probe((), {}, frozenset())
-    lengths = {n: (known[c].groups, known[c].tokens, known[c].cut) for n, c in contents.items() if c in known}
+    lengths = {n: (Length(x.groups, x.tokens, x.tiles), x.cut) for n, c in contents.items() if (x := known.get(c))}
     for position, number in enumerate(new):
         length = probed.lengths[position]
         if length is None:
             problems[number] = probed.problems[position]
         else:
-            lengths[number] = (length.groups, length.tokens, position in probed.cut)
+            lengths[number] = (length, position in probed.cut)
     samples, entries = [], []
     for number in sorted(lengths):
-        record, content, (groups, tokens, cut) = records[number], contents[number], lengths[number]
-        samples.append(Sample(record, Length(groups, tokens), content))
-        entries.append(_Entry(id=record.id, content=content, groups=groups, tokens=tokens, cut=cut))
+        record, content, (length, cut) = records[number], contents[number], lengths[number]
+        samples.append(Sample(record, length, content))
+        entries.append(_Entry(id=record.id, content=content, cut=cut, **dataclasses.asdict(length)))
     return Measured(
         samples,
         [f"sample {records[number].id}: {problems[number]}" for number in sorted(problems)],
         sum(x.cut for x in entries),
         Lengths(settings=settings, media=media, samples=entries),
     )
+
+
+def _content(record: Record, fingerprints: list[str]) -> str:
+    """Hash of the text and the media of a record."""
+    if record.pictures:
+        return digest("pictures", record.turns, record.places, fingerprints)
+    return digest(record.kind, record.turns, record.scale, "".join(fingerprints))
 
 
 def samples_digest(samples: Sequence[Sample]) -> str:
@@ -174,7 +181,7 @@ def _fingerprints(
         except UserError as e:
             return str(e)
 
-    paths = list(dict.fromkeys(r.media for r in records if r.media is not None))
+    paths = list(dict.fromkeys(path for record in records for path in record.files))
     results = dict(zip(paths, in_threads(threads, fingerprint, paths), strict=True))
-    problems = {n: x for n, r in enumerate(records) if r.media is not None and isinstance(x := results[r.media], str)}
+    problems = {n: x for n, r in enumerate(records) for path in r.files if isinstance(x := results[path], str)}
     return {_key(p): x for p, x in results.items() if isinstance(x, _Media)}, problems

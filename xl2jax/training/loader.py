@@ -10,21 +10,22 @@ import grain
 import numpy as np
 from absl import flags
 
-from xl2jax.config import FRAMES_PER_GROUP
+from xl2jax.config import FRAMES_PER_GROUP, VideoXL2Config
 from xl2jax.errors import UserError
 from xl2jax.prompt import PromptTokenizer
 from xl2jax.system.process_pool import KILLED, ignore_interrupts
 from xl2jax.training.batches import MicroBatch
 from xl2jax.training.loss import IGNORE
 from xl2jax.training.records import Record
-from xl2jax.training.samples import open_media, read_frames, sample_tokens, unusable
+from xl2jax.training.samples import open_media, read_frames, read_tiles, sample_tokens, unusable
 from xl2jax.video.frame_sampling import FrameSampling
 
 
 class Arrays(TypedDict):
-    """The rows of a micro-batch that one process reads. B rows, F frames, T tokens."""
+    """The rows of a micro-batch that one process reads. B rows, F frames, N tiles, T tokens."""
 
     pixels: np.ndarray  # uint8 [B, F, size, size, 3]
+    tiles: np.ndarray  # uint8 [B, N, size, size, 3]
     ids: np.ndarray  # int32 [B, T]; see `TokenBatch` for this and the next three
     visual: np.ndarray
     labels: np.ndarray
@@ -40,42 +41,52 @@ class Loader:
     records: Sequence[Record]
     sampling: FrameSampling
     tokenizer: PromptTokenizer
-    visual_tokens: int
+    model: VideoXL2Config
     max_length: int
-    image_size: int
 
     def __call__(self, batch: MicroBatch) -> Arrays:
         """Reads a micro-batch. The place of a sample that cannot be read stays empty."""
-        shape, size = (len(batch.rows), batch.tokens), self.image_size
+        model, shape, size = self.model, (len(batch.rows), batch.tokens), self.model.vision.image_size
+        all_tiles = np.zeros((len(batch.rows), batch.tiles, size, size, 3), np.uint8)
         frames = np.zeros((len(batch.rows), batch.groups * FRAMES_PER_GROUP, size, size, 3), np.uint8)
         ids, lengths = np.zeros(shape, np.int32), np.zeros((len(batch.rows), batch.samples), np.int32)
         visual, labels = np.full(shape, -1, np.int32), np.full(shape, IGNORE, np.int32)
         samples, failed = [], []
         for b, row in enumerate(batch.rows):
-            t = f = read = 0
+            t = f = n = read = 0
             for index in row:
                 record = self.records[index]
                 try:
-                    clip = open_media(record, self.sampling)
-                    tokens = sample_tokens(record, clip, self.tokenizer, self.visual_tokens, self.max_length)
-                    pixels = read_frames(record, clip, size)
+                    media = open_media(record, self.sampling, model)
+                    tokens = sample_tokens(record, media, self.tokenizer, model, self.max_length)
+                    pixels, tiles = read_frames(record, media, size), read_tiles(record, model)
                 except Exception as e:
                     failed.append(f"{record.id}: {unusable(e)}")
                     continue
                 columns = slice(t, t + len(tokens.ids))
-                if columns.stop > batch.tokens or f + len(pixels) > frames.shape[1]:
+                fits = f + len(pixels) <= frames.shape[1] and n + len(tiles) <= batch.tiles
+                if columns.stop > batch.tokens or not fits:
                     failed.append(f"{record.id}: longer than when training began; was the file changed?")
                     continue
                 ids[b, columns], labels[b, columns] = tokens.ids, tokens.labels
-                offset = f // FRAMES_PER_GROUP * self.visual_tokens
+                offset = f // FRAMES_PER_GROUP * model.visual_tokens
+                if record.pictures:
+                    offset = batch.groups * model.visual_tokens + n * model.tile_tokens
                 visual[b, columns] = np.where(tokens.visual < 0, -1, tokens.visual + offset)
                 labels[b, t] = IGNORE  # in a packed row, the token before belongs to another sample
-                frames[b, f : f + len(pixels)] = pixels
+                frames[b, f : f + len(pixels)], all_tiles[b, n : n + len(tiles)] = pixels, tiles
                 lengths[b, read] = len(tokens.ids)
-                t, f, read = columns.stop, f + len(pixels), read + 1
+                t, f, n, read = columns.stop, f + len(pixels), n + len(tiles), read + 1
                 samples.append(record.id)
         return Arrays(
-            pixels=frames, ids=ids, visual=visual, labels=labels, lengths=lengths, samples=samples, failed=failed
+            pixels=frames,
+            tiles=all_tiles,
+            ids=ids,
+            visual=visual,
+            labels=labels,
+            lengths=lengths,
+            samples=samples,
+            failed=failed,
         )
 
 

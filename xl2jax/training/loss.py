@@ -28,7 +28,8 @@ class TokenBatch(NamedTuple):
     ids: jax.Array
     """int32 [B, T]. Values at the places of visual tokens are not used."""
     visual: jax.Array
-    """int32 [B, T]: index into the visual tokens of the row, -1 for text."""
+    """int32 [B, T]: index into the visual tokens of the row, those of all frames and then those of all tiles; -1 for
+    text."""
     labels: jax.Array
     """int32 [B, T]: the id of a token that the loss counts, else IGNORE."""
     lengths: jax.Array | None = None
@@ -42,16 +43,33 @@ def embeddings(llm: Qwen2, visual: jax.Array, tokens: TokenBatch) -> jax.Array:
     return jnp.where(is_text[..., None], llm.embed_tokens(jnp.where(is_text, tokens.ids, 0)), inserted)
 
 
-def hidden_states(model: VideoXL2, pixels: jax.Array, tokens: TokenBatch, *, remat: bool) -> jax.Array:
-    """Pixels [B, F, H, W, 3] in [-1, 1] and tokens [B, T] -> normed hidden states [B, T, D].
+def visual_tokens(model: VideoXL2, pixels: jax.Array, tiles: jax.Array | None, *, remat: bool) -> jax.Array:
+    """The visual tokens of each row, [B, N, D]: of its frames, then of its tiles. One of zeros where there are neither."""
+    parts = []
+    for x, encode in ((pixels, model.encode_frames), (tiles, model.encode_tiles)):
+        if x is not None and x.shape[1]:
+            flat = split_batch(x.reshape(-1, *x.shape[2:]))
+            encoded = split_batch(encode(flat, remat=remat))
+            parts.append(encoded.reshape(x.shape[0], -1, encoded.shape[-1]))
+    return (
+        jnp.concatenate(parts, axis=1)
+        if parts
+        else jnp.zeros((len(pixels), 1, model.config.llm.width), model.llm.dtype)
+    )
+
+
+def hidden_states(
+    model: VideoXL2, pixels: jax.Array, tokens: TokenBatch, tiles: jax.Array | None = None, *, remat: bool
+) -> jax.Array:
+    """Pixels in [-1, 1] and tokens [B, T] -> normed hidden states [B, T, D].
 
     Attention is causal within a sample. Padding is at the end of a row, so no other token attends to it.
+
+    Args:
+      pixels: of the frames of videos, [B, F, H, W, 3]. F is a multiple of 4, maybe 0.
+      tiles: of the tiles of pictures, [B, N, H, W, 3]. None: there are none.
     """
-    b, f = pixels.shape[:2]
-    pixels = split_batch(pixels.reshape(b * f, *pixels.shape[2:]))
-    visual = split_batch(model.encode_frames(pixels, remat=remat))
-    visual = visual.reshape(b, -1, visual.shape[-1])
-    x = split_batch(embeddings(model.llm, visual, tokens))
+    x = split_batch(embeddings(model.llm, visual_tokens(model, pixels, tiles, remat=remat), tokens))
     positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
     if tokens.lengths is not None:
         positions -= sample_starts(tokens.lengths, x.shape[1])
@@ -65,10 +83,10 @@ def hidden_states(model: VideoXL2, pixels: jax.Array, tokens: TokenBatch, *, rem
 
 
 def token_loss(
-    model: VideoXL2, pixels: jax.Array, tokens: TokenBatch, *, remat: bool = False
+    model: VideoXL2, pixels: jax.Array, tokens: TokenBatch, tiles: jax.Array | None = None, *, remat: bool = False
 ) -> tuple[jax.Array, jax.Array]:
     """(sum of cross-entropies, number of labelled tokens), float32. Their ratio is upstream's loss."""
-    return cross_entropies(model.llm, hidden_states(model, pixels, tokens, remat=remat), tokens.labels)
+    return cross_entropies(model.llm, hidden_states(model, pixels, tokens, tiles, remat=remat), tokens.labels)
 
 
 def cross_entropies(llm: Qwen2, hidden: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:

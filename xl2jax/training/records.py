@@ -7,8 +7,13 @@
     [{"id": "7", "video": "talk.mp4", "scale": 1.0,
       "conversations": [{"from": "human", "value": "<image>\\nWho speaks?"}, {"from": "gpt", "value": "Ada."}]}]
 
-With `image` in place of `video` the record has one image, and with neither it is text. Media paths are relative to the
-media root, which is by default the folder of the JSON file. A file with the suffix `.jsonl` has one record a line.
+With `image` in place of `video` the record has one picture or a list of them, and with neither it is text. Media paths
+are relative to the media root, which is by default the folder of the JSON file. A file with the suffix `.jsonl` has one
+record a line.
+
+In a record with pictures each turn may have `<image>`, as often as it has pictures. As upstream does, the pictures move
+to the front of the turn, and as many characters as their tags have are cut from its front, whatever they are: only turns
+that begin with all of their tags are as they seem. A single tag in another place is moved to the front before that.
 """
 
 from __future__ import annotations
@@ -29,21 +34,32 @@ from xl2jax.system.schema import Schema, check, parse_json, read_bytes, read_jso
 
 IMAGE = "<image>"
 
+_NOISE = "QA_GT_caption_based_noisy"  # a mark in a data set that upstream's trainer removes from samples with pictures
+
 _ROLES = {"human": "user", "gpt": "assistant"}
 _ID_LENGTH = 80  # characters of an id that messages show
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One sample. `turns` are (user | assistant, text) pairs, the first without its leading `<image>`."""
+    """One sample. `turns` are (user | assistant, text) pairs without the tags of a video or of pictures."""
 
     id: str
     """Names the sample in messages. Ids need not be unique."""
     kind: Literal["video", "image", "text"]
     media: Path | None
+    """The video."""
     turns: tuple[tuple[str, str], ...]
     scale: float
     """Factor by which frame times are multiplied."""
+    pictures: tuple[Path, ...] = ()
+    places: tuple[int, ...] = ()
+    """The number of pictures at the front of each turn."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The video or the pictures."""
+        return self.pictures if self.media is None else (self.media,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +68,8 @@ class RecordSet:
 
     records: list[Record]
     malformed: list[str]
+    cut: int = 0
+    """Number of records whose text was cut because their pictures do not stand at the front of a turn."""
 
 
 def _usable_name(name: str) -> str:
@@ -86,16 +104,14 @@ class _Turn(Schema):
 class _Row(Schema):
     id: str | int | float | None = None
     video: _FileName | None = None
-    image: _FileName | None = None
+    image: list[_FileName] | None = None
     scale: float = pydantic.Field(1.0, gt=0, le=1e6)
     conversations: list[_Turn] = pydantic.Field(min_length=1)
 
     @pydantic.field_validator("image", mode="before")
     @classmethod
-    def _one_image(cls, value: Any) -> Any:
-        if isinstance(value, list):
-            raise ValueError("several images are not supported")
-        return value
+    def _list_of_images(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
     @pydantic.model_validator(mode="after")
     def _turns_alternate(self) -> _Row:
@@ -112,9 +128,12 @@ class _Row(Schema):
         if self.video is not None and self.image is not None:
             raise ValueError("has both a video and an image")
         places = sum(turn.value.count(IMAGE) for turn in self.conversations)
-        if self.video is None and self.image is None:
+        if self.video is None and not self.image:
             if places:
                 raise ValueError(f"contains {IMAGE} but has no video or image")
+        elif self.image:
+            if places != len(self.image):
+                raise ValueError(f"contains {IMAGE} {places} times for {len(self.image)} images")
         elif not self.conversations[0].value.startswith(IMAGE):
             raise ValueError(f"the first human turn does not start with {IMAGE}")
         elif places > 1:
@@ -134,6 +153,7 @@ def read_records(path: Path, seed: int, media_root: Path | None = None) -> Recor
     sets = [_Set(json_path=path.name)] if single else read_yaml(path, _Sets).datasets
     records: list[Record] = []
     malformed: list[str] = []
+    cut = 0
     roots: set[Path] = set()
     for number, entry in enumerate(sets):
         file = path.parent / entry.json_path
@@ -143,13 +163,14 @@ def read_records(path: Path, seed: int, media_root: Path | None = None) -> Recor
         for index, row in _sampled(_rows(file), entry.sampling_strategy, rng, where):
             try:
                 records.append(_record(row, index, root, file))
+                cut += _is_cut(row)
             except UserError as e:
                 malformed.append(str(e))
     records, misplaced = _without_folders_of_media(records, roots)
     malformed += misplaced
     if not records:
         raise UserError(f"{path}: the data set is empty{f' ({malformed[0]})' if malformed else ''}")
-    return RecordSet(records, malformed)
+    return RecordSet(records, malformed, cut)
 
 
 def _rows(path: Path) -> list[Any]:
@@ -194,12 +215,32 @@ def _record(row: Any, index: int, root: Path, file: Path) -> Record:
         raise row
     name = f" (id {shorten(row['id'], _ID_LENGTH)})" if isinstance(row, dict) and "id" in row else ""
     checked = check(row, _Row, f"{file}: record {index}{name}")
-    kind: Literal["video", "image", "text"] = "video" if checked.video else "image" if checked.image else "text"
-    media = checked.video or checked.image
-    turns = [(_ROLES[turn.speaker], turn.value) for turn in checked.conversations]
-    turns[0] = (turns[0][0], turns[0][1].removeprefix(IMAGE))
+    roles, values = zip(*((_ROLES[turn.speaker], turn.value) for turn in checked.conversations), strict=True)
     identifier = shorten(index if checked.id is None else checked.id, _ID_LENGTH)
-    return Record(identifier, kind, None if media is None else root / media, tuple(turns), checked.scale)
+    if not checked.image:
+        turns = tuple(zip(roles, (values[0].removeprefix(IMAGE), *values[1:]), strict=True))
+        video = None if checked.video is None else root / checked.video
+        return Record(identifier, "text" if video is None else "video", video, turns, checked.scale)
+    texts, places = zip(*map(_pictures_first, values), strict=True)
+    pictures = tuple(root / name for name in checked.image)
+    return Record(identifier, "image", None, tuple(zip(roles, texts, strict=True)), checked.scale, pictures, places)
+
+
+def _pictures_first(value: str) -> tuple[str, int]:
+    """The text of a turn without its pictures, and their number, as upstream's trainer reads it."""
+    count = value.count(IMAGE)
+    if count == 1 and not value.startswith(IMAGE):
+        value = f"{IMAGE}\n{value.replace(IMAGE, '').strip()}".strip()
+    value = value.replace(_NOISE, "")
+    return value[count * len(IMAGE) :], count
+
+
+def _is_cut(row: Any) -> bool:
+    """Whether upstream's rule cuts text of a well-formed row, because its pictures do not stand at the front of a turn."""
+    if not row.get("image"):
+        return False
+    values = [turn["value"] for turn in row["conversations"]]
+    return any((k := value.count(IMAGE)) > 1 and not value.startswith(IMAGE * k) for value in values)
 
 
 def _without_folders_of_media(records: list[Record], roots: set[Path]) -> tuple[list[Record], list[str]]:
@@ -214,7 +255,7 @@ def _without_folders_of_media(records: list[Record], roots: set[Path]) -> tuple[
             holders.add(folder)
             folder = os.path.dirname(folder)
 
-    places = [os.path.abspath(r.media) if r.kind == "video" and r.media is not None else None for r in records]
+    places = [os.path.abspath(r.media) if r.media is not None else None for r in records]
     for root in roots:
         add(os.path.abspath(root))
     for place in places:

@@ -34,8 +34,9 @@ def memory_per_device(
     shapes: Mapping[str, jax.ShapeDtypeStruct],
     trained: Sequence[str],
     mesh: Mesh,
+    tiles: int = 0,
 ) -> dict[str, float]:
-    """Bytes by purpose.
+    """Bytes by purpose. `tiles`: of the pictures of a sample, at most.
 
     Activations are estimated for the longest sample: the values that remat stores, the intermediate values of one
     layer, and the logits of one block of tokens.
@@ -51,7 +52,7 @@ def memory_per_device(
         "optimizer state": 2 * master * training,
         "gradients": master * gradient,
         "compute copies": compute * training if master != compute else 0.0,
-        "activations (estimate)": _activations(config, step.model, compute),
+        "activations (estimate)": _activations(config, step.model, compute, tiles),
         **({"an unpacked layer": _unpacked(step.model, compute, mesh)} if step.model.llm.weights is not None else {}),
     }
 
@@ -63,10 +64,10 @@ def _unpacked(model: VideoXL2Config, itemsize: int, mesh: Mesh) -> float:
     return itemsize * (layer + t.width * t.vocab) / mesh.shape["tensor"]
 
 
-def _activations(config: TrainConfig, model: VideoXL2Config, itemsize: int) -> float:
+def _activations(config: TrainConfig, model: VideoXL2Config, itemsize: int, tiles: int) -> float:
     v, t = model.vision, model.llm
     rows, tensor = config.micro_batch, config.tensor
-    frames = config.max_frames // FRAMES_PER_GROUP * FRAMES_PER_GROUP * rows
+    frames = max(config.max_frames // FRAMES_PER_GROUP * FRAMES_PER_GROUP, tiles) * rows
     patches, tokens = frames * v.patch_grid**2, rows * config.max_length
     vision_layer = patches * (4 * v.width + (2 * v.mlp_width + 4 * v.width) / tensor)
     llm_layer = tokens * (4 * t.width + (3 * t.mlp_width + 3 * t.heads * t.head_width) / tensor)
@@ -93,7 +94,10 @@ def plan_report(
         lines.append(f"{part:24} {sum(sizes.values()):14,} {sum(s for n, s in sizes.items() if n in chosen):14,}")
     everything, training = sum(total.values()), sum(total[n] for n in trained)
     lines.append(f"{'all':24} {everything:14,} {training:14,} ({training / everything:.1%})")
-    memory = memory_per_device(config, step, shapes, trained, mesh)
+    most = max((columns * rows for columns, rows in step.model.picture_grids or ()), default=0)
+    limit = config.max_length // step.model.tile_tokens + 1  # tiles of which a token is within the limit
+    tiles = min(max(len(r.pictures) for r in data.records) * most, limit)
+    memory = memory_per_device(config, step, shapes, trained, mesh, tiles)
     lines += ["", "memory per device"]
     lines += [f"{name:24} {size / 2**30:10.3f} GiB" for name, size in {**memory, "all": sum(memory.values())}.items()]
     micro = config.micro_batch * batch_devices(mesh)
@@ -127,5 +131,7 @@ def data_report(records: Sequence[Record], malformed: Sequence[str], probe: Prob
     if good:
         tokens, groups = [x.tokens for x in good], [x.groups for x in good]
         lines.append(f"tokens {min(tokens)} to {max(tokens)}, mean {sum(tokens) / len(good):.0f}")
+        if tiles := [x.tiles for x in good if x.tiles]:
+            lines.append(f"tiles of pictures {min(tiles)} to {max(tiles)}, mean {sum(tiles) / len(tiles):.1f}")
         lines.append(f"frames {4 * min(groups)} to {4 * max(groups)}, mean {4 * sum(groups) / len(good):.0f}")
     return "\n".join(lines)

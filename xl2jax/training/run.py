@@ -34,7 +34,7 @@ from xl2jax.training.report import data_report, plan_report
 from xl2jax.training.sharding import batch_devices, batch_sharding, check_tensor, make_mesh
 from xl2jax.training.signals import Signals
 from xl2jax.training.state import Checkpoints, abstract_state, export, load_parameters, new_state, parameter_shapes
-from xl2jax.training.step import Metrics, Params, StepConfig, Steps, TrainState, learning_rate, optimizer
+from xl2jax.training.step import Batch, Metrics, Params, StepConfig, Steps, TrainState, learning_rate, optimizer
 from xl2jax.training.telemetry import Telemetry, sample_flops
 
 logger = logging.getLogger(__name__)
@@ -97,9 +97,14 @@ def _prepare(config: TrainConfig) -> _Run:
     data = read_records(config.data, config.seed, config.media_root)
     if config.strict:
         _refuse_skipping(data.malformed)
-    images = sum(r.kind == "image" for r in data.records)
-    if images and is_main():
-        logger.info("%d image samples use one view each: upstream's anyres tiles (unires) are not implemented", images)
+    if any(r.pictures for r in data.records):
+        model.grids()
+    if data.cut and is_main():
+        logger.warning(
+            "%d image samples have text before or between <image>: as upstream's trainer does, their pictures move to the "
+            "front of the turn, and its first characters are cut",
+            data.cut,
+        )
     shapes = parameter_shapes(model, config.lora)
     step = StepConfig(model, config.lora, config.compute_dtype, config.remat)
     run = _Run(config, folder, step, tokenizer, data, mesh, shapes, trained_names(config, list(shapes)))
@@ -145,22 +150,22 @@ def _train(run: _Run) -> int:
 # --- data -------------------------------------------------------------------------------------
 
 
-def _probe(run: _Run, records: list[Record], decode_size: int | None = None) -> Probe:
+def _probe(run: _Run, records: list[Record], *, decode: bool = False) -> Probe:
     return probe_records(
         records,
         run.config.sampling(),
         run.tokenizer,
-        run.step.model.visual_tokens,
+        run.step.model,
         run.config.max_length,
         threads=run.config.threads,
         workers=run.config.workers,
         progress=is_main(),
-        decode_size=decode_size,
+        decode=decode,
     )
 
 
 def _validate(run: _Run) -> int:
-    probe = _probe(run, run.data.records, run.step.model.vision.image_size)
+    probe = _probe(run, run.data.records, decode=True)
     print(data_report(run.data.records, run.data.malformed, probe))
     return 1 if probe.problems or run.data.malformed else 0
 
@@ -178,8 +183,10 @@ def _samples(run: _Run, before: dict[str, str] | None) -> list[Sample]:
       UserError: no sample can be used, --strict forbids skipping, or the samples of a run that resumes have changed.
     """
     config, data = run.config, run.data
+    model = run.step.model
+    tiles = (model.vision.image_size, model.tile_tokens, model.picture_grids)
     settings = digest(
-        config.sampling(), config.max_length, run.step.model.visual_tokens, run.tokenizer.tokenizer.to_str()
+        config.sampling(), config.max_length, model.visual_tokens, tiles, run.tokenizer.tokenizer.to_str()
     )
     stored = read_lengths(config.output)
     measured = measure(data.records, settings, stored, functools.partial(_probe, run), config.threads)
@@ -262,9 +269,8 @@ def _steps(
         [x.record for x in samples],
         config.sampling(),
         run.tokenizer,
-        model.visual_tokens,
+        model,
         config.max_length,
-        model.vision.image_size,
     )
     with (
         jax.default_matmul_precision("highest" if config.compute_dtype == "float32" else None),
@@ -300,7 +306,7 @@ def _steps(
                 used = [samples[i].length for m in micro for row in m.rows for i in row]
                 read: list[Arrays] = []
                 state, metrics = one_step(state, frozen, _on_devices(arrays, read, run), len(micro))
-                operations = sum(sample_flops(model, trained, x.groups, x.tokens, 0) for x in used)
+                operations = sum(sample_flops(model, trained, x.groups, x.tokens, 0, x.tiles) for x in used)
                 of_label = sample_flops(model, trained, 0, 0, 1)
                 dispatched = _Step(number, metrics, read, sum(x.tokens for x in used), operations, of_label)
                 if pending is not None:
@@ -344,15 +350,15 @@ def _record(step: _Step, telemetry: Telemetry, config: TrainConfig) -> None:
     telemetry.step(step.number, values, step.tokens, operations)
 
 
-def _on_devices(arrays: Iterator[Arrays], read: list[Arrays], run: _Run) -> Iterator[tuple[jax.Array, TokenBatch]]:
-    """Yields micro-batches on the mesh. Appends each one, without its frames, to `read`."""
+def _on_devices(arrays: Iterator[Arrays], read: list[Arrays], run: _Run) -> Iterator[Batch]:
+    """Yields micro-batches on the mesh. Appends each one, without its frames and tiles, to `read`."""
     sharding = batch_sharding(run.mesh)
 
     def put(array: np.ndarray) -> jax.Array:
         return jax.make_array_from_process_local_data(sharding, array)
 
     for part in arrays:
-        pixels = put(part["pixels"])
-        read.append({**part, "pixels": part["pixels"][:0]})
+        pixels, tiles = put(part["pixels"]), put(part["tiles"])
+        read.append({**part, "pixels": part["pixels"][:0], "tiles": part["tiles"][:0]})
         lengths = put(part["lengths"]) if run.config.packing else None
-        yield pixels, TokenBatch(put(part["ids"]), put(part["visual"]), put(part["labels"]), lengths)
+        yield pixels, TokenBatch(put(part["ids"]), put(part["visual"]), put(part["labels"]), lengths), tiles

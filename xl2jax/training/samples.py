@@ -1,7 +1,8 @@
 """Converts a record to model inputs: frames, token ids and labels (upstream: train.py, preprocess_qwen).
 
-The conversation is tokenised piece by piece, as upstream does: role, newline, text, `<|im_end|>`, newline. The turn
-with the video consists of `<|im_start|>user\\n`, the video, a newline, and the text after `<image>`. The loss counts
+The conversation is tokenised piece by piece, as upstream does: role, newline, text, `<|im_end|>`, newline. A turn with
+the video or with pictures consists of `<|im_start|>user\\n`, the video or the tiles of all of its pictures with nothing
+between them, a newline, and the text after `<image>`. Only a video has times. The loss counts
 the assistant's text, and in all turns `<|im_start|>`, `<|im_end|>` and the newline after it. The name of a control
 token in the text of a turn is plain text; only the template contains control tokens.
 """
@@ -9,20 +10,23 @@ token in the text of a turn is plain text; only the template contains control to
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from xl2jax.config import FRAMES_PER_GROUP
+from xl2jax.config import FRAMES_PER_GROUP, VideoXL2Config
 from xl2jax.errors import UserError
 from xl2jax.prompt import IM_END, IM_START, SYSTEM, PromptTokenizer, time_text
 from xl2jax.system.terminal import machine_fault
 from xl2jax.training.loss import IGNORE
 from xl2jax.training.records import Record
 from xl2jax.video.clip import Clip, open_video
-from xl2jax.video.frame_sampling import FrameSampling, frame_times
-from xl2jax.video.image_files import ImageReader
+from xl2jax.video.frame_sampling import FrameSampling
+from xl2jax.video.image_files import image_size, read_image
+from xl2jax.video.pictures import cut, fit
 
 logger = logging.getLogger(__name__)
 
@@ -45,15 +49,17 @@ def group_times(clip: Clip, scale: float) -> list[float]:
 
 def tokenise(
     turns: Sequence[tuple[str, str]],
-    times: Sequence[float | None],
+    times: Sequence[float],
     tokenizer: PromptTokenizer,
     visual_tokens: int,
     max_length: int,
+    *,
+    pictures: Sequence[int] = (),
 ) -> Tokens:
     """Token ids, places of visual tokens and labels of a conversation.
 
-    `times` has one entry for each group of frames: its time, or None for an image, which has no time text. As upstream
-    does, tokens after the first `max_length` are cut off.
+    `times` has the time of each group of frames, which has `visual_tokens`. `pictures` has the number of visual tokens of
+    all pictures of each turn. As upstream does, tokens after the first `max_length` are cut off.
 
     Raises:
       UserError: the first `max_length` tokens contain no part of an answer.
@@ -69,24 +75,29 @@ def tokenise(
         visual.extend([-1] * len(tokens))
         labels.extend(tokens if counted else [IGNORE] * len(tokens))
 
-    def add_turn(role: str, text: str, groups: Sequence[float | None]) -> None:
+    def add_visual(count: int, first: int) -> None:
+        ids.extend([0] * count)
+        visual.extend(range(first, first + count))
+        labels.extend([IGNORE] * count)
+
+    def add_turn(role: str, text: str, groups: Sequence[float] = (), tiles: int = 0, before: int = 0) -> None:
         add(start, True)
         add([*tokenizer.encode(role), *newline], False)
         for g, seconds in enumerate(groups):
-            add([] if seconds is None else tokenizer.encode(time_text(seconds)), False)
-            ids.extend([0] * visual_tokens)
-            visual.extend(range(g * visual_tokens, (g + 1) * visual_tokens))
-            labels.extend([IGNORE] * visual_tokens)
-        if groups:
-            add(newline, False)
+            add(tokenizer.encode(time_text(seconds)), False)
+            add_visual(visual_tokens, g * visual_tokens)
+        add_visual(tiles, before)
+        if groups or tiles:
+            add(newline, role == "assistant")
         if role == "assistant":
             answer_starts.append(len(ids))
         add(tokenizer.encode(text), role == "assistant")
         add([*end, *newline], True)
 
-    add_turn("system", SYSTEM, ())
+    add_turn("system", SYSTEM)
+    counts = [*pictures, *[0] * (len(turns) - len(pictures))]
     for number, (role, text) in enumerate(turns):
-        add_turn(role, text, times if number == 0 else ())
+        add_turn(role, text, times if number == 0 else (), counts[number], sum(counts[:number]))
     cut = len(ids) > max_length
     if answer_starts[0] >= max_length:
         raise UserError(f"{len(ids)} tokens: the first {max_length} contain no part of an answer")
@@ -107,43 +118,58 @@ def unusable(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def open_media(record: Record, sampling: FrameSampling) -> Clip | None:
-    """Opens the media of a record: a video file, a folder of frames (1 a second), or an image as 4 equal frames.
+class Media(NamedTuple):
+    """The open video of a record, or how its pictures are cut into tiles."""
+
+    clip: Clip | None = None
+    tiles: tuple[int, ...] = ()
+    """The number of tiles of each picture."""
+
+    @property
+    def groups(self) -> int:
+        return 0 if self.clip is None else len(self.clip.indices) // FRAMES_PER_GROUP
+
+
+def open_media(record: Record, sampling: FrameSampling, model: VideoXL2Config) -> Media:
+    """Opens the video of a record: a file, or a folder of frames (1 a second). Of pictures it reads the sizes.
 
     Raises:
       UserError: it cannot be opened.
     """
-    if record.kind == "text":
-        return None
-    assert record.media is not None
-    if record.kind == "video":
-        return open_video(record.media, sampling, threads=1)
-    if not record.media.is_file():
-        raise UserError(f"{record.media}: no such image")
-    reader = ImageReader([record.media], fps=1.0)
-    indices = np.zeros(FRAMES_PER_GROUP, np.int64)
-    return Clip(record.media, reader, indices, frame_times(indices, 1.0))
+    if record.media is not None:
+        return Media(clip=open_video(record.media, sampling, threads=1))
+    size, grids = model.vision.image_size, model.grids() if record.pictures else ()
+    return Media(tiles=tuple(fit(*image_size(path), size, grids).tiles for path in record.pictures))
 
 
 def sample_tokens(
-    record: Record, clip: Clip | None, tokenizer: PromptTokenizer, visual_tokens: int, max_length: int
+    record: Record, media: Media, tokenizer: PromptTokenizer, model: VideoXL2Config, max_length: int
 ) -> Tokens:
     """The tokens of a record whose media are open."""
-    times: list[float | None] = []
-    if clip is not None:
-        times = [None] if record.kind == "image" else list(group_times(clip, record.scale))
-    return tokenise(record.turns, times, tokenizer, visual_tokens, max_length)
+    times = [] if media.clip is None else group_times(media.clip, record.scale)
+    counts, pictures = iter(media.tiles), []
+    for places in record.places:
+        pictures.append(sum(itertools.islice(counts, places)) * model.tile_tokens)
+    return tokenise(record.turns, times, tokenizer, model.visual_tokens, max_length, pictures=pictures)
 
 
-def read_frames(record: Record, clip: Clip | None, size: int) -> np.ndarray:
+def read_frames(record: Record, media: Media, size: int) -> np.ndarray:
     """All frames of a record whose media are open, uint8 [F, size, size, 3].
 
     Raises:
       UserError: some frame cannot be read. Training does not use a part of a video.
     """
+    clip = media.clip
     if clip is None:
         return np.zeros((0, size, size, 3), np.uint8)
     frames = np.concatenate(list(clip.batches(len(clip.indices), size)))
     if len(frames) < len(clip.indices):
         raise UserError(f"{record.media}: only {len(frames)} of {len(clip.indices)} frames can be read")
     return frames
+
+
+def read_tiles(record: Record, model: VideoXL2Config) -> np.ndarray:
+    """The tiles of all pictures of a record, uint8 [N, size, size, 3]. Raises UserError where one cannot be read."""
+    size = model.vision.image_size
+    tiles = [cut(read_image(path, still=True), size, model.grids()) for path in record.pictures]
+    return np.concatenate([*tiles, np.zeros((0, size, size, 3), np.uint8)])

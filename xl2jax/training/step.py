@@ -115,13 +115,25 @@ def assemble(config: StepConfig, params: Params) -> VideoXL2:
     return nnx.merge(graphdef, unflatten(params, config.model, config.lora))
 
 
-def gradients(config: StepConfig, params: Params, frozen: Params, pixels: jax.Array, tokens: TokenBatch) -> Sums:
-    """Loss sum and gradients of one micro-batch. Pixels are uint8 [B, F, H, W, 3]."""
+type Batch = tuple[jax.Array, TokenBatch] | tuple[jax.Array, TokenBatch, jax.Array]
+"""A micro-batch: pixels, tokens and, where rows have pictures, their tiles, as `gradients` takes them."""
+
+
+def gradients(
+    config: StepConfig,
+    params: Params,
+    frozen: Params,
+    pixels: jax.Array,
+    tokens: TokenBatch,
+    tiles: jax.Array | None = None,
+) -> Sums:
+    """Loss sum and gradients of one micro-batch. Pixels of frames and tiles are uint8 [B, n, H, W, 3]."""
 
     def loss_of(params: Params) -> tuple[jax.Array, jax.Array]:
         whole = frozen | params
         compute = {n: p if is_quantized(n) else p.astype(config.compute_dtype) for n, p in whole.items()}
-        return token_loss(assemble(config, compute), normalise(pixels), tokens, remat=config.remat)
+        shown = None if tiles is None else normalise(tiles)
+        return token_loss(assemble(config, compute), normalise(pixels), tokens, shown, remat=config.remat)
 
     (loss, count), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
     return Sums(loss, count, grads)
@@ -152,8 +164,8 @@ class Steps:
         jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
         result = (shardings, Metrics(*[scalar] * len(Metrics._fields)))
 
-        def micro(params: Params, frozen: Params, pixels: jax.Array, tokens: TokenBatch) -> Sums:
-            return gradients(config, params, frozen, pixels, tokens)
+        def micro(params: Params, frozen: Params, *batch: Any) -> Sums:
+            return gradients(config, params, frozen, *batch)
 
         @functools.partial(jit, donate_argnums=0, out_shardings=result)
         def whole(state: TrainState, frozen: Params, *batch: Any) -> tuple[TrainState, Metrics]:
@@ -175,9 +187,9 @@ class Steps:
         self._whole, self._accumulate, self._apply, self._zeros = whole, accumulate, apply, zeros
 
     def __call__(
-        self, state: TrainState, frozen: Params, batches: Iterator[tuple[jax.Array, TokenBatch]], count: int
+        self, state: TrainState, frozen: Params, batches: Iterator[Batch], count: int
     ) -> tuple[TrainState, Metrics]:
-        """Runs one optimizer step over the next `count` micro-batches (pixels, tokens)."""
+        """Runs one optimizer step over the next `count` micro-batches."""
         if count == 1:
             return self._whole(state, frozen, *next(batches))
         so_far = self._zeros()

@@ -26,7 +26,9 @@ from xl2jax.system.schema import Schema, parse_json, read_bytes
 logger = logging.getLogger(__name__)
 
 
-def sample_flops(config: VideoXL2Config, trained: set[str], groups: int, tokens: int, labelled: int) -> float:
+def sample_flops(
+    config: VideoXL2Config, trained: set[str], groups: int, tokens: int, labelled: int, tiles: int = 0
+) -> float:
     """Operations of the forward and backward pass of one sample, without recomputation.
 
     The backward pass of a part costs as much as its forward pass for the gradients of activations, and as much again
@@ -34,8 +36,8 @@ def sample_flops(config: VideoXL2Config, trained: set[str], groups: int, tokens:
     Logits are only needed for `labelled` of the tokens.
     """
     parts = {
-        "vision": 4 * groups * flops.vision(config),
-        "merge": groups * flops.dts_and_projector(config),
+        "vision": (4 * groups + tiles) * flops.vision(config),
+        "merge": (groups + tiles) * flops.dts_and_projector(config),
         "llm": tokens * flops.llm_linear(config.llm)
         + labelled * 2.0 * config.llm.width * config.llm.vocab
         + flops.attention(config.llm, tokens * (tokens + 1) / 2),

@@ -6,7 +6,7 @@ import dataclasses
 import importlib.util
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -158,6 +158,22 @@ def open_video(
         raise UserError(f"{path}: reports no frame rate")
     indices = chosen_frames(reader.total, reader.fps, config, last_group)
     return Clip(path, reader, indices, _model_times(path, reader, indices, config.times))
+
+
+def pictures_as_frames(files: Sequence[str | Path], max_pixels: int | None = None) -> Clip:
+    """Pictures as upstream's benchmark code shows them: frames of a video at one a second, padded to grey squares.
+
+    The last one is repeated to fill a group of 4. `Model.see` shows pictures in tiles instead.
+
+    Raises:
+      UserError: there are no pictures.
+    """
+    if not files:
+        raise UserError("no picture is given")
+    paths = [Path(file) for file in files]
+    reader = ImageReader(paths, 1.0, max_pixels, squares=True)
+    indices = np.minimum(np.arange(round_up(len(paths), FRAMES_PER_GROUP)), len(paths) - 1)
+    return Clip(paths[0].parent, reader, indices, frame_times(np.arange(len(indices)), 1.0))
 
 
 def _model_times(path: Path, reader: Reader, indices: np.ndarray, times: FrameTimes) -> list[float]:

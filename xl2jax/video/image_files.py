@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from xl2jax.errors import UserError, first_line
-from xl2jax.system.schema import unreadable
+from xl2jax.system.schema import require_regular, unreadable
 from xl2jax.system.terminal import machine_fault
 from xl2jax.video.containers import MAX_PIXELS
 from xl2jax.video.readers import SPAN_FRAMES, Reader
@@ -25,10 +26,10 @@ _VIDEOS = {
 
 
 class ImageReader(Reader):
-    """A sequence of image files, one per frame, at `fps` frames a second."""
+    """A sequence of image files, one per frame, at `fps` frames a second. `squares`: they are padded to grey squares."""
 
-    def __init__(self, files: Sequence[Path], fps: float, max_pixels: int | None = None):
-        self._files, self._max_pixels = files, max_pixels
+    def __init__(self, files: Sequence[Path], fps: float, max_pixels: int | None = None, *, squares: bool = False):
+        self._files, self._max_pixels, self._squares = files, max_pixels, squares
         self.total, self.fps = len(files), fps
 
     def spans(self, indices: np.ndarray) -> list[np.ndarray]:
@@ -38,35 +39,67 @@ class ImageReader(Reader):
         previous, frame = -1, np.empty(0)
         for i in indices.tolist():
             if i != previous:
-                previous, frame = i, read_image(self._files[i], self._max_pixels)
+                previous, frame = i, read_image(self._files[i], self._max_pixels, still=self._squares)
+                frame = padded_to_square(frame) if self._squares else frame
             yield frame
 
 
-def read_image(path: Path, max_pixels: int | None = None) -> np.ndarray:
+def read_image(path: Path, max_pixels: int | None = None, *, still: bool = False) -> np.ndarray:
     """uint8 RGB [H, W, 3], rotated upright. 16-bit grey is scaled to 8 bits, and transparency is dropped.
 
     Raises:
-      UserError: the file is not an image, is damaged, or has more than `max_pixels`, by default `MAX_PIXELS`.
+      UserError: the file is not an image, is damaged, or has more than `max_pixels`, by default `MAX_PIXELS`. With
+        `still` it is also refused where it holds several images, such as an animation.
     """
+    with _opened(path, max_pixels, still) as image:
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode == "I" or upright.mode.startswith("I;16"):  # Pillow would clip values above 255
+            grey = np.clip(np.asarray(upright, np.float64), 0, 65535) / 257
+            return np.repeat(np.round(grey).astype(np.uint8)[..., None], 3, axis=2)
+        return np.asarray(upright.convert("RGB"))
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height of the picture that `read_image` gives, read from the head of the file. Raises UserError as it does."""
+    with _opened(path, None, True) as image:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        return (image.height, image.width) if turned else (image.width, image.height)
+
+
+@contextlib.contextmanager
+def _opened(path: Path, max_pixels: int | None, still: bool) -> Iterator[Image.Image]:
+    """Opens an image file. Errors of the body of the `with` statement become a UserError too."""
     try:
+        require_regular(path)
         with Image.open(path) as image:
             if image.width * image.height > (max_pixels or MAX_PIXELS):
                 raise UserError(f"{path}: has {image.width} x {image.height} pixels, more than can be read")
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode == "I" or upright.mode.startswith("I;16"):  # Pillow would clip values above 255
-                grey = np.clip(np.asarray(upright, np.float64), 0, 65535) / 257
-                return np.repeat(np.round(grey).astype(np.uint8)[..., None], 3, axis=2)
-            return np.asarray(upright.convert("RGB"))
+            # Cameras add smaller copies and depth maps to a photo (MPO).
+            if still and image.format != "MPO" and getattr(image, "is_animated", False):
+                raise UserError(f"{path}: holds several images: give an animation as a video, or one of its images")
+            yield image
     except (FileNotFoundError, PermissionError) as e:
         raise unreadable(path, e) from None
     except UserError:
         raise
     except UnidentifiedImageError:
-        raise UserError(f"{path}: not an image that can be read (its format is not known)") from None
+        kind = path.suffix.lower()
+        advice = "convert it to .jpg or .png first" if kind in _OTHER_IMAGES else "its format is not known"
+        raise UserError(f"{path}: not an image that can be read ({advice})") from None
     except Exception as e:  # on damaged files Pillow's decoders raise errors of many types
         if machine_fault(e) is not None:
             raise  # the machine ran short; the file may be good
         raise UserError(f"{path}: not an image that can be read ({first_line(e)})") from None
+
+
+def padded_to_square(image: np.ndarray) -> np.ndarray:
+    """uint8 RGB [H, W, 3], centred on a grey square, as upstream's benchmarks show pictures."""
+    height, width = image.shape[:2]
+    side = max(height, width)
+    square = np.full((side, side, 3), 127, np.uint8)
+    top, left = (side - height) // 2, (side - width) // 2
+    square[top : top + height, left : left + width] = image
+    return square
 
 
 def images_in(folder: Path) -> list[Path]:
