@@ -21,8 +21,8 @@ from xl2jax.config import VideoXL2Config, Weights
 from xl2jax.errors import UserError
 from xl2jax.evaluation.picture_case import is_picture_case, verify_pictures
 from xl2jax.evaluation.verify import SECTIONS, STEMS, Row, verify
+from xl2jax.inference.devices import Devices
 from xl2jax.models.dts import NORM_GROUPS
-from xl2jax.models.sharding import Devices
 from xl2jax.system.terminal import flag_errors
 
 logger = logging.getLogger(__name__)
