@@ -21,16 +21,17 @@ from xl2jax.evaluation.scenes import make_scene, write_scene
 
 _SHORT = 32  # groups of the video that is asked about
 _IDLE = 20  # questions while nothing else runs
+_LONG = 4  # videos that are watched beside questions: one alone gives a dozen, too few for a percentile
 
 
 @dataclasses.dataclass(frozen=True)
 class ServeBenchArgs:
-    """Times the first token of questions about a watched video, alone and while an hour-long video is watched."""
+    """Times the first token of questions about a watched video, alone and while hour-long videos are watched."""
 
     checkpoint: str = str(DEFAULT_CHECKPOINT)
     """The model: a folder or a hub id."""
     minutes: int = 60
-    """Length of the other client's video, of which 1024 frames are read at most."""
+    """Length of the other client's videos, of each of which 1024 frames are read at most."""
     json: bool = False
     """Prints the row as JSON."""
 
@@ -50,7 +51,8 @@ def serve_rows(args: ServeBenchArgs) -> Iterator[dict[str, Any]]:
         media = Path(folder, "media")
         media.mkdir()
         long = args.minutes * 60 // FRAMES_PER_GROUP
-        for seed, (name, groups) in enumerate({"short": _SHORT, "first": long, "second": long}.items()):
+        videos = {"short": _SHORT, "first": long, **{f"long{i}": long for i in range(_LONG)}}
+        for seed, (name, groups) in enumerate(videos.items()):
             write_scene(media / f"{name}.mp4", make_scene(seed, groups), width=320, height=180)
         service = build_service(
             ServiceArgs(checkpoint=args.checkpoint, media=MediaArgs(media_root=(media,))), Path(folder)
@@ -76,7 +78,8 @@ def serve_rows(args: ServeBenchArgs) -> Iterator[dict[str, Any]]:
 
 
 async def _ask(service: Any, media: Path) -> tuple[list[float], list[float], float]:
-    """Seconds of questions about the short video, alone and until a long one has been watched; its ms a frame.
+    """Seconds of questions about the short video, alone and while long ones are watched, one after the other; their ms a
+    frame.
 
     Another long video is watched before, so that no compilation is timed.
     """
@@ -101,10 +104,12 @@ async def _ask(service: Any, media: Path) -> tuple[list[float], list[float], flo
             await ask(name, 0)
         idle = [await ask("short", number) for number in range(_IDLE)]
         before = _watched(service)
-        watching, busy = asyncio.create_task(ask("second", 0)), list[float]()
-        while not watching.done():
-            busy.append(await ask("short", len(busy)))
-        await watching
+        busy = list[float]()
+        for number in range(_LONG):
+            watching = asyncio.create_task(ask(f"long{number}", 0))
+            while not watching.done():
+                busy.append(await ask("short", len(busy)))
+            await watching
     frames, seconds = (b - a for a, b in zip(before, _watched(service), strict=True))
     return idle, busy, 1e3 * seconds / frames
 
