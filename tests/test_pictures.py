@@ -110,7 +110,10 @@ def test_photos_are_upright_and_animations_are_refused(tmp_path: Path) -> None:
         exif = Image.Exif()
         exif[0x0112] = 6  # turned by 90 degrees
         photo.save(tmp_path / f"photo.{suffix}", exif=exif)
-        assert Picture.read(tmp_path / f"photo.{suffix}").pixels.shape == (40, 20, 3)
+        read = Picture.read(tmp_path / f"photo.{suffix}").pixels
+        assert read.shape == (40, 20, 3)
+        with Image.open(tmp_path / f"photo.{suffix}") as opened:
+            assert np.array_equal(Picture.of(opened, 1).pixels, read)
     for suffix in ("gif", "webp", "png", "tiff"):
         file = tmp_path / f"moving.{suffix}"
         photo.save(file, save_all=True, append_images=[photo.rotate(180)])

@@ -203,6 +203,11 @@ def test_pictures_are_planned(command: Callable[..., tuple[int, str, str]], refu
     status, beside, _ = command(plan.main, "--image", "2304x2304", "--frames", 64, "--device", "rtx4090", "--json")
     video = json.loads(command(plan.main, "--frames", 64, "--device", "rtx4090", "--json")[1])
     assert json.loads(beside)["tokens"] == video["tokens"] + 36 * 144
+    # Two devices share frames, but each encodes all tiles.
+    split = json.loads(command(plan.main, "--image", "2304x2304", "--device", "rtx4090", "--json", "--tensor", 2)[1])
+    vision, prefill = "vision, DTS, projector", "prefill"
+    assert split["seconds"][vision] == report["seconds"][vision]
+    assert split["seconds"][prefill] == pytest.approx(report["seconds"][prefill] / 2)
     status, out, _ = command(plan.main, "--image", "2304x2304", "--device", "rtx3060-12g")
     assert status == 1
     assert "it does not fit" in out

@@ -191,6 +191,7 @@ def test_a_video_at_which_actors_die_is_given_up(tmp_path: Path) -> None:
         ('{"video": "a.mp4", "question": "?"}\n', ("--id-column", "key"), "no column 'key'"),
         ('{"video": "a.mp4", "question": "?"}\n', ("--num-gpus", "1.5"), "--num-gpus must be"),
         ('{"video": "a.mp4", "question": "?"}\n', ("--num-gpus", "0", "--num-cpus", "0"), "are both 0"),
+        ('{"video": "a.mp4", "question": "?"}\n', ("--tensor", "2"), "give --num-gpus 2"),
         ('{"video": "a.mp4", "question": "?"}\n', ("--actors", "0"), "--actors"),
         ('{"video": "a.mp4", "question": "?"}\n', ("--rows-per-file", "0"), "--rows-per-file"),
         ('{"video": "a.mp4", "question": "?"}\n', ("--root", "/nowhere"), "--root /nowhere: no such folder"),
@@ -277,6 +278,13 @@ def test_a_cluster_that_is_not_there(
 def test_several_replicas_share_a_folder(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("xl2jax.ray.cluster.require_ray", lambda: None)
     assert "--cache-dir" in refused(ray_serve.main, "--replicas", 2)
+    assert "give --num-gpus 4" in refused(ray_serve.main, "--tensor", 4)
+
+
+def test_another_number_of_devices_goes_on_with_a_run() -> None:
+    """Answers do not depend on it; on weights they do."""
+    one, two, other = (Settings("model", load=load) for load in ({}, {"tensor": 2}, {"weights": "int8"}))
+    assert one.described() == two.described() != other.described()
 
 
 def test_the_package_needs_no_ray() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -178,6 +179,20 @@ def test_pictures_are_asked_as_videos_are(model: xl2jax.Model, tmp_path: Path) -
     for wrong in ({"text": None}, {"pictures": "others"}, {"video": "a hash"}):
         with pytest.raises(UserError, match="made from"):
             load_cache(file, model, key | wrong, Path("a.png"), xl2jax.BilevelConfig())
+
+
+@pytest.mark.slow
+def test_text_around_a_video_is_kept_in_its_file(model: xl2jax.Model, clip: Path, tmp_path: Path) -> None:
+    """Without pictures too: the prompt before the video, and what leads to the question."""
+    key = {"prefill": dataclasses.asdict(xl2jax.PrefillConfig())}
+    with model.see([], "Look at <video> and say: ", video=clip) as seen:
+        save_cache(tmp_path / "video.kv", seen, key)
+        alone = model.ask(seen, "What?", max_new_tokens=4)
+        layout, lead = seen.kv.layout, seen.lead
+    assert lead == " and say: "
+    with load_cache(tmp_path / "video.kv", model, key, clip, xl2jax.BilevelConfig()) as again:
+        assert (again.kv.layout, again.lead) == (layout, lead)
+        assert model.ask(again, "What?", max_new_tokens=4).text == alone.text
 
 
 @pytest.mark.slow

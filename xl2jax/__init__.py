@@ -23,7 +23,8 @@ Words for the parts of a video have one meaning too:
     span             frames that one reading thread decodes in one go, from a key frame on
 
 Tokens are of four kinds. The prefix is the prompt left of the video, with the pictures there, and the suffix is the prompt
-right of it, with the question. Pictures and text between the video and the question are the tail. Time tokens stand before the visual tokens of their group. Prefix and time tokens together are the globals.
+right of it, with the question. Pictures and text between the video and the question are the tail. Time tokens stand before
+the visual tokens of their group. Prefix, time tokens and tail together are the globals.
 docs/architecture.md has the same words with the sizes of the released model.
 """
 

@@ -309,7 +309,7 @@ def _report(
         "tokens": {
             "prefix": layout.prefix,
             "pictures": video.picture_tokens,
-            "video": layout.tokens - layout.prefix,
+            "video": layout.tokens - layout.prefix - layout.tail,
             "suffix": answers[0].suffix_tokens if answers else 0,
         },
         "prefill": dataclasses.asdict(kv.plan.config),

@@ -166,10 +166,11 @@ def predict(config: VideoXL2Config, layout: VideoLayout, args: PlanArgs) -> Pred
     read = parts.get("mixed KV", layout.tokens * slot)
     weights = memory.weight_bytes_of_a_token(config, args.dtype, tensor)
     tiles = tiles_of(config, args)
-    frames, groups = layout.groups * FRAMES_PER_GROUP + tiles, layout.groups + tiles
-    vision = frames * flops.vision(config) + groups * flops.dts_and_projector(config)
+    a_frame, a_group = flops.vision(config), flops.dts_and_projector(config)
+    # Devices share the frames of a video, and each encodes all tiles.
+    vision = layout.groups * (FRAMES_PER_GROUP * a_frame + a_group) / tensor + tiles * (a_frame + a_group)
     seconds = {
-        "vision, DTS, projector": vision / tensor / device.matrix_rate / VISION_SHARE,
+        "vision, DTS, projector": vision / device.matrix_rate / VISION_SHARE,
         "prefill": flops.prefill(config, layout, args.prefill.config()) / tensor / device.matrix_rate / PREFILL_SHARE,
         "decode, each token": (weights + read) / device.bandwidth / DECODE_SHARE,
     }

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import tyro
 
-from xl2jax.commands.flags import DEFAULT_CHECKPOINT, require_checkpoint
+from xl2jax.commands.flags import DEFAULT_CHECKPOINT, TensorFlags, require_checkpoint
 from xl2jax.commands.infer import reading
 from xl2jax.commands.infer_flags import AnswerArgs, ComputeArgs, FrameArgs
 from xl2jax.errors import UserError
@@ -74,6 +74,7 @@ class Args:
     frames: tyro.conf.OmitArgPrefixes[FrameArgs] = dataclasses.field(default_factory=FrameArgs)
     answer: tyro.conf.OmitArgPrefixes[AnswerArgs] = dataclasses.field(default_factory=AnswerArgs)
     compute: tyro.conf.OmitArgPrefixes[ComputeArgs] = dataclasses.field(default_factory=ComputeArgs)
+    split: tyro.conf.OmitArgPrefixes[TensorFlags] = dataclasses.field(default_factory=TensorFlags)
 
 
 def main() -> int:
@@ -91,7 +92,7 @@ def main() -> int:
     checkpoint = os.path.abspath(args.checkpoint) if os.path.exists(args.checkpoint) else args.checkpoint
     settings = Settings(
         checkpoint,
-        {"dtype": args.compute.dtype, "weights": args.compute.weights},
+        {"dtype": args.compute.dtype, "weights": args.compute.weights, "tensor": args.split.tensor},
         read.frames,
         read.folder_fps,
         read.prefill,

@@ -52,13 +52,14 @@ def main() -> int:
     """Runs the replicas until a signal ends them, and returns the exit status."""
     with flag_errors():
         args = tyro.cli(Args)
-    from xl2jax.ray.cluster import check_share, cluster, require_ray, room_for
+    from xl2jax.ray.cluster import check_share, check_tensor, cluster, require_ray, room_for
 
     require_ray()
     check_service(args)
     check_warm_up(args.warm_up, args.limits.max_frames)
     key, asked, access = check_access(args.access), args.cluster, args.access
     check_share(asked.num_gpus, asked.num_cpus, asked.replicas, "--replicas")
+    check_tensor(args.split.tensor, asked.num_gpus)
     if asked.replicas > 1 and args.keep.cache_dir is None:
         raise UserError("--replicas: several need a --cache-dir that they share, for uploads and watched videos")
     args = _absolute(args)
@@ -67,7 +68,7 @@ def main() -> int:
     from xl2jax.ray.serving import Access, application
     from xl2jax.serving import server
 
-    stored_config(find_checkpoint(args.checkpoint), args.compute.weights)
+    args.split.devices().check(stored_config(find_checkpoint(args.checkpoint), args.compute.weights))
     with server.listen(access.host, access.port) as listening:  # a taken port is reported before models are loaded
         port = listening.getsockname()[1]
     with contextlib.redirect_stdout(sys.stderr), cluster(asked.address):  # Ray prints what its processes say

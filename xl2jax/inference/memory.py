@@ -59,7 +59,7 @@ def weight_bytes(config: VideoXL2Config, dtype: jax.typing.DTypeLike, tensor: in
 def weight_bytes_of_a_token(config: VideoXL2Config, dtype: jax.typing.DTypeLike, tensor: int = 1) -> int:
     """Bytes of the parameters that one token of an answer reads on each of `tensor` devices: the LLM's, but for an
     embedding of its own."""
-    params = flatten(nnx.state(abstract_model(config, jnp.dtype(dtype))))
+    params = flatten(nnx.state(abstract_model(with_head_copies(config, head_copies(config, tensor)), jnp.dtype(dtype))))
     separate = not config.llm.tied_embeddings
     return sum(
         shard_bytes(name, x, tensor)
@@ -130,7 +130,9 @@ def memory_need(
     prefill = tokens * (4 * c.mlp_width // tensor + (8 + plan.segment_steps) * c.width) * itemsize
     if c.weights is not None:  # the matrices of one layer are unpacked
         prefill += c.width * (3 * c.mlp_width + 2 * (c.heads + c.kv_heads) * c.head_width) * itemsize // tensor
-    patches = FRAMES_PER_GROUP * ceil_div(default_steps(platform)[0], tensor) * v.patch_grid**2
+    # Devices share the frames of a video, and each encodes all tiles.
+    at_once = default_steps(platform)[0] if tiles else ceil_div(default_steps(platform)[0], tensor)
+    patches = FRAMES_PER_GROUP * at_once * v.patch_grid**2
     # XLA materialises the scores of all heads of a frame; cuDNN does not.
     scores = 0 if gpu else 2 * v.heads * v.patch_grid**2 * 4
     vision = patches * ((2 * v.mlp_width + 8 * v.width) * itemsize + scores)
@@ -245,8 +247,8 @@ def check_fits(
 
     if not layout.groups:
         raise NotEnoughMemory(
-            f"the pictures need {need.total / 2**30:.2f} GiB beside the model (KV cache {need.cache / 2**30:.2f}), "
-            f"{free / 2**30:.2f} GiB are free: give fewer or smaller pictures"
+            f"the pictures need {need.total / 2**30:.2f} GiB{each_of(mesh)} beside the model "
+            f"(KV cache {need.cache / 2**30:.2f}), {free / 2**30:.2f} GiB are free: give fewer or smaller pictures"
         )
 
     def fits(groups: int) -> bool:

@@ -130,10 +130,8 @@ def save_cache(path: Path, video: WatchedVideo, key: dict[str, Any]) -> None:
 
 
 def _beside(video: WatchedVideo) -> dict[str, Any]:
-    """What a file says of text and pictures beside a video, or without one. Nothing for a video alone."""
+    """What a file says of text and pictures beside a video, or without one."""
     layout = video.kv.layout
-    if layout.groups and not video.picture_tokens:
-        return {}
     about = {"prefix": layout.prefix, "tail": layout.tail, "lead": video.lead}
     return about | {"picture_tokens": video.picture_tokens}
 

@@ -123,7 +123,9 @@ class Watching:
     def finish(self) -> WatchedVideo:
         """The watched video. Raises UserError where its KV is not finite."""
         assert self._prefill is not None
+        self._stages.begin()
         self._prefill.add_globals(self._around.after)
+        self._stages.end("prefill", self._prefill.cache)
         kv = self._prefill.finish()
         compute = time.perf_counter() - self._started - self._timings["read"]
         self._timings |= self._stages.seconds if self._stages.measured else {"compute": compute}

@@ -15,8 +15,9 @@ from tqdm import tqdm
 from xl2jax.checkpoint.params import stored_config
 from xl2jax.checkpoint.sources import find_checkpoint
 from xl2jax.errors import UserError, require_whole
+from xl2jax.inference.devices import Devices
 from xl2jax.inference.selection import check_pool
-from xl2jax.ray.cluster import check_share, cluster, require_ray, room_for
+from xl2jax.ray.cluster import check_share, check_tensor, cluster, require_ray, room_for
 from xl2jax.ray.output import (
     Done,
     collect_journals,
@@ -77,10 +78,12 @@ def answer_file(
     require_ray()
     require_whole("--rows-per-file", rows_per_file, 1)
     check_share(num_gpus, num_cpus, actors, "--actors")
+    devices = Devices(settings.load.get("tensor", 1))
+    check_tensor(devices.tensor, num_gpus)
     source, output = Path(os.path.abspath(source)), Path(os.path.abspath(output))
     work = _Work(source, output, columns, Path(os.path.abspath(root or source.parent)), settings)
     file = open_rows(source, columns)
-    _check_checkpoint(settings)
+    _check_checkpoint(settings, devices)
     with locked(output):
         keep_settings(output, json.loads(json.dumps(settings.described() | {"root": str(work.root)})))
         collect_journals(output)
@@ -101,9 +104,10 @@ def answer_file(
         return Summary(done.count, left, errors)
 
 
-def _check_checkpoint(settings: Settings) -> None:
+def _check_checkpoint(settings: Settings, devices: Devices) -> None:
     """Raises UserError where the actors could not use the checkpoint, as far as its config tells."""
     config = stored_config(find_checkpoint(settings.checkpoint), settings.load.get("weights"))
+    devices.check(config)
     if settings.bilevel is not None:
         check_pool(settings.bilevel, config.visual_tokens)
 

@@ -37,6 +37,12 @@ def check_share(num_gpus: float, num_cpus: float, count: int | None, name: str) 
         require_whole(name, count, 1)
 
 
+def check_tensor(tensor: int, num_gpus: float) -> None:
+    """Raises UserError where an actor has fewer GPUs than its model is split over. Without GPUs it computes on CPUs."""
+    if 0 < num_gpus < tensor:
+        raise UserError(f"--tensor {tensor} needs as many GPUs for each process: give --num-gpus {tensor}")
+
+
 @contextlib.contextmanager
 def cluster(address: str | None) -> Iterator[None]:
     """Joins the cluster at `address`, and leaves it in the end; a Ray that runs in this process already is used as it is.

@@ -32,8 +32,8 @@ MOST_TRIES = 3
 class Settings:
     """The model, and how it watches and answers.
 
-    checkpoint: a folder that all hosts see, or a hub id. load: further arguments of `xl2jax.load`, such as dtype and
-    weights. together: how many answers about a video are decoded at a time. The others are arguments of `Model.watch` and
+    checkpoint: a folder that all hosts see, or a hub id. load: further arguments of `xl2jax.load`, such as dtype,
+    weights and tensor. together: how many answers about a video are decoded at a time. The others are arguments of `Model.watch` and
     `Model.ask`.
     """
 
@@ -53,7 +53,7 @@ class Settings:
         """What answers depend on."""
         values = dataclasses.asdict(self)
         del values["together"]
-        return values
+        return values | {"load": {name: value for name, value in self.load.items() if name != "tensor"}}
 
 
 class Fault(Exception):

@@ -198,7 +198,8 @@ class WatchedVideos:
             size = file.stat().st_size
         except OSError:
             raise UserError("the video's file is gone") from None
-        size //= self._model.network.tensor
+        # The file holds each KV head once, also where several devices have the same one.
+        size = size * self._model.network.head_copies // self._model.network.tensor
         while not self.make_room(size):
             yield False
         self.reserve(size)

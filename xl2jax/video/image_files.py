@@ -52,11 +52,16 @@ def read_image(path: Path, max_pixels: int | None = None, *, still: bool = False
         `still` it is also refused where it holds several images, such as an animation.
     """
     with _opened(path, max_pixels, still) as image:
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode == "I" or upright.mode.startswith("I;16"):  # Pillow would clip values above 255
-            grey = np.clip(np.asarray(upright, np.float64), 0, 65535) / 257
-            return np.repeat(np.round(grey).astype(np.uint8)[..., None], 3, axis=2)
-        return np.asarray(upright.convert("RGB"))
+        return rgb_pixels(image)
+
+
+def rgb_pixels(image: Image.Image) -> np.ndarray:
+    """The pixels of a PIL image as `read_image` gives them."""
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode == "I" or upright.mode.startswith("I;16"):  # Pillow would clip values above 255
+        grey = np.clip(np.asarray(upright, np.float64), 0, 65535) / 257
+        return np.repeat(np.round(grey).astype(np.uint8)[..., None], 3, axis=2)
+    return np.asarray(upright.convert("RGB"))
 
 
 def image_size(path: Path) -> tuple[int, int]:

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from xl2jax.errors import UserError
-from xl2jax.video.image_files import read_image
+from xl2jax.video.image_files import read_image, rgb_pixels
 
 type Grid = tuple[int, int]
 """Columns and rows of tiles."""
@@ -95,5 +95,5 @@ class Picture:
         if isinstance(source, str | Path):
             return cls.read(source)
         if isinstance(source, Image.Image):
-            source = np.asarray(source.convert("RGB"))
+            source = rgb_pixels(source)
         return cls(f"picture {number}", source)
