@@ -273,6 +273,8 @@ def _interact(request: Request, model: Model, video: WatchedVideo, earlier: list
         try:
             question = line.strip()
             check_unicode(question)
+            if request.args.pictures and "<image>" in question:
+                raise UserError("<image> names the place of a picture in --question only: ask without it")
             history = [(a.question, a.text) for a in [*earlier, *answers]]
             answers.append(_ask(request, model, video, question, history))
         except OutputError:

@@ -79,7 +79,8 @@ class Args:
     weights: Weights | None = None
     """Quantises the LLM's matrices to 8 or 4 bits on loading."""
     processes: int = 0
-    """Processes that draw the frames ahead of the model; 0 draws them when they are read."""
+    """Processes that draw the frames ahead of the model; 0 draws them when they are read. Up to two videos for each
+    process wait in memory."""
     quick: bool = False
     """Asks 60 questions about 64 and 256 frames, in place of the lengths, depths, cases and modes above, and ends with a
     verdict. It takes about a minute on two CPU cores."""

@@ -11,6 +11,7 @@ decoding that keeps the best N chunks dense (`topN`) or, as the control, N chunk
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -215,8 +216,11 @@ def needle(config: NeedleConfig, models: Sequence[Model], processes: int = 0) ->
             raise UserError(f"--kinds {kind}: no such question about {length} frames with so many other shapes")
     draw = functools.partial(draw_scene, models[0].config.vision.image_size)
     scenes = (case.scene for case in cases)
-    drawn = in_processes(processes, draw, scenes) if processes else itertools.repeat(None)
-    with tqdm(total=len(cases), desc="needle", unit="video", file=sys.stderr) as bar:
+    with contextlib.ExitStack() as stack:
+        drawn: Iterator[np.ndarray | None] = itertools.repeat(None)
+        if processes:
+            drawn = stack.enter_context(contextlib.closing(in_processes(processes, draw, scenes)))
+        bar = stack.enter_context(tqdm(total=len(cases), desc="needle", unit="video", file=sys.stderr))
 
         def run(model: Model, item: tuple[Case, np.ndarray | None]) -> list[Result]:
             results = list(run_case(model, item[0], config, item[1]))

@@ -95,8 +95,7 @@ def plan_report(
     everything, training = sum(total.values()), sum(total[n] for n in trained)
     lines.append(f"{'all':24} {everything:14,} {training:14,} ({training / everything:.1%})")
     most = max((columns * rows for columns, rows in step.model.picture_grids or ()), default=0)
-    limit = config.max_length // step.model.tile_tokens + 1  # tiles of which a token is within the limit
-    tiles = min(max(len(r.pictures) for r in data.records) * most, limit)
+    tiles = max(len(r.pictures) for r in data.records) * most
     memory = memory_per_device(config, step, shapes, trained, mesh, tiles)
     lines += ["", "memory per device"]
     lines += [f"{name:24} {size / 2**30:10.3f} GiB" for name, size in {**memory, "all": sum(memory.values())}.items()]
