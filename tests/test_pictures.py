@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -14,6 +15,7 @@ from safetensors.numpy import load_file
 
 from xl2jax.config import GRIDS, VideoXL2Config
 from xl2jax.errors import UserError
+from xl2jax.inference.store import content_hash
 from xl2jax.video.image_files import padded_to_square
 from xl2jax.video.pictures import Picture, cut, fit
 
@@ -143,3 +145,19 @@ def test_bad_pictures_end_in_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(e.value)
     with pytest.raises(UserError, match="uint8"):
         Picture.of(np.zeros((4, 4, 3)), 1)
+
+
+@pytest.mark.parametrize("form", ["EPS", "PPM", "TGA", "JPEG2000", "ICO"])
+def test_formats_that_are_not_promised_are_refused(tmp_path: Path, form: str) -> None:
+    """Pillow would give an EPS file to Ghostscript."""
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png", form)
+    with pytest.raises(UserError, match="its format is not known"):
+        Picture.read(tmp_path / "a.png")
+
+
+def test_frames_whose_names_are_not_utf8_have_a_hash(tmp_path: Path) -> None:
+    for name in (b"1.png", b"l\xe9.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / os.fsdecode(name), "PNG")
+    one = content_hash(tmp_path)
+    (tmp_path / os.fsdecode(b"l\xe9.png")).rename(tmp_path / os.fsdecode(b"l\xe8.png"))
+    assert content_hash(tmp_path) != one

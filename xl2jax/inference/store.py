@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,7 +46,7 @@ def content_hash(path: Path) -> str:
     if not path.is_dir():
         require_regular(path)
     for file in sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]:
-        digest.update(file.name.encode() if path.is_dir() else b"")
+        digest.update(os.fsencode(file.name) if path.is_dir() else b"")
         with open(file, "rb") as f:
             while block := f.read(1 << 20):
                 digest.update(block)

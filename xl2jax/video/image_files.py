@@ -24,6 +24,9 @@ _VIDEOS = {
     ".ogv", ".asf", ".wmv",
 }  # fmt: skip
 
+# Pillow knows others too, of which EPS would run Ghostscript on the file.
+_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "TIFF", "GIF")
+
 
 class ImageReader(Reader):
     """A sequence of image files, one per frame, at `fps` frames a second. `squares`: they are padded to grey squares."""
@@ -76,7 +79,7 @@ def _opened(path: Path, max_pixels: int | None, still: bool) -> Iterator[Image.I
     """Opens an image file. Errors of the body of the `with` statement become a UserError too."""
     try:
         require_regular(path)
-        with Image.open(path) as image:
+        with Image.open(path, formats=_FORMATS) as image:
             if image.width * image.height > (max_pixels or MAX_PIXELS):
                 raise UserError(f"{path}: has {image.width} x {image.height} pixels, more than can be read")
             # Cameras add smaller copies and depth maps to a photo (MPO).
