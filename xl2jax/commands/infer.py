@@ -93,9 +93,10 @@ class Request:
         require_checkpoint(args.checkpoint)
         check_answer_options(args.answer.max_new_tokens, args.answer.seed)
         args.split.devices()  # raises UserError for numbers out of range
-        for path in (args.video, *args.image):
-            if path is not None:
-                require_video_path(path)
+        if args.video is not None:
+            require_video_path(args.video)
+        for path in args.image:
+            require_video_path(path, "picture")
         _check_files(args)
         compute = args.compute
         request = cls(

@@ -32,22 +32,25 @@ _PLAYLIST_STARTS = (b"#EXTM3U", b"ffconcat", b"<MPD")
 _MAX_MOOV = 64 << 20  # limit on the bytes of an mp4 file's track index
 
 
-def require_video_path(path: str | Path) -> None:
-    """Raises UserError unless `path` is a regular file or a folder. A pipe, a device or a socket might block."""
+def require_video_path(path: str | Path, kind: str = "video") -> None:
+    """Raises UserError unless `path` is a regular file or a folder. A pipe, a device or a socket might block.
+
+    `kind`: what the file should be, for messages.
+    """
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
         if address := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):(/+)", str(path)):
             slashes = "//" if len(address[2]) == 1 else ""  # pathlib merges two slashes into one
             url = f"{address[1]}:{slashes}{str(path)[address.start(2) + bool(slashes) :]}"
-            raise UserError(f"{url}: is an address; download the video and give the file") from None
-        raise UserError(f"{path}: no such video") from None
+            raise UserError(f"{url}: is an address; download the {kind} and give the file") from None
+        raise UserError(f"{path}: no such {kind}") from None
     except OSError as e:
         raise unreadable(path, e) from None
     except ValueError as e:  # not a possible file name
-        raise UserError(f"{str(path)!r}: no such video ({e})") from None
+        raise UserError(f"{str(path)!r}: no such {kind} ({e})") from None
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise UserError(f"{path}: is a pipe, a device or a socket; write the video to a file first")
+        raise UserError(f"{path}: is a pipe, a device or a socket; write the {kind} to a file first")
 
 
 @contextlib.contextmanager

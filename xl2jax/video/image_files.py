@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -23,6 +24,9 @@ _VIDEOS = {
     ".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".flv", ".ts", ".m2ts", ".mts", ".mpg", ".mpeg", ".vob", ".3gp",
     ".ogv", ".asf", ".wmv",
 }  # fmt: skip
+
+# Pillow warns of pictures that are large, but not too large for MAX_PIXELS.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 # Pillow knows others too, of which EPS would run Ghostscript on the file.
 _FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "TIFF", "GIF")
@@ -90,6 +94,8 @@ def _opened(path: Path, max_pixels: int | None, still: bool) -> Iterator[Image.I
         raise unreadable(path, e) from None
     except UserError:
         raise
+    except Image.DecompressionBombError:  # twice what Pillow warns of, which is more than MAX_PIXELS
+        raise UserError(f"{path}: has more pixels than can be read") from None
     except UnidentifiedImageError:
         kind = path.suffix.lower()
         advice = "convert it to .jpg or .png first" if kind in _OTHER_IMAGES else "its format is not known"
