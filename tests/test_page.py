@@ -290,7 +290,7 @@ def test_watching_is_seen_and_stopped(page: Page, media: Path, monkeypatch: pyte
     add, go_on = Watching.add, threading.Event()
 
     def held(self: Watching, *args: Any, **kwargs: Any) -> None:
-        if self.frames:
+        if self.done:
             go_on.wait(20)  # before the second segment
         add(self, *args, **kwargs)
 

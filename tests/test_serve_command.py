@@ -172,4 +172,4 @@ def test_a_taken_port_and_missing_packages(
 
 def test_the_key_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XL2JAX_API_KEY", "k3y")
-    assert serve._check(serve.AccessArgs(host="0.0.0.0")) == "k3y"
+    assert serve.check_access(serve.AccessArgs(host="0.0.0.0")) == "k3y"

@@ -208,7 +208,6 @@ def test_a_second_run_of_infer_compiles_nothing(checkpoint: Path, clip: Path, tm
 @pytest.mark.parametrize(
     ("main", "flags", "message"),
     [
-        (infer_main, (), "Missing from python infer.py: --video PATH"),
         (infer_main, ("--video", "a", "--max-frame", 3), "--max-frame, 3; Perhaps you meant: --max-frames INT"),
         (infer_main, ("--video", "a", "--max-frames", "x"), "--max-frames: invalid literal for int()"),
         (infer_main, ("--video", "a", "--dtype", "int4"), "invalid choice 'int4' for argument '--dtype'"),
