@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,7 @@ def test_answers_about_pictures(
     pictures: tuple[Path, Path],
     model: xl2jax.Model,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The command line gives the API's answer, and again from its cache, which other pictures or places do not match."""
     question = ("--question", "Left: <image> Right: <image> Which is larger?")
@@ -50,6 +52,10 @@ def test_answers_about_pictures(
     status, out, err = command(infer.main, *flags, *question, "--cache", file, "--json")
     assert "reading" in err
     assert json.loads(out)["answers"][0]["answer"] == made["answers"][0]["answer"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("<image> again?\n"))
+    status, out, err = command(infer.main, *flags, *question, "--cache", file, "--json", "--interactive")
+    assert "error: <image> names the place of a picture in --question only" in err
+    assert len(json.loads(out)["answers"]) == 1
     for other, words in (
         (("--question", "Which?"), "text"),
         (("--image", pictures[0], *question), "<image>|other pictures"),
@@ -75,6 +81,7 @@ def test_text_alone(command: Callable[..., tuple[int, str, str]], checkpoint: Pa
         (("--question", "a", "--text-only"), "leave it out"),
         (("--question", "a", "--image", "nowhere.png"), "no such"),
         (("--question", "a", "--images-as-frames", "--fps", 2), "leave out the flags"),
+        (("--question", "a <image>", "--images-as-frames"), "<image> has no place"),
         (("--question", "a <image>"), "1 times for 2 pictures"),
     ],
 )

@@ -192,6 +192,7 @@ def test_a_video_at_which_actors_die_is_given_up(tmp_path: Path) -> None:
         ('{"video": "a.mp4", "question": "?"}\n', ("--num-gpus", "1.5"), "--num-gpus must be"),
         ('{"video": "a.mp4", "question": "?"}\n', ("--num-gpus", "0", "--num-cpus", "0"), "are both 0"),
         ('{"video": "a.mp4", "question": "?"}\n', ("--tensor", "2"), "give --num-gpus 2"),
+        ('{"video": "a.mp4", "question": "?"}\n', ("--num-gpus", "2"), "or --tensor 2"),
         ('{"video": "a.mp4", "question": "?"}\n', ("--actors", "0"), "--actors"),
         ('{"video": "a.mp4", "question": "?"}\n', ("--rows-per-file", "0"), "--rows-per-file"),
         ('{"video": "a.mp4", "question": "?"}\n', ("--root", "/nowhere"), "--root /nowhere: no such folder"),

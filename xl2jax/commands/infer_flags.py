@@ -12,7 +12,7 @@ import tyro
 from xl2jax.commands.flags import DEFAULT_CHECKPOINT, TensorFlags
 from xl2jax.config import Weights
 from xl2jax.errors import UserError
-from xl2jax.inference.pictures import check_places, split_question
+from xl2jax.inference.pictures import IMAGE, check_places, split_question
 from xl2jax.system.terminal import argument_text
 
 
@@ -128,6 +128,10 @@ class Args:
             raise UserError("nothing to look at: give --video or --image (or --text-only, to ask without)")
         if self.images_as_frames and (self.video is not None or not self.image):
             raise UserError("--images-as-frames makes a video of --image: give pictures, and no --video")
+        if self.images_as_frames and any(IMAGE in question for question in self.questions):
+            raise UserError(
+                f"{IMAGE} has no place with --images-as-frames, which shows pictures as a video: leave it out"
+            )
         if len({text for text, _ in self._split}) > 1:
             raise UserError("the questions have <image> in different places: ask them in runs of their own")
         if self.text is not None:

@@ -188,7 +188,7 @@ class Model:
           text: what stands before the question, with `<image>` in the place of each picture and `<video>` in that of the
             video. By default they come first, as in upstream's evaluation.
           video: a video beside the pictures. `sampling`, `config` and `bilevel` are those of `watch`.
-          cache, progress: those of `watch`.
+          cache, progress: those of `watch`. Only a video's KV is offloaded; that of pictures stays on the device.
 
         Raises:
           UserError: a picture or the video cannot be read, the text has another number of places, more than memory holds.
@@ -221,8 +221,8 @@ class Model:
     ) -> Watching:
         """Begins to watch an opened clip a segment at a time; `watch` is this, all of its segments, and `adopt`.
 
-        The arguments are those of `watch`. `around`: pictures and text beside the clip, or without one. `started`: the reading of `time.perf_counter()` from which on `timings`
-        count, by default now.
+        The arguments are those of `watch`. `around`: pictures and text beside the clip, or without one. `started`: the
+        reading of `time.perf_counter()` from which on `timings` count, by default now.
 
         Raises:
           UserError: the settings do not suit the model or the video, or the video has more frames than memory holds.
@@ -279,10 +279,8 @@ class Model:
 
         `tiles`: of all pictures. `loaded`: the KV comes from a file, so that its offloaded part is never on the device.
         """
-        now, tensor = (
-            memory.Choices(bilevel, cache.quantized, cache.offload, self.config.llm.weights),
-            self.network.tensor,
-        )
+        now = memory.Choices(bilevel, cache.quantized, cache.offload, self.config.llm.weights)
+        tensor = self.network.tensor
 
         def need(layout: VideoLayout, choices: memory.Choices = now) -> memory.MemoryNeed:
             estimate = memory.memory_need(

@@ -133,7 +133,7 @@ def without_head_copies(config: VideoXL2Config, copies: int) -> VideoXL2Config:
 
 def _heads_axis(name: str) -> int | None:
     """The axis, within a layer, of the KV heads in a parameter that makes keys or values."""
-    if not any(fnmatch.fnmatchcase(name, p) for p in ("llm.layers.[kv].*",)):
+    if not fnmatch.fnmatchcase(name, "llm.layers.[kv].*"):
         return None
     return -1 if name.endswith((".kernel", ".bias")) else 0
 

@@ -38,9 +38,12 @@ def check_share(num_gpus: float, num_cpus: float, count: int | None, name: str) 
 
 
 def check_tensor(tensor: int, num_gpus: float) -> None:
-    """Raises UserError where an actor has fewer GPUs than its model is split over. Without GPUs it computes on CPUs."""
-    if 0 < num_gpus < tensor:
-        raise UserError(f"--tensor {tensor} needs as many GPUs for each process: give --num-gpus {tensor}")
+    """Raises UserError unless an actor has as many GPUs as its model is split over. Without GPUs it computes on CPUs."""
+    if num_gpus and math.ceil(num_gpus) != tensor:
+        raise UserError(
+            f"--num-gpus {num_gpus:g} with --tensor {tensor}: a model uses as many GPUs as it is split over; give "
+            f"--num-gpus {tensor}, or --tensor {math.ceil(num_gpus)}"
+        )
 
 
 @contextlib.contextmanager
