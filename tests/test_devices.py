@@ -240,6 +240,7 @@ def check_goldens(folder: Path, sections: str, tensor: int, data: int, weights: 
         assert max(error for _, error, _ in rows) < 1e-9
 
 
+@pytest.mark.slow
 def test_goldens_on_two_devices(goldens: Path) -> None:
     check_goldens(goldens / "tiny", "chunked", 2, 1)
 
