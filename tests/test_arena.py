@@ -194,6 +194,7 @@ def test_gradients_are_those_of_the_reference(shape: dict, monkeypatch: pytest.M
         close(a, e, 1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_of_two_sources_are_those_of_one() -> None:
     """The slots of one source in two halves: out, lse and all gradients are the same."""
     q, k, v, rows, (g_end, v_lo, v_hi) = jax.tree.map(jnp.asarray, problem(6, t=12, s=64))

@@ -67,6 +67,7 @@ def test_answer_streams_what_it_returns(model: xl2jax.Model, watched: xl2jax.Wat
     assert answer.text == model.ask(watched, "What happens?", max_new_tokens=20).text
 
 
+@pytest.mark.slow
 def test_answers_decoded_together_are_those_decoded_alone(
     model: xl2jax.Model, watched: xl2jax.WatchedVideo, clip: Path
 ) -> None:
@@ -196,6 +197,7 @@ def test_answers_that_do_not_fit_together_are_decoded_in_parts(
     assert texts == expected
 
 
+@pytest.mark.slow
 def test_decoding_equals_one_run_over_all_tokens(model: xl2jax.Model, watched: xl2jax.WatchedVideo) -> None:
     """Decoding token by token equals one run with the answer as a part of the suffix."""
     text = xl2jax.prompt.suffix(model.tokenizer, "Which shape is red?")  # type: ignore[attr-defined]

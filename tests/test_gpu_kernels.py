@@ -38,6 +38,7 @@ from xl2jax.ops.wgmma import attend_wgmma
 
 TILE = 128
 KERNELS = {"wgmma": attend_wgmma, "mma": attend_mma}
+WGMMA_SLOW = [pytest.param(name, marks=[pytest.mark.slow] * (name == "wgmma")) for name in KERNELS]
 ALL = KERNELS | {"decode": attend_decode}
 type Problem = tuple[jax.Array, Source]
 
@@ -104,7 +105,7 @@ def test_against_the_reference(
     assert_reference(name, *problem(ranges, slots=slots, heads=heads, kv_heads=kv_heads), config=config)
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", WGMMA_SLOW)
 def test_padding_queries_poisoned_with_nan(name: str) -> None:
     """Queries that see nothing share tiles, and so unmasked blocks, with others. Their NaN does not spread."""
     rng = np.random.default_rng(1)
@@ -129,7 +130,7 @@ def test_padding_queries_poisoned_with_nan(name: str) -> None:
     assert np.allclose(lse, expected_lse, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", WGMMA_SLOW)
 @pytest.mark.parametrize("splits", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_short_lists_and_batches(name: str, splits: int) -> None:
     """Tiles may have no block, one block, or fewer blocks than splits and stages."""
@@ -140,7 +141,7 @@ def test_short_lists_and_batches(name: str, splits: int) -> None:
     assert_reference(name, q, source, config=config)
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", WGMMA_SLOW)
 def test_two_sources_are_merged(name: str) -> None:
     """As in decoding: the video's slots, split over programs, and those of the text. One query sees only the text."""
     q, video = problem(Ranges(*np.array([[[100, 0]], [[128, 0]], [[300, 0]]])), slots=384, heads=7, kv_heads=1, rows=1)
@@ -154,7 +155,7 @@ def test_two_sources_are_merged(name: str) -> None:
     [
         pytest.param(64, 6, False, (2,), 0, marks=pytest.mark.slow),
         pytest.param(128, 14, True, (3, 1), 0, marks=pytest.mark.slow),
-        (64, 18, True, (1, 2), 0),
+        pytest.param(64, 18, True, (1, 2), 0, marks=pytest.mark.slow),
         (128, 14, True, (3, 1), 16),
     ],
 )

@@ -30,6 +30,7 @@ def flags(pictures: tuple[Path, Path], checkpoint: Path) -> tuple[object, ...]:
     return ("--image", pictures[0], "--image", pictures[1], "--checkpoint", checkpoint, "--max-new-tokens", 4)
 
 
+@pytest.mark.slow
 def test_answers_about_pictures(
     command: Callable[..., tuple[int, str, str]],
     flags: tuple[object, ...],

@@ -76,6 +76,7 @@ def test_zeros_stay_zeros() -> None:
     assert (np.asarray(unpack(quantize(jnp.zeros((2, 4))))) == 0).all()
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=10)
 @given(st.integers(0, 2), st.integers(0, 6), st.integers(1, 4), st.booleans())
 def test_what_is_written_is_read_in_its_layer_and_slots(layer: int, slot: int, tokens: int, keep: bool) -> None:
@@ -108,6 +109,7 @@ def small(model: xl2jax.Model, clip: Path) -> Callable[..., xl2jax.WatchedVideo]
     return watch
 
 
+@pytest.mark.slow
 def test_int8_takes_its_bytes_and_is_near(
     model: xl2jax.Model, watched: xl2jax.WatchedVideo, small: Callable[..., xl2jax.WatchedVideo]
 ) -> None:
@@ -144,7 +146,7 @@ def assert_same_context(a: Any, b: Any) -> None:
         assert np.array_equal(np.asarray(x)[:, :, :n], np.asarray(y)[:, :, :n])
 
 
-@pytest.mark.parametrize("dtype", [None, "int8"])
+@pytest.mark.parametrize("dtype", [None, pytest.param("int8", marks=pytest.mark.slow)])
 def test_offloaded_kv_is_mixed_to_the_same_cache(
     model: xl2jax.Model, small: Callable[..., xl2jax.WatchedVideo], dtype: Any
 ) -> None:
@@ -251,6 +253,7 @@ def test_a_cache_file_keeps_its_bits_and_is_read_to_either_memory(
         load_cache(path, model, key(other), clip, BilevelConfig(), other)
 
 
+@pytest.mark.slow
 def test_infer_offloads(command: Callable[..., tuple[int, str, str]], clip: Path, checkpoint: Path) -> None:
     flags = ("--video", clip, "--checkpoint", checkpoint, "--question", QUESTION, "--max-new-tokens", 2, "--json")
     status, out, err = command(infer.main, *flags, "--cache-dtype", "int8", "--offload")
@@ -311,6 +314,7 @@ def biased(model: xl2jax.Model) -> xl2jax.Model:
     return xl2jax.Model(model.config, unflatten(params, model.config), model.tokenizer)
 
 
+@pytest.mark.slow
 def test_channels_with_large_key_biases_are_kept(biased: xl2jax.Model, clip: Path) -> None:
     """Keys with biases of the sizes that are reported of Qwen2.5 lose no more in 8 bits than other keys, wherever they
     are: in the dense KV, in the mixed one, and in host memory."""

@@ -58,7 +58,7 @@ def test_memory_is_near_that_measured() -> None:
         pytest.param("small", False, None, marks=pytest.mark.slow),
         ("tiny", True, None),
         pytest.param("small", False, "int8", marks=pytest.mark.slow),
-        ("tiny", True, "int4"),
+        pytest.param("tiny", True, "int4", marks=pytest.mark.slow),
     ],
 )
 def test_the_compiler_needs_no_more_than_predicted(name: str, quantized: bool, weights: Weights | None) -> None:

@@ -64,6 +64,7 @@ def test_answers_are_those_of_the_library(
                     assert (row["response"]["status_code"], row["error"]) == (200, None)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_shards_share_a_file(
     run: Callable[..., list[dict[str, Any]]], lines: list[dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -125,6 +125,7 @@ def test_a_stream_says_the_same(client: openai.OpenAI, model: xl2jax.Model, medi
     assert len({c.id for c in chunks}) == 1
 
 
+@pytest.mark.slow
 def test_many_at_once_get_their_own_answers(address: str, model: xl2jax.Model, media: Path, service: Service) -> None:
     """Eight questions about two videos, one of them new: each answer is that of the question asked alone."""
     write_clip(media / "new.mp4", 8, fps=10, width=64, height=64)
@@ -493,6 +494,7 @@ def test_uploads_have_a_limit_together(service: Service, address: str, client: o
     assert list(service.uploads._folder.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_body_that_does_not_come(address: str) -> None:
     """A client that says nothing more keeps no place in the queue for ever."""
     host, port = address.removeprefix("http://").split(":")

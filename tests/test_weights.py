@@ -124,6 +124,7 @@ def quantized_model(config: VideoXL2Config, weights: Weights) -> tuple[nnx.State
     return unflatten(flat, quantized), unflatten(plain, config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("weights", KINDS)
 def test_a_quantised_llm_is_its_unpacked_one(weights: Weights, tied: bool) -> None:
