@@ -130,6 +130,10 @@ def test_many_at_once_get_their_own_answers(address: str, model: xl2jax.Model, m
     """Eight questions about two videos, one of them new: each answer is that of the question asked alone."""
     write_clip(media / "new.mp4", 8, fps=10, width=64, height=64)
     cases = [(media / name, f"{QUESTION} {n}") for n in range(4) for name in ("a.mp4", "new.mp4")]
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
+        client.chat.completions.create(
+            model="tiny", messages=asks(local(media / "a.mp4")), max_tokens=1, extra_body=FRAMES
+        )
     before = metric(service, "xl2jax_watched_frames_total")
 
     async def ask_all() -> list[str]:
