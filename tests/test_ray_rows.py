@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ import pytest
 import xl2jax
 from xl2jax.commands import ray_batch, ray_serve
 from xl2jax.errors import UserError
+from xl2jax.ray import batch
 from xl2jax.ray.cluster import room_for
 from xl2jax.ray.output import Answered, Done, Journal, collect_journals, journal_of, locked, open_journal, write_rows
 from xl2jax.ray.questions import MOST_TRIES, Fault, Settings, answer_rows
@@ -191,8 +193,10 @@ def test_a_video_at_which_actors_die_is_given_up(tmp_path: Path) -> None:
         ('{"video": "a.mp4", "question": "?"}\n', ("--id-column", "key"), "no column 'key'"),
         ('{"video": "a.mp4", "question": "?"}\n', ("--num-gpus", "1.5"), "--num-gpus must be"),
         ('{"video": "a.mp4", "question": "?"}\n', ("--num-gpus", "0", "--num-cpus", "0"), "are both 0"),
-        ('{"video": "a.mp4", "question": "?"}\n', ("--tensor", "2"), "give --num-gpus 2"),
-        ('{"video": "a.mp4", "question": "?"}\n', ("--num-gpus", "2"), "or --tensor 2"),
+        ('{"video": "a.mp4", "question": "?"}\n', ("--num-gpus", "2"), "--num-gpus 2 with --tensor 1"),
+        ('{"video": "a.mp4", "question": "?"}\n', ("--num-gpus", "0.5", "--tensor", "2"), "--num-gpus 0.5 with"),
+        ('{"video": "a.mp4", "question": "?"}\n', ("--tensor", "0"), "--tensor must be"),
+        ('{"video": "a.mp4", "question": "?"}\n', ("--tensor", "1009"), "--tensor 1009 does not divide"),
         ('{"video": "a.mp4", "question": "?"}\n', ("--actors", "0"), "--actors"),
         ('{"video": "a.mp4", "question": "?"}\n', ("--rows-per-file", "0"), "--rows-per-file"),
         ('{"video": "a.mp4", "question": "?"}\n', ("--root", "/nowhere"), "--root /nowhere: no such folder"),
@@ -234,6 +238,38 @@ def test_a_folder_of_other_settings_is_refused(
     monkeypatch.setattr("sys.argv", ["command", *map(str, given)])
     assert ray_batch.main() == 0
     assert "max_new_tokens 128, not 5" in refused(ray_batch.main, *given, "--max-new-tokens", 5)
+
+
+def test_an_actor_has_the_gpus_that_its_model_is_split_over(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It loads the model on all of them, and a folder goes on with another number."""
+    asked: list[tuple[float, int]] = []
+
+    def run(work: Any, parts: list[Part], actors: int, num_gpus: float, num_cpus: float) -> Iterator[dict[str, Any]]:
+        monkeypatch.setattr("xl2jax.load", lambda _, tensor, **load: asked.append((num_gpus, tensor)))
+        batch._Actor(work)
+        return iter(())
+
+    monkeypatch.setattr("xl2jax.ray.batch.require_ray", lambda: None)
+    monkeypatch.setattr("xl2jax.ray.batch.cluster", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr("xl2jax.ray.batch.room_for", lambda *_: 1)
+    monkeypatch.setattr("xl2jax.ray.batch._run", run)
+    monkeypatch.setattr("xl2jax.system.backend.start_backend", lambda: None)
+    source = write(tmp_path / "in.jsonl", rows_of("a"))
+    given = ("ray-batch", "-i", source, "-o", tmp_path / "out", "--checkpoint", checkpoint)
+    for flags in ((), ("--tensor", 2), ("--tensor", 2, "--num-gpus", 0)):
+        monkeypatch.setattr("sys.argv", [*map(str, (*given, *flags))])
+        assert ray_batch.main() == 0
+    assert asked == [(1, 1), (2, 2), (0, 2)]
+
+
+def test_a_replica_has_the_gpus_that_its_model_is_split_over(
+    refused: Callable[..., str], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("xl2jax.ray.cluster.require_ray", lambda: None)
+    assert "--num-gpus 1 with --tensor 2" in refused(ray_serve.main, "--tensor", 2, "--num-gpus", 1)
+    assert "does not divide" in refused(ray_serve.main, "--tensor", 1009, "--checkpoint", checkpoint)
 
 
 @pytest.mark.parametrize("main", [ray_batch.main, ray_serve.main])
@@ -279,13 +315,6 @@ def test_a_cluster_that_is_not_there(
 def test_several_replicas_share_a_folder(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("xl2jax.ray.cluster.require_ray", lambda: None)
     assert "--cache-dir" in refused(ray_serve.main, "--replicas", 2)
-    assert "give --num-gpus 4" in refused(ray_serve.main, "--tensor", 4)
-
-
-def test_another_number_of_devices_goes_on_with_a_run() -> None:
-    """Answers do not depend on it; on weights they do."""
-    one, two, other = (Settings("model", load=load) for load in ({}, {"tensor": 2}, {"weights": "int8"}))
-    assert one.described() == two.described() != other.described()
 
 
 def test_the_package_needs_no_ray() -> None:

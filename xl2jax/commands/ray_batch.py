@@ -35,8 +35,8 @@ class ClusterArgs:
     it Ray is started on this host and ended again."""
     actors: int | None = None
     """How many processes load the model; by default as many as the cluster has room for."""
-    num_gpus: float = 1.0
-    """GPUs of each; 0 computes on CPUs, and 0.5 lets two share a GPU."""
+    num_gpus: float | None = None
+    """GPUs of each; by default as many as --tensor says. 0 computes on CPUs, and 0.5 lets two share a GPU."""
     num_cpus: float = 1.0
     """CPU cores of each, which read videos."""
 
@@ -92,7 +92,7 @@ def main() -> int:
     checkpoint = os.path.abspath(args.checkpoint) if os.path.exists(args.checkpoint) else args.checkpoint
     settings = Settings(
         checkpoint,
-        {"dtype": args.compute.dtype, "weights": args.compute.weights, "tensor": args.split.tensor},
+        {"dtype": args.compute.dtype, "weights": args.compute.weights, "tensor": args.split.devices().tensor},
         read.frames,
         read.folder_fps,
         read.prefill,

@@ -31,8 +31,8 @@ class ReplicaArgs:
     it Ray is started on this host and ended again."""
     replicas: int = 1
     """How many processes load the model. Several need a --cache-dir that they share."""
-    num_gpus: float = 1.0
-    """GPUs of each; 0 computes on CPUs."""
+    num_gpus: float | None = None
+    """GPUs of each; by default as many as --tensor says. 0 computes on CPUs."""
     num_cpus: float = 1.0
     """CPU cores of each, which read videos."""
 
@@ -52,14 +52,15 @@ def main() -> int:
     """Runs the replicas until a signal ends them, and returns the exit status."""
     with flag_errors():
         args = tyro.cli(Args)
-    from xl2jax.ray.cluster import check_share, check_tensor, cluster, require_ray, room_for
+    from xl2jax.ray.cluster import check_share, cluster, require_ray, room_for
 
     require_ray()
     check_service(args)
     check_warm_up(args.warm_up, args.limits.max_frames)
     key, asked, access = check_access(args.access), args.cluster, args.access
-    check_share(asked.num_gpus, asked.num_cpus, asked.replicas, "--replicas")
-    check_tensor(args.split.tensor, asked.num_gpus)
+    devices = args.split.devices()
+    num_gpus = float(devices.tensor) if asked.num_gpus is None else asked.num_gpus
+    check_share(num_gpus, asked.num_cpus, asked.replicas, "--replicas", devices.tensor)
     if asked.replicas > 1 and args.keep.cache_dir is None:
         raise UserError("--replicas: several need a --cache-dir that they share, for uploads and watched videos")
     args = _absolute(args)
@@ -68,17 +69,17 @@ def main() -> int:
     from xl2jax.ray.serving import Access, application
     from xl2jax.serving import server
 
-    args.split.devices().check(stored_config(find_checkpoint(args.checkpoint), args.compute.weights))
+    devices.check(stored_config(find_checkpoint(args.checkpoint), args.compute.weights))
     with server.listen(access.host, access.port) as listening:  # a taken port is reported before models are loaded
         port = listening.getsockname()[1]
     with contextlib.redirect_stdout(sys.stderr), cluster(asked.address):  # Ray prints what its processes say
-        room_for(asked.replicas, asked.num_gpus, asked.num_cpus, "replicas")
+        room_for(asked.replicas, num_gpus, asked.num_cpus, "replicas")
         app = application(
             args,
             access=Access(key, LOOPBACK if is_loopback(access.host) else None),
             warm_up=args.warm_up,
             replicas=asked.replicas,
-            num_gpus=asked.num_gpus,
+            num_gpus=num_gpus,
             num_cpus=asked.num_cpus,
             grace_seconds=access.grace_seconds,
         )

@@ -17,7 +17,7 @@ from xl2jax.checkpoint.sources import find_checkpoint
 from xl2jax.errors import UserError, require_whole
 from xl2jax.inference.devices import Devices
 from xl2jax.inference.selection import check_pool
-from xl2jax.ray.cluster import check_share, check_tensor, cluster, require_ray, room_for
+from xl2jax.ray.cluster import check_share, cluster, require_ray, room_for
 from xl2jax.ray.output import (
     Done,
     collect_journals,
@@ -57,7 +57,7 @@ def answer_file(
     root: Path | None = None,
     rows_per_file: int = 256,
     actors: int | None = None,
-    num_gpus: float = 1.0,
+    num_gpus: float | None = None,
     num_cpus: float = 1.0,
     address: str | None = None,
 ) -> Summary:
@@ -70,20 +70,20 @@ def answer_file(
       root: the folder that paths of videos are relative to; by default that of `source`.
       rows_per_file: rows of a file of the output, about.
       actors: how many processes load the model; by default as many as the cluster has room for.
-      num_gpus, num_cpus: what each of them has.
+      num_gpus, num_cpus: what each of them has; by default as many GPUs as `settings.load["tensor"]`, or one.
       address: of the cluster, see `cluster.cluster`.
 
     Raises UserError where the input, the output or the cluster cannot be used. What was answered until then is kept.
     """
     require_ray()
     require_whole("--rows-per-file", rows_per_file, 1)
-    check_share(num_gpus, num_cpus, actors, "--actors")
-    devices = Devices(settings.load.get("tensor", 1))
-    check_tensor(devices.tensor, num_gpus)
+    tensor = settings.tensor
+    num_gpus = float(tensor) if num_gpus is None else num_gpus
+    check_share(num_gpus, num_cpus, actors, "--actors", tensor)
     source, output = Path(os.path.abspath(source)), Path(os.path.abspath(output))
     work = _Work(source, output, columns, Path(os.path.abspath(root or source.parent)), settings)
     file = open_rows(source, columns)
-    _check_checkpoint(settings, devices)
+    _check_checkpoint(settings)
     with locked(output):
         keep_settings(output, json.loads(json.dumps(settings.described() | {"root": str(work.root)})))
         collect_journals(output)
@@ -104,12 +104,12 @@ def answer_file(
         return Summary(done.count, left, errors)
 
 
-def _check_checkpoint(settings: Settings, devices: Devices) -> None:
+def _check_checkpoint(settings: Settings) -> None:
     """Raises UserError where the actors could not use the checkpoint, as far as its config tells."""
     config = stored_config(find_checkpoint(settings.checkpoint), settings.load.get("weights"))
-    devices.check(config)
     if settings.bilevel is not None:
         check_pool(settings.bilevel, config.visual_tokens)
+    Devices(settings.tensor).check(config)
 
 
 def _counted(rows: Iterator[Any]) -> Iterator[Any]:

@@ -23,27 +23,24 @@ def require_ray() -> None:
         raise UserError(f"this command needs further packages ({', '.join(missing)}): pip install 'xl2jax[ray]'")
 
 
-def check_share(num_gpus: float, num_cpus: float, count: int | None, name: str) -> None:
+def check_share(num_gpus: float, num_cpus: float, count: int | None, name: str, tensor: int = 1) -> None:
     """Raises UserError unless these are GPUs and CPUs of one actor, and a number of actors or None.
 
-    Ray gives an actor a part of one GPU or several whole ones. `name` is that of the number's flag.
+    Ray gives an actor a part of one GPU or several whole ones, over all of which its model is split: `tensor` is how many.
+    `name` is that of the number's flag.
     """
     for flag, value in (("--num-gpus", num_gpus), ("--num-cpus", num_cpus)):
         if not (0 <= value < 1e6 and (value <= 1 or value == int(value))):
             raise UserError(f"{flag} must be a whole number, or a share from 0 to 1, not {value:g}")
     if num_gpus == num_cpus == 0:
         raise UserError("--num-gpus and --num-cpus are both 0: an actor needs one of them")
-    if count is not None:
-        require_whole(name, count, 1)
-
-
-def check_tensor(tensor: int, num_gpus: float) -> None:
-    """Raises UserError unless an actor has as many GPUs as its model is split over. Without GPUs it computes on CPUs."""
     if num_gpus and math.ceil(num_gpus) != tensor:
         raise UserError(
-            f"--num-gpus {num_gpus:g} with --tensor {tensor}: a model uses as many GPUs as it is split over; give "
-            f"--num-gpus {tensor}, or --tensor {math.ceil(num_gpus)}"
+            f"--num-gpus {num_gpus:g} with --tensor {tensor}: a model uses as many GPUs as it is split over; "
+            f"leave --num-gpus out, or give --tensor {math.ceil(num_gpus)}"
         )
+    if count is not None:
+        require_whole(name, count, 1)
 
 
 @contextlib.contextmanager

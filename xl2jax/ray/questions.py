@@ -14,6 +14,7 @@ from xl2jax.errors import UserError, first_line
 from xl2jax.inference.answering import Answer
 from xl2jax.inference.api import Model
 from xl2jax.inference.bilevel import BilevelConfig
+from xl2jax.inference.devices import Devices
 from xl2jax.inference.generate import TokenSampling
 from xl2jax.inference.layout import PrefillConfig
 from xl2jax.inference.video_cache import CacheConfig, WatchedVideo
@@ -32,8 +33,8 @@ MOST_TRIES = 3
 class Settings:
     """The model, and how it watches and answers.
 
-    checkpoint: a folder that all hosts see, or a hub id. load: further arguments of `xl2jax.load`, such as dtype,
-    weights and tensor. together: how many answers about a video are decoded at a time. The others are arguments of `Model.watch` and
+    checkpoint: a folder that all hosts see, or a hub id. load: further arguments of `xl2jax.load`, such as dtype, weights
+    and tensor. together: how many answers about a video are decoded at a time. The others are arguments of `Model.watch` and
     `Model.ask`.
     """
 
@@ -49,11 +50,17 @@ class Settings:
     seed: int = 0
     together: int = 8
 
+    @property
+    def tensor(self) -> int:
+        """Devices over which each model is split. Raises UserError for what is no number of devices."""
+        return Devices(self.load.get("tensor", 1)).tensor
+
     def described(self) -> dict[str, Any]:
         """What answers depend on."""
         values = dataclasses.asdict(self)
         del values["together"]
-        return values | {"load": {name: value for name, value in self.load.items() if name != "tensor"}}
+        values["load"].pop("tensor", None)  # answers are the same on any number of devices
+        return values
 
 
 class Fault(Exception):

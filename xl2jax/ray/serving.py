@@ -23,6 +23,7 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from xl2jax.commands.service import ServiceArgs, build_service, limits_of
+from xl2jax.ray.cluster import check_share
 from xl2jax.serving.addresses import too_large
 from xl2jax.serving.app import make_app
 from xl2jax.serving.bodies import json_body
@@ -206,12 +207,13 @@ def application(
     access: Access = Access(),
     warm_up: int = 0,
     replicas: int = 1,
-    num_gpus: float = 1.0,
+    num_gpus: float | None = None,
     num_cpus: float = 1.0,
     grace_seconds: float = 60.0,
 ) -> Any:
     """The application for `ray.serve.run`.
 
+    A replica has as many GPUs as `args.split` splits its model over, unless `num_gpus` says otherwise.
     `args.keep.cache_dir` must be a folder that all replicas share: it has the uploads, and the KV of watched videos.
     Other arguments are those of `xl2jax ray-serve`.
     """
@@ -219,6 +221,9 @@ def application(
     from ray.serve.config import RequestRouterConfig
 
     limits = limits_of(args.limits)
+    tensor = args.split.devices().tensor
+    num_gpus = float(tensor) if num_gpus is None else num_gpus
+    check_share(num_gpus, num_cpus, replicas, "--replicas", tensor)
     behind: Any = serve.deployment(Replica).options(
         name="replicas",
         num_replicas=replicas,
