@@ -98,12 +98,15 @@ def test_e2e(command: Callable[..., tuple[int, str, str]]) -> None:
 
 
 @pytest.mark.slow
-def test_train(command: Callable[..., tuple[int, str, str]]) -> None:
-    status, out, err = command(
-        bench.main, "train", "--preset", "tiny", "--frames", "4", "--steps", "1", "--train", "lora+projector", "--json"
-    )
+def test_train(command: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    flags = ("--preset", "tiny", "--frames", "4", "--steps", "1", "--train", "lora+projector", "--save", tmp_path)
+    status, out, err = command(bench.main, "train", *flags, "--json")
     assert status == 0, err
-    row = json.loads(out)["rows"][-1]
+    _, row, saved = json.loads(out)["rows"]
+    assert (saved["saved_step"], saved["devices"], saved["resumed_on"], saved["same_bits"]) == (2, 1, 1, True)
+    assert saved["next_loss_resumed"] == pytest.approx(saved["next_loss"], rel=1e-6)
+    assert saved["saved_gb"] > 0
+    assert not list(tmp_path.iterdir())
     assert (row["frames"], row["rows"], row["mesh"]) == (4, 1, "1x1x1")
     assert min(row[k] for k in ("step_s", "tokens_per_s", "tflops_per_device", "loss_last", "peak_gib")) > 0
 
@@ -192,3 +195,5 @@ def test_bad_options(refused: Callable[..., str]) -> None:
     assert "no such folder" in refused(bench.main, "e2e", "--plot", "none/x.png")
     assert "needs a GPU" in refused(bench.main, "kernels")
     assert "cannot be trained" in refused(bench.main, "train", "--train", "all", "--weights", "int8")
+    assert "no such folder" in refused(bench.main, "train", "--save", "/nowhere")
+    assert "goes with --parts train" in refused(bench.main, "cards", "--save", ".")

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 TOGETHER = 2
-LIMIT_S = 1500
+LIMIT_S = 1800
 """Seconds after which the process of a file is stopped."""
 NOTHING_TO_RUN = 5
 """pytest's status for a file without slow tests."""

@@ -7,6 +7,7 @@ import functools
 import statistics
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -65,6 +66,8 @@ class CardsArgs:
     decode: tyro.conf.OmitArgPrefixes[BilevelFlags] = dataclasses.field(default_factory=BilevelFlags)
     train: Literal["lora", "all"] = "lora"
     """Which parameters `train` trains."""
+    save: Path | None = None
+    """With --parts train: also saves each state in a new folder here, and resumes on half of the cards."""
     attention: str = "auto"
     """auto (the fastest one for this device and dtype), blockwise, reference, wgmma or mma."""
     profile: int = 0
@@ -90,6 +93,11 @@ class CardsArgs:
             raise UserError(f"--answer-frames: a multiple of {FRAMES_PER_GROUP}, not {self.answer_frames}")
         if not 2 <= self.together <= MOST_TOGETHER or self.videos < 1:
             raise UserError(f"--together must be from 2 to {MOST_TOGETHER}, and --videos 1 or more")
+        if self.save is not None:
+            if "train" not in self.chosen():
+                raise UserError("--save goes with --parts train")
+            if not self.save.is_dir():
+                raise UserError(f"--save {self.save}: no such folder")
         self.decode.bilevel()
         check_name(self.attention)
         if self.cards is not None:
@@ -314,9 +322,10 @@ def _train_rows(args: CardsArgs, counts: list[int]) -> Iterator[dict[str, Any]]:
             fsdp=fsdp,
             tensor=tensor,
             steps=3,
+            save=args.save if count > 1 else None,
         )
         try:
-            (row,) = train_rows(bench, rates={})
+            row, *saved = train_rows(bench, rates={})
         except (UserError, jax.errors.JaxRuntimeError) as e:
             kind = "training does not fit" if isinstance(e, jax.errors.JaxRuntimeError) else str(e)
             yield {"part": "train", "cards": count, "fsdp": fsdp, "tensor": tensor, "left_out": kind}
@@ -324,3 +333,5 @@ def _train_rows(args: CardsArgs, counts: list[int]) -> Iterator[dict[str, Any]]:
         rate = row["rows"] / row["step_s"]
         first = first or {"rate": rate}
         yield {"part": "train", "cards": count, **row, "samples_s": rate, "x_one": rate / first["rate"]}
+        for each in saved:
+            yield {"part": "train", "cards": count, **each}

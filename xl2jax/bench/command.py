@@ -125,6 +125,8 @@ def _train(args: TrainBenchArgs) -> None:
         raise UserError(f"--frames must be {FRAMES_PER_GROUP} or more, --rows and --steps 1 or more")
     if args.train == "all" and args.weights is not None:
         raise UserError("--weights has no use with --train all: quantised matrices cannot be trained themselves")
+    if args.save is not None and not args.save.is_dir():
+        raise UserError(f"--save {args.save}: no such folder")
     start_backend(keep_programs=False)
     _print_rows(train_rows(args), args.json)
 

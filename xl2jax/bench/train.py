@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +18,7 @@ from xl2jax.bench.kernels import ceilings
 from xl2jax.bench.setup import PREFIX, TIMES, timed
 from xl2jax.config import FRAMES_PER_GROUP, PRESETS, Weights
 from xl2jax.inference import memory
+from xl2jax.inference.compiled import checksum
 from xl2jax.models.param_tree import is_quantized
 from xl2jax.models.sharding import param_sharding
 from xl2jax.training.batches import padded_groups, padded_tokens
@@ -23,8 +26,8 @@ from xl2jax.training.config import PRESETS as TRAINING
 from xl2jax.training.config import TrainConfig, trained_names
 from xl2jax.training.loss import IGNORE, TokenBatch
 from xl2jax.training.sharding import batch_devices, batch_sharding, make_mesh
-from xl2jax.training.state import abstract_state, new_state, parameter_shapes
-from xl2jax.training.step import MASTER, Params, StepConfig, Steps, learning_rate, optimizer
+from xl2jax.training.state import Checkpoints, abstract_state, new_state, parameter_shapes
+from xl2jax.training.step import MASTER, Metrics, Params, StepConfig, Steps, TrainState, learning_rate, optimizer
 from xl2jax.training.telemetry import sample_flops
 
 
@@ -56,71 +59,99 @@ class TrainBenchArgs:
     """Optimizer steps that are timed."""
     answer_tokens: int = 64
     """Tokens of each answer."""
+    save: Path | None = None
+    """Also saves the state in a new folder here, and resumes on half of the devices; the folder is removed."""
     json: bool = False
     """Prints the rows as JSON."""
 
 
+class _Training:
+    """A model with random weights in training on the first `devices` devices: `step` takes one optimizer step.
+
+    rows: samples of a step, by default `args.rows` on each device that has a part of the batch.
+    """
+
+    def __init__(self, args: TrainBenchArgs, devices: int | None, rows: int | None = None):
+        self.model = model = PRESETS[args.preset].with_weights(args.weights)
+        config = dataclasses.replace(
+            TRAINING["stage4"],
+            checkpoint="random",
+            data=Path(),
+            output=Path(),
+            fsdp=args.fsdp,
+            tensor=args.tensor,
+            compute_dtype=args.compute_dtype,
+            lora_rank=0 if args.train == "all" else args.lora_rank,
+            train=("projector.*",) if args.train == "lora+projector" else None,
+        )
+        self.mesh = mesh = make_mesh(config.fsdp, config.tensor, devices)
+        step = StepConfig(model, config.lora, config.compute_dtype, remat=True)
+        self.shapes = parameter_shapes(model, config.lora)
+        self.trained = trained_names(config, list(self.shapes))
+        self._tx, schedule = optimizer(config, self.trained, 1000), learning_rate(config, 1000)
+        self.abstract = abstract_state({n: self.shapes[n] for n in self.trained}, self._tx, mesh)
+        self.groups, self.rows = args.frames // FRAMES_PER_GROUP, rows or args.rows * batch_devices(mesh)
+        batch = _batch(
+            self.rows, self.groups, model.visual_tokens, model.vision.image_size, model.llm.vocab, args.answer_tokens
+        )
+        self._step = Steps(step, self._tx, schedule, self.abstract)
+        with jax.set_mesh(mesh):
+            self._batch = jax.tree.map(lambda x: jax.device_put(x, batch_sharding(mesh)), batch)
+            self._params = _random(config, self.shapes, mesh, set(self.trained))
+        self.state: TrainState | None = None
+
+    def start(self, state: TrainState | None = None) -> None:
+        """Begins at `state`, or at step 0."""
+        own = {n: self._params[n] for n in self.trained}
+        with jax.set_mesh(self.mesh):
+            self.state = new_state(own, self._tx, self.abstract) if state is None else state
+        self._params = {n: p for n, p in self._params.items() if n not in own}
+
+    def step(self) -> Metrics:
+        assert self.state is not None
+        with jax.set_mesh(self.mesh):
+            self.state, metrics = self._step(self.state, self._params, iter([self._batch]), 1)
+        return metrics
+
+    def free(self) -> None:
+        self.state, self._params = None, {}
+
+
 def train_rows(args: TrainBenchArgs, rates: dict[str, float] | None = None) -> Iterator[dict[str, Any]]:
     """Yields the rates of the card, unless they are given, then the step: its median seconds after a first step that
-    compiles."""
+    compiles; then, with `args.save`, how long the state takes to the disk and back."""
     if rates is None:
         rates = ceilings() if jax.default_backend() == "gpu" else {}
         yield rates
-    model = PRESETS[args.preset].with_weights(args.weights)
-    config = dataclasses.replace(
-        TRAINING["stage4"],
-        checkpoint="random",
-        data=Path(),
-        output=Path(),
-        fsdp=args.fsdp,
-        tensor=args.tensor,
-        compute_dtype=args.compute_dtype,
-        lora_rank=0 if args.train == "all" else args.lora_rank,
-        train=("projector.*",) if args.train == "lora+projector" else None,
+    training = _Training(args, args.devices)
+    training.start()
+    first, metrics = timed(training.step)
+    losses = [float(metrics.loss)]
+    seconds = []
+    for _ in range(args.steps):
+        took, metrics = timed(training.step)
+        seconds.append(took)
+        losses.append(float(metrics.loss))
+    model, shapes, names, groups, rows = (
+        training.model,
+        training.shapes,
+        training.trained,
+        training.groups,
+        training.rows,
     )
-    mesh = make_mesh(config.fsdp, config.tensor, args.devices)
-    step = StepConfig(model, config.lora, config.compute_dtype, remat=True)
-    shapes = parameter_shapes(model, config.lora)
-    names = trained_names(config, list(shapes))
-    tx, schedule = optimizer(config, names, 1000), learning_rate(config, 1000)
-    abstract = abstract_state({n: shapes[n] for n in names}, tx, mesh)
-    groups, rows = args.frames // FRAMES_PER_GROUP, args.rows * batch_devices(mesh)
-    with jax.set_mesh(mesh):
-        params = _random(config, shapes, set(names), mesh)
-        state = new_state({n: params[n] for n in names}, tx, abstract)
-        frozen = {n: p for n, p in params.items() if n not in set(names)}
-        del params
-        batch = jax.tree.map(
-            lambda x: jax.device_put(x, batch_sharding(mesh)),
-            _batch(rows, groups, model.visual_tokens, model.vision.image_size, model.llm.vocab, args.answer_tokens),
-        )
-        one_step = Steps(step, tx, schedule, abstract)
-
-        def run() -> Any:
-            nonlocal state
-            state, metrics = one_step(state, frozen, iter([batch]), 1)
-            return metrics
-
-        first, metrics = timed(run)
-        losses = [float(metrics.loss)]
-        seconds = []
-        for _ in range(args.steps):
-            took, metrics = timed(run)
-            seconds.append(took)
-            losses.append(float(metrics.loss))
     median = statistics.median(seconds)
     tokens = _used_tokens(groups, model.visual_tokens, args.answer_tokens)  # without padding
     operations = rows * sample_flops(model, set(names), groups, tokens, args.answer_tokens)
     row: dict[str, Any] = {
         "train": args.train,
         "trained_parameters": int(sum(np.prod(shapes[n].shape) for n in names)),
-        "mesh": "x".join(map(str, mesh.shape.values())),
+        "mesh": "x".join(map(str, training.mesh.shape.values())),
         "frames": groups * FRAMES_PER_GROUP,
         "tokens": tokens,
         "rows": rows,
         "step_s": median,
         "tokens_per_s": rows * tokens / median,
-        "tflops_per_device": operations / median / mesh.size / 1e12,
+        "tflops_per_device": operations / median / training.mesh.size / 1e12,
         "first_step_s": first,
         "peak_gib": memory.peak_bytes() / 2**30,
         "loss_first": losses[0],
@@ -129,9 +160,46 @@ def train_rows(args: TrainBenchArgs, rates: dict[str, float] | None = None) -> I
     if "matrix_tflops" in rates:
         row["share_of_card"] = row["tflops_per_device"] / rates["matrix_tflops"]
     yield row
+    if args.save is not None:
+        yield _saved(args, training, args.save)
 
 
-def _random(config: TrainConfig, shapes: dict[str, Any], trained: set[str], mesh: Any) -> Params:
+def _saved(args: TrainBenchArgs, training: _Training, parent: Path) -> dict[str, Any]:
+    """Saves the state, and goes on with it on half of the devices. Frees `training`."""
+    state, rows, devices = training.state, training.rows, training.mesh.size
+    assert state is not None
+    step, fewer = int(state.step), max(devices // 2, 1)
+    with (
+        tempfile.TemporaryDirectory(dir=parent, prefix="xl2jax-bench-") as folder,
+        Checkpoints(Path(folder), keep=1) as checkpoints,
+    ):
+        started = time.perf_counter()
+        checkpoints.save(state, {})
+        checkpoints.wait()
+        save_s = time.perf_counter() - started
+        size = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+        sums = [int(checksum(x)) for x in jax.tree.leaves(state)]
+        loss = float(training.step().loss)
+        training.free()
+        resumed = _Training(args, fewer, rows)
+        resume_s, state = timed(lambda: checkpoints.restore(resumed.abstract))
+    same = sums == [int(checksum(x)) for x in jax.tree.leaves(state)]
+    resumed.start(state)
+    after = float(resumed.step().loss)
+    return {
+        "saved_step": step,
+        "saved_gb": size / 1e9,
+        "save_s": save_s,
+        "devices": devices,
+        "resumed_on": fewer,
+        "resume_s": resume_s,
+        "same_bits": same,
+        "next_loss": loss,
+        "next_loss_resumed": after,
+    }
+
+
+def _random(config: TrainConfig, shapes: dict[str, Any], mesh: Any, trained: set[str]) -> Params:
     """Random parameters on the mesh: normal values scaled by fan-in, ones for norms, zeros for biases and for LoRA B."""
     out = {}
     for number, (name, s) in enumerate(shapes.items()):
