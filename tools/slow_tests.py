@@ -18,15 +18,15 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 TOGETHER = 2
-LIMIT_S = 1800
-"""Seconds after which the process of a file is stopped."""
+TEST_LIMIT_S, LIMIT_S = 900, 1800
+"""Seconds after which a test fails, and after which the process of a file is stopped."""
 NOTHING_TO_RUN = 5
 """pytest's status for a file without slow tests."""
 
 
 def run(file: str) -> tuple[int, str]:
     """The status of a file's tests, negative for the signal that ended them, and what they printed."""
-    command = [sys.executable, "-X", "faulthandler", "-m", "pytest", "-m", "slow", file]
+    command = [sys.executable, "-X", "faulthandler", "-m", "pytest", "-m", "slow", f"--timeout={TEST_LIMIT_S}", file]
     # Not a pipe: processes that a test left behind would hold it open.
     with tempfile.TemporaryFile("w+", errors="replace") as printed:
         with subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT, start_new_session=True) as process:
