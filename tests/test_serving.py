@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import os
 import re
 import socket
 import subprocess
@@ -245,6 +246,50 @@ def test_the_requests_of_litellm(address: str, client: openai.OpenAI, model: xl2
         answer = httpx2.post(f"{address}/v1/chat/completions", json=sent, timeout=60)
         assert answer.json()["choices"][0]["message"]["content"] == expected
     client.files.delete(stored.id)
+
+
+LITELLM = """
+import json, sys
+import litellm
+
+asked = json.load(sys.stdin)
+answer = litellm.completion(**asked)
+pieces = list(litellm.completion(**asked, stream=True, stream_options={"include_usage": True}))
+print(json.dumps({
+    "text": answer.choices[0].message.content,
+    "reason": answer.choices[0].finish_reason,
+    "usage": answer.usage.completion_tokens,
+    "stream": "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices),
+    "stream_usage": [piece.usage.completion_tokens for piece in pieces if getattr(piece, "usage", None)],
+}))
+"""
+
+
+@pytest.mark.slow
+def test_litellm(address: str, model: xl2jax.Model, media: Path) -> None:
+    """LiteLLM itself, plain and streaming, in a process of its own: it takes seconds to import, and leaves threads."""
+    sent = {
+        "model": "openai/tiny",
+        "api_base": f"{address}/v1",
+        "api_key": "none",
+        "messages": asks(local(media / "a.mp4")),
+        "temperature": 0,
+        "max_tokens": 12,
+        "extra_body": FRAMES,
+    }
+    environment = os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_TELEMETRY": "False"}
+    run = subprocess.run(
+        [sys.executable, "-c", LITELLM],
+        input=json.dumps(sent), env=environment, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    said = json.loads(run.stdout.splitlines()[-1])
+    with model.watch(media / "a.mp4", SAMPLING) as video:
+        expected = model.ask(video, QUESTION, max_new_tokens=12)
+    assert (said["text"], said["reason"]) == (expected.text, expected.finish_reason)
+    assert said["stream"] == expected.text
+    assert said["usage"] == expected.new_tokens
+    assert said["stream_usage"] == [expected.new_tokens]
 
 
 @pytest.mark.slow
