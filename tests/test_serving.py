@@ -248,6 +248,7 @@ def test_the_requests_of_litellm(address: str, client: openai.OpenAI, model: xl2
     client.files.delete(stored.id)
 
 
+OFFLINE = os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_TELEMETRY": "False"}
 LITELLM = """
 import json, sys
 import litellm
@@ -277,10 +278,9 @@ def test_litellm(address: str, model: xl2jax.Model, media: Path) -> None:
         "max_tokens": 12,
         "extra_body": FRAMES,
     }
-    environment = os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_TELEMETRY": "False"}
     run = subprocess.run(
         [sys.executable, "-c", LITELLM],
-        input=json.dumps(sent), env=environment, capture_output=True, text=True, timeout=200, check=False,
+        input=json.dumps(sent), env=OFFLINE, capture_output=True, text=True, timeout=200, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     said = json.loads(run.stdout.splitlines()[-1])
@@ -305,11 +305,18 @@ def test_the_examples_of_the_documentation(address: str, media: Path, tmp_path: 
     }.items():
         text = text.replace(old, new)
     blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    (python,) = (block for kind, block in blocks if kind == "python")
+    python, litellm = (block for kind, block in blocks if kind == "python")
     curls = [block for kind, block in blocks if not kind and block.startswith("curl ")]
     run = subprocess.run([sys.executable, "-c", python], capture_output=True, text=True, timeout=200, check=False)
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("CompletionUsage") == 2
+    run = subprocess.run(
+        [sys.executable, "-c", litellm], env=OFFLINE, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    plain = run.stdout[: len(run.stdout) // 2]
+    assert plain
+    assert run.stdout == f"{plain}\n{plain}"  # the same as a stream
     assert len(curls) == 2
     for block in curls:
         run = subprocess.run(
