@@ -287,14 +287,14 @@ def test_the_answer_is_announced_once_and_settings_are_sent(page: Page, media: P
 
 
 def test_watching_is_seen_and_stopped(page: Page, media: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    add, go_on = Watching.add, threading.Event()
+    parts, go_on = Watching.parts, threading.Event()
 
-    def held(self: Watching, *args: Any, **kwargs: Any) -> None:
+    def held(self: Watching, images: Any) -> Iterator[None]:
         if self.done:
             go_on.wait(20)  # before the second segment
-        add(self, *args, **kwargs)
+        yield from parts(self, images)
 
-    monkeypatch.setattr(Watching, "add", held)
+    monkeypatch.setattr(Watching, "parts", held)
     page.get_by_text("Settings").click()
     page.get_by_label("Frames a second").fill("4")  # as nobody else has watched it
     page.get_by_label("Choose a file").set_input_files(media / "demo.mp4")

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import os
 import re
 import socket
 import subprocess
@@ -247,6 +248,50 @@ def test_the_requests_of_litellm(address: str, client: openai.OpenAI, model: xl2
     client.files.delete(stored.id)
 
 
+OFFLINE = os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_TELEMETRY": "False"}
+LITELLM = """
+import json, sys
+import litellm
+
+asked = json.load(sys.stdin)
+answer = litellm.completion(**asked)
+pieces = list(litellm.completion(**asked, stream=True, stream_options={"include_usage": True}))
+print(json.dumps({
+    "text": answer.choices[0].message.content,
+    "reason": answer.choices[0].finish_reason,
+    "usage": answer.usage.completion_tokens,
+    "stream": "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices),
+    "stream_usage": [piece.usage.completion_tokens for piece in pieces if getattr(piece, "usage", None)],
+}))
+"""
+
+
+@pytest.mark.slow
+def test_litellm(address: str, model: xl2jax.Model, media: Path) -> None:
+    """LiteLLM itself, plain and streaming, in a process of its own: it takes seconds to import, and leaves threads."""
+    sent = {
+        "model": "openai/tiny",
+        "api_base": f"{address}/v1",
+        "api_key": "none",
+        "messages": asks(local(media / "a.mp4")),
+        "temperature": 0,
+        "max_tokens": 12,
+        "extra_body": FRAMES,
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", LITELLM],
+        input=json.dumps(sent), env=OFFLINE, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    said = json.loads(run.stdout.splitlines()[-1])
+    with model.watch(media / "a.mp4", SAMPLING) as video:
+        expected = model.ask(video, QUESTION, max_new_tokens=12)
+    assert (said["text"], said["reason"]) == (expected.text, expected.finish_reason)
+    assert said["stream"] == expected.text
+    assert said["usage"] == expected.new_tokens
+    assert said["stream_usage"] == [expected.new_tokens]
+
+
 @pytest.mark.slow
 def test_the_examples_of_the_documentation(address: str, media: Path, tmp_path: Path) -> None:
     """They run as they are written, but for the address, the model's name and the video."""
@@ -260,11 +305,18 @@ def test_the_examples_of_the_documentation(address: str, media: Path, tmp_path: 
     }.items():
         text = text.replace(old, new)
     blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    (python,) = (block for kind, block in blocks if kind == "python")
+    python, litellm = (block for kind, block in blocks if kind == "python")
     curls = [block for kind, block in blocks if not kind and block.startswith("curl ")]
     run = subprocess.run([sys.executable, "-c", python], capture_output=True, text=True, timeout=200, check=False)
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("CompletionUsage") == 2
+    run = subprocess.run(
+        [sys.executable, "-c", litellm], env=OFFLINE, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    plain = run.stdout[: len(run.stdout) // 2]
+    assert plain
+    assert run.stdout == f"{plain}\n{plain}"  # the same as a stream
     assert len(curls) == 2
     for block in curls:
         run = subprocess.run(

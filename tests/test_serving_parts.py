@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,6 +31,7 @@ from xl2jax.serving.service import Service
 from xl2jax.serving.stops import StopTexts
 from xl2jax.serving.videos import Budgets
 from xl2jax.testing import write_clip
+from xl2jax.video.clip import open_video
 
 # --- downloads ---------------------------------------------------------------------------------
 
@@ -319,17 +322,59 @@ def test_a_question_waits_for_at_most_one_segment(asker: Callable[..., Asker], c
     assert a.text("long")
 
 
+def test_a_question_that_comes_during_a_part_is_answered_before_the_next(
+    asker: Callable[..., Asker], clip: Path, clips: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A segment has two parts, and a question that comes in either of them waits for the rest of that one only."""
+    a = asker()
+    a.ask("first", clips[0])
+    a.text("first")
+    compute, log, names = Watching.parts, list[str](), list[str]()
+
+    def parts(watching: Watching, images: Any) -> Iterator[None]:
+        inner = compute(watching, images)
+        while True:
+            for name in names[-1:]:
+                log.append("answered" if a.ended(name) else "waits")
+            names.append(f"question {len(names)}")
+            a.ask(names[-1], clips[0], tokens=1)
+            ended = next(inner, "ended")
+            assert not a.events(names[-1])
+            if ended:
+                return
+            yield
+
+    monkeypatch.setattr(Watching, "parts", parts)
+    a.ask("long", clip)  # 148 frames are 3 segments
+    a.text("long")
+    wait_for(lambda: a.ended(names[-1]))
+    assert log == ["answered"] * 5
+
+
+def test_the_parts_of_a_segment_are_the_segment(model: xl2jax.Model, clips: list[Path]) -> None:
+    clip = open_video(clips[0], xl2jax.FrameSampling())
+    watching, counts = model.start_watch(clip), []
+    for frames in watching.batches():
+        assert watching.done < watching.total
+        counts.append(sum(1 for _ in watching.parts(frames)))
+    assert (watching.done, set(counts)) == (watching.total, {1})
+    with model.adopt(watching.finish()) as video, model.watch(clips[0]) as whole:
+        assert model.ask(video, "What?", max_new_tokens=8).text == model.ask(whole, "What?", max_new_tokens=8).text
+        for one, other in zip(jax.tree.leaves(video.kv.cache), jax.tree.leaves(whole.kv.cache), strict=True):
+            assert (np.asarray(one) == np.asarray(other)).all()
+
+
 @pytest.mark.parametrize("finish", [False, True])
 def test_a_video_whose_clients_have_gone(
     asker: Callable[..., Asker], clip: Path, clips: list[Path], finish: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add = Watching.add
+    parts = Watching.parts
 
-    def slowly(*args: Any, **options: Any) -> None:
-        add(*args, **options)
+    def slowly(watching: Watching, images: Any) -> Iterator[None]:
+        yield from parts(watching, images)
         time.sleep(0.2)
 
-    monkeypatch.setattr(Watching, "add", slowly)
+    monkeypatch.setattr(Watching, "parts", slowly)
     a = asker(finish_abandoned=finish)
     job = a.ask("gone", clip)
     wait_for(lambda: any(isinstance(e, Watched) for e in a.events("gone")))

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import os
+import shutil
+import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import openai
 import pytest
-from serving import make_service, served
+from serving import make_service, served, wait_for
 
 import xl2jax
 from xl2jax.errors import UserError
 from xl2jax.serving import partial
+from xl2jax.serving import uploads as uploads_module
 from xl2jax.serving.errors import RequestError
 from xl2jax.serving.limits import Limits
 from xl2jax.serving.partial import Completion, PartialUploads, Start
@@ -132,6 +137,146 @@ def test_a_full_disk_leaves_no_file_that_cannot_be_deleted(tmp_path: Path, monke
     assert left.exists()  # another server may be about to complete it
     os.utime(left, (0, 0))  # as a killed server leaves it
     assert Uploads(tmp_path, 1000, 1500).room() == 1500
+
+
+class Killed(BaseException):
+    """A kill: nothing catches it."""
+
+
+@pytest.mark.parametrize("calls", range(1, 7))
+def test_a_kill_while_parts_are_joined_loses_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
+    """Parts are appended in place. Wherever that was cut off, the same request completes the upload later."""
+    folder, left = tmp_path / "parts", calls
+    uploads = Uploads(tmp_path / "uploads", 1 << 20, 1 << 20)
+    before = PartialUploads(folder, uploads)
+    name = before.start(Start(bytes=len(DATA), filename="v.mp4"))["id"]
+    cuts = (0, 100_000, 100_001, len(DATA))
+    ids = [before.add(name, io.BytesIO(DATA[a:b]))["id"] for a, b in itertools.pairwise(cuts)]
+    copy, unlink = shutil.copyfileobj, Path.unlink
+
+    def killed_now() -> bool:
+        nonlocal left
+        left -= 1
+        return left == 0
+
+    def copying(source: Any, target: Any, size: int) -> None:
+        if killed_now():
+            target.write(source.read(10))
+            target.flush()
+            raise Killed
+        copy(source, target, size)
+
+    def unlinking(path: Path, missing_ok: bool = False) -> None:
+        if path.name.startswith("part_") and killed_now():
+            raise Killed
+        unlink(path, missing_ok)
+
+    largest = []
+
+    def replacing(path: Path, target: Path) -> Path:
+        largest.append(sum(p.stat().st_size for p in tmp_path.rglob("*") if p.is_file()))
+        if path.name == "joined" and killed_now():
+            raise Killed
+        os.replace(path, target)
+        return target
+
+    with monkeypatch.context() as patch:
+        patch.setattr(partial.shutil, "copyfileobj", copying)
+        patch.setattr(Path, "unlink", unlinking)
+        patch.setattr(Path, "replace", replacing)
+        asked = Completion(part_ids=ids, md5=MD5)
+        if calls < 6:
+            with pytest.raises(Killed):
+                before.complete(name, asked)
+        else:
+            before.complete(name, asked)
+            assert max(largest) < 1.5 * len(DATA)
+    after = PartialUploads(folder, uploads)
+    if calls < 6:
+        with pytest.raises(RequestError, match="other parts"):
+            after.complete(name, Completion(part_ids=ids[::-1]))
+        with pytest.raises(RequestError, match="being completed"):
+            after.add(name, io.BytesIO(b"1"))
+        with pytest.raises(RequestError, match="MD5"):
+            after.complete(name, Completion(part_ids=ids, md5="0"))
+        after.complete(name, asked)
+    (file,) = uploads.list()
+    assert uploads.path(file["id"]).read_bytes() == DATA
+    assert list(folder.iterdir()) == []
+
+
+def test_two_servers_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither removes what the other one is working on, however old it is."""
+    uploads = [Uploads(tmp_path / "uploads", 1000, 1500) for _ in range(2)]
+    first, second = (PartialUploads(tmp_path / "parts", each) for each in uploads)
+    name = first.start(Start(bytes=700, filename="v.mp4"))["id"]
+    part = first.add(name, io.BytesIO(bytes(700)))["id"]
+    adopt, refused = uploads[0].adopt, []
+
+    def meanwhile(*args: Any) -> dict[str, Any]:
+        with pytest.raises(RequestError) as e:
+            second.complete(name, Completion(part_ids=[part]))
+        refused.append(e.value.status)
+        with monkeypatch.context() as later:
+            later.setattr(partial.time, "time", lambda: 1e12)
+            PartialUploads(tmp_path / "parts", uploads[1])
+        return adopt(*args)
+
+    monkeypatch.setattr(uploads[0], "adopt", meanwhile)
+    file = first.complete(name, Completion(part_ids=[part]))["file"]
+    assert refused == [409]
+    assert uploads[1].path(file["id"]).stat().st_size == 700
+    uploads[1].remove(file["id"])
+    assert uploads[0].room() == 1500
+    with pytest.raises(RequestError) as e:
+        second.complete(name, Completion(part_ids=[part]))
+    assert e.value.status == 404
+
+
+def test_files_expire_when_they_are_asked_to(
+    client: openai.OpenAI, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stays = client.files.create(file=("a.mp4", b"1"), purpose="user_data")
+    goes = client.files.create(
+        file=("b.mp4", b"2"), purpose="user_data", expires_after={"anchor": "created_at", "seconds": 3600}
+    )
+    assert stays.expires_at is None
+    assert goes.expires_at == goes.created_at + 3600
+    started = client.uploads.create(
+        bytes=1,
+        filename="v.mp4",
+        mime_type="video/mp4",
+        purpose="user_data",
+        expires_after={"anchor": "created_at", "seconds": 3600},
+    )
+    part = client.uploads.parts.create(started.id, data=b"3")
+    joined = client.uploads.complete(started.id, part_ids=[part.id]).file
+    assert joined is not None
+    assert joined.expires_at == joined.created_at + 3600
+    assert len(list(client.files.list())) == 3
+    now = uploads_module.time.time()
+    monkeypatch.setattr(uploads_module.time, "time", lambda: now + 3700)
+    with pytest.raises(openai.NotFoundError):
+        client.files.retrieve(goes.id)
+    service.uploads.room()
+    assert [path.stem for path in service.uploads._folder.glob("*.data")] == [stays.id]
+    client.files.delete(stays.id)
+    for wrong in ({"anchor": "created_at", "seconds": 10}, {"anchor": "used_at", "seconds": 3600}, {"seconds": 3600}):
+        with pytest.raises(openai.BadRequestError) as e:
+            client.files.create(file=("b.mp4", b"2"), purpose="user_data", expires_after=wrong)  # type: ignore[arg-type]
+        assert e.value.param == "expires_after"
+
+
+def test_an_upload_of_which_nothing_comes_ends(model: xl2jax.Model, tmp_path: Path) -> None:
+    service = make_service(model, tmp_path, limits=Limits(idle_seconds=0.2))
+    with served(service) as address:
+        host, port = address.removeprefix("http://").split(":")
+        head = f"POST /v1/files HTTP/1.1\r\nHost: {host}\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+        with socket.create_connection((host, int(port)), timeout=20) as slow:
+            slow.sendall(f"{head}Content-Length: 1000\r\n\r\n--x\r\n".encode())
+            answer = b"".join(iter(lambda: slow.recv(1000), b""))  # to its end: the connection is closed
+        assert b" 408 " in answer
+        wait_for(lambda: service.in_flight == 0)
 
 
 def test_a_cancelled_upload_is_gone(client: openai.OpenAI, service: Service) -> None:

@@ -45,7 +45,8 @@ class ServeBenchArgs:
 def serve_rows(args: ServeBenchArgs) -> Iterator[dict[str, Any]]:
     """Yields one row. Answers have one token, so that the time of a request is that of its first token.
 
-    `limit_ms` is the time of one segment and twice the idle figure: what a question may wait for by design.
+    `limit_ms` is the time of one segment and twice the idle figure. `watch_fps` counts the time of watching only,
+    `busy_watch_fps` all of the time in which questions were asked beside it.
     """
     with tempfile.TemporaryDirectory(prefix="xl2jax-bench-") as folder:
         media = Path(folder, "media")
@@ -59,7 +60,7 @@ def serve_rows(args: ServeBenchArgs) -> Iterator[dict[str, Any]]:
         )
         service.engine.start()
         try:
-            idle, busy, frame_ms = asyncio.run(_ask(service, media))
+            idle, busy, frame_ms, busy_fps = asyncio.run(_ask(service, media))
         finally:
             service.engine.stop()
         layout = service.engine.model.layout([[0] * 9] * (service.limits.frames // FRAMES_PER_GROUP))
@@ -72,14 +73,16 @@ def serve_rows(args: ServeBenchArgs) -> Iterator[dict[str, Any]]:
         "busy_questions": len(busy),
         "busy_p95_ms": busy_ms,
         "segment_ms": segment_ms,
+        "watch_fps": 1e3 / frame_ms,
+        "busy_watch_fps": busy_fps,
         "limit_ms": segment_ms + 2 * idle_ms,
         "busy/limit": busy_ms / (segment_ms + 2 * idle_ms),
     }
 
 
-async def _ask(service: Any, media: Path) -> tuple[list[float], list[float], float]:
-    """Seconds of questions about the short video, alone and while long ones are watched, one after the other; their ms a
-    frame.
+async def _ask(service: Any, media: Path) -> tuple[list[float], list[float], float, float]:
+    """Seconds of questions about the short video, alone and while long ones are watched, one after the other; ms of
+    watching a frame, and frames a second beside the questions.
 
     Another long video is watched before, so that no compilation is timed.
     """
@@ -103,15 +106,16 @@ async def _ask(service: Any, media: Path) -> tuple[list[float], list[float], flo
         for name in ("short", "short", "first"):  # watches the videos and compiles
             await ask(name, 0)
         idle = [await ask("short", number) for number in range(_IDLE)]
-        before = _watched(service)
+        before, started = _watched(service), time.monotonic()
         busy = list[float]()
         for number in range(_LONG):
             watching = asyncio.create_task(ask(f"long{number}", 0))
             while not watching.done():
                 busy.append(await ask("short", len(busy)))
             await watching
+        elapsed = time.monotonic() - started
     frames, seconds = (b - a for a, b in zip(before, _watched(service), strict=True))
-    return idle, busy, 1e3 * seconds / frames
+    return idle, busy, 1e3 * seconds / frames, frames / elapsed
 
 
 def _watched(service: Any) -> tuple[float, float]:

@@ -62,6 +62,8 @@ class LimitArgs:
     """A request that is not answered by then ends with status 504."""
     max_fetch_seconds: float = 300.0
     """Time for the download of a video."""
+    max_idle_seconds: float = 60.0
+    """An upload of which nothing comes for so long ends with status 408."""
     max_body_mib: int = 64
     """Size of a request that is not an upload."""
     max_video_mib: int = 8192
@@ -129,7 +131,7 @@ def check_service(args: ServiceArgs) -> None:
     require_whole("--max-frames", limits.max_frames, FRAMES_PER_GROUP)
     require_whole("--max-pictures", limits.max_pictures, 1, 1024)
     require_whole("--max-frame-pixels", limits.max_frame_pixels, 1, 1 << 27)
-    for name in ("max_request_seconds", "max_fetch_seconds", "max_video_seconds"):
+    for name in ("max_request_seconds", "max_fetch_seconds", "max_idle_seconds", "max_video_seconds"):
         if not 0 < getattr(limits, name) < 1e9:
             raise UserError(f"--{name.replace('_', '-')} must be above 0")
     for name in ("device_gib", "host_gib", "disk_gib"):
@@ -147,6 +149,7 @@ def limits_of(given: LimitArgs) -> Limits:
         answers=given.max_answers,
         request_seconds=given.max_request_seconds,
         fetch_seconds=given.max_fetch_seconds,
+        idle_seconds=given.max_idle_seconds,
         body_bytes=given.max_body_mib << 20,
         video_bytes=given.max_video_mib << 20,
         video_seconds=given.max_video_seconds,

@@ -85,20 +85,32 @@ class Watching:
             size, frames = self._network.config.vision.image_size, self._plan.segment_groups * FRAMES_PER_GROUP
             yield from timed(self._clip.batches(frames, size, workers=default_workers()), self._timings, "read")
 
-    def add(self, images: np.ndarray, *, wait: bool = False) -> None:
+    def add(self, images: np.ndarray) -> None:
         """Encodes and prefills the next of `batches`.
 
-        Without `wait` one segment is still being computed when this returns, so that the next one can be read and
-        copied meanwhile. With it nothing is.
+        One segment is still being computed when this returns, so that the next one can be read and copied meanwhile.
         """
-        self.done += len(images)
+        for _ in self._add(images):
+            pass
+
+    def parts(self, images: np.ndarray) -> Iterator[None]:
+        """`add` in parts, between which it yields, so that something else can be computed there.
+
+        Nothing is still being computed when it yields and when it ends.
+        """
+        for computed in self._add(images):
+            jax.block_until_ready(computed)
+            yield
+        jax.block_until_ready((self._tiles and self._tiles.tokens, self._prefill and self._prefill.cache))
+
+    def _add(self, images: np.ndarray) -> Iterator[jax.Array]:
+        """Encodes images, yields their visual tokens if these are prefilled next, and prefills them."""
         self._stages.begin()
         if self._prefill is None:
             self._add_tiles(images)
         else:
-            self._add_frames(images, self._prefill)
-        if wait:
-            jax.block_until_ready((self._tiles and self._tiles.tokens, self._prefill and self._prefill.cache))
+            yield from self._add_frames(images, self._prefill)
+        self.done += len(images)
 
     def _add_tiles(self, tiles: np.ndarray) -> None:
         assert self._tiles is not None
@@ -107,13 +119,15 @@ class Watching:
         if self._tiles.filled == len(self._around.tiles):
             self._begin(self._tiles.tokens)
 
-    def _add_frames(self, frames: np.ndarray, prefill: session.VideoPrefill) -> None:
+    def _add_frames(self, frames: np.ndarray, prefill: session.VideoPrefill) -> Iterator[jax.Array]:
         assert self._clip is not None
         shown = [i for i in self._wanted if self._frames <= i < self._frames + len(frames)]
         self._thumbnails += [(self._clip.times[i], resize(frames[i - self._frames], THUMBNAIL_SIZE)) for i in shown]
         self._frames += len(frames)
         visual = session.encode(self._network, self._plan, frames)
         self._stages.end("vision", visual)
+        yield visual
+        self._stages.begin()
         prefill.add(visual, len(frames) // FRAMES_PER_GROUP)
         self._stages.end("prefill", prefill.cache)
         if self._previous is not None:

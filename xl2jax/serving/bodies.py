@@ -27,7 +27,11 @@ async def json_body(request: Request, limits: Limits) -> bytes:
         async with asyncio.timeout(min(limits.fetch_seconds, limits.request_seconds)):
             return await _bounded(request, limits.body_bytes)
     except TimeoutError:
-        raise RequestError(408, "the body did not arrive in time", code="timeout") from None
+        raise _late() from None
+
+
+def _late() -> RequestError:
+    return RequestError(408, "the body did not arrive in time", code="timeout")
 
 
 async def _bounded(request: Request, limit: int) -> bytes:
@@ -41,17 +45,24 @@ async def _bounded(request: Request, limit: int) -> bytes:
 
 
 @contextlib.asynccontextmanager
-async def form_with_file(request: Request, name: str, limit: int) -> AsyncIterator[tuple[UploadFile, FormData]]:
+async def form_with_file(
+    request: Request, name: str, limit: int, idle_seconds: float
+) -> AsyncIterator[tuple[UploadFile, FormData]]:
     """The file `name` of a form, which lies on disk unless it is small, and the whole form.
 
-    Raises RequestError where the form has more than `limit` bytes beside its fields, or no such file.
+    Raises RequestError where the form has more than `limit` bytes beside its fields, or no such file, or where nothing of
+    it comes for `idle_seconds`.
     """
     count = 0
     inner = request.receive
 
     async def bounded() -> Message:
         nonlocal count
-        message = await inner()
+        try:
+            async with asyncio.timeout(idle_seconds):
+                message = await inner()
+        except TimeoutError:
+            raise _late() from None
         count += len(message.get("body", b""))
         if count > limit + _FORM_BYTES:
             raise too_large(limit)

@@ -1,8 +1,9 @@
-"""The one thread that owns the model: it answers questions, and watches videos a segment at a time between them.
+"""The one thread that owns the model: it answers questions, and watches videos a part at a time between them.
 
-In each round questions whose video is on the device begin, all answers are decoded by up to eight tokens, one part of a
-stored video is read, and one segment of a new video is watched. A question about a watched video therefore waits for at
-most one segment of another client's video.
+In each round all answers are decoded by up to eight tokens, one part of a stored video is read, and one part of a new
+video is watched: a segment is encoded, or prefilled. Before each of these steps the questions that have come begin, if
+their video is on the device, and get their first token. A question about a watched video therefore waits for at most one
+of them: half a segment of another client's video, say.
 """
 
 from __future__ import annotations
@@ -135,17 +136,18 @@ class Engine:
         self._fail_all(RequestError(503, "the server is shutting down", code="shutting_down"))
 
     def _round(self) -> None:
+        for step in (self._decode, self._load, self._watch):
+            self._begin_new()
+            step()
+        self._publish()
+
+    def _begin_new(self) -> None:
+        """Begins the questions that have come. Those that come meanwhile wait for one step of other work."""
         while self._inbox:
             self._accept(self._inbox.popleft())
         self._drop_cancelled()
         while self._ready and len(self._answers) < self._limits.answers:
             self._begin(self._ready.popleft())
-        self._decode()
-        if self._loads:
-            self._load()
-        if self._watches:
-            self._watch(self._watches[0])
-        self._publish()
 
     def _publish(self) -> None:
         waiting = len(self._ready) + sum(len(jobs) for jobs, _ in self._loads.values())
@@ -201,7 +203,7 @@ class Engine:
     # --- answers --------------------------------------------------------------------------------
 
     def _begin(self, job: Job) -> None:
-        """Begins the answer of a job whose video is held."""
+        """Begins the answer of a job whose video is held, up to its first token."""
         asked = job.asked
         video = self._videos.get(job.key)
         try:
@@ -224,10 +226,12 @@ class Engine:
         use = VideoUse(len(video.times), seen, prompt, job.cached, answering.chunks)
         self._metrics.prompt_tokens.inc(prompt)
         job.emit(Begun(use))
-        self._answers.append(_Answer(job, answering))
+        answer = _Answer(job, answering)
+        self._answers.append(answer)
+        self._read(answer)
 
     def _decode(self) -> None:
-        """One step of all answers."""
+        """One step of all answers, if there are any."""
         if not self._answers:
             return
         started = time.monotonic()
@@ -276,7 +280,9 @@ class Engine:
             self._ready.append(job)
 
     def _load(self) -> None:
-        """One step of the first video that is on its way to the device."""
+        """One step of the first video that is on its way to the device, if there is one."""
+        if not self._loads:
+            return
         name, (jobs, loading) = next(iter(self._loads.items()))
         key = jobs[0].key
         place = self._videos.place(key)
@@ -319,41 +325,59 @@ class Engine:
         del self._loads[name]
         self._make_ready(key, jobs)
 
-    def _watch(self, watch: NewVideo) -> None:
-        """One segment of a video, or what has to be done before the first one and behind the last one."""
+    def _watch(self) -> None:
+        """One part of the first new video, or what has to be done before the first one and behind the last one."""
+        if not self._watches:
+            return
+        watch = self._watches[0]
         watch.open()
         try:
-            if watch.watching is None and watch.opened is not None:
+            if watch.parts is not None:
+                self._add_part(watch, watch.parts)
+            elif watch.watching is None and watch.opened is not None:
                 self._start(watch, watch.opened)
                 return
-            match watch.take():
-                case None:
-                    return
-                case Exception() as e:
-                    raise e
-                case Clip() | Surroundings() as opened:
-                    watch.opened = opened
-                    self._start(watch, opened)
-                case np.ndarray() as frames:
-                    assert watch.watching is not None
-                    started = time.monotonic()
-                    watch.watching.add(frames, wait=True)
-                    self._metrics.watch_seconds.inc(time.monotonic() - started)
-                    self._metrics.frames.inc(len(frames))
-                    for job in watch.jobs:
-                        job.emit(Watched(watch.watching.done, watch.watching.total))
-                case _:
-                    assert watch.watching is not None
-                    video = watch.watching.finish()
-                    self._close_watch(watch)
-                    self._videos.add(watch.key, video)
-                    self._make_ready(watch.key, watch.jobs)
+            else:
+                self._take(watch)
         except Exception as e:
             self._close_watch(watch)
             for job in watch.jobs:
                 job.emit(Failed(self._error(e, job, watch)))
-        if watch.has_read:
+        if watch.parts is not None or watch.has_read:
             self._wake()
+
+    def _take(self, watch: NewVideo) -> None:
+        """Works on the next thing that was read of a video."""
+        match watch.take():
+            case None:
+                pass
+            case Exception() as e:
+                raise e
+            case Clip() | Surroundings() as opened:
+                watch.opened = opened
+                self._start(watch, opened)
+            case np.ndarray() as images:
+                assert watch.watching is not None
+                watch.parts = watch.watching.parts(images)
+                self._add_part(watch, watch.parts)
+            case _:
+                assert watch.watching is not None
+                video = watch.watching.finish()
+                self._close_watch(watch)
+                self._videos.add(watch.key, video)
+                self._make_ready(watch.key, watch.jobs)
+
+    def _add_part(self, watch: NewVideo, parts: Iterator[None]) -> None:
+        """Computes a part of a segment of frames, or of tiles."""
+        assert watch.watching is not None
+        before, started = watch.watching.done, time.monotonic()
+        ended = next(parts, "ended") == "ended"
+        self._metrics.watch_seconds.inc(time.monotonic() - started)
+        if ended:
+            watch.parts = None
+            self._metrics.frames.inc(watch.watching.done - before)
+            for job in watch.jobs:
+                job.emit(Watched(watch.watching.done, watch.watching.total))
 
     def _start(self, watch: NewVideo, opened: Clip | Surroundings) -> None:
         """Begins to watch a clip or pictures as soon as there is room for them."""
@@ -377,7 +401,7 @@ class Engine:
         self._watches.remove(watch)
         watch.close()
         self._videos.reserve(-watch.reserved)
-        watch.watching = None
+        watch.watching = watch.parts = None
         self._wake()  # the next one can begin
 
     def _more_room(self) -> bool:

@@ -44,7 +44,8 @@ class RequestError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        return headers | {"Connection": "close"} if self.status == 408 else headers  # the rest of the body never came
 
 
 def internal_error() -> RequestError:

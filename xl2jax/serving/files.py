@@ -4,18 +4,38 @@ from __future__ import annotations
 
 import asyncio
 
+from starlette.datastructures import FormData
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 
 from xl2jax.serving.bodies import form_with_file
+from xl2jax.serving.errors import RequestError
 from xl2jax.serving.service import Place, Service, service_of
+from xl2jax.serving.uploads import ExpiresAfter
 
 
 async def upload(request: Request, service: Service, place: Place) -> Response:
-    async with form_with_file(request, "file", service.limits.video_bytes) as (file, form):
-        purpose = str(form.get("purpose", "user_data"))
-        about = await asyncio.to_thread(service.uploads.add, file.file, file.filename or "video", purpose)
+    limits = service.limits
+    async with form_with_file(request, "file", limits.video_bytes, limits.idle_seconds) as (file, form):
+        purpose, expires = str(form.get("purpose", "user_data")), _expires_after(form)
+        about = await asyncio.to_thread(service.uploads.add, file.file, file.filename or "video", purpose, expires)
     return JSONResponse(about)
+
+
+def _expires_after(form: FormData) -> ExpiresAfter | None:
+    """The fields `expires_after[anchor]` and `expires_after[seconds]`, as OpenAI's client sends them."""
+    given = {key: form.get(f"expires_after[{key}]") for key in ("anchor", "seconds")}
+    if not any(given.values()):
+        return None
+    seconds = str(given["seconds"])
+    try:
+        return ExpiresAfter.model_validate(given | {"seconds": int(seconds) if seconds.isdecimal() else seconds})
+    except ValueError:
+        raise RequestError(
+            400,
+            "expires_after: should have the anchor created_at, and from 3600 to 2592000 seconds",
+            param="expires_after",
+        ) from None
 
 
 async def list_files(request: Request) -> Response:

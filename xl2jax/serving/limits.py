@@ -13,6 +13,7 @@ class Limits:
     answers: answers that are decoded at a time.
     request_seconds: a request that is not answered by then ends with status 504.
     fetch_seconds: time for the download of a video, with all redirects.
+    idle_seconds: an upload of which nothing comes for so long ends with status 408.
     body_bytes: size of a request other than an upload.
     video_bytes: size of a video file, whether it is uploaded, downloaded, local or part of a request.
     video_seconds: length of a video.
@@ -27,6 +28,7 @@ class Limits:
     answers: int = 8
     request_seconds: float = 3600.0
     fetch_seconds: float = 300.0
+    idle_seconds: float = 60.0
     body_bytes: int = 64 << 20
     video_bytes: int = 8 << 30
     video_seconds: float = 6 * 3600.0

@@ -27,6 +27,7 @@ class NewVideo:
     Attributes:
       jobs: those that wait for it.
       opened, watching: None until it was opened, and until it is begun.
+      parts: what is left of the segment that was begun last; None between two segments.
       reserved: bytes that were reserved for its KV.
     """
 
@@ -42,6 +43,7 @@ class NewVideo:
         self._thread: threading.Thread | None = None
         self.opened: Clip | Surroundings | None = None
         self.watching: Watching | None = None
+        self.parts: Iterator[None] | None = None
         self.reserved = 0
 
     @property

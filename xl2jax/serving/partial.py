@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
+import os
 import re
 import secrets
 import shutil
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,8 +21,8 @@ from pydantic import Field
 from xl2jax.errors import UserError, shorten
 from xl2jax.serving.addresses import too_large
 from xl2jax.serving.errors import RequestError
-from xl2jax.serving.uploads import Readable, Uploads, no_room
-from xl2jax.system.atomic import remove_leftovers, replacing_file
+from xl2jax.serving.uploads import ExpiresAfter, Readable, Uploads, no_room, size_of
+from xl2jax.system.atomic import remove_leftovers, replacing_file, replacing_folder
 from xl2jax.system.schema import Schema, read_json
 
 LIFETIME = 3600
@@ -31,7 +33,7 @@ MOST_UPLOADS = 64
 
 _ID = re.compile(r"upload_[0-9a-f]{32}")
 _PART = re.compile(r"part_[0-9a-f]{32}")
-_ABOUT = "about.json"
+_ABOUT, _ORDER, _JOINED = "about.json", "order.json", "joined"
 
 
 class Start(Schema):
@@ -41,6 +43,7 @@ class Start(Schema):
     filename: str
     purpose: str = "user_data"
     mime_type: str | None = None
+    expires_after: ExpiresAfter | None = None
 
 
 class Completion(Schema):
@@ -55,22 +58,32 @@ class _About(Schema):
     created_at: int
     filename: str
     purpose: str
+    expires_after: ExpiresAfter | None = None
+
+
+class _Order(Schema):
+    """The parts that are being joined, in order, and their bytes."""
+
+    ids: list[str]
+    sizes: list[int]
 
 
 class PartialUploads:
     """Uploads in parts, which become files of `uploads`. A restarted server finds them in `folder`.
 
-    Its methods block, and several threads may call them.
+    Its methods block, and several threads may call them. Several servers may share the folder, if the parts of one upload
+    go to one of them.
     """
 
     def __init__(self, folder: Path, uploads: Uploads):
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._uploads = folder, uploads
         self._lock = threading.Lock()
-        self._busy: set[str] = set()
         self._bytes: dict[str, int] = {}  # of parts that are stored or on their way, by upload
-        for path in folder.iterdir():
-            remove_leftovers(path)
+        remove_leftovers(folder)
+        for name in self._names():
+            with contextlib.suppress(FileNotFoundError):  # another server may have completed it
+                remove_leftovers(folder / name)
         self._remove_expired()
 
     def start(self, asked: Start) -> dict[str, Any]:
@@ -95,13 +108,12 @@ class PartialUploads:
                 created_at=int(time.time()),
                 filename=shorten(asked.filename, 200),
                 purpose=shorten(asked.purpose, 40),
+                expires_after=asked.expires_after,
             )
             try:
-                (self._folder / name).mkdir()
-                with replacing_file(self._folder / name / _ABOUT) as beside:
-                    beside.write_text(json.dumps(about.model_dump()))
-            except (OSError, UserError):
-                shutil.rmtree(self._folder / name, ignore_errors=True)
+                with replacing_folder(self._folder / name) as beside:
+                    (beside / _ABOUT).write_text(json.dumps(about.model_dump()))
+            except UserError:
                 raise no_room() from None
         return _described(name, about, "pending")
 
@@ -129,7 +141,9 @@ class PartialUploads:
         """Counts bytes of a part before they are written, so that parts that come together keep to the size too."""
         with self._lock:
             self._about(name)  # it may have been cancelled meanwhile
-            sizes = [path.stat().st_size for path in self._folder.glob(f"{name}/part_*")]
+            if (self._folder / name / _ORDER).exists():
+                raise _busy()
+            sizes = [size_of(path) for path in self._folder.glob(f"{name}/part_*")]
             if len(sizes) >= MOST_PARTS:
                 raise RequestError(400, f"an upload has at most {MOST_PARTS:,} parts", param="data")
             held = self._bytes.get(name, sum(sizes)) + count
@@ -138,25 +152,41 @@ class PartialUploads:
             self._bytes[name] = held
 
     def complete(self, name: str, asked: Completion) -> dict[str, Any]:
-        """Makes a file of the parts, in the order of their ids.
+        """Makes a file of the parts, in the order of their ids. Its space is needed once, and that of one part beside it.
 
         Raises RequestError where they are not of this upload, or where size or MD5 are not what was said. The upload
-        can then be completed again.
+        can then be completed again, as it can after a kill.
         """
         with self._alone(name) as about:
-            parts = [self._folder / name / part for part in asked.part_ids]
-            if any(not _PART.fullmatch(path.name) or not path.is_file() for path in parts):
-                raise RequestError(400, "a part is not one of this upload", param="part_ids")
-            if len(set(parts)) < len(parts):
-                raise RequestError(400, "a part is named twice", param="part_ids")
-            if sum(path.stat().st_size for path in parts) != about.bytes:
+            folder = self._folder / name
+            order = self._order(folder, asked.part_ids)
+            sources = _sources(folder, order)
+            if sum(map(size_of, sources)) != about.bytes:
                 raise _wrong_size(about)
-            if asked.md5 is not None and _md5(parts) != asked.md5.lower():
+            if asked.md5 is not None and _md5(sources) != asked.md5.lower():
                 raise RequestError(400, "the parts do not have this MD5", code="wrong_md5", param="md5")
-            with contextlib.closing(_Joined(parts)) as joined:
-                file = self._uploads.add(joined, about.filename, about.purpose)
-            shutil.rmtree(self._folder / name, ignore_errors=True)
+            try:
+                with replacing_file(folder / _ORDER) as beside:
+                    beside.write_text(json.dumps(order.model_dump()))
+                joined = _join(folder, sources)
+            except (OSError, UserError):
+                raise no_room() from None
+            file = self._uploads.adopt(joined, about.filename, about.purpose, about.expires_after)
+            shutil.rmtree(folder, ignore_errors=True)
         return _described(name, about, "completed") | {"file": file}
+
+    def _order(self, folder: Path, ids: list[str]) -> _Order:
+        """The parts to join: those that are asked for, of which an earlier attempt may have joined some."""
+        if (folder / _ORDER).exists():
+            order = read_json(folder / _ORDER, _Order)
+            if order.ids != ids:
+                raise RequestError(400, "the upload was being completed with other parts", param="part_ids")
+            return order
+        if any(not _PART.fullmatch(part) or not (folder / part).is_file() for part in ids):
+            raise RequestError(400, "a part is not one of this upload", param="part_ids")
+        if len(set(ids)) < len(ids):
+            raise RequestError(400, "a part is named twice", param="part_ids")
+        return _Order(ids=ids, sizes=[size_of(folder / part) for part in ids])
 
     def cancel(self, name: str) -> dict[str, Any]:
         """Removes an upload and its parts."""
@@ -170,17 +200,14 @@ class PartialUploads:
 
     @contextlib.contextmanager
     def _alone(self, name: str) -> Iterator[_About]:
-        """While an upload is completed or cancelled, it is not completed or cancelled by another request."""
-        with self._lock:
-            about = self._about(name)
-            if name in self._busy:
-                raise RequestError(409, "the upload is being completed", code="upload_busy")
-            self._busy.add(name)
-        try:
+        """While an upload is completed or cancelled, no other request and no other server does that."""
+        self._about(name)
+        with _locked(self._folder / name) as free:
+            about = self._about(name)  # it may have been completed meanwhile
+            if not free:
+                raise _busy()
             yield about
-        finally:
             with self._lock:
-                self._busy.remove(name)
                 if not (self._folder / name).exists():
                     self._bytes.pop(name, None)
 
@@ -202,35 +229,65 @@ class PartialUploads:
     def _remove_expired(self) -> None:
         for name in self._names():
             about = self._read(name)
-            if name not in self._busy and (about is None or _expired(about)):
-                shutil.rmtree(self._folder / name, ignore_errors=True)
-                self._bytes.pop(name, None)
+            if about is None or _expired(about):
+                with _locked(self._folder / name) as free:
+                    if free:
+                        shutil.rmtree(self._folder / name, ignore_errors=True)
+                        self._bytes.pop(name, None)
 
 
-class _Joined:
-    """Parts as one file to read, in blocks of any size."""
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Locks an upload for this request. Gives whether that was possible, which it is where its description is missing."""
+    try:
+        file = open(folder / _ABOUT, "r+b")  # noqa: SIM115 (closed below)
+    except OSError:
+        yield True
+        return
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
-    def __init__(self, parts: Sequence[Path]):
-        self._blocks = _blocks(parts)
 
-    def read(self, size: int, /) -> bytes:
-        return next(self._blocks, b"")
+def _sources(folder: Path, order: _Order) -> list[Path]:
+    """The files whose bytes are the upload: what was joined before, if anything, and the parts behind it.
 
-    def close(self) -> None:
-        self._blocks.close()
+    A part goes only when its bytes have been joined. What was joined of a part that is still there is cut off.
+    """
+    parts = [folder / part for part in order.ids]
+    joined = folder / _JOINED
+    if not joined.exists():
+        return parts
+    count = next((i for i, part in enumerate(parts) if part.exists()), len(parts))
+    os.truncate(joined, min(sum(order.sizes[:count]), joined.stat().st_size))
+    return [joined, *parts[count:]]
 
 
-def _blocks(parts: Sequence[Path]) -> Generator[bytes]:
-    for path in parts:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                yield block
+def _join(folder: Path, sources: Sequence[Path]) -> Path:
+    """Appends files to the first one, and removes each of them as soon as its bytes are on the disk."""
+    first, *others = sources
+    joined = folder / _JOINED
+    first.replace(joined)
+    with open(joined, "ab") as out:
+        for path in others:
+            with open(path, "rb") as part:
+                shutil.copyfileobj(part, out, 1 << 20)
+            out.flush()
+            os.fsync(out.fileno())
+            path.unlink()
+    return joined
 
 
 def _md5(parts: Sequence[Path]) -> str:
     digest = hashlib.md5(usedforsecurity=False)
-    for block in _blocks(parts):
-        digest.update(block)
+    for path in parts:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()
 
 
@@ -242,6 +299,10 @@ def _wrong_size(about: _About) -> RequestError:
     return RequestError(400, f"the upload was said to have {about.bytes:,} bytes", code="wrong_size")
 
 
+def _busy() -> RequestError:
+    return RequestError(409, "the upload is being completed", code="upload_busy")
+
+
 def _described(name: str, about: _About, status: str) -> dict[str, Any]:
-    known = about.model_dump()
+    known = about.model_dump(exclude={"expires_after"})
     return {"id": name, "object": "upload", "status": status, "expires_at": about.created_at + LIFETIME, **known}

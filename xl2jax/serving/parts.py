@@ -23,7 +23,7 @@ async def start(request: Request, service: Service, place: Place) -> Response:
 async def add_part(request: Request, service: Service, place: Place) -> Response:
     name = request.path_params["name"]
     limit = await asyncio.to_thread(service.partial.part_limit, name)
-    async with form_with_file(request, "data", limit) as (file, _):
+    async with form_with_file(request, "data", limit, service.limits.idle_seconds) as (file, _):
         return JSONResponse(await asyncio.to_thread(service.partial.add, name, file.file))
 
 

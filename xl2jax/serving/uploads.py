@@ -8,7 +8,9 @@ import re
 import secrets
 import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
+
+from pydantic import Field
 
 from xl2jax.errors import UserError, shorten
 from xl2jax.serving.addresses import too_large
@@ -27,17 +29,25 @@ class Readable(Protocol):
     def read(self, size: int, /) -> bytes: ...
 
 
+class ExpiresAfter(Schema):
+    """When a file is removed, in the limits that OpenAI gives."""
+
+    anchor: Literal["created_at"]
+    seconds: Annotated[int, Field(ge=3600, le=2_592_000)]
+
+
 class _About(Schema):
     bytes: int
     created_at: int
     filename: str
     purpose: str
+    expires_at: int | None = None
 
 
 class Uploads:
     """Keeps files in `folder`, of at most `max_bytes` each and `total_bytes` together.
 
-    Its methods block, and several threads may call them.
+    Its methods block, and several threads may call them. Several servers may share the folder.
     """
 
     def __init__(self, folder: Path, max_bytes: int, total_bytes: int):
@@ -51,15 +61,18 @@ class Uploads:
                     path.unlink()
 
     def room(self) -> int:
-        """Bytes that further files can have together."""
-        return self._total_bytes - sum(path.stat().st_size for path in self._folder.glob("file-*.data"))
+        """Bytes that further files can have together. Removes files that have expired."""
+        for path in self._folder.glob("file-*.json"):
+            self._read(path.stem)
+        return self._total_bytes - sum(map(size_of, self._folder.glob("file-*.data")))
 
-    def add(self, source: Readable, filename: str, purpose: str) -> dict[str, Any]:
+    def add(
+        self, source: Readable, filename: str, purpose: str, expires_after: ExpiresAfter | None = None
+    ) -> dict[str, Any]:
         """Stores a file and returns its description. Raises RequestError where it is too large or does not fit."""
-        name = f"file-{secrets.token_hex(16)}"
-        count = 0
+        name, count = _new_name(), 0
         try:
-            with replacing_file(self._folder / f"{name}.data") as beside, open(beside, "wb") as out:
+            with replacing_file(self._path(name, "data")) as beside, open(beside, "wb") as out:
                 left = self.room()
                 while block := source.read(1 << 20):
                     count += len(block)
@@ -68,36 +81,59 @@ class Uploads:
                     if count > self.max_bytes:
                         raise too_large(self.max_bytes)
                     out.write(block)
-            about = {
-                "bytes": count,
-                "created_at": int(time.time()),
-                "filename": shorten(filename, 200),
-                "purpose": shorten(purpose, 40),
-            }
-            with replacing_file(self._folder / f"{name}.json") as beside:  # last: a file without it is not listed
-                beside.write_text(json.dumps(about))
+            return self._describe_new(name, count, filename, purpose, expires_after)
         except BaseException as e:
             self._path(name, "data").unlink(missing_ok=True)
             if isinstance(e, UserError):
                 raise no_room() from None
             raise
+
+    def adopt(
+        self, path: Path, filename: str, purpose: str, expires_after: ExpiresAfter | None = None
+    ) -> dict[str, Any]:
+        """Moves a complete file of the same file system here and returns its description.
+
+        Raises RequestError where it does not fit; it then stays where it was.
+        """
+        name, count = _new_name(), path.stat().st_size
+        if count > self.room():
+            raise no_room()
+        data = self._path(name, "data")
+        path.replace(data)
+        try:
+            return self._describe_new(name, count, filename, purpose, expires_after)
+        except BaseException as e:
+            data.replace(path)
+            if isinstance(e, UserError):
+                raise no_room() from None
+            raise
+
+    def _describe_new(
+        self, name: str, count: int, filename: str, purpose: str, expires_after: ExpiresAfter | None
+    ) -> dict[str, Any]:
+        """Describes a file whose bytes are there. This comes last: a file without a description is not listed."""
+        now = int(time.time())
+        about = _About(
+            bytes=count,
+            created_at=now,
+            filename=shorten(filename, 200),
+            purpose=shorten(purpose, 40),
+            expires_at=None if expires_after is None else now + expires_after.seconds,
+        )
+        with replacing_file(self._path(name, "json")) as beside:
+            beside.write_text(json.dumps(about.model_dump()))
         return _described(name, about)
 
     def describe(self, name: str) -> dict[str, Any]:
         """The description of a file. Raises RequestError with status 404."""
-        path = self._path(name, "json")
-        try:
-            about = read_json(path, _About)
-        except UserError:
-            raise _unknown() from None
-        return _described(name, about.model_dump())
+        if (about := self._read(name)) is None:
+            raise _unknown()
+        return _described(name, about)
 
     def list(self) -> list[dict[str, Any]]:
         """The descriptions of all files, the newest first."""
-        found = []
-        for path in self._folder.glob("file-*.json"):
-            with contextlib.suppress(RequestError):
-                found.append(self.describe(path.stem))
+        read = ((path.stem, self._read(path.stem)) for path in self._folder.glob("file-*.json"))
+        found = [_described(name, about) for name, about in read if about is not None]
         return sorted(found, key=lambda about: about["created_at"], reverse=True)
 
     def path(self, name: str) -> Path:
@@ -108,8 +144,22 @@ class Uploads:
     def remove(self, name: str) -> None:
         """Removes a file. Raises RequestError with status 404."""
         self.describe(name)
+        self._remove(name)
+
+    def _remove(self, name: str) -> None:
         for suffix in ("json", "data"):
             self._path(name, suffix).unlink(missing_ok=True)
+
+    def _read(self, name: str) -> _About | None:
+        """What is known about a file. None if there is none, or if it has expired, when it is removed."""
+        try:
+            about = read_json(self._path(name, "json"), _About)
+        except UserError:
+            return None
+        if about.expires_at is not None and time.time() > about.expires_at:
+            self._remove(name)
+            return None
+        return about
 
     def _path(self, name: str, suffix: str) -> Path:
         if not _ID.fullmatch(name):
@@ -126,5 +176,17 @@ def _unknown() -> RequestError:
     return RequestError(404, "there is no file of this id", code="file_not_found")
 
 
-def _described(name: str, about: dict[str, Any]) -> dict[str, Any]:
-    return {"id": name, "object": "file", "status": "processed", **about}
+def size_of(path: Path) -> int:
+    """Bytes of a file; 0 where it was removed meanwhile."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _new_name() -> str:
+    return f"file-{secrets.token_hex(16)}"
+
+
+def _described(name: str, about: _About) -> dict[str, Any]:
+    return {"id": name, "object": "file", "status": "processed", **about.model_dump(exclude_none=True)}

@@ -37,7 +37,8 @@ def warm_up(
     clip = Clip(Path("warm-up"), _Blank(len(indices)), indices, [float(i) for i in indices])
     watching = model.start_watch(clip, prefill, cache=cache, bilevel=bilevel)
     for segment in watching.batches():
-        watching.add(segment, wait=True)
+        for _ in watching.parts(segment):
+            yield
         yield
     with model.adopt(watching.finish()) as video:
         for tokens in _QUESTION_TOKENS:

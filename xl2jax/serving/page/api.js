@@ -96,6 +96,8 @@ export async function upload(file, { onProgress, signal }) {
     signal.addEventListener("abort", () => sending.abort(), { once: true });
     const form = new FormData();
     form.append("purpose", "user_data");
+    form.append("expires_after[anchor]", "created_at"); // a closed tab deletes nothing
+    form.append("expires_after[seconds]", "86400");
     form.append("file", file);
     sending.send(form);
   });
