@@ -224,14 +224,12 @@ def attention_scores(
 
 
 @functools.partial(jax.jit, static_argnames=("select_chunk_groups", "top"))
-def choose(
-    scores: jax.Array, groups: jax.Array, *, select_chunk_groups: int, top: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Group scores [Gcap] -> (block scores [Bcap], dense blocks [Bcap], dense groups [Gcap])."""
+def choose(scores: jax.Array, groups: jax.Array, *, select_chunk_groups: int, top: int) -> tuple[jax.Array, jax.Array]:
+    """Group scores [Gcap] -> (block scores [Bcap], dense groups [Gcap], which are whole blocks)."""
     by_block = relevance.block_scores(scores, groups, select_chunk_groups)
     blocks = ceil_div(groups, select_chunk_groups)
     dense = bilevel.choose_blocks(by_block, blocks, top)
-    return by_block, dense, dense[jnp.arange(scores.shape[0]) // select_chunk_groups]
+    return by_block, dense[jnp.arange(scores.shape[0]) // select_chunk_groups]
 
 
 @functools.partial(program, donate_argnames="text")
