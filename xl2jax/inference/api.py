@@ -51,6 +51,7 @@ from xl2jax.models.sharding import head_copies, single_heads, with_head_copies, 
 from xl2jax.prompt import PromptTokenizer, Turn, suffix
 from xl2jax.video.clip import Backend, Clip, FrameSampling, open_video
 from xl2jax.video.live_clock import ClockMode
+from xl2jax.video.live_source import Stream
 from xl2jax.video.pictures import Picture
 
 logger = logging.getLogger(__name__)
@@ -252,7 +253,7 @@ class Model:
 
     def watch_live(
         self,
-        source: Iterable[tuple[float | None, Frame]] | None = None,
+        source: str | Path | Iterable[tuple[float | None, Frame]] | None = None,
         *,
         fps: float | None = 1.0,
         clock: ClockMode = "stream",
@@ -264,8 +265,8 @@ class Model:
         """Makes a video that is watched as it comes (`xl2jax.inference.live`), in memory of a fixed size.
 
         Args:
-          source: (seconds, frame) pairs, where a frame is uint8 RGB [height, width, 3] of any size. Without one, frames are
-            fed by `LiveVideo.add`.
+          source: an address or a path (`xl2jax.video.live_source.Stream`), or (seconds, frame) pairs, where a frame is
+            uint8 RGB [height, width, 3] of any size. Without one, frames are fed by `LiveVideo.add`.
           fps: how many frames a second are seen; None sees all.
           clock: stream takes the source's times, wall those at which frames come. The model reads seconds since the first
             frame.
@@ -285,6 +286,7 @@ class Model:
             raise UserError("a live video keeps old KV in host memory by itself: leave offload out")
         check_pool(bilevel, self.config.visual_tokens)
         self.check_cache(cache, bilevel)
+        source = Stream(source) if isinstance(source, str | Path) else source
         live = LiveVideo(
             self.network,
             self.tokenizer,

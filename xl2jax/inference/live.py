@@ -23,13 +23,14 @@ import numpy as np
 
 from xl2jax.arithmetic import ceil_div
 from xl2jax.config import FRAMES_PER_GROUP
-from xl2jax.errors import UserError, first_line, require_number
+from xl2jax.errors import NotEnoughMemory, UserError, first_line, require_number
 from xl2jax.inference import session
 from xl2jax.inference.bilevel import BilevelConfig
-from xl2jax.inference.layout import PrefillConfig
+from xl2jax.inference.layout import PrefillConfig, VideoLayout
 from xl2jax.inference.live_arena import LiveArena, live_plan
 from xl2jax.inference.live_blocks import BlockStore
 from xl2jax.inference.live_ledger import Ledger
+from xl2jax.inference.memory import available_bytes, memory_need, slot_bytes
 from xl2jax.inference.network import Network
 from xl2jax.inference.pictures import Surroundings
 from xl2jax.inference.prefill import default_steps
@@ -37,6 +38,7 @@ from xl2jax.inference.selection import RelevanceConfig
 from xl2jax.inference.video_cache import CacheConfig, WatchedVideo
 from xl2jax.prompt import PromptTokenizer, time_text
 from xl2jax.video.live_clock import ClockMode, LiveClock
+from xl2jax.video.live_source import Buffer, Stream
 from xl2jax.video.read_ahead import resize
 
 logger = logging.getLogger(__name__)
@@ -47,8 +49,12 @@ MAX_SECONDS = 9_999_999.9
 PAUSE_SECONDS = 10.0
 """Frames that are further apart than this, and than eight frames, are never in one group."""
 
-type Frame = np.ndarray | Callable[[], np.ndarray]
-"""A frame, uint8 RGB [height, width, 3], or a function that makes it. It is called only for frames that are kept."""
+WAITING_FRAMES = 64
+"""Frames of a URL that may wait until they are seen."""
+
+type Frame = np.ndarray | Callable[[], np.ndarray | None]
+"""A frame, uint8 RGB [height, width, 3], or a function that makes it, or None where it is damaged. The function is called
+only for frames that are kept."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +137,7 @@ class LiveVideo:
         visual_tokens = network.config.visual_tokens
         plan = live_plan(len(around.before.ids), time_cap, visual_tokens, config, ledger, step)
         self._plan = plan
+        self._check_fits(ledger, cache, memory)
         self._lock, self._seen = threading.RLock(), threading.Condition()
         self._blocks = BlockStore(int(memory.host_gib * 2**30), int(memory.disk_gib * 2**30), memory.folder)
         self._arena = LiveArena(
@@ -149,7 +156,7 @@ class LiveVideo:
             "a live video keeps %.4g minutes dense and remembers %.4g, in %.2f GiB of device memory",
             *minutes, self._arena.nbytes / 2**30,
         )  # fmt: skip
-        self._source = None if source is None else iter(source)
+        self._source = source
         self._open: list[tuple[float, np.ndarray]] = []  # frames of the next group
         self._waiting: list[list[tuple[float, np.ndarray]]] = []  # groups that are not prefilled yet
         self._times: list[float] = []  # of the frames of all remembered groups
@@ -159,6 +166,41 @@ class LiveVideo:
         self._stop = threading.Event()
         self.finished = self.closed = False
         self.started_at: float | None = None
+
+    def _check_fits(self, ledger: Ledger, cache: CacheConfig, memory: LiveMemory) -> None:
+        """Raises NotEnoughMemory where the arrays and one question do not fit into the memory of the device."""
+        network, plan, bilevel = self._network, self._plan, self._bilevel
+        channels = network.exact_key_channels() if cache.quantized or memory.pooled_dtype else None
+        kept = 0 if channels is None else channels.shape[-1]
+        # The plan is that of all groups, so that what a question needs is that of the longest one.
+        layout = VideoLayout(plan.prefix_cap, (plan.time_cap,) * ledger.group_limit, plan.visual_tokens)
+        need = memory_need(
+            network.config,
+            plan,
+            layout,
+            bilevel,
+            network.dtype,
+            network.platform,
+            quantized=cache.quantized,
+            key_channels=kept,
+            tensor=network.tensor,
+        )
+        pooled = slot_bytes(
+            network.config,
+            network.dtype,
+            quantized=memory.pooled_dtype == "int8",
+            key_channels=kept,
+            tensor=network.tensor,
+        ) * (ledger.group_limit * (plan.visual_tokens // bilevel.pool))
+        chosen = (bilevel.top(layout) + 2) * bilevel.select_chunk_groups * plan.visual_tokens + plan.visual_start
+        fetched = chosen * slot_bytes(network.config, network.dtype, quantized=cache.quantized, key_channels=kept)
+        total, free = need.cache + pooled + need.mixed + fetched + need.workspace, available_bytes(network.mesh)
+        if total > free:
+            raise NotEnoughMemory(
+                f"a live video with {memory.dense_minutes:g} minutes dense and {memory.minutes:g} remembered needs "
+                f"{total / 2**30:.2f} GiB beside the model, {free / 2**30:.2f} GiB are free: keep fewer minutes, or KV in 8 "
+                "bits"
+            )
 
     # --- watching --------------------------------------------------------------------------------
 
@@ -181,6 +223,8 @@ class LiveVideo:
         if at is None:
             return None
         image = frame() if callable(frame) else frame
+        if image is None:
+            return None
         if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3):
             raise UserError(f"{self.path}: a frame is not a uint8 array [height, width, 3]")
         if 0 in image.shape:
@@ -250,14 +294,51 @@ class LiveVideo:
     # --- from a source ---------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Watches the source to its end, or until `close`. Errors are those of the source and of `add`."""
+        """Watches the source to its end, or until `close`. Errors are those of the source and of `add`.
+
+        Frames of a URL are read by a thread of its own. Where they come faster than they can be seen, the oldest of
+        `WAITING_FRAMES` that wait are dropped. All other sources wait for this method.
+        """
         if self._source is None:
             raise UserError(f"{self.path}: has no source: feed it with add()")
-        for seconds, frame in self._source:
-            if self._stop.is_set():
-                break
-            self.add(seconds, frame)
+        if isinstance(self._source, Stream) and self._source.is_url:
+            self._run_behind(self._source)
+        else:
+            for seconds, frame in self._source:
+                if self._stop.is_set():
+                    break
+                self.add(seconds, frame)
         self.end()
+
+    def _run_behind(self, stream: Stream) -> None:
+        buffer, errors = Buffer[tuple[float, np.ndarray]](WAITING_FRAMES), list[BaseException]()
+        stream.on_reopen = self.clock.interrupted
+
+        def read() -> None:
+            try:
+                for seconds, frame in stream:
+                    if (kept := self.accept(seconds, frame)) is not None:
+                        buffer.put(kept)
+            except BaseException as e:  # raised below, in the thread that watches
+                errors.append(e)
+            finally:
+                buffer.end()
+
+        threading.Thread(target=read, daemon=True, name=f"read {self.path}").start()
+        told = 0
+        while not self._stop.is_set():
+            frames = buffer.take(0.2)
+            if frames is None:
+                break
+            for kept in frames:
+                self.add_kept(*kept)
+            self.flush()  # the last whole groups do not wait for others
+            self.dropped = buffer.dropped
+            if self.dropped >= 2 * told + 1:
+                told = self.dropped
+                logger.warning("%s: frames come faster than they can be seen: %d dropped so far", self.path, told)
+        if errors:
+            raise errors[0]
 
     def start(self) -> None:
         """Watches the source in a thread. `wait` waits for its end and raises its error."""
@@ -370,7 +451,8 @@ class LiveVideo:
     def close(self) -> None:
         """Stops watching and frees all memory and files."""
         self._stop.set()
-        stop = getattr(self._source, "close", None)
+        if isinstance(self._source, Stream):
+            self._source.close()
         with self._lock:
             if not self.closed:
                 self.closed = True
@@ -378,8 +460,6 @@ class LiveVideo:
                 self._waiting, self._open = [], []
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=60)
-        if stop is not None and (self._thread is None or not self._thread.is_alive()):
-            stop()
         self._blocks.close()
         with self._seen:
             self.finished = True
