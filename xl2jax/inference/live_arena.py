@@ -55,6 +55,7 @@ class LiveKV(session.VideoKV):
     most_groups: int
     """The most groups that there were at any moment. Sizes follow from them, so that they change seldom."""
     evicted: int
+    renumbered: bool
     first_block: int
     """Number of the block that the first group belongs to."""
     unit: int
@@ -74,6 +75,11 @@ class LiveKV(session.VideoKV):
     @property
     def group_capacity(self) -> int:
         return self.capacity
+
+    @property
+    def dense_from(self) -> int | None:
+        # Without a gap in its positions the arena's length is the position of the question.
+        return self.evicted if self.renumbered or not self.evicted else None
 
     @property
     def on_device(self) -> bool:
@@ -278,6 +284,7 @@ class LiveArena:
             capacity=self._capacity,
             most_groups=self._most,
             evicted=ledger.evicted,
+            renumbered=self._renumber,
             first_block=ledger.forgotten // ledger.unit,
             unit=ledger.unit,
             times=self._times.copy(),

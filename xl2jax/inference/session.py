@@ -195,9 +195,14 @@ class VideoKV:
         return self.plan.group_capacity
 
     @property
+    def dense_from(self) -> int | None:
+        """The first group whose dense KV is in `cache`, where a question can attend to it; None where there is none."""
+        return 0 if self.host is None else None
+
+    @property
     def on_device(self) -> bool:
         """Whether the dense KV of all groups is in `cache`."""
-        return self.host is None
+        return self.dense_from == 0
 
     def make_pooled(self, network: Network, pool: int) -> PooledKV:
         """The pooled KV of all groups."""
@@ -327,14 +332,24 @@ def score_groups(
         return jax.random.uniform(jax.random.key(seed), (capacity,))
     if scorer.keys == "dense" and not kv.on_device:
         raise UserError("the dense KV was offloaded: score chunks by the pooled KV (relevance keys auto or pooled)")
-    if scorer.keys == "pooled" or not kv.on_device:
-        context, source = mix(network, kv, pooled, np.zeros(capacity, bool), 0, bilevel)
-        group = jnp.where(source.valid, source.group, -1)
-    else:
-        context = kv.cache
-        group = compiled.slot_groups(kv.table, context, visual_tokens=kv.layout.visual_tokens)
-    text = new_text(network, suffix, 0)
-    return compiled.attention_scores(network, context, group, text, suffix, scorer=scorer, groups=capacity)
+
+    def scores(context: KVCache, group: jax.Array) -> jax.Array:
+        text = new_text(network, suffix, 0)
+        return compiled.attention_scores(network, context, group, text, suffix, scorer=scorer, groups=capacity)
+
+    first = None if scorer.keys == "pooled" else kv.dense_from
+    if first is not None:
+        group = compiled.slot_groups(kv.table, kv.cache, np.int32(first), visual_tokens=kv.layout.visual_tokens)
+        of_dense = scores(kv.cache, group)
+        if first == 0:
+            return of_dense
+    context, source = mix(network, kv, pooled, np.zeros(capacity, bool), 0, bilevel)
+    of_pooled = scores(context, jnp.where(source.valid, source.group, -1))
+    if first is None:
+        return of_pooled
+    size = bilevel.select_chunk_groups
+    last = (kv.layout.groups - 1) // size * size
+    return compiled.join_scores(of_pooled, of_dense, np.int32(size), np.int32(first), np.int32(last))
 
 
 # --- the answer --------------------------------------------------------------------------------
