@@ -188,6 +188,7 @@ def test_the_ledger_agrees_with_a_list_of_groups(limits: tuple[int, ...], news: 
         assert len(pooled) + len(on_device) <= ledger.group_limit
 
 
+@pytest.mark.slow
 def test_nothing_grows_or_compiles_once_the_budget_is_full(model: xl2jax.Model) -> None:
     live, source = start(model, small(host_gib=1e-3), 1)
     programs, held = program_count(), live.device_bytes

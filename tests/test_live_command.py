@@ -26,6 +26,7 @@ def ask(
     return run
 
 
+@pytest.mark.slow
 def test_answers_at_intervals_cover_the_video(ask: Callable[..., Any], tmp_path: Path) -> None:
     disk = ("--host-gib", 0, "--disk-gib", 1, "--disk-folder", tmp_path)
     status, out, err = ask("--question", "What?", "--ask-every", 9, "--json", *disk)
@@ -40,6 +41,7 @@ def test_answers_at_intervals_cover_the_video(ask: Callable[..., Any], tmp_path:
     assert "saw 60 frames up to 0:00:29" in err
 
 
+@pytest.mark.slow
 def test_questions_from_stdin(ask: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """A refused one does not end the conversation."""
     monkeypatch.setattr(sys, "stdin", io.StringIO("What?\n\nIs \udcff there?\nWhere?\n"))
@@ -51,6 +53,7 @@ def test_questions_from_stdin(ask: Callable[..., Any], monkeypatch: pytest.Monke
     ]
 
 
+@pytest.mark.slow
 def test_answers_without_json_show_their_span(ask: Callable[..., Any]) -> None:
     status, out, err = ask("--question", "What?", "--ask-every", 100)
     assert status == 0, err

@@ -209,6 +209,7 @@ def test_pathlib_does_not_change_an_address() -> None:
     assert address_of(Path("/a/b.mp4")) == "/a/b.mp4"
 
 
+@pytest.mark.slow
 def test_questions_while_a_stream_is_watched(model: xl2jax.Model) -> None:
     """Answers come while the stream is open, about what was seen so far."""
     data, gate = mpeg_ts(12), threading.Event()
