@@ -309,6 +309,6 @@ def test_any_error_of_pyav_is_one_line(plain: Path, monkeypatch: pytest.MonkeyPa
             assert "plain.mp4: not a video that can be read" in refusal(plain)
         reader = PyAVReader(plain)
         with monkeypatch.context() as patch:
-            patch.setattr("xl2jax.video.readers._upright", failing)
+            patch.setattr("xl2jax.video.readers.upright", failing)
             with pytest.raises(UserError, match="plain.mp4: not a video that can be read"):
                 next(reader.frames(np.array([3])))

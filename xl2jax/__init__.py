@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from xl2jax.inference.devices import Devices
     from xl2jax.inference.generate import TokenSampling
     from xl2jax.inference.layout import PrefillConfig
+    from xl2jax.inference.live import LiveMemory, LiveVideo
     from xl2jax.inference.relevance import AttentionScorer
     from xl2jax.inference.selection import Chunk, RelevanceConfig
     from xl2jax.inference.video_cache import CacheConfig, WatchedVideo
@@ -60,6 +61,7 @@ _PUBLIC = {
     "inference.bilevel": ("BilevelConfig",),
     "inference.generate": ("TokenSampling",),
     "inference.layout": ("PrefillConfig",),
+    "inference.live": ("LiveMemory", "LiveVideo"),
     "inference.relevance": ("AttentionScorer",),
     "inference.selection": ("Chunk", "RelevanceConfig"),
     "inference.video_cache": ("CacheConfig", "WatchedVideo"),
@@ -68,7 +70,7 @@ _PUBLIC = {
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 
 __all__ = [  # noqa: RUF022 (in the order of use)
-    "load", "load_copies", "share", "Devices", "Model", "Answer", "WatchedVideo", "Chunk",
+    "load", "load_copies", "share", "Devices", "Model", "Answer", "WatchedVideo", "LiveVideo", "LiveMemory", "Chunk",
     "FrameSampling", "PrefillConfig", "BilevelConfig", "CacheConfig", "RelevanceConfig", "AttentionScorer", "TokenSampling",
     "pictures_as_frames",
     "VideoXL2Config", "PRESETS", "UserError",

@@ -23,6 +23,7 @@ from xl2jax.checkpoint.params import stored_config
 from xl2jax.checkpoint.sources import find_checkpoint
 from xl2jax.commands.flags import OFFLOAD_IS_DENSE, PrefillFlags, require_checkpoint
 from xl2jax.commands.infer_flags import Args, ComputeArgs, FrameArgs
+from xl2jax.commands.live import watch_live
 from xl2jax.errors import UserError
 from xl2jax.inference import memory
 from xl2jax.inference.answering import Answer
@@ -169,6 +170,9 @@ def main() -> int:
     """Runs the command and returns its exit status."""
     with flag_errors():
         args = tyro.cli(Args, prog=None if sys.argv[0].startswith("xl2jax") else "python infer.py")
+    if args.live.live:
+        _check_questions(args)
+        return watch_live(args)
     request = Request.check(args)
     programs = program_count()
     opened = None if request.reads_cache else request.open()

@@ -66,6 +66,30 @@ class ComputeArgs:
 
 
 @dataclasses.dataclass(frozen=True)
+class LiveArgs:
+    """A video that is watched as it comes."""
+
+    live: bool = False
+    """Watches --video as it comes: an address (rtsp://, http:// and others), a file that is read once, a pipe, or - for
+    standard input. --question is asked at its end, --interactive and --ask-every meanwhile. With --json each answer is a
+    line."""
+    ask_every: float | None = None
+    """Asks --question each time that so many seconds of the video have passed, and at its end."""
+    clock: Literal["stream", "wall"] = "stream"
+    """Whose time the model reads: the video's, or this machine's when a frame came. Both begin with 0."""
+    dense_minutes: float = 10.0
+    """How many minutes of a live video stay dense on the device."""
+    minutes: float = 60.0
+    """How many are remembered at all; what is older than --dense-minutes is pooled on the device."""
+    host_gib: float = 2.0
+    """GiB of host memory for dense KV that has left the device and that questions bring back."""
+    disk_gib: float = 0.0
+    """GiB in --disk-folder for dense KV that the host has no room for."""
+    disk_folder: Path | None = None
+    """Folder for these files. They are removed at the end."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Args:
     """Answers questions about a video, or about pictures, with Video-XL-2."""
 
@@ -93,6 +117,7 @@ class Args:
     frames: tyro.conf.OmitArgPrefixes[FrameArgs] = FrameArgs()
     answer: tyro.conf.OmitArgPrefixes[AnswerArgs] = AnswerArgs()
     compute: tyro.conf.OmitArgPrefixes[ComputeArgs] = ComputeArgs()
+    live: tyro.conf.OmitArgPrefixes[LiveArgs] = LiveArgs()
     split: tyro.conf.OmitArgPrefixes[TensorFlags] = dataclasses.field(default_factory=TensorFlags)
 
     @property
@@ -121,6 +146,8 @@ class Args:
 
     def check_media(self) -> None:
         """Raises UserError unless the flags say what to look at, and the questions agree on the places of pictures."""
+        if self.live != LiveArgs():
+            raise UserError("flags of a live video have no effect without --live: add it, or leave them out")
         given = self.video is not None or bool(self.image)
         if self.text_only and given:
             raise UserError("--text-only has no use with --video or --image: leave it out")

@@ -13,6 +13,10 @@ selection        which chunks a question reads
 selection_files  reads upstream's selection files
 video_cache      a watched video
 watching         a video that is being watched, a segment at a time
+live             a video that is watched as it comes, in memory of a fixed size
+live_arena       its KV on the device
+live_ledger      which of its groups are where
+live_blocks      the dense KV that left the device, in host memory and on the disk
 decoding         answers that are decoded alone or together
 answering        an answer in the making, a few tokens at a time
 store            keeps its cache in a file

@@ -15,6 +15,7 @@ from xl2jax.inference import session
 from xl2jax.inference.bilevel import BilevelConfig
 from xl2jax.inference.decoding import Decoding, decode_together
 from xl2jax.inference.generate import TokenSampling
+from xl2jax.inference.live import LiveVideo
 from xl2jax.inference.network import Network
 from xl2jax.inference.progress import AnswerText
 from xl2jax.inference.selection import Chunk, RelevanceConfig, choose_context
@@ -54,7 +55,7 @@ class Answering:
         self,
         network: Network,
         tokenizer: PromptTokenizer,
-        video: WatchedVideo,
+        video: WatchedVideo | LiveVideo,
         question: str,
         text: Suffix,
         *,
@@ -70,8 +71,9 @@ class Answering:
             stop = np.asarray(tokenizer.stop_ids, np.int32)
             self._started = time.perf_counter()
             ids = session.suffix_ids(text.ids, text.first, text.last)
-            context, self.chunks = choose_context(network, video, question, ids, bilevel, relevance)
-            jax.block_until_ready(context)
+            with video.snapshot() as seen:
+                context, self.chunks = choose_context(network, seen, question, ids, bilevel, relevance)
+                jax.block_until_ready(context)
             self._selected = time.perf_counter()
             state, _ = session.start_answer(
                 network, context, ids, new_tokens=max_new_tokens, stop=stop, sampling=sampling, seed=seed

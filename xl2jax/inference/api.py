@@ -39,16 +39,19 @@ from xl2jax.inference.decoding import MOST_TOGETHER
 from xl2jax.inference.devices import Devices
 from xl2jax.inference.generate import TokenSampling, check_answer_options
 from xl2jax.inference.layout import PrefillConfig, VideoLayout
+from xl2jax.inference.live import Frame, LiveMemory, LiveVideo
 from xl2jax.inference.network import LARGE_KEY_BIAS, Network
 from xl2jax.inference.pictures import Surroundings, surroundings
 from xl2jax.inference.prefill import PrefillPlan, make_plan
-from xl2jax.inference.selection import RelevanceConfig, check_bilevel
+from xl2jax.inference.selection import RelevanceConfig, check_bilevel, check_pool
 from xl2jax.inference.video_cache import CacheConfig, WatchedVideo
 from xl2jax.inference.watching import Watching
 from xl2jax.models.param_tree import flatten
 from xl2jax.models.sharding import head_copies, single_heads, with_head_copies, without_head_copies
 from xl2jax.prompt import PromptTokenizer, Turn, suffix
 from xl2jax.video.clip import Backend, Clip, FrameSampling, open_video
+from xl2jax.video.live_clock import ClockMode
+from xl2jax.video.live_source import Stream
 from xl2jax.video.pictures import Picture
 
 logger = logging.getLogger(__name__)
@@ -73,7 +76,7 @@ class Model:
         """`mesh` and `head_copies`: see `Network`."""
         self.network = Network.create(config, params, implementation, mesh=mesh, head_copies=head_copies)
         self.tokenizer = tokenizer
-        self._videos: weakref.WeakSet[WatchedVideo] = weakref.WeakSet()
+        self._videos: weakref.WeakSet[WatchedVideo | LiveVideo] = weakref.WeakSet()
         self._alone = surroundings(tokenizer, config, video=True)
         self._logged_exact_channels = False
 
@@ -248,6 +251,58 @@ class Model:
             measure_stages=measure_stages,
         )
 
+    def watch_live(
+        self,
+        source: str | Path | Iterable[tuple[float | None, Frame]] | None = None,
+        *,
+        fps: float | None = 1.0,
+        clock: ClockMode = "stream",
+        config: PrefillConfig | None = None,
+        bilevel: BilevelConfig = BilevelConfig(),  # noqa: B008 (frozen)
+        cache: CacheConfig = CacheConfig(),  # noqa: B008 (frozen)
+        memory: LiveMemory = LiveMemory(),  # noqa: B008 (frozen)
+    ) -> LiveVideo:
+        """Makes a video that is watched as it comes (`xl2jax.inference.live`), in memory of a fixed size.
+
+        Args:
+          source: an address or a path (`xl2jax.video.live_source.Stream`), or (seconds, frame) pairs, where a frame is
+            uint8 RGB [height, width, 3] of any size. Without one, frames are fed by `LiveVideo.add`.
+          fps: how many frames a second are seen; None sees all.
+          clock: stream takes the source's times, wall those at which frames come. The model reads seconds since the first
+            frame.
+          config: chunk size and window of the prefill.
+          bilevel: how questions will read the video. Its pool and chunks cannot change later.
+          cache: the precision of the KV.
+          memory: what is remembered for how long, and where.
+
+        Raises:
+          UserError: the settings do not suit the model or each other, or need more memory than is free.
+        """
+        if fps is not None:
+            FrameSampling(fps=fps)  # raises UserError for a rate out of range
+        if clock not in ("stream", "wall"):
+            raise UserError(f"clock must be stream or wall, not {clock}")
+        if cache.offload:
+            raise UserError("a live video keeps old KV in host memory by itself: leave offload out")
+        check_pool(bilevel, self.config.visual_tokens)
+        self.check_cache(cache, bilevel)
+        source = Stream(source) if isinstance(source, str | Path) else source
+        live = LiveVideo(
+            self.network,
+            self.tokenizer,
+            self._alone,
+            source,
+            path=str(getattr(source, "address", "live video")),
+            fps=fps,
+            clock=clock,
+            config=config or PrefillConfig(),
+            bilevel=bilevel,
+            cache=cache,
+            memory=memory,
+        )
+        self._videos.add(live)
+        return live
+
     def adopt(self, video: WatchedVideo) -> WatchedVideo:
         """Registers a video that this model watched, or that came from a cache file whose key names it. Returns it."""
         self._videos.add(video)
@@ -328,7 +383,7 @@ class Model:
 
     def ask(
         self,
-        video: WatchedVideo,
+        video: WatchedVideo | LiveVideo,
         question: str,
         *,
         max_new_tokens: int = 128,
@@ -372,7 +427,7 @@ class Model:
 
     def ask_many(
         self,
-        questions: Iterable[tuple[WatchedVideo, str]],
+        questions: Iterable[tuple[WatchedVideo | LiveVideo, str]],
         *,
         together: int = 8,
         max_new_tokens: int = 128,
@@ -418,7 +473,7 @@ class Model:
 
     def start_answer(
         self,
-        video: WatchedVideo,
+        video: WatchedVideo | LiveVideo,
         question: str,
         *,
         max_new_tokens: int = 128,
@@ -435,6 +490,8 @@ class Model:
         if video not in self._videos:
             raise UserError(f"{video.path}: was watched by another model; watch it with the model that is asked")
         check_answer_options(max_new_tokens, seed)
+        if isinstance(video, LiveVideo):
+            video.check_reading(bilevel, relevance or RelevanceConfig())
         return Answering(
             self.network,
             self.tokenizer,

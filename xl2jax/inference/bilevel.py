@@ -23,7 +23,7 @@ from xl2jax.errors import require_whole
 from xl2jax.inference.cache import KVCache
 from xl2jax.inference.layout import VideoLayout, bucket
 from xl2jax.models.layers import rope_tables, rotate
-from xl2jax.ops.kv import KVArray, QuantizedKV, exact_channels, quantize, unpack
+from xl2jax.ops.kv import KVArray, QuantizedKV, exact_channels, kv_dtype, quantize, unpack
 from xl2jax.ops.precision import accumulator
 
 UNIT_GROUPS = 2
@@ -60,28 +60,47 @@ class GroupTable(NamedTuple):
     time_lengths: jax.Array
     groups: jax.Array
     tail: jax.Array
+    time_position: jax.Array
+    """Position to which the key of each group's first time token is rotated [Gcap]."""
+    visual_position: jax.Array
+    """That of its first visual token [Gcap]."""
 
 
 def group_table(layout: VideoLayout, capacity: int) -> GroupTable:
     times = np.zeros(capacity, np.int32)
     times[: layout.groups] = layout.time_lengths
-    return GroupTable(jnp.int32(layout.prefix), jnp.asarray(times), jnp.int32(layout.groups), jnp.int32(layout.tail))
+    ends = layout.prefix + np.cumsum(times, dtype=np.int32)
+    visual = ends + np.arange(capacity, dtype=np.int32) * layout.visual_tokens
+    return table_of(layout, times, visual - times, visual)
 
 
-def slot_groups(table: GroupTable, cache: KVCache, visual_tokens: int) -> jax.Array:
-    """The group of each slot of a video's dense cache, int32 [S]; -1 for slots that belong to no group."""
+def table_of(layout: VideoLayout, lengths: np.ndarray, times: np.ndarray, visuals: np.ndarray) -> GroupTable:
+    """The table of groups whose time tokens and visual tokens begin at positions `times` and `visuals` [Gcap]."""
+    rows = (jnp.asarray(x, jnp.int32) for x in (lengths, times, visuals))
+    lengths_of, time_position, visual_position = rows
+    groups, tail = jnp.int32(layout.groups), jnp.int32(layout.tail)
+    return GroupTable(jnp.int32(layout.prefix), lengths_of, groups, tail, time_position, visual_position)
+
+
+def slot_groups(
+    table: GroupTable, cache: KVCache, visual_tokens: int, first: jax.Array | np.ndarray | int = 0
+) -> jax.Array:
+    """The group of each slot of a video's dense cache, int32 [S]; -1 for slots that belong to no group.
+
+    `first`: the group whose visual tokens come first in it.
+    """
     slot = jnp.arange(cache.slots, dtype=jnp.int32)
     ends = table.prefix + jnp.cumsum(table.time_lengths, dtype=jnp.int32)
     time = jnp.searchsorted(ends, slot, side="right").astype(jnp.int32)
-    group = jnp.where(slot < cache.visual_start, time, (slot - cache.visual_start) // visual_tokens)
+    group = jnp.where(slot < cache.visual_start, time, (slot - cache.visual_start) // visual_tokens + first)
     return jnp.where((slot >= table.prefix) & (group < table.groups), group, -1)
 
 
 class PooledKV(NamedTuple):
     """Averaged visual keys (un-rotated) and values of every group, [L, K, Gcap * (V // pool), H]."""
 
-    k: jax.Array
-    v: jax.Array
+    k: KVArray
+    v: KVArray
 
 
 def blocks_of_units(units: Iterable[int], groups: int, select_chunk_groups: int) -> np.ndarray:
@@ -112,11 +131,22 @@ def choose_blocks(scores: jax.Array, blocks: jax.Array, top: int) -> jax.Array:
 
 def pool_cache(cache: KVCache, table: GroupTable, *, visual_tokens: int, pool: int, theta: float) -> PooledKV:
     """Pools every group of the video, one layer at a time."""
-    groups, v = table.time_lengths.shape[0], visual_tokens
+    return pool_groups(
+        cache, cache.visual_start, table.visual_position, visual_tokens=visual_tokens, pool=pool, theta=theta
+    )
+
+
+def pool_groups(
+    cache: KVCache, start: jax.Array, position: jax.Array, *, visual_tokens: int, pool: int, theta: float
+) -> PooledKV:
+    """Pools G groups that lie one behind the other from slot `start` on, one layer at a time.
+
+    `position` [G] is that to which the key of each group's first visual token is rotated.
+    """
+    groups, v = position.shape[0], visual_tokens
     _, kv_heads, _, h = cache.shape
     kept = v // pool
-    before = table.prefix + jnp.cumsum(table.time_lengths, dtype=jnp.int32)
-    positions = before[:, None] + jnp.arange(groups * v, dtype=jnp.int32).reshape(groups, v)
+    positions = position[:, None] + jnp.arange(v, dtype=jnp.int32)
     dtype = accumulator(cache.dtype)
     cos, sin = rope_tables(positions.reshape(-1), h, theta, dtype)
 
@@ -125,9 +155,7 @@ def pool_cache(cache: KVCache, table: GroupTable, *, visual_tokens: int, pool: i
         return x.reshape(kv_heads, groups * kept, pool, h).mean(2)
 
     def visual(x: KVArray) -> jax.Array:
-        return unpack(
-            jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, cache.visual_start, groups * v, axis=1), x)
-        )
+        return unpack(jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, start, groups * v, axis=1), x))
 
     def layer(kv: tuple[KVArray, KVArray]) -> tuple[jax.Array, jax.Array]:
         k, values = map(visual, kv)
@@ -194,7 +222,7 @@ def mixed_source(
     place = jnp.cumsum(dense, dtype=jnp.int32)[group] - 1 if compact else group
     source = jnp.where(is_time, first + offset, visual_start + place * v + visual)
     source = jnp.where(is_pooled, group * kept + visual, source)
-    position = first + group * v + offset
+    position = jnp.where(is_time, table.time_position[group] + offset, table.visual_position[group] + visual)
     video_end = table.prefix + lengths.sum(dtype=jnp.int32)
     in_tail = slot >= video_end
     behind_times = table.prefix + times.sum(dtype=jnp.int32) + slot - video_end
@@ -218,7 +246,8 @@ def mix(cache: KVCache, pooled: PooledKV, source: MixedSource, *, theta: float) 
     """
     h = cache.shape[3]
     slots = source.slot.shape[0]
-    dtype = accumulator(pooled.k.dtype)
+    kept_dtype = kv_dtype(pooled.k)
+    dtype = accumulator(kept_dtype)
     old_cos, old_sin = rope_tables(source.position, h, theta, dtype)
     new_cos, new_sin = rope_tables(jnp.arange(slots), h, theta, dtype)
     whole = jnp.where(source.valid & ~source.pooled, source.slot, 0)
@@ -226,16 +255,17 @@ def mix(cache: KVCache, pooled: PooledKV, source: MixedSource, *, theta: float) 
 
     quantized = isinstance(cache.k, QuantizedKV)
 
-    def layer(xs: tuple[KVArray, KVArray, jax.Array, jax.Array]) -> tuple[KVArray, KVArray]:
+    def layer(xs: tuple[KVArray, KVArray, KVArray, KVArray]) -> tuple[KVArray, KVArray]:
         k, v, pooled_k, pooled_v = xs
 
-        def pick(dense: KVArray, reduced: jax.Array) -> jax.Array:
+        def pick(dense: KVArray, reduced: KVArray) -> jax.Array:
             dense = unpack(jax.tree.map(lambda a: a[:, whole], dense))
-            picked = jnp.where(source.pooled[:, None], reduced[:, part], dense)
+            reduced = unpack(jax.tree.map(lambda a: a[:, part], reduced))
+            picked = jnp.where(source.pooled[:, None], reduced, dense)
             return jnp.where(source.valid[:, None], picked, 0)
 
         keys = rotate(pick(k, pooled_k).astype(dtype), old_cos, -old_sin)
-        keys, values = rotate(keys, new_cos, new_sin).astype(pooled_k.dtype), pick(v, pooled_v)
+        keys, values = rotate(keys, new_cos, new_sin).astype(kept_dtype), pick(v, pooled_v)
         return (quantize(keys, exact_channels(k)), quantize(values)) if quantized else (keys, values)
 
     k, v = jax.lax.map(layer, (cache.k, cache.v, *pooled))

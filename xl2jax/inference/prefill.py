@@ -120,14 +120,18 @@ def make_plan(
     )
 
 
-def steps(layout: VideoLayout, plan: PrefillPlan, time_ids: list[list[int]]) -> Step:
-    """All steps of a video as numpy arrays with a leading axis. Empty steps fill up the last segment."""
+def steps(layout: VideoLayout, plan: PrefillPlan, time_ids: list[list[int]], first: int = 0, shift: int = 0) -> Step:
+    """All steps of a video as numpy arrays with a leading axis. Empty steps fill up the last segment.
+
+    `first`: the group that the first step begins with. `shift` is added to all positions. `time_ids` are those of the
+    groups from `first` on.
+    """
     g_step, v, cap = plan.step_groups, plan.visual_tokens, plan.time_cap
-    count = ceil_div(layout.groups, plan.segment_groups) * plan.segment_steps
-    lengths = np.zeros(count * g_step, np.int64)
+    count = ceil_div(layout.groups - first, plan.segment_groups) * plan.segment_steps
+    lengths = np.zeros(first + count * g_step, np.int64)
     lengths[: layout.groups] = layout.time_lengths
-    valid = np.arange(count * g_step) < layout.groups
-    groups = np.arange(count * g_step).reshape(count, g_step)
+    valid = np.arange(first + count * g_step) < layout.groups
+    groups = first + np.arange(count * g_step).reshape(count, g_step)
 
     # Visual tokens are [count, g_step * V]. Time tokens are [count, g_step * cap], with the real ones first.
     visual_group = np.repeat(groups, v, axis=1)
@@ -137,13 +141,14 @@ def steps(layout: VideoLayout, plan: PrefillPlan, time_ids: list[list[int]]) -> 
     for i in range(count):
         real = [(g, o) for g in groups[i] for o in range(lengths[g])]
         for n, (g, o) in enumerate(real):
-            time_group[i, n], time_offset[i, n], time_valid[i, n], ids[i, n] = g, o, 1, time_ids[g][o]
+            time_group[i, n], time_offset[i, n], time_valid[i, n], ids[i, n] = g, o, 1, time_ids[g - first][o]
     group = np.concatenate([visual_group, time_group], axis=1)
     offset = np.concatenate([visual_offset, time_offset], axis=1)
     is_time = np.arange(group.shape[1]) >= g_step * v
     is_time = np.broadcast_to(is_time, group.shape)
     seen = np.concatenate([valid[visual_group], time_valid.astype(bool)], axis=1)
     tokens = token_ranges(layout.prefix, lengths, v, plan.visual_start, plan.config, group, offset, is_time)
+    tokens = tokens._replace(position=tokens.position + shift)
     tokens = jax.tree.map(lambda x: np.where(seen, x, 0).astype(np.int32), tokens)
     before = layout.prefix + np.cumsum(lengths) - lengths
     columns: dict[str, Any] = {
@@ -152,8 +157,8 @@ def steps(layout: VideoLayout, plan: PrefillPlan, time_ids: list[list[int]]) -> 
         "ranges": tokens.ranges,
         "global_slot": before[groups[:, 0]].astype(np.int32),
         "visual_slot": (plan.visual_start + groups[:, 0] * v).astype(np.int32),
-        "times": lengths.reshape(count, g_step).sum(1).astype(np.int32),
-        "visuals": (valid.reshape(count, g_step).sum(1) * v).astype(np.int32),
+        "times": lengths[first:].reshape(count, g_step).sum(1).astype(np.int32),
+        "visuals": (valid[first:].reshape(count, g_step).sum(1) * v).astype(np.int32),
     }
     return Step(**columns)
 

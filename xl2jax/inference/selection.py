@@ -124,8 +124,10 @@ def choose_context(
         if isinstance(scorer, AttentionScorer) and scorer.keys == "auto":
             _announce(
                 "chunks are scored by the dense KV (auto)"
-                if kv.host is None
+                if kv.on_device
                 else "the dense KV was offloaded: chunks are scored by the pooled KV"
+                if kv.dense_from is None
+                else "the dense KV of older chunks has left the device: these are scored by the pooled KV"
             )
         chosen = session.choose_context(network, kv, suffix, bilevel, scorer)
     return chosen.context, _chunks(video, bilevel.select_chunk_groups, chosen.dense_blocks, chosen.scores)
@@ -141,7 +143,7 @@ def _chunks(video: WatchedVideo, size: int, dense: np.ndarray, scores: np.ndarra
     frames = size * FRAMES_PER_GROUP
     return [
         Chunk(
-            number=b + 1,
+            number=video.first_chunk + b + 1,
             start=video.times[b * frames],
             end=video.times[min((b + 1) * frames, len(video.times)) - 1],
             score=None if scores is None else float(scores[b]),

@@ -187,7 +187,47 @@ class VideoKV:
 
     @functools.cached_property
     def table(self) -> GroupTable:
-        return group_table(self.layout, self.plan.group_capacity)
+        return group_table(self.layout, self.group_capacity)
+
+    @property
+    def group_capacity(self) -> int:
+        """Gcap, the number of groups that the table and the pooled KV have room for."""
+        return self.plan.group_capacity
+
+    @property
+    def dense_from(self) -> int | None:
+        """The first group whose dense KV is in `cache`, where a question can attend to it; None where there is none."""
+        return 0 if self.host is None else None
+
+    @property
+    def on_device(self) -> bool:
+        """Whether the dense KV of all groups is in `cache`."""
+        return self.dense_from == 0
+
+    def make_pooled(self, network: Network, pool: int) -> PooledKV:
+        """The pooled KV of all groups."""
+        llm, visual_tokens = network.config.llm, self.layout.visual_tokens
+        if self.host is None:
+            return compiled.pool_cache(llm, self.cache, self.table, visual_tokens=visual_tokens, pool=pool)
+        return pool_host(llm, self.cache, self.host, self.table, visual_tokens=visual_tokens, pool=pool)
+
+    def readable(self, dense: jax.Array) -> jax.Array | np.ndarray:
+        """Those of groups `dense` [Gcap] whose dense KV can be read: all of them, in a video that has ended."""
+        return dense
+
+    def with_dense(self, dense: jax.Array | np.ndarray, limit: int) -> KVCache:
+        """A cache that holds the visual tokens of groups `dense` [Gcap], at most `limit`.
+
+        Where `on_device` is false it holds no other ones, one group behind the other.
+        """
+        if self.host is None:
+            return self.cache
+        exists = np.arange(self.group_capacity) < self.layout.groups
+        return fetch(self.cache, self.host, np.asarray(dense) & exists, visual_tokens=self.layout.visual_tokens)
+
+    def mixed_slots(self, dense_limit: int, bilevel: BilevelConfig) -> int:
+        """Capacity of a mixed cache with at most `dense_limit` dense groups."""
+        return mixed_slots(self.layout, dense_limit, bilevel)
 
 
 # --- what a question reads ---------------------------------------------------------------------
@@ -209,7 +249,7 @@ type Scorer = AttentionScorer | Literal["random", "none"]
 
 def whole_cache(kv: VideoKV) -> KVCache:
     """The whole dense cache. Raises UserError where it is not on the device."""
-    if kv.host is not None:
+    if not kv.on_device:
         raise UserError("the video's KV was offloaded: it is read with bi-level decoding and chosen chunks only")
     return kv.cache
 
@@ -223,20 +263,22 @@ def choose_context(network: Network, kv: VideoKV, suffix: SuffixIds, bilevel: Bi
     top = 0 if scorer == "none" else bilevel.top(kv.layout)
     pooled = pooled_kv(network, kv, bilevel.pool)
     group_scores = score_groups(network, kv, suffix, bilevel, scorer, pooled)
-    scores, blocks, dense = compiled.choose(group_scores, kv.table.groups, select_chunk_groups=size, top=top)
+    scores, dense = compiled.choose(group_scores, kv.table.groups, select_chunk_groups=size, top=top)
+    dense = kv.readable(dense)
     context, _ = mix(network, kv, pooled, dense, (top + 2) * size, bilevel)
+    blocks = np.asarray(dense)[::size]
     if scorer == "none":
-        return Chosen(context, np.asarray(blocks), None)
+        return Chosen(context, blocks, None)
     if not np.isfinite(scores).all():
         raise network.not_finite("the chunks' relevance")
-    return Chosen(context, np.asarray(blocks), np.asarray(scores))
+    return Chosen(context, blocks, np.asarray(scores))
 
 
 def context_of_units(network: Network, kv: VideoKV, units: Sequence[int], bilevel: BilevelConfig) -> Chosen:
     """The context whose dense blocks are those of upstream's selected `units` (see `bilevel.blocks_of_units`)."""
     groups, size = kv.layout.groups, bilevel.select_chunk_groups
     blocks = blocks_of_units(units, groups, size)
-    dense = np.zeros(kv.plan.group_capacity, bool)
+    dense = np.zeros(kv.group_capacity, bool)
     dense[:groups] = np.repeat(blocks, size)[:groups]
     pooled = pooled_kv(network, kv, bilevel.pool)
     context, _ = mix(network, kv, pooled, dense, int(dense.sum()), bilevel)
@@ -248,12 +290,7 @@ def pooled_kv(network: Network, kv: VideoKV, pool: int) -> PooledKV:
     with kv.lock:
         if pool not in kv.pooled:
             kv.pooled.clear()
-            llm, visual_tokens = network.config.llm, kv.layout.visual_tokens
-            if kv.host is None:
-                made = compiled.pool_cache(llm, kv.cache, kv.table, visual_tokens=visual_tokens, pool=pool)
-            else:
-                made = pool_host(llm, kv.cache, kv.host, kv.table, visual_tokens=visual_tokens, pool=pool)
-            kv.pooled[pool] = made
+            kv.pooled[pool] = kv.make_pooled(network, pool)
         return kv.pooled[pool]
 
 
@@ -266,20 +303,16 @@ def mix(
     bilevel: BilevelConfig,
 ) -> tuple[KVCache, MixedSource]:
     """The mixed cache whose groups `dense` [Gcap], at most `dense_limit` of them, are whole."""
-    cache, visual_tokens = kv.cache, kv.layout.visual_tokens
-    if kv.host is not None:
-        exists = np.arange(kv.plan.group_capacity) < kv.layout.groups
-        cache = fetch(cache, kv.host, np.asarray(dense) & exists, visual_tokens=visual_tokens)
     return compiled.mix(
         network.config.llm,
-        cache,
+        kv.with_dense(dense, dense_limit),
         pooled,
         kv.table,
         jnp.asarray(dense),
-        visual_tokens=visual_tokens,
+        visual_tokens=kv.layout.visual_tokens,
         pool=bilevel.pool,
-        slots=mixed_slots(kv.layout, dense_limit, bilevel),
-        compact=kv.host is not None,
+        slots=kv.mixed_slots(dense_limit, bilevel),
+        compact=not kv.on_device,
     )
 
 
@@ -290,23 +323,33 @@ def score_groups(
 
     Raises UserError where the scorer needs the dense KV and it was offloaded.
     """
-    capacity = kv.plan.group_capacity
+    capacity = kv.group_capacity
     if scorer == "none":
         return jnp.zeros(capacity)
     if scorer == "random":
         ids = np.asarray(suffix.ids)[: int(suffix.end)].tolist()
         seed = int.from_bytes(hashlib.blake2b(repr(ids).encode(), digest_size=4).digest(), "little")
         return jax.random.uniform(jax.random.key(seed), (capacity,))
-    if scorer.keys == "dense" and kv.host is not None:
+    if scorer.keys == "dense" and not kv.on_device:
         raise UserError("the dense KV was offloaded: score chunks by the pooled KV (relevance keys auto or pooled)")
-    if scorer.keys == "pooled" or kv.host is not None:
-        context, source = mix(network, kv, pooled, np.zeros(capacity, bool), 0, bilevel)
-        group = jnp.where(source.valid, source.group, -1)
-    else:
-        context = kv.cache
-        group = compiled.slot_groups(kv.table, context, visual_tokens=kv.layout.visual_tokens)
-    text = new_text(network, suffix, 0)
-    return compiled.attention_scores(network, context, group, text, suffix, scorer=scorer, groups=capacity)
+
+    def scores(context: KVCache, group: jax.Array) -> jax.Array:
+        text = new_text(network, suffix, 0)
+        return compiled.attention_scores(network, context, group, text, suffix, scorer=scorer, groups=capacity)
+
+    first = None if scorer.keys == "pooled" else kv.dense_from
+    if first is not None:
+        group = compiled.slot_groups(kv.table, kv.cache, np.int32(first), visual_tokens=kv.layout.visual_tokens)
+        of_dense = scores(kv.cache, group)
+        if first == 0:
+            return of_dense
+    context, source = mix(network, kv, pooled, np.zeros(capacity, bool), 0, bilevel)
+    of_pooled = scores(context, jnp.where(source.valid, source.group, -1))
+    if first is None:
+        return of_pooled
+    size = bilevel.select_chunk_groups
+    last = (kv.layout.groups - 1) // size * size
+    return compiled.join_scores(of_pooled, of_dense, np.int32(size), np.int32(first), np.int32(last))
 
 
 # --- the answer --------------------------------------------------------------------------------

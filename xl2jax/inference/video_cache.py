@@ -66,6 +66,8 @@ class WatchedVideo:
     """The text between the video, or the last picture, and the question."""
     picture_tokens: int = 0
     """Visual tokens of all pictures."""
+    first_chunk: int = 0
+    """How many selection blocks a live video has forgotten. Numbers of its chunks count them."""
     closed: bool = False
     _readers: list[int] = dataclasses.field(default_factory=list)
     """Threads that generate an answer now."""
@@ -103,6 +105,11 @@ class WatchedVideo:
             with self._free:
                 self._readers.remove(threading.get_ident())
                 self._free.notify_all()
+
+    @contextlib.contextmanager
+    def snapshot(self) -> Iterator[WatchedVideo]:
+        """What a question sees: the video itself. That of a live video is not the same at every moment."""
+        yield self
 
     def close(self) -> None:
         """Frees the video's memory. It first waits for answers that other threads are generating.

@@ -79,6 +79,21 @@ def replacing_folder(path: Path, need_bytes: int = 0) -> Iterator[Path]:
         temporary.replace(target)
 
 
+@contextlib.contextmanager
+def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
+    """Gives a new empty folder in `parent`, which is removed after the block. What killed processes left is removed too.
+
+    Raises UserError where it cannot be made.
+    """
+    # A folder with a temporary name that never gets another one.
+    with _temporary(parent / name, parents=True) as (_, temporary):
+        temporary.mkdir()
+        try:
+            yield temporary
+        finally:
+            _remove(temporary)
+
+
 def check_file_target(path: Path) -> None:
     """Raises UserError if `replacing_file` would, as far as that can be known before the work begins."""
     with _temporary(path) as (target, temporary):

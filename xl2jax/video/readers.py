@@ -118,7 +118,7 @@ class PyAVReader(_IndexedReader):
                     if jumped and number > keys[key][0]:
                         break  # the seek went beyond its target
                     jumped, last = False, max(last, number)
-                    image = _upright(frame) if wanted[done] <= number else None
+                    image = upright(frame) if wanted[done] <= number else None
                     while image is not None and done < len(wanted) and wanted[done] <= number:
                         if wanted[done] < number:
                             self._replaced.add(wanted[done])
@@ -156,7 +156,7 @@ def _decoded(container: Any, stream: Any) -> Iterator[Any]:
             return
 
 
-def _upright(frame: Any) -> np.ndarray:
+def upright(frame: Any) -> np.ndarray:
     """RGB uint8 [H, W, 3], rotated by the display rotation, which FFmpeg counts counter-clockwise."""
     image = frame.to_ndarray(format="rgb24")
     return np.ascontiguousarray(np.rot90(image, (frame.rotation // 90) % 4)) if frame.rotation else image

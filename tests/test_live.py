@@ -1,0 +1,242 @@
+"""Live videos: equal to a file while everything fits, in memory of a fixed size afterwards."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import xl2jax
+from xl2jax.errors import UserError
+from xl2jax.evaluation.scenes import Scene, make_scene, scene_clip
+from xl2jax.inference import session
+from xl2jax.inference.live import LiveMemory, LiveVideo
+from xl2jax.inference.live_ledger import Ledger
+from xl2jax.inference.selection import RelevanceConfig, choose_context
+from xl2jax.inference.video_cache import CacheConfig
+from xl2jax.prompt import suffix
+from xl2jax.system.backend import program_count
+
+QUESTION = "What is shown?"
+BILEVEL = xl2jax.BilevelConfig(2, 4, 2)
+PREFILL = xl2jax.PrefillConfig(2, 1)
+SCENE = make_scene(7, 17)
+
+
+def frames(scene: Scene, first: int = 0) -> Iterator[tuple[float, np.ndarray]]:
+    """The frames of a scene from group `first` on, one a second, as `scene_clip` has them."""
+    for i in range(4 * first, scene.frames):
+        yield float(i), scene.frame(i, 112, 112)
+
+
+def small(**changed: Any) -> LiveMemory:
+    """A memory of the fewest dense groups, and 40 groups in all."""
+    return dataclasses.replace(LiveMemory(dense_minutes=0.1, minutes=40 * 4 / 60), **changed)
+
+
+def context(model: xl2jax.Model, video: xl2jax.WatchedVideo | LiveVideo) -> Any:
+    text = suffix(model.tokenizer, QUESTION)
+    ids = session.suffix_ids(text.ids, text.first, text.last)
+    with video.snapshot() as seen:
+        return choose_context(model.network, seen, QUESTION, ids, BILEVEL, RelevanceConfig())
+
+
+def filled(cache: Any) -> Any:
+    count = int(cache.length)
+    return [np.asarray(x, np.float32)[:, :, :count] for x in jax.tree.leaves((cache.k, cache.v))]
+
+
+@pytest.fixture(scope="module")
+def file(model: xl2jax.Model) -> xl2jax.WatchedVideo:
+    return model.watch(scene_clip(SCENE), config=PREFILL, bilevel=BILEVEL)
+
+
+@pytest.fixture(scope="module")
+def roomy(model: xl2jax.Model) -> LiveVideo:
+    """All of the scene fits. The groups come in steps whose borders are others than those of the file's."""
+    live = model.watch_live(config=PREFILL, bilevel=BILEVEL, memory=small())
+    for number, (seconds, frame) in enumerate(frames(SCENE), 1):
+        live.add(seconds, frame)
+        if number in (5, 22, 41):
+            live.flush()
+    live.end()
+    return live
+
+
+def test_as_long_as_it_fits_it_equals_the_file(
+    model: xl2jax.Model, file: xl2jax.WatchedVideo, roomy: LiveVideo
+) -> None:
+    (expected, wanted), (got, chunks) = context(model, file), context(model, roomy)
+    assert [(c.number, c.start, c.end, c.dense) for c in chunks] == [
+        (c.number, c.start, c.end, c.dense) for c in wanted
+    ]
+    np.testing.assert_allclose([c.score for c in chunks], [c.score for c in wanted], rtol=1e-5)
+    assert int(got.length) == int(expected.length)
+    for a, b in zip(filled(got), filled(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    answers = [model.ask(v, QUESTION, max_new_tokens=4, bilevel=BILEVEL) for v in (file, roomy)]
+    assert answers[0].text == answers[1].text
+    assert answers[0].new_tokens == answers[1].new_tokens
+
+
+# --- what leaves the device ----------------------------------------------------------------------
+
+ALL = dataclasses.replace(BILEVEL, top_chunks=9)
+"""Reads all of the first 18 groups densely."""
+
+
+def mixed(model: xl2jax.Model, live: LiveVideo) -> Any:
+    text = suffix(model.tokenizer, QUESTION)
+    ids = session.suffix_ids(text.ids, text.first, text.last)
+    with live.snapshot() as seen:
+        return choose_context(model.network, seen, QUESTION, ids, ALL, RelevanceConfig())
+
+
+def dense_bits(live: LiveVideo, groups: int) -> list[np.ndarray]:
+    """The dense KV of the first groups on the device: [L, K, groups * V, ...] each."""
+    cache, v = live._arena.cache, live._plan.visual_tokens
+    start = live._plan.visual_start
+    return [np.array(x[:, :, start : start + groups * v]) for x in jax.tree.leaves((cache.k, cache.v))]
+
+
+def pooled_bits(live: LiveVideo, first: int, last: int) -> list[np.ndarray]:
+    kept = live._plan.visual_tokens // BILEVEL.pool
+    return [np.array(x[:, :, first * kept : last * kept]) for x in jax.tree.leaves(live._arena.pooled)]
+
+
+def start(model: xl2jax.Model, memory: LiveMemory, groups: int, **settings: Any) -> tuple[LiveVideo, Any]:
+    """A live video that has seen `groups` groups, and the frames that follow."""
+    live = model.watch_live(config=PREFILL, bilevel=BILEVEL, memory=memory, **settings)
+    source = frames(make_scene(7, 200))
+    for _ in range(4 * groups):
+        live.add(*next(source))
+    live.flush()
+    return live, source
+
+
+def feed(live: LiveVideo, source: Any, groups: int) -> None:
+    for _ in range(4 * groups):
+        live.add(*next(source))
+    live.flush()
+
+
+@pytest.mark.parametrize("renumber", [True, False])
+def test_what_left_the_device_comes_back_with_its_bits(model: xl2jax.Model, renumber: bool, tmp_path: Path) -> None:
+    """The store is the host's memory, or the disk's."""
+    to_disk = {"host_gib": 0.0, "disk_gib": 0.1, "folder": tmp_path} if renumber else {}
+    live, source = start(model, small(renumber=renumber, **to_disk), 18)
+    assert live._arena.ledger.dense_limit == 18
+    assert live._arena.ledger.evicted == 0
+    v, bits, pooled = live._plan.visual_tokens, dense_bits(live, 18), pooled_bits(live, 0, 18)
+    whole = filled(mixed(model, live)[0])
+    feed(live, source, 1)
+    evicted = live._arena.ledger.evicted
+    assert evicted == 8
+    for at in range(0, evicted, 2):
+        block = live._blocks.get(at // 2)
+        assert block is not None
+        for x, before in zip(jax.tree.leaves(block), bits, strict=True):
+            np.testing.assert_array_equal(x, before[:, :, at * v : (at + 2) * v])
+    for x, before in zip(pooled_bits(live, 0, 18), pooled, strict=True):
+        np.testing.assert_array_equal(x, before)
+    assert (live.host_bytes > 0, live.disk_bytes > 0) == (not renumber, renumber)
+
+    # The question reads the first 18 groups as if nothing had left, whatever their positions are now.
+    context, chunks = mixed(model, live)
+    assert all(c.dense for c in chunks[:9])
+    for x, before in zip(filled(context), whole, strict=True):
+        np.testing.assert_allclose(x[:, :, : before.shape[2]], before, atol=2e-5)
+    if renumber:  # a damaged file is one pooled chunk, not a wrong one
+        path = next(tmp_path.glob(".live*/block-00000001.kv"))
+        path.write_bytes(path.read_bytes()[:-40] + bytes(40))
+        _, chunks = mixed(model, live)
+        assert [c.number for c in chunks if not c.dense] == [2]
+    live.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.tuples(*(st.integers(low, high) for low, high in ((1, 60), (1, 200), (1, 8), (0, 20), (1, 16)))),
+    st.lists(st.integers(1, 16), max_size=80),
+)
+def test_the_ledger_agrees_with_a_list_of_groups(limits: tuple[int, ...], news: list[int]) -> None:
+    dense, remembered, unit, keep, most_new = limits
+    ledger = Ledger.of_limits(dense, remembered, unit, keep, most_new)
+    pooled: list[int] = []
+    on_device: list[int] = []
+    number = 0
+    for new in (min(n, most_new) for n in news):
+        move = ledger.make_room(new)
+        assert move.evicted % unit == 0 == move.forgotten % unit
+        pooled += on_device[: move.evicted]
+        del on_device[: move.evicted], pooled[: move.forgotten]
+        assert len(on_device) >= min(keep, number)
+        ledger.add(new)
+        on_device += range(number, number + new)
+        number += new
+        assert [*pooled, *on_device] == list(range(ledger.forgotten, number))
+        assert (ledger.evicted, ledger.dense) == (len(pooled), len(on_device))
+        assert len(on_device) <= ledger.dense_limit
+        assert len(pooled) + len(on_device) <= ledger.group_limit
+
+
+@pytest.mark.slow
+def test_nothing_grows_or_compiles_once_the_budget_is_full(model: xl2jax.Model) -> None:
+    live, source = start(model, small(host_gib=1e-3), 1)
+    programs, held = program_count(), live.device_bytes
+    compiled = list[int]()
+    for _ in range(16):
+        feed(live, source, 10)
+        answer = model.ask(live, QUESTION, max_new_tokens=4, bilevel=BILEVEL)
+        compiled.append(programs.requested)
+        ledger = live._arena.ledger
+        assert live.device_bytes == held
+        assert len(live._times) == 4 * ledger.groups
+        assert live.host_bytes <= 1e-3 * 2**30
+        assert answer.chunks[0].number == ledger.forgotten // 2 + 1
+        assert answer.chunks[0].start == 4.0 * ledger.forgotten
+        assert answer.chunks[-1].end == live.seconds
+    assert live._arena.ledger.forgotten >= 100
+    assert compiled[5] == compiled[-1]
+    live.close()
+
+
+def test_what_a_live_video_cannot_do_is_one_line(model: xl2jax.Model, roomy: LiveVideo, tmp_path: Path) -> None:
+    def refused(message: str, **settings: Any) -> None:
+        with pytest.raises(UserError, match=message):
+            model.ask(roomy, QUESTION, **settings)
+
+    refused("bi-level decoding only", bilevel=None)
+    refused("kept for pool 4 and chunks of 2 groups, not for pool 8 and", bilevel=xl2jax.BilevelConfig(2, 8))
+    with pytest.raises(UserError, match=r"minutes dense .* GiB are free: keep fewer minutes"):
+        model.watch_live(memory=LiveMemory(dense_minutes=1e6, minutes=1e6))
+    with pytest.raises(UserError, match="leave offload out"):
+        model.watch_live(cache=CacheConfig(offload=True))
+    with pytest.raises(UserError, match=r"minutes \(1\) must not be below dense minutes \(10\)"):
+        LiveMemory(minutes=1)
+    with pytest.raises(UserError, match="a disk budget and a folder for it go together"):
+        LiveMemory(disk_gib=1)
+    live = model.watch_live(config=PREFILL, bilevel=BILEVEL, memory=small())
+    with pytest.raises(UserError, match="nothing was seen yet"):
+        model.ask(live, QUESTION, bilevel=BILEVEL)
+    with pytest.raises(UserError, match="not a uint8 array"):
+        live.add(0.0, np.zeros((4, 4)))
+    live.close()
+
+
+def test_a_pause_ends_a_group(model: xl2jax.Model) -> None:
+    """Frames before and after a pause are in groups of their own; the last frame before it is repeated."""
+    with model.watch_live(config=PREFILL, bilevel=BILEVEL, memory=small()) as live:
+        for seconds in (0.0, 1.0, 100.0, 101.0, 102.0, 103.0, 104.0):
+            live.add(seconds, np.zeros((8, 8, 3), np.uint8))
+        live.end()
+        with live.snapshot() as seen:
+            assert seen.times == [0, 1, 1, 1, 100, 101, 102, 103]

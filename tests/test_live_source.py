@@ -1,0 +1,231 @@
+"""Streams and clocks with faults: each becomes a gap in time or one clear line."""
+
+from __future__ import annotations
+
+import contextlib
+import http.server
+import io
+import itertools
+import math
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import xl2jax
+from xl2jax.errors import UserError
+from xl2jax.inference.live import LiveMemory
+from xl2jax.testing import shape_frame
+from xl2jax.video.live_clock import LiveClock
+from xl2jax.video.live_source import Buffer, Stream, address_of
+
+
+class Watch:
+    """A clock of this machine that a test sets."""
+
+    seconds = 100.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+def kept(clock: LiveClock, times: Any) -> list[float]:
+    return [round(at, 6) for t in times if (at := clock.accept(t)) is not None]
+
+
+# --- clocks --------------------------------------------------------------------------------------
+
+
+def test_a_fast_source_is_sampled() -> None:
+    """240 frames a second, as they are and with jitter; and a rate at which `FrameSampling` takes every second frame."""
+    assert kept(LiveClock(1.0), (i / 240 for i in range(240 * 4))) == [0, 1, 2, 3]
+    rng = np.random.default_rng(0)
+    jittered = np.sort(np.arange(240 * 10) / 240 + rng.uniform(0, 0.02, 2400)).tolist()
+    assert len(kept(LiveClock(2.0), jittered)) == pytest.approx(20, abs=1)
+    assert kept(LiveClock(5.0), (i / 10 for i in range(10))) == [0, 0.2, 0.4, 0.6, 0.8]
+    assert kept(LiveClock(None), [7.0, 7.01, 7.02]) == [0, 0.01, 0.02]
+
+
+def test_frames_out_of_order_and_twice_are_left_out() -> None:
+    clock = LiveClock(None)
+    assert kept(clock, [0.0, 0.2, 0.1, 0.2, 0.3]) == [0, 0.2, 0.3]
+    assert clock.late == 2
+
+
+def test_a_clock_that_goes_back_by_an_hour_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    clock = LiveClock(1.0)
+    assert kept(clock, [5000.0, 5001, 5002, 1402, 1403, 1404]) == [0, 1, 2, 3, 4]
+    assert (clock.jumps, clock.late) == (1, 1)
+    assert [r.message for r in caplog.records] == ["the video's clock went back by 3599.0 s: the video's time goes on"]
+
+
+def test_one_stray_time_changes_nothing() -> None:
+    assert kept(LiveClock(1.0), [0.0, 1, 2, 900_000, 3, -4e5, 4, 5]) == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_pause_is_a_gap() -> None:
+    assert kept(LiveClock(1.0), [0.0, 1, 300, 301]) == [0, 1, 300, 301]
+
+
+def test_time_goes_on_while_a_stream_is_opened_anew() -> None:
+    now = Watch()
+    clock = LiveClock(1.0, now=now)
+    assert kept(clock, [50.0, 51]) == [0, 1]
+    now.seconds += 30
+    clock.interrupted()
+    assert kept(clock, [0.0, 1, 2]) == [31, 32, 33]
+
+
+def test_wall_time_and_frames_without_a_time() -> None:
+    now = Watch()
+    for clock, dated in ((LiveClock(1.0, "wall", now=now), 3.0), (LiveClock(1.0, now=now), None)):
+        out = []
+        for _ in range(3):
+            out.append(clock.accept(dated))
+            now.seconds += 7
+        assert out == [0, 7, 14]
+
+
+@given(
+    st.lists(st.one_of(st.none(), st.floats(), st.floats(-1e4, 1e4)), max_size=60),
+    st.sampled_from([None, 0.1, 1.0, 30.0]),
+)
+def test_whatever_comes_seconds_rise(times: list[float | None], fps: float | None) -> None:
+    ticks = itertools.count()
+    clock = LiveClock(fps, now=lambda: float(next(ticks)))
+    out = [at for t in times if (at := clock.accept(t)) is not None]
+    assert all(a < b for a, b in itertools.pairwise(out))
+    assert all(math.isfinite(at) and at >= 0 for at in out)
+
+
+def test_a_full_buffer_drops_its_oldest() -> None:
+    buffer = Buffer[int](3)
+    for i in range(5):
+        buffer.put(i)
+    assert (buffer.take(0), buffer.dropped) == ([2, 3, 4], 2)
+    assert buffer.take(0) == []
+    buffer.end()
+    assert buffer.take(0) is None
+
+
+# --- streams -------------------------------------------------------------------------------------
+
+
+def mpeg_ts(seconds: int, size: tuple[int, int] = (96, 64), *, start: int = 0) -> bytes:
+    """An MPEG-TS stream of `shape_frame`, 10 frames a second and a key frame each second."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="mpegts") as out:
+        stream: Any = out.add_stream("mpeg2video", rate=10)
+        stream.width, stream.height, stream.pix_fmt, stream.gop_size, stream.max_b_frames = *size, "yuv420p", 10, 0
+        for i in range(10 * seconds):
+            frame = av.VideoFrame.from_ndarray(shape_frame(start + i / 10, *size), format="rgb24")
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    return file.getvalue()
+
+
+@contextlib.contextmanager
+def server(replies: list[list[bytes]], gate: threading.Event | None = None) -> Iterator[str]:
+    """Gives each connection the next of `replies` in parts, without a length, and status 404 afterwards.
+
+    Where there is a `gate`, the last part of a reply waits for it.
+    """
+    waiting = iter(replies)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            parts = next(waiting, None)
+            if parts is None:
+                self.send_error(404)
+                return
+            self.send_response(200)
+            self.send_header("Content-Type", "video/mp2t")
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                for part in parts[:-1]:
+                    self.wfile.write(part)
+                self.wfile.flush()
+                if gate is not None:
+                    gate.wait(60)
+                self.wfile.write(parts[-1])
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as served:
+        threading.Thread(target=served.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{served.server_port}/camera.ts"
+        finally:
+            served.shutdown()
+
+
+def stream(address: str) -> Stream:
+    return Stream(address, retries=2, first_wait=0.01, timeout=60)
+
+
+def test_garbage_and_a_cut_are_gaps(caplog: pytest.LogCaptureFixture) -> None:
+    """The second connection has frames of another size."""
+    first, second = mpeg_ts(3), mpeg_ts(2, (128, 96))
+    noise = np.random.default_rng(0).bytes(5000)
+    cut = len(first) * 2 // 3 // 188 * 188
+    with server([[first[:cut], noise, first[cut:-300]], [second]]) as url:
+        source = stream(url)
+        frames = [(t, f()) for t, f in source]
+    assert source.opened == 2
+    sizes = [f.shape[:2] for _, f in frames if f is not None]
+    assert sizes.count((64, 96)) >= 20
+    assert sizes.count((96, 128)) >= 19
+    assert "tried 2 more times" in caplog.records[-1].message
+
+
+def test_an_address_without_a_video_is_one_line() -> None:
+    with server([]) as url, pytest.raises(UserError, match=r"gives no video \(.*404.*; tried 3 times\)"):
+        list(stream(url))
+    with server([[b"no video" * 1000]] * 3) as url, pytest.raises(UserError, match="gives no video"):
+        list(stream(url))
+    with pytest.raises(UserError, match="no such video"):
+        Stream("missing.ts")
+
+
+def test_local_files_and_pipes_are_read_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.ts"
+    path.write_bytes(mpeg_ts(1))
+    assert len(list(Stream(path))) == 10
+    path.write_bytes(b"garbage" * 999)
+    with pytest.raises(UserError, match="not a video that can be read"):
+        list(Stream(path))
+
+
+def test_pathlib_does_not_change_an_address() -> None:
+    assert address_of(Path("rtsp://host:554/a/b")) == "rtsp://host:554/a/b"
+    assert address_of("http://host/a") == "http://host/a"
+    assert address_of(Path("/a/b.mp4")) == "/a/b.mp4"
+
+
+@pytest.mark.slow
+def test_questions_while_a_stream_is_watched(model: xl2jax.Model) -> None:
+    """Answers come while the stream is open, about what was seen so far."""
+    data, gate = mpeg_ts(12), threading.Event()
+    half = len(data) // 2
+    with server([[data[:half], data[half:]]], gate) as url:
+        live = model.watch_live(stream(url), fps=5, memory=LiveMemory(dense_minutes=0.1, minutes=0.2))
+        live.start()
+        assert live.wait(4, timeout=60)
+        early = model.ask(live, "What is shown?", max_new_tokens=2)
+        assert not live.finished
+        assert 4 <= early.chunks[-1].end < 8
+        gate.set()
+        assert live.wait(timeout=60)
+        late = model.ask(live, "What is shown?", max_new_tokens=2)
+        assert late.chunks[-1].end > 10
+        assert live.dropped == 0
+        live.close()
+    with pytest.raises(UserError, match="closed"):
+        model.ask(live, "What is shown?")

@@ -1,0 +1,205 @@
+"""`xl2jax infer --live`: a video is watched as it comes, and questions are answered meanwhile."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import xl2jax
+from xl2jax.checkpoint.params import stored_config
+from xl2jax.checkpoint.sources import find_checkpoint
+from xl2jax.commands.flags import PrefillFlags, require_checkpoint
+from xl2jax.commands.infer_flags import Args, ComputeArgs, FrameArgs
+from xl2jax.errors import UserError
+from xl2jax.inference.answering import Answer
+from xl2jax.inference.bilevel import BilevelConfig
+from xl2jax.inference.generate import TokenSampling, check_answer_options
+from xl2jax.inference.live import LiveMemory, LiveVideo
+from xl2jax.inference.selection import check_pool
+from xl2jax.inference.video_cache import CacheConfig
+from xl2jax.prompt import check_unicode, suffix
+from xl2jax.system.backend import start_backend
+from xl2jax.system.terminal import OutputError
+from xl2jax.video.clip import FrameSampling
+from xl2jax.video.live_source import Stream
+
+if TYPE_CHECKING:
+    from xl2jax.inference.api import Model
+
+logger = logging.getLogger(__name__)
+
+
+def watch_live(args: Args) -> int:
+    """Runs the command and returns its exit status."""
+    settings, source = _checked(args)
+    folder = find_checkpoint(args.checkpoint)
+    config = stored_config(folder, args.compute.weights)
+    check_pool(settings["bilevel"], config.visual_tokens)
+    args.split.devices().check(config)
+    start_backend()
+    model = xl2jax.load(
+        folder, dtype=args.compute.dtype, weights=args.compute.weights, progress=True, tensor=args.split.tensor
+    )
+    for question in args.questions:
+        suffix(model.tokenizer, question)  # one that is too long is refused before anything is watched
+    with model.watch_live(source, **settings) as live:
+        live.start()
+        asker = _Asker(args, model, live, settings["bilevel"])
+        status = asker.interact() if args.interactive else asker.ask_on()
+        logger.info(
+            "saw %d frames up to %s; left out %d out of order and %d that came too fast; %d packets were damaged",
+            live.frames, clock_text(live.seconds), live.clock.late, live.dropped, source.damaged,
+        )  # fmt: skip
+    return status
+
+
+def _checked(args: Args) -> tuple[dict[str, Any], Stream]:
+    """What the flags say, for `Model.watch_live`. Raises UserError for all errors that can be seen in them."""
+    flags, compute, frames = args.live, args.compute, args.frames
+    if args.video is None or args.image or args.text_only:
+        raise UserError("--live watches --video alone: give it, and no pictures")
+    if args.cache is not None or args.plot is not None or compute.offload or compute.top_chunks == "all":
+        raise UserError("--live has no --cache, --plot, --offload and --top-chunks all: leave them out")
+    if dataclasses.replace(frames, fps=1.0) != FrameArgs() or frames.fps == "uniform":
+        raise UserError(
+            "--live takes --fps frames a second: leave out uniform, --max-fps, --max-frames and --folder-fps"
+        )
+    every = flags.ask_every
+    if every is not None and not 0 < every < math.inf:
+        raise UserError(f"--ask-every must be above 0, not {every}")
+    if every is not None and (args.interactive or not args.question):
+        raise UserError("--ask-every repeats --question: give one, and leave out --interactive")
+    if str(args.video) == "-" and args.interactive:
+        raise UserError("--video - and --interactive both read standard input: choose one")
+    require_checkpoint(args.checkpoint)
+    check_answer_options(args.answer.max_new_tokens, args.answer.seed)
+    TokenSampling(args.answer.temperature, args.answer.top_p)
+    args.split.devices()
+    assert frames.fps != "uniform"
+    settings = {
+        "fps": FrameSampling(frames.fps).fps,
+        "clock": flags.clock,
+        "config": PrefillFlags(window_chunks=compute.window_chunks).config(),
+        "bilevel": BilevelConfig(
+            pool=compute.pool, top_chunks=None if compute.top_chunks == ComputeArgs.top_chunks else compute.top_chunks
+        ),
+        "cache": CacheConfig(compute.cache_dtype),
+        "memory": LiveMemory(
+            flags.dense_minutes,
+            flags.minutes,
+            flags.host_gib,
+            flags.disk_gib,
+            flags.disk_folder,
+            pooled_dtype=compute.cache_dtype,
+        ),
+    }
+    return settings, Stream(args.video)
+
+
+@dataclasses.dataclass
+class _Asker:
+    """Asks about a live video and prints the answers."""
+
+    args: Args
+    model: Model
+    live: LiveVideo
+    bilevel: BilevelConfig
+
+    def ask_on(self) -> int:
+        """Asks --question at every interval of the video and at its end, or at the end alone."""
+        begin, every = 0.0, self.args.live.ask_every
+        while True:
+            target = math.inf if every is None else begin + every
+            while not self.live.wait(target, timeout=0.5):
+                pass  # Ctrl-C is noticed between two waits
+            end = self.live.seconds
+            if end >= target or (self.live.frames and (end > begin or begin == 0)):
+                for question in self.args.questions:
+                    self.ask(question, (begin, end))
+            if self.live.finished and self.live.seconds <= end:
+                return 0
+            begin = end
+
+    def interact(self) -> int:
+        """Answers the questions on stdin. A refused question does not end the conversation."""
+        turns: list[tuple[str, str]] = []
+        refused = 0
+        for question in self._asked():
+            try:
+                check_unicode(question)
+                while not self.live.frames and not self.live.finished:
+                    self.live.wait(timeout=0.1)
+                answer = self.ask(question, (0.0, self.live.seconds), turns)
+                turns.append((question, answer.text))
+            except OutputError:
+                raise
+            except UserError as e:
+                print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+                refused += 1
+        self.live.wait(timeout=0)  # raises what ended the watching
+        return 2 if refused and not turns else 0
+
+    def _asked(self) -> Iterator[str]:
+        yield from self.args.questions
+        while True:
+            if sys.stdin.isatty():
+                print("> ", end="", file=sys.stderr, flush=True)
+            line = sys.stdin.readline()
+            if not line:
+                return
+            if line.strip():
+                yield line.strip()
+
+    def ask(self, question: str, span: tuple[float, float], turns: list[tuple[str, str]] | None = None) -> Answer:
+        """Asks, and prints the answer with the span of time, in seconds, that is new since the last one."""
+        args, answer_args = self.args, self.args.answer
+        if not args.json:
+            if len(args.question) > 1:
+                print(f"> {question}")
+            if args.live.ask_every is not None:
+                print(f"[{clock_text(span[0])} - {clock_text(span[1])}] ", end="")
+        answer = self.model.ask(
+            self.live,
+            question,
+            max_new_tokens=answer_args.max_new_tokens,
+            sampling=TokenSampling(answer_args.temperature, answer_args.top_p),
+            seed=answer_args.seed,
+            bilevel=self.bilevel,
+            history=turns,
+            on_text=None if args.json else lambda piece: print(piece, end="", flush=True),
+        )
+        if args.json:
+            print(json.dumps(self._row(answer, span), allow_nan=False), flush=True)
+        else:
+            print(flush=True)
+        return answer
+
+    def _row(self, answer: Answer, span: tuple[float, float]) -> dict[str, Any]:
+        live = self.live
+        return {
+            "question": answer.question,
+            "answer": answer.text,
+            "from_s": span[0],
+            "to_s": span[1],
+            "started_at": live.started_at,
+            "finish_reason": answer.finish_reason,
+            "new_tokens": answer.new_tokens,
+            "context_tokens": answer.context_tokens,
+            "chunks": [dataclasses.asdict(c) for c in answer.chunks if c.dense],
+            "timings": answer.timings,
+            "frames": live.frames,
+            "dropped": live.dropped,
+            "late": live.clock.late,
+            "bytes": {"device": live.device_bytes, "host": live.host_bytes, "disk": live.disk_bytes},
+        }
+
+
+def clock_text(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    whole = int(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"

@@ -1,0 +1,472 @@
+"""A live video: it is watched as it comes, in memory that does not grow, and questions are asked at any time.
+
+live = model.watch_live(frames, fps=1)      # an iterable of (seconds, frame), or an address
+live.start()                                # watches in a thread
+model.ask(live, "What is happening?")       # about what was seen so far
+live.close()
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import jax
+import numpy as np
+
+from xl2jax.arithmetic import ceil_div
+from xl2jax.config import FRAMES_PER_GROUP
+from xl2jax.errors import NotEnoughMemory, UserError, first_line, require_number
+from xl2jax.inference import session
+from xl2jax.inference.bilevel import BilevelConfig
+from xl2jax.inference.layout import PrefillConfig, VideoLayout
+from xl2jax.inference.live_arena import LiveArena, live_plan
+from xl2jax.inference.live_blocks import BlockStore
+from xl2jax.inference.live_ledger import Ledger
+from xl2jax.inference.memory import available_bytes, memory_need, slot_bytes
+from xl2jax.inference.network import Network
+from xl2jax.inference.pictures import Surroundings
+from xl2jax.inference.prefill import default_steps
+from xl2jax.inference.selection import RelevanceConfig
+from xl2jax.inference.video_cache import CacheConfig, WatchedVideo
+from xl2jax.prompt import PromptTokenizer, time_text
+from xl2jax.video.live_clock import ClockMode, LiveClock
+from xl2jax.video.live_source import Buffer, Stream
+from xl2jax.video.read_ahead import resize
+
+logger = logging.getLogger(__name__)
+
+MAX_SECONDS = 9_999_999.9
+"""The longest time that a live video's times have room for, 115 days."""
+
+PAUSE_SECONDS = 10.0
+"""Frames that are further apart than this, and than eight frames, are never in one group."""
+
+WAITING_FRAMES = 64
+"""Frames of a URL that may wait until they are seen."""
+
+type Frame = np.ndarray | Callable[[], np.ndarray | None]
+"""A frame, uint8 RGB [height, width, 3], or a function that makes it, or None where it is damaged. The function is called
+only for frames that are kept."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LiveMemory:
+    """How much of a live video is kept, and where. Minutes are those of the video, at the rate of `fps`.
+
+    dense_minutes: the newest part, whose KV is dense on the device.
+    minutes: what is remembered at all. What is older than the dense part is pooled on the device.
+    host_gib, disk_gib: budgets for the dense KV of the older part, which questions bring back. Host memory comes first,
+      then files in `folder`, then it is dropped.
+    pooled_dtype: int8 keeps the pooled KV in 8 bits.
+    renumber: positions of the kept part begin anew where old parts leave; otherwise they count on for ever.
+    """
+
+    dense_minutes: float = 10.0
+    minutes: float = 60.0
+    host_gib: float = 2.0
+    disk_gib: float = 0.0
+    folder: Path | None = None
+    pooled_dtype: Literal["int8"] | None = None
+    renumber: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("dense_minutes", "minutes", "host_gib", "disk_gib"):
+            value = getattr(self, name)
+            require_number(name.replace("_", " "), value)
+            low = 0 if name.endswith("gib") else 1e-3
+            if not low <= value < math.inf:
+                raise UserError(f"{name.replace('_', ' ')} must be {low:g} or more, not {value}")
+        if self.minutes < self.dense_minutes:
+            raise UserError(f"minutes ({self.minutes:g}) must not be below dense minutes ({self.dense_minutes:g})")
+        if (self.disk_gib > 0) != (self.folder is not None):
+            raise UserError("a disk budget and a folder for it go together")
+
+
+class LiveVideo:
+    """A video that is being watched. `Model.watch_live` makes it; `Model.ask` asks about what was seen so far.
+
+    Frames are fed by hand (`add`), or from the source by `run` in the caller's thread or by `start` in one of its own. Any
+    thread may ask meanwhile. Frames are seen in groups of 4, so that up to 3 frames wait for others.
+
+    Attributes:
+      path: the source, for messages.
+      clock: the video's time, and what was left out because of it.
+      dropped: frames that were left out because they came faster than they could be seen.
+      error: what ended the watching, if anything did.
+      started_at: `time.time()` when the first frame came.
+    """
+
+    lead: str
+    dropped = 0
+    error: BaseException | None = None
+
+    def __init__(
+        self,
+        network: Network,
+        tokenizer: PromptTokenizer,
+        around: Surroundings,
+        source: Iterable[tuple[float | None, Frame]] | None,
+        *,
+        path: str,
+        fps: float | None,
+        clock: ClockMode,
+        config: PrefillConfig,
+        bilevel: BilevelConfig,
+        cache: CacheConfig,
+        memory: LiveMemory,
+    ):
+        self._network, self._tokenizer, self._bilevel = network, tokenizer, bilevel
+        self.path, self.lead, self.clock = path, around.lead, LiveClock(fps, clock)
+        self._pause = max(PAUSE_SECONDS, 8 / fps if fps else 0.0)
+        step = default_steps(network.platform)[0]
+        unit = math.lcm(config.chunk_groups, bilevel.select_chunk_groups)
+        keep = (0 if config.window_chunks is None else config.window_chunks + 1) * config.chunk_groups
+        rate = 60 * (fps or 4.0) / FRAMES_PER_GROUP
+        ledger = Ledger.of_limits(
+            math.ceil(memory.dense_minutes * rate), math.ceil(memory.minutes * rate), unit, keep, step
+        )
+        time_cap = len(tokenizer.encode(time_text(MAX_SECONDS)))
+        visual_tokens = network.config.visual_tokens
+        plan = live_plan(len(around.before.ids), time_cap, visual_tokens, config, ledger, step)
+        self._plan = plan
+        self._check_fits(ledger, cache, memory)
+        self._lock, self._seen = threading.RLock(), threading.Condition()
+        self._blocks = BlockStore(int(memory.host_gib * 2**30), int(memory.disk_gib * 2**30), memory.folder)
+        self._arena = LiveArena(
+            network,
+            around.before,
+            plan,
+            ledger,
+            self._blocks,
+            pool=bilevel.pool,
+            quantized=cache.quantized,
+            quantized_pooled=memory.pooled_dtype == "int8",
+            renumber=memory.renumber,
+        )
+        minutes = [n / rate for n in (ledger.dense_limit, ledger.group_limit)]
+        logger.info(
+            "a live video keeps %.4g minutes dense and remembers %.4g, in %.2f GiB of device memory",
+            *minutes, self._arena.nbytes / 2**30,
+        )  # fmt: skip
+        self._source = source
+        self._open: list[tuple[float, np.ndarray]] = []  # frames of the next group
+        self._waiting: list[list[tuple[float, np.ndarray]]] = []  # groups that are not prefilled yet
+        self._times: list[float] = []  # of the frames of all remembered groups
+        self._forgotten = 0
+        self._previous: jax.Array | None = None
+        self._thread: threading.Thread | None = None
+        self._stop = threading.Event()
+        self.finished = self.closed = False
+        self.started_at: float | None = None
+
+    def _check_fits(self, ledger: Ledger, cache: CacheConfig, memory: LiveMemory) -> None:
+        """Raises NotEnoughMemory where the arrays and one question do not fit into the memory of the device."""
+        network, plan, bilevel = self._network, self._plan, self._bilevel
+        channels = network.exact_key_channels() if cache.quantized or memory.pooled_dtype else None
+        kept = 0 if channels is None else channels.shape[-1]
+        # The plan is that of all groups, so that what a question needs is that of the longest one.
+        layout = VideoLayout(plan.prefix_cap, (plan.time_cap,) * ledger.group_limit, plan.visual_tokens)
+        need = memory_need(
+            network.config,
+            plan,
+            layout,
+            bilevel,
+            network.dtype,
+            network.platform,
+            quantized=cache.quantized,
+            key_channels=kept,
+            tensor=network.tensor,
+        )
+        pooled = slot_bytes(
+            network.config,
+            network.dtype,
+            quantized=memory.pooled_dtype == "int8",
+            key_channels=kept,
+            tensor=network.tensor,
+        ) * (ledger.group_limit * (plan.visual_tokens // bilevel.pool))
+        chosen = (bilevel.top(layout) + 2) * bilevel.select_chunk_groups * plan.visual_tokens + plan.visual_start
+        fetched = chosen * slot_bytes(network.config, network.dtype, quantized=cache.quantized, key_channels=kept)
+        total, free = need.cache + pooled + need.mixed + fetched + need.workspace, available_bytes(network.mesh)
+        if total > free:
+            raise NotEnoughMemory(
+                f"a live video with {memory.dense_minutes:g} minutes dense and {memory.minutes:g} remembered needs "
+                f"{total / 2**30:.2f} GiB beside the model, {free / 2**30:.2f} GiB are free: keep fewer minutes, or KV in 8 "
+                "bits"
+            )
+
+    # --- watching --------------------------------------------------------------------------------
+
+    def add(self, seconds: float | None, frame: Frame) -> bool:
+        """Adds a frame, uint8 RGB [height, width, 3] of any size, and says whether it is kept.
+
+        `seconds` is the time by the source's clock; None takes this machine's. Frames that are out of order or above the
+        frame rate are left out (`LiveClock`).
+
+        Raises UserError where the frame is no picture, or the video was closed.
+        """
+        kept = self.accept(seconds, frame)
+        if kept is not None:
+            self.add_kept(*kept)
+        return kept is not None
+
+    def accept(self, seconds: float | None, frame: Frame) -> tuple[float, np.ndarray] | None:
+        """A frame as `add_kept` takes it, or None where it is left out. One thread calls it at a time."""
+        at = self.clock.accept(seconds)
+        if at is None:
+            return None
+        image = frame() if callable(frame) else frame
+        if image is None:
+            return None
+        if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3):
+            raise UserError(f"{self.path}: a frame is not a uint8 array [height, width, 3]")
+        if 0 in image.shape:
+            raise UserError(f"{self.path}: a frame has no pixels")
+        return at, resize(image, self._network.config.vision.image_size)
+
+    def add_kept(self, seconds: float, image: np.ndarray) -> None:
+        """Adds a frame that `accept` returned. Groups are prefilled as soon as a whole step of them is there."""
+        with self._lock:
+            self._require_open()
+            if self.started_at is None:
+                self.started_at = time.time()
+            if self._open and seconds - self._open[-1][0] > self._pause:
+                self._fill()
+            self._open.append((seconds, image))
+            if len(self._open) == FRAMES_PER_GROUP:
+                self._waiting.append(self._open)
+                self._open = []
+            if len(self._waiting) == self._plan.segment_groups:
+                self._prefill()
+        self._blocks.settle()
+
+    def flush(self) -> None:
+        """Prefills the whole groups that wait."""
+        with self._lock:
+            self._require_open()
+            if self._waiting:
+                self._prefill()
+        self._blocks.settle()
+
+    def end(self) -> None:
+        """Ends the video. Frames that do not fill a group are left out, as at the end of a file."""
+        with self._lock:
+            if not self.closed:
+                if self._open and not self._times and not self._waiting:
+                    self._fill()
+                self._open = []
+                self.flush()
+        with self._seen:
+            self.finished = True
+            self._seen.notify_all()
+
+    def _fill(self) -> None:
+        """Makes a group of the frames before a pause: the last one is repeated."""
+        missing = FRAMES_PER_GROUP - len(self._open)
+        self._waiting.append(self._open + [self._open[-1]] * missing)
+        self._open = []
+        if len(self._waiting) == self._plan.segment_groups:
+            self._prefill()
+
+    def _prefill(self) -> None:
+        groups, self._waiting = self._waiting, []
+        times = [round(seconds, 1) for group in groups for seconds, _ in group]
+        frames = np.stack([image for group in groups for _, image in group])
+        visual = session.encode(self._network, self._plan, frames)
+        forgotten = self._arena.add(visual, self._tokenizer.time_ids(times))
+        self._times += times
+        if forgotten:
+            del self._times[: forgotten * FRAMES_PER_GROUP]
+            self._forgotten += forgotten
+        if self._previous is not None:
+            jax.block_until_ready(self._previous)  # a third segment would only hold memory
+        self._previous = visual
+        with self._seen:
+            self._seen.notify_all()
+
+    # --- from a source ---------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Watches the source to its end, or until `close`. Errors are those of the source and of `add`.
+
+        Frames of a URL are read by a thread of its own. Where they come faster than they can be seen, the oldest of
+        `WAITING_FRAMES` that wait are dropped. All other sources wait for this method.
+        """
+        if self._source is None:
+            raise UserError(f"{self.path}: has no source: feed it with add()")
+        if isinstance(self._source, Stream) and self._source.is_url:
+            self._run_behind(self._source)
+        else:
+            for seconds, frame in self._source:
+                if self._stop.is_set():
+                    break
+                self.add(seconds, frame)
+        self.end()
+
+    def _run_behind(self, stream: Stream) -> None:
+        buffer, errors = Buffer[tuple[float, np.ndarray]](WAITING_FRAMES), list[BaseException]()
+        stream.on_reopen = self.clock.interrupted
+
+        def read() -> None:
+            try:
+                for seconds, frame in stream:
+                    if (kept := self.accept(seconds, frame)) is not None:
+                        buffer.put(kept)
+            except BaseException as e:  # raised below, in the thread that watches
+                errors.append(e)
+            finally:
+                buffer.end()
+
+        threading.Thread(target=read, daemon=True, name=f"read {self.path}").start()
+        told = 0
+        while not self._stop.is_set():
+            frames = buffer.take(0.2)
+            if frames is None:
+                break
+            for kept in frames:
+                self.add_kept(*kept)
+            self.flush()  # the last whole groups do not wait for others
+            self.dropped = buffer.dropped
+            if self.dropped >= 2 * told + 1:
+                told = self.dropped
+                logger.warning("%s: frames come faster than they can be seen: %d dropped so far", self.path, told)
+        if errors:
+            raise errors[0]
+
+    def start(self) -> None:
+        """Watches the source in a thread. `wait` waits for its end and raises its error."""
+        if self._thread is not None:
+            raise UserError(f"{self.path}: is being watched already")
+        self._thread = threading.Thread(target=self._work, daemon=True, name=f"watch {self.path}")
+        self._thread.start()
+
+    def _work(self) -> None:
+        try:
+            self.run()
+        except BaseException as e:
+            if not self.closed:
+                self.error = e
+                kind = logging.WARNING if isinstance(e, UserError) else logging.ERROR
+                logger.log(kind, "watching ended: %s", first_line(e) if isinstance(e, Exception) else type(e).__name__)
+            with contextlib.suppress(Exception):
+                self.end()
+        finally:
+            with self._seen:
+                self.finished = True
+                self._seen.notify_all()
+
+    def wait(self, seconds: float | None = None, timeout: float | None = None) -> bool:
+        """Waits until the video was seen up to `seconds`, or to its end. Returns whether it was, before `timeout` s.
+
+        Raises what ended the watching in a thread of its own.
+        """
+        with self._seen:
+            done = self._seen.wait_for(
+                lambda: self.finished or (seconds is not None and self.seconds >= seconds), timeout
+            )
+        if self.error is not None:
+            raise self.error
+        return done
+
+    @property
+    def seconds(self) -> float:
+        """Time of the last frame that questions can see; 0 before there is one."""
+        times = self._times
+        return times[-1] if times else 0.0
+
+    @property
+    def frames(self) -> int:
+        """Frames that were seen, the forgotten ones included."""
+        return len(self._times) + self._forgotten * FRAMES_PER_GROUP
+
+    # --- questions -------------------------------------------------------------------------------
+
+    def check_reading(self, bilevel: BilevelConfig | None, relevance: RelevanceConfig) -> None:
+        """Raises UserError for settings with which a live video cannot be read."""
+        kept = self._bilevel
+        if bilevel is None:
+            raise UserError("a live video is read with bi-level decoding only: its whole dense KV changes all the time")
+        if (bilevel.pool, bilevel.select_chunk_groups) != (kept.pool, kept.select_chunk_groups):
+            raise UserError(
+                f"this live video is kept for pool {kept.pool} and chunks of {kept.select_chunk_groups} groups, not for "
+                f"pool {bilevel.pool} and chunks of {bilevel.select_chunk_groups} groups"
+            )
+        if relevance.scorer == "file":
+            raise UserError("a selection file has no entries for a live video: choose another scorer")
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Raises UserError where the video was closed. An answer that has begun goes on after that."""
+        self._require_open()
+        yield
+
+    @contextlib.contextmanager
+    def snapshot(self) -> Iterator[WatchedVideo]:
+        """The video as it was seen so far, which does not change within the block."""
+        with self._lock:
+            self._require_open()
+            if self._waiting:
+                self._prefill()
+            if not self._times:
+                raise UserError(f"{self.path}: nothing was seen yet (a question needs {FRAMES_PER_GROUP} frames)")
+            yield WatchedVideo(
+                path=self.path,
+                duration=self._times[-1],
+                times=list(self._times),
+                kv=self._arena.kv(),
+                timings={},
+                thumbnails=[],
+                head_copies=self._network.head_copies,
+                lead=self.lead,
+                first_chunk=self._forgotten // self._bilevel.select_chunk_groups,
+            )
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes that the video holds on each device."""
+        devices = 1 if self._network.mesh is None else self._network.mesh.size
+        return 0 if self.closed else ceil_div(self._arena.nbytes, devices)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of dense KV in host memory."""
+        return self._blocks.host_bytes
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of dense KV on the disk."""
+        return self._blocks.disk_bytes
+
+    def _require_open(self) -> None:
+        if self.closed:
+            raise UserError(f"{self.path}: the live video was closed")
+
+    def close(self) -> None:
+        """Stops watching and frees all memory and files."""
+        self._stop.set()
+        if isinstance(self._source, Stream):
+            self._source.close()
+        with self._lock:
+            if not self.closed:
+                self.closed = True
+                del self._arena
+                self._waiting, self._open = [], []
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout=60)
+        self._blocks.close()
+        with self._seen:
+            self.finished = True
+            self._seen.notify_all()
+
+    def __enter__(self) -> LiveVideo:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,197 @@
+"""Frames of a stream, a device, a pipe or a file that is read once, through PyAV (FFmpeg).
+
+What goes wrong on the way is not an error: damaged packets are skipped, and a stream that is cut off is opened anew. An
+address that gives no frame at all is one.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xl2jax.errors import UserError, first_line
+from xl2jax.video.containers import MAX_PIXELS
+from xl2jax.video.readers import upright
+
+logger = logging.getLogger(__name__)
+
+_PROTOCOLS = "http,https,tcp,tls,crypto,udp,rtp,rtsp,rtsps,rtmp,rtmps,srt,hls,data,httpproxy"
+"""What an address may make FFmpeg open. A playlist from elsewhere cannot name files of this machine."""
+
+_LONGEST_WAIT = 30.0
+
+
+def address_of(text: str | Path) -> str:
+    """The address that a path stands for: pathlib merges two slashes into one."""
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)", str(text))
+    return f"{match[1]}://{str(text)[match.end() :]}" if match else str(text)
+
+
+class Stream:
+    """The frames of an address, as `Model.watch_live` takes them: (seconds by the stream's clock, function that decodes).
+
+    Attributes:
+      address: a URL, the path of a file, a pipe or a device, or `-` for standard input.
+      is_url: whether frames come as they are taken, and a cut stream is opened anew.
+      damaged: packets that could not be decoded.
+      opened: how often the address was opened with success.
+    """
+
+    def __init__(self, address: str | Path, *, retries: int = 6, first_wait: float = 1.0, timeout: float = 15.0):
+        """`retries`: how often in a row a URL is tried again before the stream counts as ended. The waits between begin with
+        `first_wait` seconds and double, up to half a minute. `timeout`: seconds without data after which a URL counts as
+        cut off.
+
+        Raises UserError where a local path does not exist.
+        """
+        self.address = address_of(address)
+        self.is_url = "://" in self.address
+        self.damaged = self.opened = 0
+        self._retries, self._first_wait, self._timeout = retries, first_wait, timeout
+        self._closed = threading.Event()
+        self.on_reopen: Callable[[], None] = lambda: None
+        if not self.is_url and self.address != "-" and not Path(self.address).exists():
+            raise UserError(f"{self.address}: no such video")
+
+    def close(self) -> None:
+        """Ends the stream, from any thread, within the timeout."""
+        self._closed.set()
+
+    def __iter__(self) -> Iterator[tuple[float | None, Callable[[], np.ndarray | None]]]:
+        failures, seen = 0, False
+        while not self._closed.is_set():
+            reason, got = "the stream ended", False
+            try:
+                for item in self._once():
+                    failures, got = 0, True
+                    yield item
+                    if self._closed.is_set():
+                        return
+                if not self.is_url or self._is_whole:
+                    if not (seen or got):
+                        raise UserError(f"{self.address}: holds no video that can be read")
+                    return
+            except _Failure as e:
+                reason = str(e)
+                if not self.is_url:
+                    if seen or got:
+                        logger.warning("%s: ended early (%s)", self.address, reason)
+                        return
+                    raise UserError(f"{self.address}: not a video that can be read ({reason})") from None
+            seen |= got
+            if failures == self._retries:
+                if seen:
+                    logger.warning("%s: ended (%s; tried %d more times)", self.address, reason, failures)
+                    return
+                raise UserError(f"{self.address}: gives no video ({reason}; tried {failures + 1} times)")
+            wait = min(self._first_wait * 2**failures, _LONGEST_WAIT)
+            failures += 1
+            logger.warning("%s: %s: trying again in %.3g s", self.address, reason, wait)
+            self._closed.wait(wait)
+            self.on_reopen()
+
+    def _once(self) -> Iterator[tuple[float | None, Callable[[], np.ndarray | None]]]:
+        """The frames of one connection. Raises _Failure where it breaks."""
+        import av
+
+        self._is_whole = False
+        options = {"protocol_whitelist": _PROTOCOLS, "rtsp_transport": "tcp"} if self.is_url else {}
+        name = (
+            self.address
+            if self.is_url
+            else "pipe:0"
+            if self.address == "-"
+            else f"file:{Path(self.address).absolute()}"
+        )
+        try:
+            container = av.open(name, options=options, timeout=self._timeout if self.is_url else None)
+        except Exception as e:  # on damaged data PyAV raises others besides its own errors
+            raise _Failure(first_line(e)) from None
+        with container:
+            stream: Any = container.streams.best("video")
+            if stream is None:
+                raise _Failure("it holds no video")
+            self.opened += 1
+            self._is_whole = bool(container.duration)
+            stream.thread_type = "SLICE" if self.is_url else "AUTO"  # threads by frame would hold frames back
+            stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+            packets = container.demux(stream)
+            while not self._closed.is_set():
+                try:
+                    packet = next(packets, None)
+                except av.ExitError:
+                    raise _Failure(f"no data for {self._timeout:g} s") from None
+                except Exception as e:
+                    raise _Failure(first_line(e)) from None
+                yield from self._decoded(stream, packet)
+                if packet is None:
+                    return
+
+    def _decoded(self, stream: Any, packet: Any) -> Iterator[tuple[float | None, Callable[[], np.ndarray | None]]]:
+        try:
+            decoded = stream.codec_context.decode(packet)
+        except Exception as e:
+            logger.debug("%s: %r", self.address, e)
+            self.damaged += 1
+            return
+        for frame in decoded:
+            yield frame.time, functools.partial(self._picture, frame)
+
+    def _picture(self, frame: Any) -> np.ndarray | None:
+        try:
+            return upright(frame)
+        except Exception as e:
+            logger.debug("%s: %r", self.address, e)
+            self.damaged += 1
+            return None
+
+
+class _Failure(Exception):
+    """Why a connection gave no more frames."""
+
+
+class Buffer[T]:
+    """Hands items from a thread that may not wait to one that takes its time.
+
+    Where `size` items wait, the oldest one is dropped for a new one: what is newest matters most.
+
+    Attributes:
+      dropped: how many were.
+    """
+
+    def __init__(self, size: int):
+        self._size, self._items = size, list[T]()
+        self._changed, self._ended = threading.Condition(), False
+        self.dropped = 0
+
+    def put(self, item: T) -> None:
+        with self._changed:
+            self._items.append(item)
+            if len(self._items) > self._size:
+                del self._items[0]
+                self.dropped += 1
+            self._changed.notify_all()
+
+    def end(self) -> None:
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    def take(self, timeout: float) -> list[T] | None:
+        """All items that wait, after up to `timeout` seconds; None where there will be no more."""
+        deadline = time.monotonic() + timeout
+        with self._changed:
+            while not self._items and not self._ended and (left := deadline - time.monotonic()) > 0:
+                self._changed.wait(left)
+            if not self._items and self._ended:
+                return None
+            items, self._items = self._items, []
+            return items
