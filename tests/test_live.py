@@ -127,7 +127,7 @@ def feed(live: LiveVideo, source: Any, groups: int) -> None:
     live.flush()
 
 
-@pytest.mark.parametrize("renumber", [True, False])
+@pytest.mark.parametrize("renumber", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_what_left_the_device_comes_back_with_its_bits(model: xl2jax.Model, renumber: bool, tmp_path: Path) -> None:
     """The store is the host's memory, or the disk's."""
     to_disk = {"host_gib": 0.0, "disk_gib": 0.1, "folder": tmp_path} if renumber else {}
