@@ -20,6 +20,9 @@ JUMP_SECONDS = 3600.0
 """A clock that goes back by more than `LATE_SECONDS`, or forward by more than this, is believed when two frames in a row
 agree."""
 
+LARGEST_SECONDS = 1e11
+"""A time beyond this, which is the year 5138 if it counts from 1970, is no time."""
+
 type ClockMode = Literal["stream", "wall"]
 
 
@@ -51,10 +54,10 @@ class LiveClock:
     def accept(self, given: float | None) -> float | None:
         """The seconds of a frame that the source dates `given`, or None for a frame that is left out.
 
-        Frames without a time, or with one that is no number, have the time at which they came.
+        Frames without a time, or with one that cannot be one, have the time at which they came.
         """
         now = self._now()
-        if self.mode == "wall" or given is None or not math.isfinite(given):
+        if self.mode == "wall" or given is None or not abs(given) <= LARGEST_SECONDS:  # NaN is not
             given = now
         if self._last is None or self.seconds is None:
             self._offset = -given
@@ -77,8 +80,12 @@ class LiveClock:
                     logger.warning("the video's clock went back by %.1f s: the video's time goes on", -step)
                 else:
                     logger.warning("the video's clock leapt forward by %.1f s: this is a gap in its time", step)
+        seconds = given + self._offset
+        if self.seconds is not None and seconds <= self.seconds:  # by rounding
+            self.late += 1
+            return None
         self._interrupted, self._suspect = False, None
-        self._last, self._came, self.seconds = given, now, given + self._offset
+        self._last, self._came, self.seconds = given, now, seconds
         if self._fps is None:
             return self.seconds
         place = math.floor(self.seconds * self._fps + 1e-6)
