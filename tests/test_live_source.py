@@ -15,7 +15,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import xl2jax
@@ -65,6 +65,16 @@ def test_a_clock_that_goes_back_by_an_hour_goes_on(caplog: pytest.LogCaptureFixt
     assert [r.message for r in caplog.records] == ["the video's clock went back by 3599.0 s: the video's time goes on"]
 
 
+def test_a_frame_without_a_time_follows_the_last_one() -> None:
+    now = Watch()
+    now.seconds = 100_000.0
+    clock, out = LiveClock(1.0, now=now), []
+    for given_time in (0.0, 1.0, 2.0, None, None, 5.0, 6.0):
+        out.append(clock.accept(given_time))
+        now.seconds += 1
+    assert out == [0, 1, 2, 3, 4, 5, 6]
+
+
 def test_one_stray_time_changes_nothing() -> None:
     assert kept(LiveClock(1.0), [0.0, 1, 2, 900_000, 3, -4e5, 4, 5]) == [0, 1, 2, 3, 4, 5]
 
@@ -92,6 +102,7 @@ def test_wall_time_and_frames_without_a_time() -> None:
         assert out == [0, 7, 14]
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.one_of(st.none(), st.floats(), st.floats(-1e4, 1e4)), max_size=60),
     st.sampled_from([None, 0.1, 1.0, 30.0]),
@@ -131,8 +142,8 @@ def mpeg_ts(seconds: int, size: tuple[int, int] = (96, 64), *, start: int = 0) -
 
 
 @contextlib.contextmanager
-def server(replies: list[list[bytes]], gate: threading.Event | None = None) -> Iterator[str]:
-    """Gives each connection the next of `replies` in parts, without a length, and status 404 afterwards.
+def server(replies: list[list[bytes]], gate: threading.Event | None = None, *, length: bool = False) -> Iterator[str]:
+    """Gives each connection the next of `replies` in parts, and status 404 afterwards. `length`: says how long it is.
 
     Where there is a `gate`, the last part of a reply waits for it.
     """
@@ -146,13 +157,15 @@ def server(replies: list[list[bytes]], gate: threading.Event | None = None) -> I
                 return
             self.send_response(200)
             self.send_header("Content-Type", "video/mp2t")
+            if length:
+                self.send_header("Content-Length", str(sum(map(len, parts))))
             self.end_headers()
             with contextlib.suppress(OSError):
                 for part in parts[:-1]:
                     self.wfile.write(part)
                 self.wfile.flush()
                 if gate is not None:
-                    gate.wait(60)
+                    gate.wait(240)
                 self.wfile.write(parts[-1])
 
         def log_message(self, *_: Any) -> None:
@@ -167,7 +180,7 @@ def server(replies: list[list[bytes]], gate: threading.Event | None = None) -> I
 
 
 def stream(address: str) -> Stream:
-    return Stream(address, retries=2, first_wait=0.01, timeout=60)
+    return Stream(address, retries=2, first_wait=0.01, timeout=240)
 
 
 def test_garbage_and_a_cut_are_gaps(caplog: pytest.LogCaptureFixture) -> None:
@@ -183,6 +196,25 @@ def test_garbage_and_a_cut_are_gaps(caplog: pytest.LogCaptureFixture) -> None:
     assert sizes.count((64, 96)) >= 20
     assert sizes.count((96, 128)) >= 19
     assert "tried 2 more times" in caplog.records[-1].message
+
+
+def test_a_recording_behind_an_address_is_watched_once() -> None:
+    with server([[mpeg_ts(2)], [mpeg_ts(2)]], length=True) as url:
+        source = stream(url)
+        frames = [f() for _, f in source]
+    assert (len(frames), source.opened, source.damaged) == (20, 1, 0)
+
+
+def test_what_can_be_no_stream_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "empty.ts").touch()
+    for address, said in (
+        ("foo://camera", "foo:// is not read"),
+        ("file:///a.mp4", "give a path"),
+        (tmp_path, "a folder"),
+        (tmp_path / "empty.ts", "empty"),
+    ):
+        with pytest.raises(UserError, match=said):
+            Stream(address)
 
 
 def test_an_address_without_a_video_is_one_line() -> None:
@@ -217,12 +249,12 @@ def test_questions_while_a_stream_is_watched(model: xl2jax.Model) -> None:
     with server([[data[:half], data[half:]]], gate) as url:
         live = model.watch_live(stream(url), fps=5, memory=LiveMemory(dense_minutes=0.1, minutes=0.2))
         live.start()
-        assert live.wait(4, timeout=60)
+        assert live.wait(4, timeout=240)
         early = model.ask(live, "What is shown?", max_new_tokens=2)
         assert not live.finished
         assert 4 <= early.chunks[-1].end < 8
         gate.set()
-        assert live.wait(timeout=60)
+        assert live.wait(timeout=240)
         late = model.ask(live, "What is shown?", max_new_tokens=2)
         assert late.chunks[-1].end > 10
         assert live.dropped == 0

@@ -24,18 +24,24 @@ NOTHING_TO_RUN = 5
 """pytest's status for a file without slow tests."""
 
 
+_running: set[subprocess.Popen[bytes]] = set()
+
+
 def run(file: str) -> tuple[int, str]:
     """The status of a file's tests, negative for the signal that ended them, and what they printed."""
     command = [sys.executable, "-X", "faulthandler", "-m", "pytest", "-m", "slow", f"--timeout={TEST_LIMIT_S}", file]
     # Not a pipe: processes that a test left behind would hold it open.
     with tempfile.TemporaryFile("w+", errors="replace") as printed:
         with subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT, start_new_session=True) as process:
+            _running.add(process)
             try:
                 status = process.wait(LIMIT_S)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 status = 1
                 print(f"stopped after {LIMIT_S} s", file=printed)
+            finally:
+                _running.discard(process)
         printed.seek(0)
         return status, printed.read()
 
@@ -58,13 +64,19 @@ def main() -> None:
         # Files that need the same programs compile them once.
         os.environ |= {"JAX_COMPILATION_CACHE_DIR": compiled, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05"}
         running = {pool.submit(run_again_if_killed, file): file for file in files}
-        for future in as_completed(running):
-            file, (status, printed) = running[future], future.result()
-            if status not in (0, NOTHING_TO_RUN):
-                failed.append(file)
-            print(f"--- {file}: status {status}, {time.monotonic() - started:.0f} s after the start", flush=True)
-            if status != NOTHING_TO_RUN:
-                print(printed, flush=True)
+        try:
+            for future in as_completed(running):
+                file, (status, printed) = running[future], future.result()
+                if status not in (0, NOTHING_TO_RUN):
+                    failed.append(file)
+                print(f"--- {file}: status {status}, {time.monotonic() - started:.0f} s after the start", flush=True)
+                if status != NOTHING_TO_RUN:
+                    print(printed, flush=True)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(_running):
+                os.killpg(process.pid, signal.SIGKILL)
+            sys.exit(130)
     if failed:
         sys.exit(f"slow tests failed in: {' '.join(sorted(failed))}")
     print(f"the slow tests of {len(files)} files passed in {time.monotonic() - started:.0f} s")

@@ -325,13 +325,13 @@ def _train_rows(args: CardsArgs, counts: list[int]) -> Iterator[dict[str, Any]]:
             save=args.save if count > 1 else None,
         )
         try:
-            row, *saved = train_rows(bench, rates={})
+            for row in train_rows(bench, rates={}):
+                if "step_s" not in row:  # of saving
+                    yield {"part": "train", "cards": count, **row}
+                    continue
+                rate = row["rows"] / row["step_s"]
+                first = first or {"rate": rate}
+                yield {"part": "train", "cards": count, **row, "samples_s": rate, "x_one": rate / first["rate"]}
         except (UserError, jax.errors.JaxRuntimeError) as e:
             kind = "training does not fit" if isinstance(e, jax.errors.JaxRuntimeError) else str(e)
             yield {"part": "train", "cards": count, "fsdp": fsdp, "tensor": tensor, "left_out": kind}
-            continue
-        rate = row["rows"] / row["step_s"]
-        first = first or {"rate": rate}
-        yield {"part": "train", "cards": count, **row, "samples_s": rate, "x_one": rate / first["rate"]}
-        for each in saved:
-            yield {"part": "train", "cards": count, **each}

@@ -169,6 +169,10 @@ def _saved(args: TrainBenchArgs, training: _Training, parent: Path) -> dict[str,
     state, rows, devices = training.state, training.rows, training.mesh.size
     assert state is not None
     step, fewer = int(state.step), max(devices // 2, 1)
+    fsdp, tensor = args.fsdp, args.tensor
+    if fewer % ((fsdp or 1) * tensor):
+        fsdp, tensor = (fsdp // 2, tensor) if fsdp is not None and fsdp > 1 else (fsdp, max(tensor // 2, 1))
+    args = dataclasses.replace(args, fsdp=fsdp, tensor=tensor)
     with (
         tempfile.TemporaryDirectory(dir=parent, prefix="xl2jax-bench-") as folder,
         Checkpoints(Path(folder), keep=1) as checkpoints,

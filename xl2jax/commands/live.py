@@ -24,7 +24,7 @@ from xl2jax.inference.selection import check_pool
 from xl2jax.inference.video_cache import CacheConfig
 from xl2jax.prompt import check_unicode, suffix
 from xl2jax.system.backend import start_backend
-from xl2jax.system.terminal import OutputError
+from xl2jax.system.terminal import OutputError, stdin_is_closed
 from xl2jax.video.clip import FrameSampling
 from xl2jax.video.live_source import Stream
 
@@ -52,7 +52,7 @@ def watch_live(args: Args) -> int:
         asker = _Asker(args, model, live, settings["bilevel"])
         status = asker.interact() if args.interactive else asker.ask_on()
         logger.info(
-            "saw %d frames up to %s; left out %d out of order and %d that came too fast; %d packets were damaged",
+            "saw %d frames up to %s; left out %d out of order and %d that came too fast; damaged packets: %d",
             live.frames, clock_text(live.seconds), live.clock.late, live.dropped, source.damaged,
         )  # fmt: skip
     return status
@@ -61,7 +61,7 @@ def watch_live(args: Args) -> int:
 def _checked(args: Args) -> tuple[dict[str, Any], Stream]:
     """What the flags say, for `Model.watch_live`. Raises UserError for all errors that can be seen in them."""
     flags, compute, frames = args.live, args.compute, args.frames
-    if args.video is None or args.image or args.text_only:
+    if args.video is None or args.image or args.images_as_frames or args.text_only:
         raise UserError("--live watches --video alone: give it, and no pictures")
     if args.cache is not None or args.plot is not None or compute.offload or compute.top_chunks == "all":
         raise UserError("--live has no --cache, --plot, --offload and --top-chunks all: leave them out")
@@ -74,6 +74,8 @@ def _checked(args: Args) -> tuple[dict[str, Any], Stream]:
         raise UserError(f"--ask-every must be above 0, not {every}")
     if every is not None and (args.interactive or not args.question):
         raise UserError("--ask-every repeats --question: give one, and leave out --interactive")
+    if str(args.video) == "-" and stdin_is_closed():
+        raise UserError("--video -: standard input is closed")
     if str(args.video) == "-" and args.interactive:
         raise UserError("--video - and --interactive both read standard input: choose one")
     require_checkpoint(args.checkpoint)
@@ -118,9 +120,11 @@ class _Asker:
             while not self.live.wait(target, timeout=0.5):
                 pass  # Ctrl-C is noticed between two waits
             end = self.live.seconds
+            if self.live.finished and not self.live.frames:
+                raise UserError(f"{self.live.path}: gave no picture")
             if end >= target or (self.live.frames and (end > begin or begin == 0)):
-                for question in self.args.questions:
-                    self.ask(question, (begin, end))
+                answers = [self.ask(question, (begin, end)) for question in self.args.questions]
+                end = max([end, *(seen_until(answer, end) for answer in answers)])
             if self.live.finished and self.live.seconds <= end:
                 return 0
             begin = end
@@ -185,7 +189,7 @@ class _Asker:
             "question": answer.question,
             "answer": answer.text,
             "from_s": span[0],
-            "to_s": span[1],
+            "to_s": seen_until(answer, span[1]),
             "started_at": live.started_at,
             "finish_reason": answer.finish_reason,
             "new_tokens": answer.new_tokens,
@@ -197,6 +201,11 @@ class _Asker:
             "late": live.clock.late,
             "bytes": {"device": live.device_bytes, "host": live.host_bytes, "disk": live.disk_bytes},
         }
+
+
+def seen_until(answer: Answer, asked: float) -> float:
+    """Time of the last frame that an answer read. Frames may have come since it was `asked` for."""
+    return answer.chunks[-1].end if answer.chunks else asked
 
 
 def clock_text(seconds: float) -> str:

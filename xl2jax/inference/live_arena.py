@@ -73,6 +73,10 @@ class LiveKV(session.VideoKV):
         return table_of(self.layout, lengths, self.times, self.visuals)
 
     @property
+    def grows(self) -> bool:
+        return True
+
+    @property
     def group_capacity(self) -> int:
         return self.capacity
 

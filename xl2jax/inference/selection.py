@@ -119,6 +119,9 @@ def choose_context(
     elif bilevel is None:
         return session.whole_cache(kv), []
     else:
+        if kv.grows:
+            top = min(bilevel.top(kv.layout), bilevel.blocks(kv.layout))
+            bilevel = dataclasses.replace(bilevel, top_chunks=top)
         check_bilevel(bilevel, kv.layout)
         scorer = relevance.attention if relevance.scorer == "attention" else relevance.scorer
         if isinstance(scorer, AttentionScorer) and scorer.keys == "auto":

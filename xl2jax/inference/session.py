@@ -190,6 +190,11 @@ class VideoKV:
         return group_table(self.layout, self.group_capacity)
 
     @property
+    def grows(self) -> bool:
+        """Whether the video is still being watched, so that it may have fewer chunks than a question asks for."""
+        return False
+
+    @property
     def group_capacity(self) -> int:
         """Gcap, the number of groups that the table and the pooled KV have room for."""
         return self.plan.group_capacity

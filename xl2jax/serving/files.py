@@ -23,13 +23,17 @@ async def upload(request: Request, service: Service, place: Place) -> Response:
 
 
 def _expires_after(form: FormData) -> ExpiresAfter | None:
-    """The fields `expires_after[anchor]` and `expires_after[seconds]`, as OpenAI's client sends them."""
+    """The fields `expires_after[anchor]` and `expires_after[seconds]`, as OpenAI's client sends them, or one of JSON."""
+    whole = form.get("expires_after")
     given = {key: form.get(f"expires_after[{key}]") for key in ("anchor", "seconds")}
-    if not any(given.values()):
+    if whole is None and not any(given.values()):
         return None
     seconds = str(given["seconds"])
     try:
-        return ExpiresAfter.model_validate(given | {"seconds": int(seconds) if seconds.isdecimal() else seconds})
+        if whole is not None:
+            return ExpiresAfter.model_validate_json(str(whole))
+        number = int(seconds) if seconds.isascii() and seconds.isdecimal() else seconds
+        return ExpiresAfter.model_validate(given | {"seconds": number})
     except ValueError:
         raise RequestError(
             400,

@@ -54,11 +54,11 @@ class LiveClock:
     def accept(self, given: float | None) -> float | None:
         """The seconds of a frame that the source dates `given`, or None for a frame that is left out.
 
-        Frames without a time, or with one that cannot be one, have the time at which they came.
+        A frame without a time, or with one that cannot be one, follows the last frame by as much as it came after it.
         """
         now = self._now()
         if self.mode == "wall" or given is None or not abs(given) <= LARGEST_SECONDS:  # NaN is not
-            given = now
+            given = now if self._last is None else self._last + (now - self._came)
         if self._last is None or self.seconds is None:
             self._offset = -given
         elif self._interrupted:

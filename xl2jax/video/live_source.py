@@ -50,7 +50,7 @@ class Stream:
         `first_wait` seconds and double, up to half a minute. `timeout`: seconds without data after which a URL counts as
         cut off.
 
-        Raises UserError where a local path does not exist.
+        Raises UserError for a protocol that is not read, and for a local path that cannot be one.
         """
         self.address = address_of(address)
         self.is_url = "://" in self.address
@@ -58,8 +58,14 @@ class Stream:
         self._retries, self._first_wait, self._timeout = retries, first_wait, timeout
         self._closed = threading.Event()
         self.on_reopen: Callable[[], None] = lambda: None
-        if not self.is_url and self.address != "-" and not Path(self.address).exists():
-            raise UserError(f"{self.address}: no such video")
+        if self.is_url and (protocol := self.address.partition("://")[0].lower()) not in _PROTOCOLS.split(","):
+            raise UserError(f"{self.address}: {protocol}:// is not read: give a path, or one of {_PROTOCOLS}")
+        if not self.is_url and self.address != "-":
+            path = Path(self.address)
+            if not path.exists():
+                raise UserError(f"{self.address}: no such video")
+            if path.is_dir() or (path.is_file() and not path.stat().st_size):
+                raise UserError(f"{self.address}: {'a folder' if path.is_dir() else 'empty'}, not a video")
 
     def close(self) -> None:
         """Ends the stream, from any thread, within the timeout."""
@@ -120,7 +126,8 @@ class Stream:
             if stream is None:
                 raise _Failure("it holds no video")
             self.opened += 1
-            self._is_whole = bool(container.duration)
+            # A recording, which is not watched again when it ends. The size of a playlist is not that of its video.
+            self._is_whole = bool(container.duration) or ((container.size or 0) > 0 and container.format.name != "hls")
             stream.thread_type = "SLICE" if self.is_url else "AUTO"  # threads by frame would hold frames back
             stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
             packets = container.demux(stream)
@@ -131,9 +138,9 @@ class Stream:
                     raise _Failure(f"no data for {self._timeout:g} s") from None
                 except Exception as e:
                     raise _Failure(first_line(e)) from None
-                yield from self._decoded(stream, packet)
-                if packet is None:
+                if packet is None:  # the packet before it, an empty one, gave the last frames
                     return
+                yield from self._decoded(stream, packet)
 
     def _decoded(self, stream: Any, packet: Any) -> Iterator[tuple[float | None, Callable[[], np.ndarray | None]]]:
         try:
