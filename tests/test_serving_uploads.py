@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
+import json
 import os
 import shutil
 import socket
@@ -133,10 +134,11 @@ def test_a_full_disk_leaves_no_file_that_cannot_be_deleted(tmp_path: Path, monke
     assert list(tmp_path.iterdir()) == []
     left = tmp_path / f"file-{'0' * 32}.data"
     left.write_bytes(bytes(700))
-    Uploads(tmp_path, 1000, 1500)
+    PartialUploads(tmp_path / "parts", uploads)
     assert left.exists()  # another server may be about to complete it
     os.utime(left, (0, 0))  # as a killed server leaves it
-    assert Uploads(tmp_path, 1000, 1500).room() == 1500
+    PartialUploads(tmp_path / "parts", uploads)
+    assert uploads.room() == 1500
 
 
 class Killed(BaseException):
@@ -203,6 +205,140 @@ def test_a_kill_while_parts_are_joined_loses_none(tmp_path: Path, monkeypatch: p
     (file,) = uploads.list()
     assert uploads.path(file["id"]).read_bytes() == DATA
     assert list(folder.iterdir()) == []
+
+
+class Cut:
+    """A server with an upload that it was killed while completing, and servers that start after it."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, point: str):
+        self.folder = folder
+        before = self.start()
+        self.name = before.start(Start(bytes=len(DATA), filename="v.mp4"))["id"]
+        self.ids = [before.add(self.name, io.BytesIO(half))["id"] for half in (DATA[:70_000], DATA[70_000:])]
+        for part in folder.glob("parts/*/part_*"):
+            os.utime(part, (0, 0))  # so old that bytes without a description count as left behind
+
+        def killed(*_: object, **__: object) -> None:
+            raise Killed
+
+        adopt = Uploads.adopt
+
+        def adopting(*args: Any) -> None:
+            adopt(*args)
+            raise Killed
+
+        def replacing(path: Path, target: Path) -> Path:
+            if path.name == "joined":
+                os.utime(path, (0, 0))
+                if point == "before the move":
+                    raise Killed
+            os.replace(path, target)
+            return target
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", replacing)
+            if point == "after the move":
+                patch.setattr(Uploads, "_describe_new", killed)
+            if point == "after the description":
+                patch.setattr(Uploads, "adopt", adopting)
+            with pytest.raises(Killed):
+                before.complete(self.name, Completion(part_ids=self.ids, md5=MD5))
+
+    def start(self) -> PartialUploads:
+        self.uploads = Uploads(self.folder / "uploads", 1 << 20, 1 << 20)
+        return PartialUploads(self.folder / "parts", self.uploads)
+
+    def data(self) -> list[str]:
+        return [path.stem for path in self.folder.glob("uploads/*.data")]
+
+    def promised(self) -> str:
+        order = json.loads((self.folder / "parts" / self.name / "order.json").read_text())
+        return str(order["file"])
+
+
+POINTS = ("before the move", "after the move", "after the description")
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_kill_while_a_file_appears_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str) -> None:
+    """The same request gets the file under the id that was chosen before the kill, also from a later server."""
+    cut = Cut(tmp_path, monkeypatch, point)
+    promised = cut.promised()
+    moved = [] if point == "before the move" else [promised]
+    listed = [promised] if point == "after the description" else []
+    after = cut.start()
+    assert cut.data() == moved
+    assert [file["id"] for file in cut.uploads.list()] == listed
+    for ids, md5, error in ((cut.ids[::-1], MD5, "other parts"), (cut.ids, "0", "MD5")):
+        with pytest.raises(RequestError, match=error):
+            after.complete(cut.name, Completion(part_ids=ids, md5=md5))
+    with pytest.raises(RequestError, match="being completed"):
+        after.add(cut.name, io.BytesIO(b"1"))
+    done = after.complete(cut.name, Completion(part_ids=cut.ids, md5=MD5))
+    assert (done["status"], done["file"]["id"], done["file"]["bytes"]) == ("completed", promised, len(DATA))
+    assert cut.uploads.list() == [done["file"]]
+    assert cut.uploads.path(promised).read_bytes() == DATA
+    assert list((tmp_path / "parts").iterdir()) == []
+    cut.start()
+    assert cut.data() == [promised]
+
+
+@pytest.mark.parametrize("ending", ["cancelled", "expired"])
+@pytest.mark.parametrize("point", POINTS)
+def test_an_upload_that_ends_leaves_no_bytes_without_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str, ending: str
+) -> None:
+    cut = Cut(tmp_path, monkeypatch, point)
+    kept = [cut.promised()] if point == "after the description" else []
+    if ending == "cancelled":
+        cut.start().cancel(cut.name)
+    else:
+        now = partial.time.time()
+        monkeypatch.setattr(partial.time, "time", lambda: now + partial.LIFETIME + 1)
+        cut.start()
+    assert cut.data() == [file["id"] for file in cut.uploads.list()] == kept
+    assert list((tmp_path / "parts").iterdir()) == []
+
+
+def test_a_kill_while_a_completed_upload_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uploads = Uploads(tmp_path / "uploads", 1000, 1500)
+    server = PartialUploads(tmp_path / "parts", uploads)
+    name = server.start(Start(bytes=700, filename="v.mp4"))["id"]
+    asked = Completion(part_ids=[server.add(name, io.BytesIO(bytes(700)))["id"]])
+
+    def killed(*_: object, **__: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(partial.shutil, "rmtree", killed)
+        with pytest.raises(Killed):
+            server.complete(name, asked)
+    with pytest.raises(RequestError) as e:
+        server.complete(name, asked)
+    assert e.value.status == 404
+    PartialUploads(tmp_path / "parts", uploads)
+    assert list((tmp_path / "parts").iterdir()) == []
+    (file,) = uploads.list()
+    assert uploads.path(file["id"]).read_bytes() == bytes(700)
+
+
+def test_a_description_that_does_not_fit_is_written_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uploads = Uploads(tmp_path / "uploads", 1000, 700)
+    server = PartialUploads(tmp_path / "parts", uploads)
+    name = server.start(Start(bytes=700, filename="v.mp4"))["id"]
+    asked = Completion(part_ids=[server.add(name, io.BytesIO(bytes(700)))["id"]])
+
+    def full(*_: object) -> None:
+        raise UserError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Uploads, "_describe_new", full)
+        with pytest.raises(RequestError) as e:
+            server.complete(name, asked)
+    assert e.value.status == 507
+    assert uploads.list() == []
+    file = server.complete(name, asked)["file"]
+    assert uploads.path(file["id"]).read_bytes() == bytes(700)
 
 
 def test_two_servers_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

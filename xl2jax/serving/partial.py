@@ -21,7 +21,7 @@ from pydantic import Field
 from xl2jax.errors import UserError, shorten
 from xl2jax.serving.addresses import too_large
 from xl2jax.serving.errors import RequestError
-from xl2jax.serving.uploads import ExpiresAfter, Readable, Uploads, no_room, size_of
+from xl2jax.serving.uploads import FILE_ID, ExpiresAfter, Readable, Uploads, new_id, no_room, size_of
 from xl2jax.system.atomic import remove_leftovers, replacing_file, replacing_folder
 from xl2jax.system.schema import Schema, read_json
 
@@ -62,10 +62,11 @@ class _About(Schema):
 
 
 class _Order(Schema):
-    """The parts that are being joined, in order, and their bytes."""
+    """The parts that are being joined, in order, their bytes, and the id of the file that they become."""
 
     ids: list[str]
     sizes: list[int]
+    file: Annotated[str, Field(pattern=FILE_ID)]
 
 
 class PartialUploads:
@@ -85,6 +86,7 @@ class PartialUploads:
             with contextlib.suppress(FileNotFoundError):  # another server may have completed it
                 remove_leftovers(folder / name)
         self._remove_expired()
+        uploads.remove_orphans(self._awaited)
 
     def start(self, asked: Start) -> dict[str, Any]:
         """Begins an upload, and removes those that have expired.
@@ -155,24 +157,27 @@ class PartialUploads:
         """Makes a file of the parts, in the order of their ids. Its space is needed once, and that of one part beside it.
 
         Raises RequestError where they are not of this upload, or where size or MD5 are not what was said. The upload
-        can then be completed again, as it can after a kill.
+        can then be completed again, as it can after a kill: the id of the file is on the disk before anything is moved.
         """
         with self._alone(name) as about:
             folder = self._folder / name
             order = self._order(folder, asked.part_ids)
-            sources = _sources(folder, order)
+            data = self._uploads.place(order.file)
+            moved = data.exists()
+            sources = [data] if moved else _sources(folder, order)
             if sum(map(size_of, sources)) != about.bytes:
                 raise _wrong_size(about)
             if asked.md5 is not None and _md5(sources) != asked.md5.lower():
                 raise RequestError(400, "the parts do not have this MD5", code="wrong_md5", param="md5")
-            try:
-                with replacing_file(folder / _ORDER) as beside:
-                    beside.write_text(json.dumps(order.model_dump()))
-                joined = _join(folder, sources)
-            except (OSError, UserError):
-                raise no_room() from None
-            file = self._uploads.adopt(joined, about.filename, about.purpose, about.expires_after)
-            shutil.rmtree(folder, ignore_errors=True)
+            if not moved:
+                try:
+                    with replacing_file(folder / _ORDER) as beside:
+                        beside.write_text(json.dumps(order.model_dump()))
+                    _join(folder, sources)
+                except (OSError, UserError):
+                    raise no_room() from None
+            file = self._uploads.adopt(order.file, folder / _JOINED, about.filename, about.purpose, about.expires_after)
+            _delete(folder)
         return _described(name, about, "completed") | {"file": file}
 
     def _order(self, folder: Path, ids: list[str]) -> _Order:
@@ -186,12 +191,12 @@ class PartialUploads:
             raise RequestError(400, "a part is not one of this upload", param="part_ids")
         if len(set(ids)) < len(ids):
             raise RequestError(400, "a part is named twice", param="part_ids")
-        return _Order(ids=ids, sizes=[size_of(folder / part) for part in ids])
+        return _Order(ids=ids, sizes=[size_of(folder / part) for part in ids], file=new_id())
 
     def cancel(self, name: str) -> dict[str, Any]:
-        """Removes an upload and its parts."""
+        """Removes an upload and its parts. A file stays that a killed server had completed already."""
         with self._alone(name) as about:
-            shutil.rmtree(self._folder / name, ignore_errors=True)
+            self._remove(name)
         return _described(name, about, "cancelled")
 
     def part_limit(self, name: str) -> int:
@@ -223,6 +228,21 @@ class PartialUploads:
         except UserError:
             return None
 
+    def _read_order(self, name: str) -> _Order | None:
+        try:
+            return read_json(self._folder / name / _ORDER, _Order)
+        except UserError:
+            return None
+
+    def _awaited(self) -> set[str]:
+        """The ids of files that unfinished uploads are about to become."""
+        return {order.file for order in map(self._read_order, self._names()) if order is not None}
+
+    def _remove(self, name: str) -> None:
+        if (order := self._read_order(name)) is not None:
+            self._uploads.abandon(order.file)
+        _delete(self._folder / name)
+
     def _names(self) -> list[str]:
         return [path.name for path in self._folder.iterdir() if _ID.fullmatch(path.name)]
 
@@ -232,7 +252,7 @@ class PartialUploads:
             if about is None or _expired(about):
                 with _locked(self._folder / name) as free:
                     if free:
-                        shutil.rmtree(self._folder / name, ignore_errors=True)
+                        self._remove(name)
                         self._bytes.pop(name, None)
 
 
@@ -253,6 +273,13 @@ def _locked(folder: Path) -> Iterator[bool]:
             yield True
 
 
+def _delete(folder: Path) -> None:
+    """Removes an upload. What a kill leaves of it is no upload any more: its description goes first."""
+    with contextlib.suppress(OSError):
+        (folder / _ABOUT).unlink()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def _sources(folder: Path, order: _Order) -> list[Path]:
     """The files whose bytes are the upload: what was joined before, if anything, and the parts behind it.
 
@@ -267,7 +294,7 @@ def _sources(folder: Path, order: _Order) -> list[Path]:
     return [joined, *parts[count:]]
 
 
-def _join(folder: Path, sources: Sequence[Path]) -> Path:
+def _join(folder: Path, sources: Sequence[Path]) -> None:
     """Appends files to the first one, and removes each of them as soon as its bytes are on the disk."""
     first, *others = sources
     joined = folder / _JOINED
@@ -279,7 +306,6 @@ def _join(folder: Path, sources: Sequence[Path]) -> Path:
             out.flush()
             os.fsync(out.fileno())
             path.unlink()
-    return joined
 
 
 def _md5(parts: Sequence[Path]) -> str:

@@ -7,6 +7,7 @@ import json
 import re
 import secrets
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
@@ -19,6 +20,9 @@ from xl2jax.system.atomic import remove_leftovers, replacing_file
 from xl2jax.system.schema import Schema, read_json
 
 _ID = re.compile(r"file-[0-9a-f]{32}")
+
+FILE_ID = rf"^{_ID.pattern}$"
+"""The pattern of a file's id, for fields of schemas."""
 
 _LEFT_SECONDS = 60
 
@@ -54,11 +58,22 @@ class Uploads:
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
         self._folder, self.max_bytes, self._total_bytes = folder, max_bytes, total_bytes
-        for path in folder.glob("file-*.data"):
+
+    def remove_orphans(self, awaited: Callable[[], set[str]]) -> None:
+        """Removes bytes without a description, which a server left that was killed before it had written both.
+
+        `awaited` gives the ids of files that unfinished uploads are still to describe; these are spared. It is called
+        after the bytes were listed: an upload names its file before it moves the bytes and until it has described them.
+        """
+        old = []
+        for data in self._folder.glob("file-*.data"):
             with contextlib.suppress(FileNotFoundError):
-                old = time.time() - path.stat().st_mtime > _LEFT_SECONDS  # other replicas write to the folder too
-                if old and not path.with_suffix(".json").exists():  # a server was killed before it had written both
-                    path.unlink()
+                if time.time() - data.stat().st_mtime > _LEFT_SECONDS:  # other servers write to the folder too
+                    old.append(data)
+        spared = awaited()
+        for data in old:
+            if data.stem not in spared:
+                _remove_undescribed(data)
 
     def room(self) -> int:
         """Bytes that further files can have together. Removes files that have expired."""
@@ -70,7 +85,7 @@ class Uploads:
         self, source: Readable, filename: str, purpose: str, expires_after: ExpiresAfter | None = None
     ) -> dict[str, Any]:
         """Stores a file and returns its description. Raises RequestError where it is too large or does not fit."""
-        name, count = _new_name(), 0
+        name, count = new_id(), 0
         try:
             with replacing_file(self._path(name, "data")) as beside, open(beside, "wb") as out:
                 left = self.room()
@@ -89,24 +104,31 @@ class Uploads:
             raise
 
     def adopt(
-        self, path: Path, filename: str, purpose: str, expires_after: ExpiresAfter | None = None
+        self, name: str, path: Path, filename: str, purpose: str, expires_after: ExpiresAfter | None = None
     ) -> dict[str, Any]:
-        """Moves a complete file of the same file system here and returns its description.
+        """Moves a complete file of the same file system here, as the file of id `name`, and returns its description.
 
-        Raises RequestError where it does not fit; it then stays where it was.
+        The same call goes on from where an earlier one was cut off. Raises RequestError where the file does not fit.
         """
-        name, count = _new_name(), path.stat().st_size
-        if count > self.room():
-            raise no_room()
+        if (about := self._read(name)) is not None:
+            return _described(name, about)
         data = self._path(name, "data")
-        path.replace(data)
+        if not data.exists():
+            if path.stat().st_size > self.room():
+                raise no_room()
+            path.replace(data)
         try:
-            return self._describe_new(name, count, filename, purpose, expires_after)
-        except BaseException as e:
-            data.replace(path)
-            if isinstance(e, UserError):
-                raise no_room() from None
-            raise
+            return self._describe_new(name, data.stat().st_size, filename, purpose, expires_after)
+        except UserError:
+            raise no_room() from None
+
+    def place(self, name: str) -> Path:
+        """Where the bytes of a file are, or will be when `adopt` has moved them."""
+        return self._path(name, "data")
+
+    def abandon(self, name: str) -> None:
+        """Removes what `adopt` moved here and did not describe. A described file stays."""
+        _remove_undescribed(self._path(name, "data"))
 
     def _describe_new(
         self, name: str, count: int, filename: str, purpose: str, expires_after: ExpiresAfter | None
@@ -184,8 +206,14 @@ def size_of(path: Path) -> int:
         return 0
 
 
-def _new_name() -> str:
+def new_id() -> str:
+    """An id that no file has."""
     return f"file-{secrets.token_hex(16)}"
+
+
+def _remove_undescribed(data: Path) -> None:
+    if not data.with_suffix(".json").exists():
+        data.unlink(missing_ok=True)
 
 
 def _described(name: str, about: _About) -> dict[str, Any]:
