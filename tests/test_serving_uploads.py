@@ -378,6 +378,10 @@ def test_files_expire_when_they_are_asked_to(
     )
     assert stays.expires_at is None
     assert goes.expires_at == goes.created_at + 3600
+    form = {"purpose": "user_data", "expires_after": '{"anchor": "created_at", "seconds": 3600}'}  # as curl sends it
+    told = httpx2.post(f"{client.base_url}files", data=form, files={"file": ("c.mp4", b"4")}).json()
+    assert told["expires_at"] == told["created_at"] + 3600
+    client.files.delete(told["id"])
     started = client.uploads.create(
         bytes=1,
         filename="v.mp4",
@@ -385,6 +389,8 @@ def test_files_expire_when_they_are_asked_to(
         purpose="user_data",
         expires_after={"anchor": "created_at", "seconds": 3600},
     )
+    with pytest.raises(openai.BadRequestError, match="an empty part"):
+        client.uploads.parts.create(started.id, data=b"")
     part = client.uploads.parts.create(started.id, data=b"3")
     joined = client.uploads.complete(started.id, part_ids=[part.id]).file
     assert joined is not None

@@ -120,7 +120,8 @@ class PartialUploads:
         return _described(name, about, "pending")
 
     def add(self, name: str, source: Readable) -> dict[str, Any]:
-        """Stores a part. Raises RequestError where the parts are more than the upload was said to have."""
+        """Stores a part. Raises RequestError for one that is empty, or with which the parts are more than the
+        upload was said to have."""
         about = self._about(name)
         part, count, stored = f"part_{secrets.token_hex(16)}", 0, False
         try:
@@ -129,6 +130,8 @@ class PartialUploads:
                     self._reserve(name, about, len(block))
                     count += len(block)
                     out.write(block)
+                if not count:
+                    raise RequestError(400, "data: an empty part", param="data")
             stored = True
         except (OSError, UserError):
             self._about(name)  # it may have been cancelled meanwhile
