@@ -93,7 +93,7 @@ class BlockStore:
             gone = {n for n in self._disk if n < before}
             self._disk -= gone
         for number in gone:
-            self._path(number).unlink(missing_ok=True)
+            self._remove(number)
 
     def settle(self) -> None:
         """Moves the oldest blocks to the disk, and drops the oldest of the disk, until both budgets are kept."""
@@ -112,7 +112,7 @@ class BlockStore:
                     if written and known:
                         self._disk.add(number)
                 if written and not known:  # it was forgotten while it was written
-                    self._path(number).unlink(missing_ok=True)
+                    self._remove(number)
         finally:
             self._settling.release()
 
@@ -129,6 +129,15 @@ class BlockStore:
         assert self._folder is not None
         return self._folder / f"block-{number:08}.kv"
 
+    def _remove(self, number: int) -> None:
+        """Removes a block's file. Where that fails, nothing more is written to the disk: it would grow."""
+        try:
+            self._path(number).unlink(missing_ok=True)
+        except OSError as e:
+            if self._disk_limit:
+                self._disk_limit = 0
+                logger.warning("old parts of the video are no longer written to the disk: %s", first_line(e))
+
     def _write(self, number: int, kv: HostKV) -> bool:
         """Whether the block is on the disk now."""
         if self._size > self._disk_limit:
@@ -137,7 +146,7 @@ class BlockStore:
             gone = sorted(self._disk)[: max(len(self._disk) + 1 - self._disk_limit // self._size, 0)]
             self._disk.difference_update(gone)
         for old in gone:
-            self._path(old).unlink(missing_ok=True)
+            self._remove(old)
         parts = [np.ascontiguousarray(x).view(np.uint8).data for x in jax.tree.leaves(kv)]
         digest = hashlib.blake2b(digest_size=_DIGEST)
         try:
