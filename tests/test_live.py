@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import xl2jax
 from xl2jax.errors import UserError
 from xl2jax.evaluation.scenes import Scene, make_scene, scene_clip
-from xl2jax.inference import session
+from xl2jax.inference import live_arena, session
 from xl2jax.inference.live import LiveMemory, LiveVideo
 from xl2jax.inference.live_ledger import Ledger
 from xl2jax.inference.selection import RelevanceConfig, choose_context
@@ -240,3 +240,21 @@ def test_a_pause_ends_a_group(model: xl2jax.Model) -> None:
         live.end()
         with live.snapshot() as seen:
             assert seen.times == [0, 1, 1, 1, 100, 101, 102, 103]
+
+
+def test_kv_that_is_not_finite_is_never_forgotten(model: xl2jax.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first groups are damaged where they are pooled, and leave the device before a question is asked."""
+    pool_new, damaged = live_arena._pool_new, list[int]()
+
+    def damage(config: Any, cache: Any, *args: Any, **settings: Any) -> Any:
+        if not damaged:
+            damaged.append(1)
+            cache = cache._replace(v=cache.v * np.nan)
+        return pool_new(config, cache, *args, **settings)
+
+    monkeypatch.setattr(live_arena, "_pool_new", damage)
+    live, _ = start(model, small(), 48)
+    assert live._arena.ledger.forgotten
+    with pytest.raises(UserError, match="the video's KV holds NaN"):
+        model.ask(live, QUESTION, bilevel=BILEVEL)
+    live.close()
