@@ -258,3 +258,22 @@ def test_kv_that_is_not_finite_is_never_forgotten(model: xl2jax.Model, monkeypat
     with pytest.raises(UserError, match="the video's KV holds NaN"):
         model.ask(live, QUESTION, bilevel=BILEVEL)
     live.close()
+
+
+def test_whole_groups_are_seen_without_a_whole_step(model: xl2jax.Model) -> None:
+    """A step has room for 4 groups; two are there."""
+    with model.watch_live(config=PREFILL, bilevel=BILEVEL, memory=small()) as live:
+        source = frames(SCENE)
+        for _ in range(4):
+            live.add(*next(source))
+        assert live._arena.ledger.groups == 1  # nothing else was to do
+        assert live.wait(3, timeout=0)
+        jax.block_until_ready(live._previous)
+        for _ in range(4):
+            live.add(*next(source))
+        assert live._arena.ledger.groups == 2
+        assert live.wait(7, timeout=0)
+        assert (live.seconds, live.frames) == (7.0, 8)
+        assert not live.wait(8, timeout=0)
+        with live.snapshot() as seen:
+            assert seen.times[-1] == live.seconds
