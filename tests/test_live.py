@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import xl2jax
 from xl2jax.errors import UserError
 from xl2jax.evaluation.scenes import Scene, make_scene, scene_clip
-from xl2jax.inference import session
+from xl2jax.inference import live_arena, session
 from xl2jax.inference.live import LiveMemory, LiveVideo
 from xl2jax.inference.live_ledger import Ledger
 from xl2jax.inference.selection import RelevanceConfig, choose_context
@@ -217,7 +217,7 @@ def test_what_a_live_video_cannot_do_is_one_line(model: xl2jax.Model, roomy: Liv
     refused("bi-level decoding only", bilevel=None)
     refused("kept for pool 4 and chunks of 2 groups, not for pool 8 and", bilevel=xl2jax.BilevelConfig(2, 8))
     with pytest.raises(UserError, match=r"minutes dense .* GiB are free: keep fewer minutes"):
-        model.watch_live(memory=LiveMemory(dense_minutes=1e6, minutes=1e6))
+        model.watch_live(memory=LiveMemory(dense_minutes=1.6e5, minutes=1.6e5))
     with pytest.raises(UserError, match="leave offload out"):
         model.watch_live(cache=CacheConfig(offload=True))
     with pytest.raises(UserError, match=r"minutes \(1\) must not be below dense minutes \(10\)"):
@@ -240,3 +240,40 @@ def test_a_pause_ends_a_group(model: xl2jax.Model) -> None:
         live.end()
         with live.snapshot() as seen:
             assert seen.times == [0, 1, 1, 1, 100, 101, 102, 103]
+
+
+def test_kv_that_is_not_finite_is_never_forgotten(model: xl2jax.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first groups are damaged where they are pooled, and leave the device before a question is asked."""
+    pool_new, damaged = live_arena._pool_new, list[int]()
+
+    def damage(config: Any, cache: Any, *args: Any, **settings: Any) -> Any:
+        if not damaged:
+            damaged.append(1)
+            cache = cache._replace(v=cache.v * np.nan)
+        return pool_new(config, cache, *args, **settings)
+
+    monkeypatch.setattr(live_arena, "_pool_new", damage)
+    live, _ = start(model, small(), 48)
+    assert live._arena.ledger.forgotten
+    with pytest.raises(UserError, match="the video's KV holds NaN"):
+        model.ask(live, QUESTION, bilevel=BILEVEL)
+    live.close()
+
+
+def test_whole_groups_are_seen_without_a_whole_step(model: xl2jax.Model) -> None:
+    """A step has room for 4 groups; two are there."""
+    with model.watch_live(config=PREFILL, bilevel=BILEVEL, memory=small()) as live:
+        source = frames(SCENE)
+        for _ in range(4):
+            live.add(*next(source))
+        assert live._arena.ledger.groups == 1  # nothing else was to do
+        assert live.wait(3, timeout=0)
+        jax.block_until_ready(live._previous)
+        for _ in range(4):
+            live.add(*next(source))
+        assert live._arena.ledger.groups == 2
+        assert live.wait(7, timeout=0)
+        assert (live.seconds, live.frames) == (7.0, 8)
+        assert not live.wait(8, timeout=0)
+        with live.snapshot() as seen:
+            assert seen.times[-1] == live.seconds

@@ -81,9 +81,9 @@ class LiveMemory:
         for name in ("dense_minutes", "minutes", "host_gib", "disk_gib"):
             value = getattr(self, name)
             require_number(name.replace("_", " "), value)
-            low = 0 if name.endswith("gib") else 1e-3
-            if not low <= value < math.inf:
-                raise UserError(f"{name.replace('_', ' ')} must be {low:g} or more, not {value}")
+            low, high = (0.0, 2.0**20) if name.endswith("gib") else (1e-3, MAX_SECONDS / 60)
+            if not low <= value <= high:
+                raise UserError(f"{name.replace('_', ' ')} must be from {low:g} to {high:.6g}, not {value}")
         if self.minutes < self.dense_minutes:
             raise UserError(f"minutes ({self.minutes:g}) must not be below dense minutes ({self.dense_minutes:g})")
         if (self.disk_gib > 0) != (self.folder is not None):
@@ -99,12 +99,16 @@ class LiveVideo:
     Attributes:
       path: the source, for messages.
       clock: the video's time, and what was left out because of it.
+      seconds: time of the last frame that a question sees; 0 before there is one.
+      frames: those of all whole groups, the forgotten ones included. A question sees them.
       dropped: frames that were left out because they came faster than they could be seen.
       error: what ended the watching, if anything did.
       started_at: `time.time()` when the first frame came.
     """
 
     lead: str
+    seconds = 0.0
+    frames = 0
     dropped = 0
     error: BaseException | None = None
 
@@ -232,7 +236,8 @@ class LiveVideo:
         return at, resize(image, self._network.config.vision.image_size)
 
     def add_kept(self, seconds: float, image: np.ndarray) -> None:
-        """Adds a frame that `accept` returned. Groups are prefilled as soon as a whole step of them is there."""
+        """Adds a frame that `accept` returned. Groups are prefilled at once where the device has nothing else to do;
+        otherwise they wait until it has, or a whole step of them is there."""
         with self._lock:
             self._require_open()
             if self.started_at is None:
@@ -241,10 +246,8 @@ class LiveVideo:
                 self._fill()
             self._open.append((seconds, image))
             if len(self._open) == FRAMES_PER_GROUP:
-                self._waiting.append(self._open)
-                self._open = []
-            if len(self._waiting) == self._plan.segment_groups:
-                self._prefill()
+                self._close_group()
+            self._prefill_if_idle()
         self._blocks.settle()
 
     def flush(self) -> None:
@@ -270,9 +273,22 @@ class LiveVideo:
     def _fill(self) -> None:
         """Makes a group of the frames before a pause: the last one is repeated."""
         missing = FRAMES_PER_GROUP - len(self._open)
-        self._waiting.append(self._open + [self._open[-1]] * missing)
+        self._open += [self._open[-1]] * missing
+        self._close_group()
+        self._prefill_if_idle()
+
+    def _close_group(self) -> None:
+        self._waiting.append(self._open)
         self._open = []
-        if len(self._waiting) == self._plan.segment_groups:
+        with self._seen:
+            self.seconds = round(self._waiting[-1][-1][0], 1)
+            self.frames += FRAMES_PER_GROUP
+            self._seen.notify_all()
+
+    def _prefill_if_idle(self) -> None:
+        """Prefills what waits if it is a whole step, or if the step before is done."""
+        idle = self._previous is None or self._previous.is_ready()  # type: ignore[attr-defined]
+        if self._waiting and (idle or len(self._waiting) == self._plan.segment_groups):
             self._prefill()
 
     def _prefill(self) -> None:
@@ -287,9 +303,7 @@ class LiveVideo:
             self._forgotten += forgotten
         if self._previous is not None:
             jax.block_until_ready(self._previous)  # a third segment would only hold memory
-        self._previous = visual
-        with self._seen:
-            self._seen.notify_all()
+        self._previous = self._arena.finite
 
     # --- from a source ---------------------------------------------------------------------------
 
@@ -363,7 +377,7 @@ class LiveVideo:
                 self._seen.notify_all()
 
     def wait(self, seconds: float | None = None, timeout: float | None = None) -> bool:
-        """Waits until the video was seen up to `seconds`, or to its end. Returns whether it was, before `timeout` s.
+        """Waits until a question sees the video up to `seconds`, or to its end. Returns whether it was, before `timeout` s.
 
         Raises what ended the watching in a thread of its own.
         """
@@ -374,17 +388,6 @@ class LiveVideo:
         if self.error is not None:
             raise self.error
         return done
-
-    @property
-    def seconds(self) -> float:
-        """Time of the last frame that questions can see; 0 before there is one."""
-        times = self._times
-        return times[-1] if times else 0.0
-
-    @property
-    def frames(self) -> int:
-        """Frames that were seen, the forgotten ones included."""
-        return len(self._times) + self._forgotten * FRAMES_PER_GROUP
 
     # --- questions -------------------------------------------------------------------------------
 

@@ -142,6 +142,7 @@ class LiveArena:
     Attributes:
       ledger: how many groups are where.
       cache, pooled: the dense KV of the newest groups, and the pooled KV of all that are remembered.
+      finite: whether the KV of all groups that were ever added is finite. It is ready when the last ones are prefilled.
     """
 
     def __init__(
@@ -164,7 +165,7 @@ class LiveArena:
         self._prefix, self._shift, self._most = len(prefix.ids), 0, 0
         self._capacity = ledger.group_limit + plan.segment_groups
         self._lengths, self._times, self._visuals = (np.zeros(self._capacity, np.int32) for _ in range(3))
-        self._finite: list[jax.Array] = []
+        self.finite = jnp.bool_(True)
         self.cache = session.empty_video_cache(network, plan.slots, plan.visual_start, quantized=quantized)
         for block, length in prefill.blocks(prefix, network.platform):
             self.cache, _ = compiled.prefill_globals(network, self.cache, block, None, np.int32(length))
@@ -207,17 +208,17 @@ class LiveArena:
         start = np.int32(plan.visual_start + ledger.dense * v)
         positions = np.zeros(plan.segment_groups, np.int32)
         positions[:new] = self._visuals[first:groups]
-        self.pooled, finite = _pool_new(
+        self.pooled, self.finite = _pool_new(
             self._network.config.llm,
             self.cache,
             self.pooled,
+            self.finite,
             start,
             positions,
             np.int32(first),
             visual_tokens=v,
             pool=self._pool,
         )
-        self._finite = [*self._finite[-7:], finite]
         ledger.add(new)
         self._most = max(self._most, ledger.groups)
         return move.forgotten
@@ -276,7 +277,7 @@ class LiveArena:
 
     def kv(self) -> LiveKV:
         """The groups that are remembered now. Raises UserError where their KV is not finite."""
-        if not all(map(bool, self._finite)):
+        if not bool(self.finite):
             raise self._network.not_finite("the video's KV")
         ledger, v = self.ledger, self.plan.visual_tokens
         lengths = tuple(self._lengths[: ledger.groups].tolist())
@@ -359,6 +360,7 @@ def _pool_new(
     config: LLMConfig,
     cache: KVCache,
     pooled: PooledKV,
+    finite: jax.Array,
     start: jax.Array,
     positions: jax.Array,
     first: jax.Array,
@@ -368,10 +370,10 @@ def _pool_new(
 ) -> tuple[PooledKV, jax.Array]:
     """Writes the pooled KV of the groups from slot `start` on to the places of groups from `first` on.
 
-    Also returns whether all of it is finite.
+    Also returns whether all of it is finite, and what came before it was (`finite`).
     """
     new = pool_groups(cache, start, positions, visual_tokens=visual_tokens, pool=pool, theta=config.rope_theta)
-    finite = jnp.all(jnp.stack([jnp.isfinite(unpack(x)).all() for x in new]))
+    finite &= jnp.all(jnp.stack([jnp.isfinite(unpack(x)).all() for x in new]))
     at = first * jnp.int32(visual_tokens // pool)
 
     def put(old: KVArray, x: KVArray) -> KVArray:
