@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ import xl2jax
 from xl2jax.errors import UserError
 from xl2jax.evaluation.scenes import Scene, make_scene, scene_clip
 from xl2jax.inference import live_arena, session
-from xl2jax.inference.live import LiveMemory, LiveVideo
+from xl2jax.inference.live import WAITING_FRAMES, LiveMemory, LiveVideo
 from xl2jax.inference.live_ledger import Ledger
 from xl2jax.inference.selection import RelevanceConfig, choose_context
 from xl2jax.inference.video_cache import CacheConfig
@@ -277,3 +280,39 @@ def test_whole_groups_are_seen_without_a_whole_step(model: xl2jax.Model) -> None
         assert not live.wait(8, timeout=0)
         with live.snapshot() as seen:
             assert seen.times[-1] == live.seconds
+
+
+def test_close_does_not_wait_for_a_silent_source(model: xl2jax.Model, tmp_path: Path) -> None:
+    """Of a pipe into which nobody writes, and of frames that do not come."""
+    pipe, silence = tmp_path / "pipe", threading.Event()
+    os.mkfifo(pipe)
+
+    def silent() -> Iterator[tuple[float, np.ndarray]]:
+        yield from itertools.islice(frames(SCENE), 4)
+        silence.wait()
+
+    with open(pipe, "r+b", buffering=0):  # opening it for reading does not block then; reading does
+        for source in (pipe, silent()):
+            live = model.watch_live(source, config=PREFILL, bilevel=BILEVEL, memory=small())
+            live.start()
+            assert live.wait(3.0, timeout=0.5 if source is pipe else 60) == (source is not pipe)
+            closing = threading.Thread(target=live.close, daemon=True)
+            closing.start()
+            closing.join(10)
+            assert not closing.is_alive()
+            assert live.error is None
+        silence.set()
+
+
+def test_a_source_of_frames_waits_for_the_model(model: xl2jax.Model) -> None:
+    """More frames than may wait: none is lost. An error of the source is raised behind what it gave."""
+
+    def source() -> Iterator[tuple[float, np.ndarray]]:
+        for i in range(WAITING_FRAMES + 12):
+            yield float(i), np.zeros((8, 8, 3), np.uint8)
+        raise OSError("unplugged")
+
+    with model.watch_live(source(), config=PREFILL, bilevel=BILEVEL, memory=small()) as live:
+        with pytest.raises(OSError, match="unplugged"):
+            live.run()
+        assert (live.frames, live.dropped) == (WAITING_FRAMES + 12, 0)

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -50,7 +50,7 @@ PAUSE_SECONDS = 10.0
 """Frames that are further apart than this, and than eight frames, are never in one group."""
 
 WAITING_FRAMES = 64
-"""Frames of a URL that may wait until they are seen."""
+"""Frames of a source that may wait until they are seen."""
 
 type Frame = np.ndarray | Callable[[], np.ndarray | None]
 """A frame, uint8 RGB [height, width, 3], or a function that makes it, or None where it is damaged. The function is called
@@ -165,7 +165,7 @@ class LiveVideo:
         self._waiting: list[list[tuple[float, np.ndarray]]] = []  # groups that are not prefilled yet
         self._times: list[float] = []  # of the frames of all remembered groups
         self._forgotten = 0
-        self._previous: jax.Array | None = None
+        self._previous: Any = None  # an array; its type lacks is_ready()
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
         self.finished = self.closed = False
@@ -310,29 +310,31 @@ class LiveVideo:
     def run(self) -> None:
         """Watches the source to its end, or until `close`. Errors are those of the source and of `add`.
 
-        Frames of a URL are read by a thread of its own. Where they come faster than they can be seen, the oldest of
-        `WAITING_FRAMES` that wait are dropped. All other sources wait for this method.
+        The source is read by a thread of its own, which `close` leaves behind where it waits for a frame. Up to
+        `WAITING_FRAMES` frames wait until they are seen. Where those of a URL come faster, the oldest that wait are
+        dropped; all other sources are held up.
         """
         if self._source is None:
             raise UserError(f"{self.path}: has no source: feed it with add()")
-        if isinstance(self._source, Stream) and self._source.is_url:
-            self._run_behind(self._source)
-        else:
-            for seconds, frame in self._source:
-                if self._stop.is_set():
-                    break
-                self.add(seconds, frame)
+        self._run_behind(self._source)
         self.end()
 
-    def _run_behind(self, stream: Stream) -> None:
+    def _run_behind(self, source: Iterable[tuple[float | None, Frame]]) -> None:
         buffer, errors = Buffer[tuple[float, np.ndarray]](WAITING_FRAMES), list[BaseException]()
-        stream.on_reopen = self.clock.interrupted
+        over, room = threading.Event(), threading.Semaphore(WAITING_FRAMES)
+        is_url = isinstance(source, Stream) and source.is_url
+        if isinstance(source, Stream):
+            source.on_reopen = self.clock.interrupted
 
         def read() -> None:
             try:
-                for seconds, frame in stream:
+                for seconds, frame in source:
                     if (kept := self.accept(seconds, frame)) is not None:
+                        if not is_url:
+                            room.acquire()
                         buffer.put(kept)
+                    if over.is_set():
+                        break
             except BaseException as e:  # raised below, in the thread that watches
                 errors.append(e)
             finally:
@@ -340,17 +342,27 @@ class LiveVideo:
 
         threading.Thread(target=read, daemon=True, name=f"read {self.path}").start()
         told = 0
-        while not self._stop.is_set():
-            frames = buffer.take(0.2)
-            if frames is None:
-                break
-            for kept in frames:
-                self.add_kept(*kept)
-            self.flush()  # the last whole groups do not wait for others
-            self.dropped = buffer.dropped
-            if self.dropped >= 2 * told + 1:
-                told = self.dropped
-                logger.warning("%s: frames come faster than they can be seen: %d dropped so far", self.path, told)
+        try:
+            while not self._stop.is_set():
+                frames = buffer.take(0.2)
+                if frames is None:
+                    break
+                for kept in frames:
+                    self.add_kept(*kept)
+                    if not is_url:
+                        room.release()
+                with self._lock:
+                    if not self.closed:
+                        self._prefill_if_idle()  # what waits does not need another frame
+                self.dropped = buffer.dropped
+                if self.dropped >= 2 * told + 1:
+                    told = self.dropped
+                    logger.warning("%s: frames come faster than they can be seen: %d dropped so far", self.path, told)
+        finally:
+            over.set()
+            if isinstance(source, Stream):
+                source.close()
+            room.release()  # a reader that waits for room ends
         if errors:
             raise errors[0]
 
@@ -462,7 +474,7 @@ class LiveVideo:
                 del self._arena
                 self._waiting, self._open = [], []
         if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(timeout=60)
+            self._thread.join()
         self._blocks.close()
         with self._seen:
             self.finished = True
