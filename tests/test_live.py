@@ -316,3 +316,19 @@ def test_a_source_of_frames_waits_for_the_model(model: xl2jax.Model) -> None:
         with pytest.raises(OSError, match="unplugged"):
             live.run()
         assert (live.frames, live.dropped) == (WAITING_FRAMES + 12, 0)
+
+
+def test_a_step_that_fails_ends_the_video(model: xl2jax.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was prefilled in part is never asked about."""
+    live, source = start(model, small(), 4)
+
+    def broken(*_: Any) -> int:
+        raise RuntimeError("out of order")
+
+    monkeypatch.setattr(live._arena, "add", broken)
+    with pytest.raises(RuntimeError, match="out of order"):
+        feed(live, source, 4)
+    for use in (lambda: live.add(*next(source)), lambda: model.ask(live, QUESTION, bilevel=BILEVEL)):
+        with pytest.raises(UserError, match=r"watching failed \(out of order\)"):
+            use()
+    live.close()

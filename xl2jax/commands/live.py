@@ -40,11 +40,8 @@ def watch_live(args: Args) -> int:
     folder = find_checkpoint(args.checkpoint)
     config = stored_config(folder, args.compute.weights)
     check_pool(settings["bilevel"], config.visual_tokens)
-    args.split.devices().check(config)
     start_backend()
-    model = xl2jax.load(
-        folder, dtype=args.compute.dtype, weights=args.compute.weights, progress=True, tensor=args.split.tensor
-    )
+    model = xl2jax.load(folder, dtype=args.compute.dtype, weights=args.compute.weights, progress=True)
     for question in args.questions:
         suffix(model.tokenizer, question)  # one that is too long is refused before anything is watched
     with model.watch_live(source, **settings) as live:
@@ -81,7 +78,8 @@ def _checked(args: Args) -> tuple[dict[str, Any], Stream]:
     require_checkpoint(args.checkpoint)
     check_answer_options(args.answer.max_new_tokens, args.answer.seed)
     TokenSampling(args.answer.temperature, args.answer.top_p)
-    args.split.devices()
+    if args.split.devices().tensor > 1:
+        raise UserError("--live watches on one device: leave --tensor out")
     assert frames.fps != "uniform"
     settings = {
         "fps": FrameSampling(frames.fps).fps,

@@ -284,6 +284,8 @@ class Model:
             raise UserError(f"clock must be stream or wall, not {clock}")
         if cache.offload:
             raise UserError("a live video keeps old KV in host memory by itself: leave offload out")
+        if self.network.tensor > 1:
+            raise UserError("a live video is watched on one device: leave tensor out")
         check_pool(bilevel, self.config.visual_tokens)
         self.check_cache(cache, bilevel)
         source = Stream(source) if isinstance(source, str | Path) else source

@@ -169,6 +169,7 @@ class LiveVideo:
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
         self.finished = self.closed = False
+        self._failure: str | None = None
         self.started_at: float | None = None
 
     def _check_fits(self, ledger: Ledger, cache: CacheConfig, memory: LiveMemory) -> None:
@@ -287,11 +288,19 @@ class LiveVideo:
 
     def _prefill_if_idle(self) -> None:
         """Prefills what waits if it is a whole step, or if the step before is done."""
-        idle = self._previous is None or self._previous.is_ready()  # type: ignore[attr-defined]
+        idle = self._previous is None or self._previous.is_ready()
         if self._waiting and (idle or len(self._waiting) == self._plan.segment_groups):
             self._prefill()
 
     def _prefill(self) -> None:
+        """Prefills what waits. Where that fails in the middle, the video cannot be used any more."""
+        try:
+            self._prefill_step()
+        except BaseException as e:
+            self._failure = first_line(e) if isinstance(e, Exception) else type(e).__name__
+            raise
+
+    def _prefill_step(self) -> None:
         groups, self._waiting = self._waiting, []
         times = [round(seconds, 1) for group in groups for seconds, _ in group]
         frames = np.stack([image for group in groups for _, image in group])
@@ -415,6 +424,10 @@ class LiveVideo:
             )
         if relevance.scorer == "file":
             raise UserError("a selection file has no entries for a live video: choose another scorer")
+        if relevance.scorer == "attention" and relevance.attention.keys == "dense":
+            raise UserError(
+                "the dense KV of a live video leaves the device: score chunks by relevance keys auto or pooled"
+            )
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
@@ -462,6 +475,8 @@ class LiveVideo:
     def _require_open(self) -> None:
         if self.closed:
             raise UserError(f"{self.path}: the live video was closed")
+        if self._failure is not None:
+            raise UserError(f"{self.path}: watching failed ({self._failure}): start to watch anew")
 
     def close(self) -> None:
         """Stops watching and frees all memory and files."""
