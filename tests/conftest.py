@@ -103,6 +103,19 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
 
 
 @pytest.fixture
+def ask(
+    request: pytest.FixtureRequest, command: Callable[..., tuple[int, str, str]], clip: Path, checkpoint: Path
+) -> Callable[..., tuple[int, str, str]]:
+    """Runs `infer` on the clip, with the flags `FAST` of the test's module: (exit status, stdout, stderr)."""
+    from xl2jax.commands import infer
+
+    def run(*flags: object) -> tuple[int, str, str]:
+        return command(infer.main, "--video", clip, "--checkpoint", checkpoint, *request.module.FAST, *flags)
+
+    return run
+
+
+@pytest.fixture
 def refused(command: Callable[..., tuple[int, str, str]]) -> Callable[..., str]:
     """Runs a command that must end in one clear line and status 2: that line."""
 

@@ -185,3 +185,14 @@ def test_no_hidden_device_state() -> None:
             assert "default_backend" not in text, path
             # cuDNN's attention can be traced only where a GPU is present: the one question that `dense` may ask.
             assert text.count("devices(") == (path.name == "dense.py"), path
+
+
+LEFT_OUT = {"test_benchmark_synthetic", "test_serve_command", "test_serving_soak", "test_soak", "test_terminal"}
+"""Files whose slow tests CI does not run: repeated kills and long runs, which take minutes each."""
+
+
+def test_ci_runs_the_slow_tests() -> None:
+    run = (PACKAGE.parent / ".ci" / "run").read_text()
+    slow = {path.stem for path in Path(__file__).parent.glob("test_*.py") if "pytest.mark.slow" in path.read_text()}
+    slow -= {Path(__file__).stem}
+    assert {name for name in slow if f"tests/{name}.py" not in run} == LEFT_OUT

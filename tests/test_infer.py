@@ -29,16 +29,6 @@ QUESTION = "Which shape is red?"
 FAST = ("--fps", 2, "--max-frames", 40, "--max-new-tokens", 6)
 
 
-@pytest.fixture
-def ask(
-    command: Callable[..., tuple[int, str, str]], clip: Path, checkpoint: Path
-) -> Callable[..., tuple[int, str, str]]:
-    def run(*flags: object) -> tuple[int, str, str]:
-        return command(infer.main, "--video", clip, "--checkpoint", checkpoint, *FAST, *flags)
-
-    return run
-
-
 def test_answer_on_stdout_the_rest_on_stderr(ask: Callable[..., Any], model: xl2jax.Model, clip: Path) -> None:
     status, out, err = ask("--question", QUESTION)
     assert status == 0, err

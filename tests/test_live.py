@@ -22,6 +22,7 @@ from xl2jax.evaluation.scenes import Scene, make_scene, scene_clip
 from xl2jax.inference import live_arena, session
 from xl2jax.inference.live import WAITING_FRAMES, LiveMemory, LiveVideo
 from xl2jax.inference.live_ledger import Ledger
+from xl2jax.inference.relevance import AttentionScorer
 from xl2jax.inference.selection import RelevanceConfig, choose_context
 from xl2jax.inference.video_cache import CacheConfig
 from xl2jax.prompt import suffix
@@ -217,7 +218,12 @@ def test_what_a_live_video_cannot_do_is_one_line(model: xl2jax.Model, roomy: Liv
         with pytest.raises(UserError, match=message):
             model.ask(roomy, QUESTION, **settings)
 
+    # A video that is still watched may have fewer chunks than are asked for.
+    more = dataclasses.replace(BILEVEL, top_chunks=100)
+    assert all(c.dense for c in model.ask(roomy, QUESTION, max_new_tokens=1, bilevel=more).chunks)
     refused("bi-level decoding only", bilevel=None)
+    dense = RelevanceConfig(attention=AttentionScorer(keys="dense"))
+    refused("relevance keys auto or pooled", bilevel=BILEVEL, relevance=dense)
     refused("kept for pool 4 and chunks of 2 groups, not for pool 8 and", bilevel=xl2jax.BilevelConfig(2, 8))
     with pytest.raises(UserError, match=r"minutes dense .* GiB are free: keep fewer minutes"):
         model.watch_live(memory=LiveMemory(dense_minutes=1.6e5, minutes=1.6e5))
@@ -331,4 +337,34 @@ def test_a_step_that_fails_ends_the_video(model: xl2jax.Model, monkeypatch: pyte
     for use in (lambda: live.add(*next(source)), lambda: model.ask(live, QUESTION, bilevel=BILEVEL)):
         with pytest.raises(UserError, match=r"watching failed \(out of order\)"):
             use()
+    live.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [None, "int8"])
+def test_forgetting_changes_no_bit_of_what_stays(model: xl2jax.Model, dtype: Any) -> None:
+    live, source = start(model, small(pooled_dtype=dtype), 38, cache=CacheConfig(dtype))
+    ledger, unit = live._arena.ledger, live._arena.ledger.unit
+    assert ledger.forgotten == 0
+    assert ledger.evicted >= 20
+    pooled = pooled_bits(live, 20, 38)
+    blocks = {n: live._blocks.get(n) for n in range(ledger.evicted // unit)}
+    feed(live, source, 4)
+    gone = ledger.forgotten
+    assert 0 < gone <= 20
+    for x, before in zip(pooled_bits(live, 20 - gone, 38 - gone), pooled, strict=True):
+        np.testing.assert_array_equal(x, before)
+    with live.snapshot() as seen:
+        assert (seen.times[0], len(seen.times)) == (4.0 * gone, 4 * (42 - gone))
+        kv = seen.kv
+        wanted = np.zeros(kv.group_capacity, bool)
+        wanted[: ledger.evicted] = True  # the oldest groups that are remembered, none of them on the device
+        assert np.asarray(kv.readable(wanted)).sum() == ledger.evicted
+        read = kv.with_dense(wanted, ledger.evicted)
+    v, at = live._plan.visual_tokens, live._plan.visual_start
+    for group in range(0, 20 - gone, unit):
+        old = blocks[(group + gone) // unit]
+        for x, before in zip(jax.tree.leaves((read.k, read.v)), jax.tree.leaves(old), strict=True):
+            got = np.asarray(x)[:, :, at + group * v : at + (group + unit) * v]
+            np.testing.assert_array_equal(got, before)
     live.close()

@@ -16,16 +16,6 @@ from xl2jax.commands import infer
 FAST = ("--live", "--fps", 2, "--max-new-tokens", 2, "--dense-minutes", 0.1, "--minutes", 0.5)
 
 
-@pytest.fixture
-def ask(
-    command: Callable[..., tuple[int, str, str]], clip: Path, checkpoint: Path
-) -> Callable[..., tuple[int, str, str]]:
-    def run(*flags: object) -> tuple[int, str, str]:
-        return command(infer.main, "--video", clip, "--checkpoint", checkpoint, *FAST, *flags)
-
-    return run
-
-
 @pytest.mark.slow
 def test_answers_at_intervals_cover_the_video(ask: Callable[..., Any], tmp_path: Path) -> None:
     disk = ("--host-gib", 0, "--disk-gib", 1, "--disk-folder", tmp_path)

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -23,8 +24,8 @@ TEST_LIMIT_S, LIMIT_S = 900, 1800
 NOTHING_TO_RUN = 5
 """pytest's status for a file without slow tests."""
 
-
 _running: set[subprocess.Popen[bytes]] = set()
+_stopping = threading.Event()
 
 
 def run(file: str) -> tuple[int, str]:
@@ -48,7 +49,7 @@ def run(file: str) -> tuple[int, str]:
 
 def run_again_if_killed(file: str) -> tuple[int, str]:
     status, printed = run(file)
-    if status >= 0:
+    if status >= 0 or _stopping.is_set():
         return status, printed
     again, second = run(file)
     return again, f"{printed}\n{file}: signal {-status} ended it: it was run once more\n{second}"
@@ -73,6 +74,7 @@ def main() -> None:
                 if status != NOTHING_TO_RUN:
                     print(printed, flush=True)
         except KeyboardInterrupt:
+            _stopping.set()
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(_running):
                 os.killpg(process.pid, signal.SIGKILL)

@@ -6,7 +6,7 @@ import dataclasses
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,7 +60,8 @@ class TrainBenchArgs:
     answer_tokens: int = 64
     """Tokens of each answer."""
     save: Path | None = None
-    """Also saves the state in a new folder here, and resumes on half of the devices; the folder is removed."""
+    """Also saves the state in a new folder here, and resumes on half of the devices, or on the only one; the folder is
+    removed."""
     json: bool = False
     """Prints the rows as JSON."""
 
@@ -95,26 +96,27 @@ class _Training:
             self.rows, self.groups, model.visual_tokens, model.vision.image_size, model.llm.vocab, args.answer_tokens
         )
         self._step = Steps(step, self._tx, schedule, self.abstract)
+        names = set(self.trained)
         with jax.set_mesh(mesh):
             self._batch = jax.tree.map(lambda x: jax.device_put(x, batch_sharding(mesh)), batch)
-            self._params = _random(config, self.shapes, mesh, set(self.trained))
+            self._frozen = _random(config, self.shapes, mesh, names, self.shapes.keys() - names)
+        self._make_trained = lambda: _random(config, self.shapes, mesh, names, names)
         self.state: TrainState | None = None
 
     def start(self, state: TrainState | None = None) -> None:
         """Begins at `state`, or at step 0."""
-        own = {n: self._params[n] for n in self.trained}
         with jax.set_mesh(self.mesh):
-            self.state = new_state(own, self._tx, self.abstract) if state is None else state
-        self._params = {n: p for n, p in self._params.items() if n not in own}
+            self.state = new_state(self._make_trained(), self._tx, self.abstract) if state is None else state
 
     def step(self) -> Metrics:
         assert self.state is not None
         with jax.set_mesh(self.mesh):
-            self.state, metrics = self._step(self.state, self._params, iter([self._batch]), 1)
+            self.state, metrics = self._step(self.state, self._frozen, iter([self._batch]), 1)
         return metrics
 
     def free(self) -> None:
-        self.state, self._params = None, {}
+        """Lets go of the parameters and of the state."""
+        self.state, self._frozen = None, {}
 
 
 def train_rows(args: TrainBenchArgs, rates: dict[str, float] | None = None) -> Iterator[dict[str, Any]]:
@@ -132,13 +134,8 @@ def train_rows(args: TrainBenchArgs, rates: dict[str, float] | None = None) -> I
         took, metrics = timed(training.step)
         seconds.append(took)
         losses.append(float(metrics.loss))
-    model, shapes, names, groups, rows = (
-        training.model,
-        training.shapes,
-        training.trained,
-        training.groups,
-        training.rows,
-    )
+    model, shapes, names = training.model, training.shapes, training.trained
+    groups, rows = training.groups, training.rows
     median = statistics.median(seconds)
     tokens = _used_tokens(groups, model.visual_tokens, args.answer_tokens)  # without padding
     operations = rows * sample_flops(model, set(names), groups, tokens, args.answer_tokens)
@@ -203,10 +200,14 @@ def _saved(args: TrainBenchArgs, training: _Training, parent: Path) -> dict[str,
     }
 
 
-def _random(config: TrainConfig, shapes: dict[str, Any], mesh: Any, trained: set[str]) -> Params:
-    """Random parameters on the mesh: normal values scaled by fan-in, ones for norms, zeros for biases and for LoRA B."""
+def _random(
+    config: TrainConfig, shapes: dict[str, Any], mesh: Any, trained: set[str], wanted: Collection[str]
+) -> Params:
+    """The `wanted` parameters on the mesh, random: normal values scaled by fan-in, ones for norms, zeros for biases and for LoRA B."""
     out = {}
     for number, (name, s) in enumerate(shapes.items()):
+        if name not in wanted:
+            continue
         dtype = jnp.dtype(MASTER if name in trained else config.compute_dtype)
         dtype, shape = s.dtype if is_quantized(name) else dtype, s.shape
 

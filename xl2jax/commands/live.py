@@ -45,7 +45,7 @@ def watch_live(args: Args) -> int:
     for question in args.questions:
         suffix(model.tokenizer, question)  # one that is too long is refused before anything is watched
     with model.watch_live(source, **settings) as live:
-        live.start()
+        live.start(log_error=False)  # waiting raises it
         asker = _Asker(args, model, live, settings["bilevel"])
         status = asker.interact() if args.interactive else asker.ask_on()
         logger.info(
@@ -141,6 +141,8 @@ class _Asker:
             except OutputError:
                 raise
             except UserError as e:
+                if self.live.error is not None and not self.live.frames:
+                    raise
                 print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
                 refused += 1
         self.live.wait(timeout=0)  # raises what ended the watching
@@ -160,11 +162,10 @@ class _Asker:
     def ask(self, question: str, span: tuple[float, float], turns: list[tuple[str, str]] | None = None) -> Answer:
         """Asks, and prints the answer with the span of time, in seconds, that is new since the last one."""
         args, answer_args = self.args, self.args.answer
-        if not args.json:
-            if len(args.question) > 1:
-                print(f"> {question}")
-            if args.live.ask_every is not None:
-                print(f"[{clock_text(span[0])} - {clock_text(span[1])}] ", end="")
+        # The span of time that an answer read is known when it has begun.
+        streams = not args.json and args.live.ask_every is None
+        if not args.json and len(args.question) > 1:
+            print(f"> {question}")
         answer = self.model.ask(
             self.live,
             question,
@@ -173,12 +174,14 @@ class _Asker:
             seed=answer_args.seed,
             bilevel=self.bilevel,
             history=turns,
-            on_text=None if args.json else lambda piece: print(piece, end="", flush=True),
+            on_text=(lambda piece: print(piece, end="", flush=True)) if streams else None,
         )
         if args.json:
             print(json.dumps(self._row(answer, span), allow_nan=False), flush=True)
-        else:
+        elif streams:
             print(flush=True)
+        else:
+            print(f"[{clock_text(span[0])} - {clock_text(seen_until(answer, span[1]))}] {answer.text}", flush=True)
         return answer
 
     def _row(self, answer: Answer, span: tuple[float, float]) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from xl2jax.arithmetic import ceil_div
 from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.errors import NotEnoughMemory, UserError, first_line, require_number
 from xl2jax.inference import session
@@ -49,6 +48,9 @@ MAX_SECONDS = 9_999_999.9
 PAUSE_SECONDS = 10.0
 """Frames that are further apart than this, and than eight frames, are never in one group."""
 
+UNKNOWN_FPS = 4.0
+"""The rate at which minutes of `LiveMemory` are counted where all frames of a source are seen."""
+
 WAITING_FRAMES = 64
 """Frames of a source that may wait until they are seen."""
 
@@ -60,6 +62,8 @@ only for frames that are kept."""
 @dataclasses.dataclass(frozen=True)
 class LiveMemory:
     """How much of a live video is kept, and where. Minutes are those of the video, at the rate of `fps`.
+
+    Where `fps` is None, so that all frames are seen, a minute stands for 240 frames (`UNKNOWN_FPS`).
 
     dense_minutes: the newest part, whose KV is dense on the device.
     minutes: what is remembered at all. What is older than the dense part is pooled on the device.
@@ -133,7 +137,7 @@ class LiveVideo:
         step = default_steps(network.platform)[0]
         unit = math.lcm(config.chunk_groups, bilevel.select_chunk_groups)
         keep = (0 if config.window_chunks is None else config.window_chunks + 1) * config.chunk_groups
-        rate = 60 * (fps or 4.0) / FRAMES_PER_GROUP
+        rate = 60 * (fps or UNKNOWN_FPS) / FRAMES_PER_GROUP
         ledger = Ledger.of_limits(
             math.ceil(memory.dense_minutes * rate), math.ceil(memory.minutes * rate), unit, keep, step
         )
@@ -188,14 +192,12 @@ class LiveVideo:
             network.platform,
             quantized=cache.quantized,
             key_channels=kept,
-            tensor=network.tensor,
         )
         pooled = slot_bytes(
             network.config,
             network.dtype,
             quantized=memory.pooled_dtype == "int8",
             key_channels=kept,
-            tensor=network.tensor,
         ) * (ledger.group_limit * (plan.visual_tokens // bilevel.pool))
         chosen = (bilevel.top(layout) + 2) * bilevel.select_chunk_groups * plan.visual_tokens + plan.visual_start
         fetched = chosen * slot_bytes(network.config, network.dtype, quantized=cache.quantized, key_channels=kept)
@@ -212,7 +214,8 @@ class LiveVideo:
     def add(self, seconds: float | None, frame: Frame) -> bool:
         """Adds a frame, uint8 RGB [height, width, 3] of any size, and says whether it is kept.
 
-        `seconds` is the time by the source's clock; None takes this machine's. Frames that are out of order or above the
+        `seconds` is the time by the source's clock; without it the frame follows the last one by as much as it comes after
+        it. Frames that are out of order or above the
         frame rate are left out (`LiveClock`).
 
         Raises UserError where the frame is no picture, or the video was closed.
@@ -375,21 +378,28 @@ class LiveVideo:
         if errors:
             raise errors[0]
 
-    def start(self) -> None:
-        """Watches the source in a thread. `wait` waits for its end and raises its error."""
+    def start(self, *, log_error: bool = True) -> None:
+        """Watches the source in a thread. `wait` waits for its end and raises its error, which is also logged unless
+        `log_error` is false."""
+        if self._source is None:
+            raise UserError(f"{self.path}: has no source: feed it with add()")
         if self._thread is not None:
             raise UserError(f"{self.path}: is being watched already")
-        self._thread = threading.Thread(target=self._work, daemon=True, name=f"watch {self.path}")
+        self._thread = threading.Thread(target=self._work, args=(log_error,), daemon=True, name=f"watch {self.path}")
         self._thread.start()
 
-    def _work(self) -> None:
+    def _work(self, log_error: bool) -> None:
         try:
             self.run()
         except BaseException as e:
             if not self.closed:
                 self.error = e
                 kind = logging.WARNING if isinstance(e, UserError) else logging.ERROR
-                logger.log(kind, "watching ended: %s", first_line(e) if isinstance(e, Exception) else type(e).__name__)
+                logger.log(
+                    kind if log_error else logging.DEBUG,
+                    "watching ended: %s",
+                    first_line(e) if isinstance(e, Exception) else type(e).__name__,
+                )
             with contextlib.suppress(Exception):
                 self.end()
         finally:
@@ -458,9 +468,8 @@ class LiveVideo:
 
     @property
     def device_bytes(self) -> int:
-        """Bytes that the video holds on each device."""
-        devices = 1 if self._network.mesh is None else self._network.mesh.size
-        return 0 if self.closed else ceil_div(self._arena.nbytes, devices)
+        """Bytes that the video holds on the device."""
+        return 0 if self.closed else self._arena.nbytes
 
     @property
     def host_bytes(self) -> int:

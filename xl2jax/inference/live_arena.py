@@ -42,9 +42,10 @@ def live_plan(
 ) -> PrefillPlan:
     """The sizes of an arena for the ledger's limits. A segment is one step, so that a group waits for few others."""
     layout = VideoLayout(prefix, (time_cap,) * ledger.group_limit, visual_tokens)
+    # The platform would choose the numbers of groups and steps, which are given.
     plan = prefill.make_plan(layout, config, "cpu", step_groups=step_groups, segment_steps=1)
     dense = (ledger.dense_limit + step_groups) * visual_tokens  # a padded step needs room behind the last group
-    return dataclasses.replace(plan, step_groups=step_groups, slots=round_up(plan.visual_start + dense, 128))
+    return dataclasses.replace(plan, slots=round_up(plan.visual_start + dense, 128))
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
