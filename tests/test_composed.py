@@ -24,7 +24,17 @@ from xl2jax.evaluation.scenes import COLOURS, HELD_OUT, PAIRS, SHAPES, make_scen
 from xl2jax.models.video_xl2 import VideoXL2, abstract_model, normalise
 from xl2jax.prompt import PromptTokenizer
 from xl2jax.recipes.demo import composed_training, stages
-from xl2jax.recipes.demo.composed_rows import MAX_REPRESENTED_GROUPS, NO_TARGET, Phase, Rows, compose, digits
+from xl2jax.recipes.demo.composed_rows import (
+    COUNT_CLASSES,
+    DIGITS,
+    MAX_REPRESENTED_GROUPS,
+    NO_TARGET,
+    TARGET_CLASSES,
+    Phase,
+    Rows,
+    compose,
+    digits,
+)
 from xl2jax.recipes.demo.composed_training import (
     auxiliary_loss,
     language_loss,
@@ -40,7 +50,7 @@ PER_CLASS = 3
 TOKENIZER = PromptTokenizer.load(CHECKPOINT, 443)
 
 
-@given(st.integers(0, 99_999))
+@given(st.integers(0, 999_999))
 def test_digits_are_the_time(tenths: int) -> None:
     lowest_first = digits(tenths / 10)
     text = "".join(str(d) for d in reversed(lowest_first) if d < 10)
@@ -62,7 +72,7 @@ def names_in(question: str) -> tuple[list[str], list[str]]:
 def test_targets_and_answers_follow_from_the_row(seed: int, groups: int) -> None:
     """The test derives the answers and all targets of the heads from the row's text and groups alone."""
     phase = dataclasses.replace(PHASE, groups=groups)
-    row_groups, ids, visual, labels, positions, weights, early, late = compose(
+    row_groups, ids, visual, labels, positions, weights, hidden, blind, early, late, counts = compose(
         seed, phase, TOKENIZER, VISUAL, PER_CLASS
     )
     assert row_groups.min() >= 0
@@ -71,14 +81,18 @@ def test_targets_and_answers_follow_from_the_row(seed: int, groups: int) -> None
     assert groups <= phase.groups
     shown = [shown_in(int(g)) for g in row_groups[:groups]]
     text = [TOKENIZER.decode([int(i)]) for i in ids]
-    expected_early, expected_late = np.full_like(early, NO_TARGET), np.full_like(late, NO_TARGET)
+    expected_early, expected_late, expected_counts = (np.full_like(x, NO_TARGET) for x in (early, late, counts))
     times = []
     spans = [0]
     for group in range(groups):
         (first,) = np.flatnonzero(visual == group * VISUAL)
         assert (visual[first : first + VISUAL] == np.arange(VISUAL) + group * VISUAL).all()
-        times.append("".join(text[first - 10 : first]).rpartition("Time ")[2].removesuffix("s:"))
-        expected_early[first : first + VISUAL, :5] = digits(float(times[-1]))
+        times.append("".join(text[first - 14 : first]).rpartition("Time ")[2].removesuffix("s:"))
+        expected_early[first : first + VISUAL, :DIGITS] = digits(float(times[-1]))
+        if group:  # its time tokens tell how many shapes have begun before it
+            before = {*shown[: group - 1]} - {None}
+            after = {*shown[:group]} - {None}
+            expected_counts[spans[-1] : first] = len(after) > len(before), len(after)
         spans.append(int(first) + VISUAL)
     used = int(np.flatnonzero(labels != IGNORE)[-1]) + 1
     subjects = []
@@ -95,7 +109,7 @@ def test_targets_and_answers_follow_from_the_row(seed: int, groups: int) -> None
         about_time = "seconds" in question
         if about_time:
             (time,) = re.findall(r"[\d.]+(?= seconds)", question)
-            expected_early[answer_start, :5] = digits(float(time))
+            expected_early[answer_start, :DIGITS] = digits(float(time))
             subject = shown[times.index(time)]
             assert subject is not None
             if answer.endswith("."):
@@ -108,8 +122,8 @@ def test_targets_and_answers_follow_from_the_row(seed: int, groups: int) -> None
                 subjects.append((colours[0], forms[0]))
             # These targets reach from the newline before the answer to the last digit of the time.
             end = next((i for i in range(answer_start, used) if text[i].strip() == "seconds"), used)
-            expected_early[answer_start:end, 5:] = targets
-            expected_late[answer_start:end, :5] = digits(float(times[matching[0]]))
+            expected_early[answer_start:end, DIGITS:] = targets
+            expected_late[answer_start:end, :DIGITS] = digits(float(times[matching[0]]))
         elif " or " in question:  # the order of two shapes comes last
             assert answer_start == answer_starts[-1]
         elif len(colours) + len(forms) == 1:  # kinds colour_of and shape_of
@@ -117,33 +131,45 @@ def test_targets_and_answers_follow_from_the_row(seed: int, groups: int) -> None
             if answer.endswith("."):
                 assert answer.rstrip(".").lower() in subject
                 subjects.append(subject)
-            expected_early[answer_start, 5:] = targets
+            expected_early[answer_start, DIGITS:] = targets
         elif len(colours) == 1:  # kind exists
             if answer.endswith("."):
                 assert answer == ("Yes." if (colours[0], forms[0]) in shown else "No.")
                 subjects += [(colours[0], forms[0])] * (answer == "Yes.")
-            expected_early[answer_start, 5:] = targets
+            expected_early[answer_start, DIGITS:] = targets
         else:
             assert question.startswith("How many")
             assert answer.rstrip(".") in (str(len({*shown} - {None})), "")
     assert (early == expected_early).all()
     assert (late == expected_late).all()
+    assert (counts == expected_counts).all()
+    assert (hidden == ((visual >= 0) & (visual < VISUAL * (groups - 1)))).all()
+    if blind.any():  # the first question, for the number of shapes, does not see the hidden tokens
+        (first, *_, last) = np.flatnonzero(blind)
+        assert blind[first : last + 1].all()
+        assert first == after_video
+        shown_text = "".join(text[first : last + 1])
+        assert re.fullmatch(r"\nHow many[^?]*\?\nassistant\n(\d\.\n?)?", shown_text.replace("user\n", "")), shown_text
     assert len(set(subjects)) == len(subjects)
     assert (labels[used:] == IGNORE).all()
     # The row represents a longer video, by its distances and in the softmax.
     steps = np.diff(positions)
     assert (steps >= 1).all()
-    assert positions[-1] < 32768
+    assert positions[-1] < 320_000
     assert all(visual[i] % VISUAL == VISUAL - 1 and visual[i] >= 0 for i in np.flatnonzero(steps > 1))
     gaps = int((steps - 1).sum())
-    factor = 1 + gaps / (groups * (10 + VISUAL))
+    between = np.diff([float(t) for t in times])  # times have the gaps of the positions
+    if len(between):
+        skipped = np.array([steps[spans[i] - 1] - 1 for i in range(1, groups)]) // (12 + VISUAL)
+        np.testing.assert_allclose(between, (1 + skipped) * (between / (1 + skipped)).min(), rtol=1e-6)
+    factor = 1 + gaps / (groups * (12 + VISUAL))
     assert factor * groups <= MAX_REPRESENTED_GROUPS * 1.001
     expected = np.zeros(len(ids))
     for i, pair in enumerate(shown):
         if i and pair is None:
             expected[spans[i] : spans[i + 1]] = np.log(factor)
     np.testing.assert_allclose(
-        weights, expected, atol=4 / (groups * (10 + VISUAL))
+        weights, expected, atol=4 / (groups * (12 + VISUAL))
     )  # each of up to 3 gaps is rounded down
 
 
@@ -155,10 +181,14 @@ def test_shares_of_rows() -> None:
     counted = np.mean([re.search(r"\b\d\.\s", text) is not None for text in texts])
     assert 0.4 < longer < 0.6
     assert 0.2 < shorter < 0.4
-    assert 0.4 < counted < 0.6
+    assert 0.8 < counted < 0.97
     ordered = np.mean([" or " in TOKENIZER.decode(r.ids.tolist()) for r in rows])
-    assert 0.3 < ordered < 0.5  # half of the rows that have two shapes or more
-    assert max(r.positions[-1] for r in rows) > 20_000
+    assert 0.4 < ordered < 0.6  # three quarters of the rows that have two shapes or more
+    assert 0.35 < np.mean([r.blind.any() for r in rows]) < 0.55
+    assert max(r.positions[-1] for r in rows) > 200_000
+    times = [float(t) for r in rows for t in re.findall(r"Time ([\d.]+)s:", TOKENIZER.decode(r.ids.tolist()))]
+    assert 0.1 < np.mean(np.array(times) > 10_000) < 0.5
+    assert max(times) > 50_000
 
     def has_needle(row: Rows[np.ndarray]) -> bool:
         """Whether a shape lasts one group and no other shape has its colour or form. Rows without a needle rarely do."""
@@ -202,12 +232,19 @@ def test_loss_equals_that_of_the_same_videos_in_frames(model: VideoXL2) -> None:
 
 
 def test_weighted_layers_agree_with_repeated_keys(model: VideoXL2) -> None:
-    """Positions have gaps. Weights are log 1, 2 or 3; the reference repeats each key as many times."""
+    """Positions have gaps. Weights are log 1, 2 or 3; the reference repeats each key as many times, and leaves out the
+    hidden ones for blind queries."""
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((2, 24, 256)), jnp.float32)
     positions = jnp.asarray(np.cumsum(rng.integers(1, 400, (2, 24)), axis=1), jnp.int32)
     times = rng.integers(1, 4, (2, 24))
-    layers = weighted_layer_outputs(model.llm, x, positions, jnp.asarray(np.log(times), jnp.float32))
+    hidden, blind = np.arange(24) < 9, np.arange(24) >= 15
+    none = jnp.zeros((2, 24), jnp.int32)
+    rows = Rows(
+        none, none, none, none, positions, jnp.asarray(np.log(times), jnp.float32),
+        jnp.tile(hidden, (2, 1)), jnp.tile(blind, (2, 1)), none, none, none,
+    )  # fmt: skip
+    layers = weighted_layer_outputs(model.llm, x, rows)
     assert len(layers) == model.config.llm.layers
 
     for row in range(2):
@@ -216,7 +253,8 @@ def test_weighted_layers_agree_with_repeated_keys(model: VideoXL2) -> None:
         def attend(
             state: None, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, repeated: jax.Array = repeated
         ) -> tuple[None, jax.Array]:
-            mask = (repeated[None, :] <= jnp.arange(24)[:, None])[None, None]
+            sees = (repeated[None, :] <= jnp.arange(24)[:, None]) & ~(blind[:, None] & hidden[repeated][None, :])
+            mask = sees[None, None]
             return None, jax.nn.dot_product_attention(q, k[:, repeated], v[:, repeated], mask=mask)
 
         expected, _ = model.llm.forward(x[row : row + 1], positions[row : row + 1], attend, None)
@@ -225,16 +263,18 @@ def test_weighted_layers_agree_with_repeated_keys(model: VideoXL2) -> None:
 
 def test_auxiliary_loss_counts_tokens_with_targets() -> None:
     """Two of four tokens count: one predicts all of its targets, the other a wrong colour. The head is the identity."""
-    logits = np.zeros((1, 4, 70))
-    targets = np.full((1, 4, 7), NO_TARGET)
-    targets[0, 0, :5] = targets[0, 3, :5] = 7
-    targets[0, 1, 5:] = 2, 3
-    for first in range(0, 55, 11):
+    classes = sum(TARGET_CLASSES)
+    logits = np.zeros((1, 4, classes))
+    targets = np.full((1, 4, len(TARGET_CLASSES)), NO_TARGET)
+    targets[0, 0, :DIGITS] = targets[0, 3, :DIGITS] = 7
+    targets[0, 1, DIGITS:] = 2, 3
+    for first in range(0, 11 * DIGITS, 11):
         logits[0, 0, first + 7] = logits[0, 3, first + 1] = 100.0
-    logits[0, 1, [55 + 4, 64 + 3]] = 100.0
+    logits[0, 1, [11 * DIGITS + 4, 11 * DIGITS + 9 + 3]] = 100.0
     tokens = np.array([[True, True, True, False]])
     scale = np.sqrt((logits**2).mean(-1, keepdims=True) + 1e-6)  # the loss norms the states
-    loss, counts = auxiliary_loss(jnp.eye(70) * 100, jnp.asarray(logits), jnp.asarray(targets), jnp.asarray(tokens))
+    identity = jnp.eye(classes) * 100
+    loss, counts = auxiliary_loss(identity, jnp.asarray(logits), jnp.asarray(targets), jnp.asarray(tokens))
     assert counts.tolist() == [1, 2]
     assert float(loss) == pytest.approx(100 * float(logits[0, 1].max() / scale[0, 1, 0]), rel=1e-3)
 
@@ -244,7 +284,7 @@ def test_the_recipe_trains_the_llm_alone_and_resumes(tmp_path: Path, monkeypatch
     monkeypatch.setattr(stages, "encode_groups", functools.partial(composed_training.encode_groups, groups_per_class=1))
     still = dataclasses.replace(PHASE, name="still", learning_rate=0.0, steps=1)
     monkeypatch.setattr(stages, "PHASES", (PHASE, still))
-    for done in ("random", "vision", *(stage.name for stage in stages.STAGES)):
+    for done in ("random", "vision"):
         (tmp_path / done).symlink_to(CHECKPOINT.absolute())
     stages.run_recipe(stages.RecipeArgs(tmp_path))
     before, after = load_file(CHECKPOINT / "model.safetensors"), load_file(tmp_path / "test" / "model.safetensors")
@@ -255,16 +295,15 @@ def test_the_recipe_trains_the_llm_alone_and_resumes(tmp_path: Path, monkeypatch
     assert line["step"] == 3
     assert 0 < line["loss"] < 1
     assert 0 <= line["seen"] <= 1
-    (tmp_path / "run-short").mkdir()  # the log of a stage has a line for each step
-    steps = [{"step": i, "loss": float(i)} for i in range(1, 31)]
-    (tmp_path / "run-short" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
     curves = stages.loss_curves(tmp_path)
     assert curves["test"] == [(3, line["loss"])]
-    assert curves["short"] == [(25, 13.0), (30, 28.0)]
     assert (tmp_path / "loss.png").stat().st_size > 1000
     # The second phase starts from the heads of the first one. Its learning rate of 0 leaves them unchanged.
     with np.load(tmp_path / "run-test" / "heads.npz") as a, np.load(tmp_path / "run-still" / "heads.npz") as b:
-        for name in ("early", "late"):
+        assert {name: a[name].shape[1] for name in a} == {
+            "early": sum(TARGET_CLASSES), "late": sum(TARGET_CLASSES), "begins": COUNT_CLASSES[0], "counts": COUNT_CLASSES[1],
+        }  # fmt: skip
+        for name in a:
             assert np.abs(a[name]).max() > 0
             np.testing.assert_array_equal(a[name], b[name])
     # Existing results stay. The error names a missing file.

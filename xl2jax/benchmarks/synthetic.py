@@ -106,7 +106,7 @@ def _rows(scene: Scene, video: str, number: int, duration: str, count: int) -> I
     asked: set[str] = set()
     for attempt in range(20 * count):
         kind = kinds[(number + attempt) % len(kinds)]
-        question = ask(scene, kind, FRAMES_PER_GROUP, rng)
+        question = ask(scene, kind, scene.times(), rng)
         if question is None or question.text in asked:
             continue
         asked.add(question.text)

@@ -57,6 +57,8 @@ class Args:
     kinds: str = ",".join(NEEDLE_KINDS)
     """Kinds of question: by content (colour_of, shape_of), by time (colour, shape), for a time (time), and about the
     whole video (exists, count, first)."""
+    frame_seconds: float = 1.0
+    """Seconds from one frame to the next."""
     seed: int = 0
     """Seed of the videos."""
     prefill: tyro.conf.OmitArgPrefixes[PrefillFlags] = dataclasses.field(default_factory=PrefillFlags)
@@ -109,6 +111,7 @@ class Args:
             modes=parse_modes(self.modes),
             others=_range(self.others),
             kinds=cast(tuple[Kind, ...], tuple(choices("--kinds", self.kinds, KINDS))),
+            frame_seconds=self.frame_seconds,
             seed=self.seed,
             held_out_template=self.held_out_template,
             prefill=self.prefill.config(),

@@ -59,6 +59,8 @@ class NeedleConfig:
     """The fewest and the most other shapes in a video. Cases take the numbers in turn."""
     kinds: tuple[Kind, ...] = NEEDLE_KINDS
     """Kinds of question."""
+    frame_seconds: float = 1.0
+    """Time from one frame to the next."""
     seed: int = 0
     held_out_template: bool = False
     """Whether questions use a wording that was never used in training."""
@@ -72,6 +74,8 @@ class NeedleConfig:
             raise UserError(f"--frames: multiples of {FRAMES_PER_GROUP}, not {','.join(map(str, self.frames))}")
         if self.cases < 1:
             raise UserError("--cases must be 1 or more")
+        if not 0.1 <= self.frame_seconds <= 60:
+            raise UserError(f"--frame-seconds must be from 0.1 to 60, not {self.frame_seconds}")
         if not 0 <= self.others[0] <= self.others[1]:
             raise UserError(f"--others: a number, or the fewest and the most such as 0-8, not {self.others}")
         if self.seed < 0:
@@ -137,7 +141,8 @@ def make_cases(config: NeedleConfig) -> Iterator[Case]:
                 questions = []
                 for kind in config.kinds:
                     template = len(TEMPLATES[kind]) - 1 if config.held_out_template else None
-                    question = ask(scene, kind, FRAMES_PER_GROUP, rng, template=template, event=scene.events[0])
+                    times = scene.times(FRAMES_PER_GROUP * config.frame_seconds)
+                    question = ask(scene, kind, times, rng, template=template, event=scene.events[0])
                     if question is not None:  # some scenes do not allow every kind
                         questions.append(question)
                 yield Case(length, depth, scene, tuple(questions))
@@ -154,7 +159,8 @@ def run_case(model: Model, case: Case, config: NeedleConfig, drawn: np.ndarray |
         dense = mode.kind == "dense"
         if dense not in watched:
             prefill = dataclasses.replace(config.prefill, window_chunks=None) if dense else config.prefill
-            watched[dense] = model.watch(scene_clip(case.scene, drawn=drawn), None, prefill, cache=config.cache)
+            clip = scene_clip(case.scene, FRAMES_PER_GROUP * config.frame_seconds, drawn)
+            watched[dense] = model.watch(clip, None, prefill, cache=config.cache)
         bilevel, relevance = None, None
         if mode.kind in ("top", "random"):
             blocks = ceil_div(case.scene.groups, size)

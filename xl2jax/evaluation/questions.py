@@ -95,14 +95,13 @@ class Question:
 def ask(
     scene: Scene,
     kind: Kind,
-    seconds: float,
+    times: Sequence[float],
     rng: np.random.Generator,
     *,
     template: int | None = None,
     event: Event | None = None,
-    start: float = 0.0,
 ) -> Question | None:
-    """A question about a scene whose groups are `seconds` apart.
+    """A question about a scene whose groups begin at `times`, in seconds.
 
     Returns None if the scene allows no question of this kind: the colour or the form is not unique, there are too many
     shapes to count, or there is only one shape to order.
@@ -110,14 +109,13 @@ def ask(
     Args:
       template: number of the template; by default one of those that training uses.
       event: the shape that the question is about; by default any. "first" and "count" are about the whole video.
-      start: time of the first group in seconds.
     """
     choices = TEMPLATES[kind]
     text = choices[int(rng.integers(len(choices) - 1)) if template is None else template]
     event = event or scene.events[int(rng.integers(len(scene.events)))]
 
     def time_of(group: int) -> str:
-        return str(round(float(start + group * seconds), 1))
+        return str(round(float(times[group]), 1))
 
     def naming(colour: str, shape: str) -> str:
         return text.format(a="an" if colour[0] == "o" else "a", colour=colour, shape=shape)
@@ -155,7 +153,7 @@ def ask(
 def ask_about_picture(scene: Scene, kind: Kind, rng: np.random.Generator) -> Question | None:
     """A question about a picture, one of `PICTURE_KINDS`, in words that training uses and that name no video."""
     words = [number for number, text in enumerate(TEMPLATES[kind][:-1]) if "video" not in text]
-    return ask(scene, kind, 0.0, rng, template=words[int(rng.integers(len(words)))])
+    return ask(scene, kind, (0.0,), rng, template=words[int(rng.integers(len(words)))])
 
 
 def ask_which_picture(scenes: Sequence[Scene], rng: np.random.Generator) -> tuple[str, str] | None:

@@ -76,7 +76,7 @@ def read(model: Model, videos: Videos, cache: CacheConfig, texts: Sequence[list[
                 out.layers = layer_rows(model.config.llm, context, video.kv.layout, bias, channels)
             rng = np.random.default_rng(scene.seed)
             for kind in NEEDLE_KINDS:
-                question = ask(scene, kind, FRAMES_PER_GROUP, rng, event=scene.events[0])
+                question = ask(scene, kind, scene.times(), rng, event=scene.events[0])
                 if question is None:
                     continue
                 ids = list(suffix(model.tokenizer, question.text).ids)

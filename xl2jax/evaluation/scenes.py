@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +75,10 @@ class Scene:
     @property
     def frames(self) -> int:
         return self.groups * FRAMES_PER_GROUP
+
+    def times(self, seconds: float = FRAMES_PER_GROUP) -> list[float]:
+        """When each group begins, in seconds, in a video whose groups are `seconds` apart."""
+        return [group * seconds for group in range(self.groups)]
 
     @functools.cached_property
     def _texture(self) -> tuple[np.ndarray, tuple[float, float, float, float]]:
@@ -228,7 +232,12 @@ class SceneReader(Reader):
 
 def draw_scene(size: int, scene: Scene) -> np.ndarray:
     """uint8 [F, size, size, 3]: the frames of `scene_clip`, resized for a model whose frames have this size."""
-    return np.stack([resize(scene.frame(i, _SIDE, _SIDE), size) for i in range(scene.frames)])
+    return draw_frames(size, scene, range(scene.frames))
+
+
+def draw_frames(size: int, scene: Scene, numbers: Iterable[int]) -> np.ndarray:
+    """uint8 [N, size, size, 3]: the frames of `scene_clip` that have these numbers, resized as in `draw_scene`."""
+    return np.stack([resize(scene.frame(i, _SIDE, _SIDE), size) for i in numbers])
 
 
 def scene_clip(scene: Scene, seconds: float = FRAMES_PER_GROUP, drawn: np.ndarray | None = None) -> Clip:

@@ -64,9 +64,25 @@ def attention_scores(
     *,
     attention: Attention,
 ) -> jax.Array:
-    """The question's attention to each group, float32 [groups] from 0 to 1: see `AttentionScorer`.
+    """The question's attention to each group, float32 [groups] from 0 to 1: see `AttentionScorer`."""
+    sums = head_scores(llm, context, group, text, suffix, scorer, groups, attention=attention)
+    return sums.mean(-1) ** (1 / scorer.exponent)
 
-    Runs the suffix `ids` [T] behind `context`, whose slots belong to groups `group` [S] (-1: to no group), and sums the
+
+def head_scores(
+    llm: Qwen2,
+    context: KVCache,
+    group: jax.Array,
+    text: KVCache,
+    suffix: SuffixIds,
+    scorer: AttentionScorer,
+    groups: int,
+    *,
+    attention: Attention,
+) -> jax.Array:
+    """The question's attention to each group by each head, to the power of `scorer.exponent`: float32 [groups, N].
+
+    It is a mean over tokens and layers. Runs the suffix `ids` [T] behind `context`, whose slots belong to groups `group` [S] (-1: to no group), and sums the
     attention of each token and head to the time and visual tokens of each group. It takes a block of tokens and slots at a time,
     so that nothing of size T x S is kept. The question's tokens, `first <= t < last`, have half of the weight; they say
     what is asked for. The few tokens between the question and the answer, `last <= t < end`, have the other half; they
@@ -81,7 +97,7 @@ def attention_scores(
     share = jnp.where(at < last, 0.5 / jnp.maximum(last - first, 1), 0.5 / jnp.maximum(end - last, 1))
 
     def mass(q: jax.Array, lse: jax.Array, layer: jax.Array) -> jax.Array:
-        """The attention of the counted tokens to each group, to the power, reduced over tokens and heads: [groups]."""
+        """The attention of the counted tokens to each group, to the power, reduced over tokens: [groups, N]."""
         heads = q.shape[1]
         queries = q.reshape(q.shape[0], kv_heads, -1, h)
         norm = lse.reshape(queries.shape[:3])
@@ -114,7 +130,7 @@ def attention_scores(
             return total + jnp.sum(attended**scorer.exponent * share[row][:, None], axis=1)
 
         total = jax.lax.fori_loop(first // rows, ceil_div(end, rows), of_rows, jnp.zeros((groups + 1, heads)))
-        return total[:groups].mean(-1)
+        return total[:groups]
 
     def attend(state: Any, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[Any, jax.Array]:
         kv, sums = state
@@ -124,9 +140,9 @@ def attention_scores(
         return (kv, sums + add), out
 
     positions = context.length + text.global_length + at
-    init = ((text.k, text.v), jnp.zeros(groups, jnp.float32))
+    init = ((text.k, text.v), jnp.zeros((groups, llm.heads), jnp.float32))
     _, (_, sums) = llm.forward(llm.embed_tokens(ids), positions, attend, init)
-    return (sums / (last_layer - first_layer)) ** (1 / scorer.exponent)
+    return sums / (last_layer - first_layer)
 
 
 def block_scores(group_scores: jax.Array, groups: jax.Array, select_chunk_groups: int) -> jax.Array:

@@ -90,7 +90,7 @@ class Qwen2(nnx.Module):
     def __init__(
         self, config: LLMConfig, *, param_dtype: jax.typing.DTypeLike, rngs: nnx.Rngs, lora: LoRAConfig | None = None
     ):
-        self.head_width, self.rope_theta = config.head_width, config.rope_theta
+        self.heads, self.head_width, self.rope_theta = config.heads, config.head_width, config.rope_theta
         self.quantized = config.weights is not None
         self.embed: nnx.Embed | QuantizedEmbed
         self.lm_head: nnx.Linear | QuantizedLinear

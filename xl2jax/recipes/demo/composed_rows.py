@@ -7,6 +7,8 @@ training on it reads no frames. A row also holds the targets of auxiliary heads 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +18,7 @@ from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.evaluation.questions import Kind, Question, ask
 from xl2jax.evaluation.scenes import COLOURS, HELD_OUT, PAIRS, SHAPES, Scene, make_scene
 from xl2jax.prompt import IM_START, PromptTokenizer
-from xl2jax.recipes.demo.datasets import MAX_SECONDS, draw_frame_interval
+from xl2jax.recipes.demo.datasets import draw_frame_interval
 from xl2jax.training.loss import IGNORE
 from xl2jax.training.samples import tokenise
 
@@ -27,23 +29,28 @@ GROUP_CLASSES: tuple[tuple[str, str] | None, ...] = (*_TRAINED_PAIRS, *len(_EMPT
 Every class has equally many encoded groups, in this order."""
 
 # How often each kind is the first choice for a question about a shape. Difficult kinds come more often.
-_KIND_WEIGHTS: dict[Kind, float] = {"colour_of": 1.5, "shape_of": 1.5, "colour": 2, "shape": 3, "time": 3, "exists": 1}
+_KIND_WEIGHTS: dict[Kind, float] = {"colour_of": 1.5, "shape_of": 1.5, "colour": 3, "shape": 3, "time": 3, "exists": 1}
 _MAX_SHAPES = 12  # in a video
 
-DIGITS = 5
+DIGITS = 6
 """Digits of a time, from the tenths of a second up."""
 TARGET_CLASSES = (*DIGITS * (11,), len(COLOURS) + 1, len(SHAPES) + 1)
-"""Classes of each target of the heads: digits of a time, colour, form. The last class of each means that there is
-none."""
+"""Classes of each target of the early and the late head: digits of a time, colour, form. The last class of each means
+that there is none."""
+COUNT_CLASSES = (2, _MAX_SHAPES + 1)
+"""Classes of the targets of the heads that count: whether a shape began in the group before, and how many have begun."""
 NO_TARGET = -1
 
-MAX_REPRESENTED_GROUPS = 1024
+MAX_REPRESENTED_GROUPS = 10_240
 """Groups of the longest video that a row can represent.
 
-A row that represents a video n times as long as its own has the distances of that video, through gaps in the positions
-(PoSE, arXiv 2309.10400). Its groups without a shape, except the first group, count n times as keys of the attention, to
-represent the noise of that video."""
-_TIME_TOKENS = 10  # of a group's time, approximately
+A row that represents a video n times as long as its own has the times of that video and its distances, through gaps in
+the positions (PoSE, arXiv 2309.10400). Its groups without a shape, except the first group, count n times as keys of the
+attention, to represent the noise of that video."""
+_ROUND_GROUPS = 250  # as many groups that are 4, 8 or 16 seconds apart are thousands of seconds
+_TIME_TOKENS = 12  # of a group's time, approximately
+MAX_SECONDS = 65_536.0
+"""Limit on the times of a row. The limit of each row is drawn between this and a 16th of it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,10 +88,16 @@ class Rows[A](NamedTuple):
     """[B, T]: rising, with gaps."""
     weights: A
     """float32 [B, T]: the logarithm of how many times a token counts as a key of the attention."""
+    hidden: A
+    """bool [B, T]: visual tokens that blind tokens do not see."""
+    blind: A
+    """bool [B, T]: tokens of a question that has to be answered from the time tokens."""
     early: A
-    """int8 [B, T, 7]: targets of the early head (digits of a time, colour, form), NO_TARGET where there is none."""
+    """int8 [B, T, 8]: targets of the early head (digits of a time, colour, form), NO_TARGET where there is none."""
     late: A
-    """int8 [B, T, 7]: targets of the late head."""
+    """int8 [B, T, 8]: targets of the late head."""
+    counts: A
+    """int8 [B, T, 2]: targets of the heads that count, for time tokens."""
 
 
 def digits(seconds: float) -> list[int]:
@@ -99,22 +112,33 @@ def compose(
     """One row: NumPy arrays without the batch axis.
 
     No question gives away the answer to another: each shape has one question, and the order of two shapes comes last.
-    A third of the rows are shorter videos. Half of the rows have a needle, half start later than at 0 seconds, and half
-    represent a longer video, of up to `MAX_REPRESENTED_GROUPS` groups.
+    A third of the rows are shorter videos. Half of the rows have a needle, half start later than at 0 seconds, and about
+    half represent a longer video, of up to `MAX_REPRESENTED_GROUPS` groups, from which groups were left out at one to three
+    places. In many of those a multiple of 250 groups is left out, so that times before and after have the same last digits
+    and a lookup needs the first ones.
+
+    Time tokens see the whole video before them, also in chunked prefill, and stay as they are in bi-level decoding. Heads
+    make them hold the number of shapes that have begun. Half of the questions for the number of shapes are
+    blind: they come first and see the visual tokens of no group but the last, so that they have to read it there.
     """
     rng = np.random.default_rng([seed, 3])
     count = phase.groups if rng.random() < 2 / 3 else round(float(np.exp(rng.uniform(0, np.log(phase.groups)))))
     needle_at = int(rng.integers(count)) if rng.random() < 0.5 else None
     scene = make_scene(2 * seed, count, max_events=_MAX_SHAPES, needle_at=needle_at)
-    seconds = FRAMES_PER_GROUP * draw_frame_interval(scene.frames, rng)
-    latest_start = int(MAX_SECONDS / seconds) - count  # in groups
-    start = seconds * int(rng.integers(max(latest_start, 1))) if rng.random() < 0.5 else 0.0
-    times = [round(float(start + g * seconds), 1) for g in range(count)]
+    left_out = _left_out(count, rng) if rng.random() < 0.5 else np.zeros(count + 1, int)
+    represented = count + int(left_out.sum())
+    limit = MAX_SECONDS / float(np.exp(rng.uniform(0, np.log(16))))
+    seconds = FRAMES_PER_GROUP * draw_frame_interval(FRAMES_PER_GROUP * represented, rng, limit)
+    first = int(rng.integers(max(int(limit / seconds) - represented, 1))) if rng.random() < 0.5 else 0
+    times = [round(float(seconds * g), 1) for g in first + np.arange(count) + np.cumsum(left_out)[:count]]
     classes = rng.choice(_EMPTY_CLASSES, count)
     for event in scene.events:
         classes[event.start : event.start + event.groups] = _TRAINED_PAIRS.index((event.colour, event.shape))
 
-    questions = _questions(scene, seconds, start, rng)
+    questions = _questions(scene, times, rng)
+    is_blind = rng.random() < 0.5 and any(q.kind == "count" for q in questions)
+    if is_blind:
+        questions.sort(key=lambda q: q.kind != "count")
     turns = [turn for q in questions for turn in (("user", q.text), ("assistant", q.answer))]
     length = phase.tokens(visual_tokens)
     row = tokenise(turns, times, tokenizer, visual_tokens, length)
@@ -139,22 +163,30 @@ def compose(
             for target, names in ((DIGITS, tuple(COLOURS)), (DIGITS + 1, SHAPES)):
                 early[answer, target] = next((i for i, name in enumerate(names) if name in words), len(names))
 
+    ends = np.flatnonzero(is_visual & (row.visual % visual_tokens == visual_tokens - 1)) + 1
+    hidden, blind = np.zeros((2, length), bool)
+    hidden[: ends[-1] - visual_tokens] = is_visual[: ends[-1] - visual_tokens]
+    if is_blind:
+        later = np.flatnonzero(row.ids == opening)
+        blind[ends[-1] : min([used, *later[later > begins[0]].tolist()])] = True
+    counts = np.full((length, len(COUNT_CLASSES)), NO_TARGET, np.int8)
+    begins_in = np.bincount([e.start for e in scene.events], minlength=count)
+    targets = np.stack([begins_in, np.cumsum(begins_in)], axis=1)
+    for target, (end, next_end) in zip(targets, itertools.pairwise(ends.tolist()), strict=False):
+        counts[end : next_end - visual_tokens] = target
+
     positions, weights = np.arange(length, dtype=np.int32), np.zeros(length, np.float32)
-    if rng.random() < 0.5 and count < MAX_REPRESENTED_GROUPS:
-        ends = np.flatnonzero(is_visual & (row.visual % visual_tokens == visual_tokens - 1)) + 1
-        factor = float(np.exp(rng.uniform(0, np.log(MAX_REPRESENTED_GROUPS / count))))
-        gaps = rng.choice(ends, int(rng.integers(1, 4)))
-        for gap, share in zip(gaps, rng.dirichlet(np.ones(len(gaps))), strict=True):
-            positions[gap:] += int(share * (factor - 1) * count * (_TIME_TOKENS + visual_tokens))
-        empty = np.repeat(np.isin(classes, _EMPTY_CLASSES)[1:], np.diff(ends))
-        weights[ends[0] : ends[-1]][empty] = np.log(factor)
+    for end, groups_left_out in zip(ends.tolist(), left_out[1:].tolist(), strict=True):
+        positions[end:] += groups_left_out * (_TIME_TOKENS + visual_tokens)
+    empty = np.repeat(np.isin(classes, _EMPTY_CLASSES)[1:], np.diff(ends))
+    weights[ends[0] : ends[-1]][empty] = np.log(represented / count)
     ids, visual, labels = (
         np.pad(x, (0, length - used), constant_values=fill)
         for x, fill in ((row.ids, 0), (row.visual, -1), (row.labels, IGNORE))
     )
     groups = np.zeros(phase.groups, np.int32)
     groups[:count] = classes * groups_per_class + rng.integers(0, groups_per_class, count)
-    return Rows(groups, ids, visual, labels, positions, weights, early, late)
+    return Rows(groups, ids, visual, labels, positions, weights, hidden, blind, early, late, counts)
 
 
 def compose_batch(
@@ -166,17 +198,29 @@ def compose_batch(
     return Rows(*map(np.stack, zip(*rows, strict=True)))
 
 
-def _questions(scene: Scene, seconds: float, start: float, rng: np.random.Generator) -> list[Question]:
-    """A question about each shape that allows one, and in half of the cases each: the number of shapes, at any place,
-    and the order of two shapes, at the end because it names shapes that other questions ask for."""
+def _left_out(groups: int, rng: np.random.Generator) -> np.ndarray:
+    """How many groups of a longer video are left out before each group of a row and behind the last: int [groups + 1]."""
+    left_out = np.zeros(groups + 1, int)
+    if groups < MAX_REPRESENTED_GROUPS:
+        missing = groups * (float(np.exp(rng.uniform(0, np.log(MAX_REPRESENTED_GROUPS / groups)))) - 1)
+        places = 1 + rng.choice(groups, int(rng.integers(1, 4)))
+        unit = _ROUND_GROUPS if missing >= len(places) * _ROUND_GROUPS and rng.random() < 0.7 else 1
+        shares = rng.dirichlet(np.ones(len(places)))
+        np.add.at(left_out, places, (shares * missing / unit).astype(int) * unit)
+    return left_out
+
+
+def _questions(scene: Scene, times: Sequence[float], rng: np.random.Generator) -> list[Question]:
+    """A question about each shape that allows one; in nine of ten cases the number of shapes, at any place; and in
+    three of four the order of two shapes, at the end because it names shapes that other questions ask for."""
     kinds, weights = list(_KIND_WEIGHTS), np.array(list(_KIND_WEIGHTS.values()))
     questions: list[Question | None] = []
     for i in rng.permutation(len(scene.events)):
         order = rng.choice(len(kinds), len(kinds), replace=False, p=weights / weights.sum())
-        candidates = (ask(scene, kinds[k], seconds, rng, event=scene.events[int(i)], start=start) for k in order)
+        candidates = (ask(scene, kinds[k], times, rng, event=scene.events[int(i)]) for k in order)
         questions.append(next((q for q in candidates if q is not None), None))
-    if rng.random() < 0.5:
-        questions.insert(int(rng.integers(len(questions) + 1)), ask(scene, "count", seconds, rng))
-    if rng.random() < 0.5:
-        questions.append(ask(scene, "first", seconds, rng))
+    if rng.random() < 0.9:
+        questions.insert(int(rng.integers(len(questions) + 1)), ask(scene, "count", times, rng))
+    if rng.random() < 0.75:
+        questions.append(ask(scene, "first", times, rng))
     return [q for q in questions if q is not None]

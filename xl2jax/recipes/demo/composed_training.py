@@ -3,8 +3,9 @@
 Besides the language loss there are auxiliary losses. Linear heads read the hidden states and have to tell what a lookup
 needs. The early head reads the middle layer: a visual token tells the time of its group, and the tokens of an answer
 tell the time, colour and form in the question. The late head reads the last layer but one: the tokens of an answer that
-is a time tell that time. The heads are not a part of the checkpoint. They replace what Qwen learnt from text: without
-them this small LLM finds shapes by content and hardly ever by time.
+is a time tell that time. Two heads count: the time tokens behind a group tell, after a third of the layers, whether a
+shape began in it, and after two thirds, how many have begun. The heads are not a part of the checkpoint. They replace
+what Qwen learnt from text: without them this small LLM finds shapes by content and hardly ever by time.
 """
 
 from __future__ import annotations
@@ -35,7 +36,15 @@ from xl2jax.models.qwen2 import Qwen2
 from xl2jax.models.video_xl2 import VideoXL2, abstract_model, normalise
 from xl2jax.ops.dense import dense_attention
 from xl2jax.prompt import PromptTokenizer
-from xl2jax.recipes.demo.composed_rows import GROUP_CLASSES, NO_TARGET, TARGET_CLASSES, Phase, Rows, compose_batch
+from xl2jax.recipes.demo.composed_rows import (
+    COUNT_CLASSES,
+    GROUP_CLASSES,
+    NO_TARGET,
+    TARGET_CLASSES,
+    Phase,
+    Rows,
+    compose_batch,
+)
 from xl2jax.system.atomic import replacing_file
 from xl2jax.system.process_pool import in_processes
 from xl2jax.training.loss import TokenBatch, cross_entropies, embeddings
@@ -57,6 +66,8 @@ class Metrics(NamedTuple):
     """Tokens of answers, and the newline before each answer, which tell what the question asks for."""
     answered: jax.Array
     """Tokens of answers that are times, which tell that time."""
+    counted: jax.Array
+    """Time tokens, which tell how many shapes have begun."""
 
 
 def _draw_groups(size: int, groups: Sequence[tuple[int, tuple[str, str] | None]]) -> np.ndarray:
@@ -106,27 +117,29 @@ def language_loss(model: VideoXL2, encoded: jax.Array, rows: Rows[jax.Array]) ->
     """
     visual = encoded[rows.groups].reshape(len(rows.ids), -1, encoded.shape[-1])
     x = embeddings(model.llm, visual, TokenBatch(rows.ids, rows.visual, rows.labels))
-    layers = weighted_layer_outputs(model.llm, x, rows.positions, rows.weights)
+    layers = weighted_layer_outputs(model.llm, x, rows)
     total, count = cross_entropies(model.llm, model.llm.norm(layers[-1]), rows.labels)
     return total / count, layers
 
 
-def weighted_layer_outputs(llm: Qwen2, x: jax.Array, positions: jax.Array, weights: jax.Array) -> jax.Array:
-    """Embeddings [B, T, D] at positions [B, T] -> the output of each layer, [L, B, T, D].
+def weighted_layer_outputs(llm: Qwen2, x: jax.Array, rows: Rows[jax.Array]) -> jax.Array:
+    """Embeddings [B, T, D] at `rows.positions` -> the output of each layer, [L, B, T, D].
 
-    Attention is causal. The key at t counts exp(weights[:, t]) times in the softmax.
+    Attention is causal. The key at t counts exp(rows.weights[:, t]) times in the softmax, and hidden keys do not count
+    for blind queries.
     """
     b, t, d = x.shape
 
     @jax.checkpoint  # otherwise the scores of all layers are kept for the backward pass on CPUs
     def weighted_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        # One more element in the product of query and key adds the weight to the score. The heads become wider by 8
-        # because cuDNN wants a multiple of 8.
+        # Two more elements in the product of query and key add the weight to the score, and -100 where a blind query
+        # meets a hidden key. The heads become wider by 8 because cuDNN wants a multiple of 8.
         width = q.shape[-1]
         wide = width + 8
         q = jnp.pad(q * (wide / width) ** 0.5, [(0, 0)] * 3 + [(0, 8)])
-        q = q.at[..., -8].set(wide**0.5)
-        k = jnp.pad(k, [(0, 0)] * 3 + [(0, 8)]).at[..., -8].set(weights[:, :, None].astype(k.dtype))
+        q = q.at[..., -8].set(wide**0.5).at[..., -7].set(wide**0.5 * rows.blind[:, :, None].astype(q.dtype))
+        k = jnp.pad(k, [(0, 0)] * 3 + [(0, 8)]).at[..., -8].set(rows.weights[:, :, None].astype(k.dtype))
+        k = k.at[..., -7].set(-100 * rows.hidden[:, :, None].astype(k.dtype))
         v = jnp.pad(v, [(0, 0)] * 3 + [(0, 8)])
         return dense_attention(q, k, v, causal=True)[..., :width]
 
@@ -135,27 +148,30 @@ def weighted_layer_outputs(llm: Qwen2, x: jax.Array, positions: jax.Array, weigh
         return None, out.reshape(b * t, *out.shape[2:])
 
     # Everything but the attention sees the rows as one axis: on CPUs that makes the backward pass faster.
-    layers = llm.layer_outputs(x.reshape(b * t, d), positions.reshape(-1), attend, None)
+    layers = llm.layer_outputs(x.reshape(b * t, d), rows.positions.reshape(-1), attend, None)
     return layers.reshape(-1, b, t, d)
 
 
-def auxiliary_loss(head: jax.Array, x: jax.Array, targets: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+def auxiliary_loss(
+    head: jax.Array, x: jax.Array, targets: jax.Array, tokens: jax.Array, classes: Sequence[int] = TARGET_CLASSES
+) -> tuple[jax.Array, jax.Array]:
     """Cross-entropy of the predictions of a linear head, and how many tokens it predicts right.
 
     Args:
-      head: [D, C], C the sum of `TARGET_CLASSES`.
+      head: [D, C], C the sum of `classes`.
       x: hidden states [B, T, D].
-      targets: [B, T, 7].
+      targets: [B, T, N].
       tokens: bool [B, T], the tokens that count.
+      classes: the number of classes of each of the N targets.
 
-    Returns the sum over the seven targets of the mean cross-entropy where a token has that target; and int32 [2]: the
+    Returns the sum over the targets of the mean cross-entropy where a token has that target; and int32 [2]: the
     tokens whose targets are all predicted right, and the tokens that have a target.
     """
     x = x.astype(jnp.float32)
     logits = (x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)) @ head
     right = has_target = tokens & (targets != NO_TARGET).any(-1)
     loss = jnp.float32(0)
-    for i, part in enumerate(jnp.split(logits, np.cumsum(TARGET_CLASSES)[:-1], axis=-1)):
+    for i, part in enumerate(jnp.split(logits, np.cumsum(classes)[:-1], axis=-1)):
         counted = tokens & (targets[..., i] != NO_TARGET)
         label = jnp.maximum(targets[..., i], 0).astype(jnp.int32)
         losses = optax.softmax_cross_entropy_with_integer_labels(part, label)
@@ -203,7 +219,8 @@ def train_composed(
         dict.fromkeys(state[1], False),
     )
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.05, mask=decayed))
-    early, late = config.llm.layers // 2, config.llm.layers - 1
+    depth = config.llm.layers
+    early, late = depth // 2, depth - 1
 
     def loss_of(state: Any, encoded: jax.Array, rows: Rows[jax.Array]) -> tuple[jax.Array, Metrics]:
         llm, heads = state
@@ -214,8 +231,13 @@ def train_composed(
         seen_loss, seen = auxiliary_loss(heads["early"], layers[early - 1], rows.early, is_visual)
         asked_loss, asked = auxiliary_loss(heads["early"], layers[early - 1], rows.early, ~is_visual)
         answered_loss, answered = auxiliary_loss(heads["late"], layers[late - 1], rows.late, ~is_visual)
-        auxiliary = seen_loss + asked_loss + answered_loss
-        return loss + _AUXILIARY_WEIGHT * auxiliary, Metrics(loss, seen, asked, answered)
+        begun, number = jnp.split(rows.counts, 2, axis=-1)
+        begins_loss, _ = auxiliary_loss(heads["begins"], layers[depth // 3 - 1], begun, ~is_visual, COUNT_CLASSES[:1])
+        counted_loss, counted = auxiliary_loss(
+            heads["counts"], layers[2 * depth // 3 - 1], number, ~is_visual, COUNT_CLASSES[1:]
+        )
+        auxiliary = seen_loss + asked_loss + answered_loss + begins_loss + counted_loss
+        return loss + _AUXILIARY_WEIGHT * auxiliary, Metrics(loss, seen, asked, answered, counted)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(state: Any, opt_state: Any, encoded: jax.Array, rows: Rows[jax.Array]) -> Any:
@@ -244,17 +266,22 @@ def train_composed(
                 bar.set_postfix(line)
                 recent = []
     with replacing_file(run / "heads.npz") as unfinished, open(unfinished, "wb") as f:
-        np.savez(f, early=np.asarray(state[1]["early"]), late=np.asarray(state[1]["late"]))
+        np.savez(f, **jax.tree.map(np.asarray, state[1]))
     write_params(target, config, nnx.State({**params, "llm": state[0]}), companions=source)
 
 
 def _load_heads(run: Path | None, width: int) -> dict[str, jax.Array]:
-    names = ("early", "late")
+    classes = {
+        "early": TARGET_CLASSES,
+        "late": TARGET_CLASSES,
+        "begins": COUNT_CLASSES[:1],
+        "counts": COUNT_CLASSES[1:],
+    }
     if run is None:
-        return {name: jnp.zeros((width, sum(TARGET_CLASSES))) for name in names}
+        return {name: jnp.zeros((width, sum(n))) for name, n in classes.items()}
     try:
         with np.load(run / "heads.npz") as stored:
-            return {name: jnp.asarray(stored[name]) for name in names}
+            return {name: jnp.asarray(stored[name]) for name in classes}
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as e:
         raise UserError(
             f"{run / 'heads.npz'}: cannot be read ({e}); remove the result of that phase to run it again"

@@ -43,9 +43,9 @@ MAX_GROUPS = 65_536
 _FRAME_INTERVALS = (0.25, 0.5, 1.0, 1.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 
 
-def draw_frame_interval(frames: int, rng: np.random.Generator) -> float:
-    """Seconds between the frames of a training video."""
-    intervals = [x for x in _FRAME_INTERVALS if x * frames <= MAX_SECONDS] or _FRAME_INTERVALS[:1]
+def draw_frame_interval(frames: int, rng: np.random.Generator, limit: float = MAX_SECONDS) -> float:
+    """Seconds between the frames of a training video of at most `limit` seconds."""
+    intervals = [x for x in _FRAME_INTERVALS if x * frames <= limit] or _FRAME_INTERVALS[:1]
     return intervals[int(rng.integers(len(intervals)))]
 
 
@@ -100,7 +100,7 @@ def _make_video(args: DatasetArgs, number: int) -> list[dict[str, Any]]:
         turns: list[dict[str, str]] = []
         asked = set()
         for _ in range(2 * args.turns):
-            question = ask(scene, args.kinds[int(rng.integers(len(args.kinds)))], FRAMES_PER_GROUP * interval, rng)
+            question = ask(scene, args.kinds[int(rng.integers(len(args.kinds)))], scene.times(FRAMES_PER_GROUP * interval), rng)
             if question is not None and (key := (question.kind, question.answer, question.group)) not in asked:
                 asked.add(key)
                 prefix = "" if turns else f"{IMAGE}\n"
