@@ -44,6 +44,8 @@ class Args:
     """Frames of the longest video that is also read after dense prefill."""
     scores_up_to: int = 16_000
     """Frames of the longest video whose scores are taken by layer and head."""
+    dtypes: str = "float32,bfloat16"
+    """Precisions. Only the first one is also tried with four frames a second, and its scores are taken."""
     cases: int = 4
     """Videos of each length and each of three depths."""
     seed: int = 90
@@ -130,7 +132,9 @@ def main() -> None:
     args = tyro.cli(Args)
     lengths = whole_numbers("--frames", args.frames, FRAMES_PER_GROUP)
     bank, results, scored = None, [], []
-    for dtype, clocks in (("float32", (1.0, 0.25)), ("bfloat16", (1.0,))):
+    first, *_ = dtypes = args.dtypes.split(",")
+    for dtype in dtypes:
+        clocks = (1.0, 0.25) if dtype == first else (1.0,)
         model = xl2jax.load(args.checkpoint, dtype=dtype)
         bank = bank or Bank(model.config.vision.image_size)
         for frames in lengths:
@@ -143,12 +147,12 @@ def main() -> None:
                     drawn = bank.draw(case.scene)
                     for result in run_case(model, case, config, drawn):
                         results.append({"dtype": dtype, "frame_seconds": seconds, **dataclasses.asdict(result)})
-                    if dtype == "float32" and frames <= args.scores_up_to and case.scene.seed % 4 == 1:
+                    if dtype == first and frames <= args.scores_up_to and case.scene.seed % 4 == 1:
                         clip = scene_clip(case.scene, FRAMES_PER_GROUP * seconds, drawn)
                         scored += score_rows(model, case, model.watch(clip, bilevel=None), seconds)
                 args.json.write_text(json.dumps({"results": results, "scores": scored}))
                 report(results, dtype, frames, seconds)
-    plot(args.plot, results, scored)
+    plot(args.plot, [r for r in results if r["dtype"] == first], scored)
 
 
 def report(results: list[dict[str, Any]], dtype: str, frames: int, seconds: float) -> None:
@@ -174,8 +178,7 @@ def plot(path: Path, results: list[dict[str, Any]], scored: list[dict[str, Any]]
             for seconds, marker in ((1.0, "o"), (0.25, "x")):
                 kept = [
                     r for r in results
-                    if (r["dtype"], r["mode"], r["frame_seconds"]) == ("float32", mode, seconds)
-                    and r["kind"] in FAMILIES[family]
+                    if (r["mode"], r["frame_seconds"]) == (mode, seconds) and r["kind"] in FAMILIES[family]
                 ]  # fmt: skip
                 lengths = sorted({r["frames"] for r in kept})
                 means = [np.mean([r["correct"] for r in kept if r["frames"] == n]) for n in lengths]

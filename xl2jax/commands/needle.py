@@ -70,6 +70,8 @@ class Args:
     """First and last layer whose attention counts, as shares of the depth."""
     relevance_exponent: float = AttentionScorer.exponent
     """Exponent of the power mean of attention over tokens, heads and layers, from 1 to 8."""
+    relevance_question_weight: float = AttentionScorer.question_weight
+    """Weight of the question's tokens in that mean, from 0 to 1; the tokens between question and answer have the rest."""
     relevance_keys: Literal["auto", "dense", "pooled"] = AttentionScorer.keys
     """The KV that the question attends to when chunks are scored."""
     cache_dtype: Literal["int8"] | None = None
@@ -117,7 +119,9 @@ class Args:
             prefill=self.prefill.config(),
             bilevel=BilevelConfig(self.select_chunk_groups, self.pool),
             cache=CacheConfig(self.cache_dtype),
-            scorer=AttentionScorer(*self.relevance_layers, self.relevance_exponent, self.relevance_keys),
+            scorer=AttentionScorer(
+                *self.relevance_layers, self.relevance_exponent, self.relevance_question_weight, self.relevance_keys
+            ),
         )
 
 

@@ -23,8 +23,8 @@ class AttentionScorer:
     """How the question's attention scores groups. Layers from `first_layer` to `last_layer`, shares of the depth, count.
 
     A group's score is the power mean of the attention that it gets, over tokens, heads and layers. The question's tokens
-    have half of the weight, and those between the question and the answer the other half. The defaults gave the best
-    needle retrieval with the bundled checkpoint.
+    have the share `question_weight` of the weight, and the few tokens between the question and the answer the rest. The
+    defaults gave the best needle retrieval with two checkpoints.
     """
 
     first_layer: float = 0.0
@@ -32,6 +32,9 @@ class AttentionScorer:
     exponent: float = 6.0
     """Of the power mean. 1 is the ordinary mean. Large exponents favour tokens and heads that attend to one group over
     those that attend to many alike."""
+    question_weight: float = 0.1
+    """From 0 to 1. The tokens of a question attend to all that it could mean; at the tokens behind it the model looks for
+    what it says next."""
     keys: Literal["auto", "dense", "pooled"] = "auto"
     """The KV that the question attends to. auto is the dense KV, or the pooled KV where the dense KV was offloaded."""
 
@@ -43,6 +46,8 @@ class AttentionScorer:
             )
         if not 1 <= self.exponent <= 8:
             raise UserError(f"the exponent of relevance must be from 1 to 8, not {self.exponent}")
+        if not 0 <= self.question_weight <= 1:
+            raise UserError(f"the question's weight in relevance must be from 0 to 1, not {self.question_weight}")
 
     def layers(self, depth: int) -> tuple[int, int]:
         first = min(int(self.first_layer * depth), depth - 1)
@@ -82,11 +87,10 @@ def head_scores(
 ) -> jax.Array:
     """The question's attention to each group by each head, to the power of `scorer.exponent`: float32 [groups, N].
 
-    It is a mean over tokens and layers. Runs the suffix `ids` [T] behind `context`, whose slots belong to groups `group` [S] (-1: to no group), and sums the
-    attention of each token and head to the time and visual tokens of each group. It takes a block of tokens and slots at a time,
-    so that nothing of size T x S is kept. The question's tokens, `first <= t < last`, have half of the weight; they say
-    what is asked for. The few tokens between the question and the answer, `last <= t < end`, have the other half; they
-    attend to where the model found it.
+    It is a mean over tokens and layers. Runs the suffix `ids` [T] behind `context`, whose slots belong to groups `group`
+    [S] (-1: to no group), and sums the attention of each token and head to the time and visual tokens of each group. It
+    takes a block of tokens and slots at a time, so that nothing of size T x S is kept. The question's tokens are
+    `first <= t < last`, and those between the question and the answer `last <= t < end`.
     """
     ids, first, last, end = suffix
     at = jnp.arange(ids.shape[0], dtype=jnp.int32)
@@ -94,7 +98,8 @@ def head_scores(
     block, rows = min(_SLOTS, slots), min(_TOKENS, ids.shape[0])
     first_layer, last_layer = scorer.layers(depth)
     group = jnp.where(group >= 0, group, groups)
-    share = jnp.where(at < last, 0.5 / jnp.maximum(last - first, 1), 0.5 / jnp.maximum(end - last, 1))
+    asked = scorer.question_weight
+    share = jnp.where(at < last, asked / jnp.maximum(last - first, 1), (1 - asked) / jnp.maximum(end - last, 1))
 
     def mass(q: jax.Array, lse: jax.Array, layer: jax.Array) -> jax.Array:
         """The attention of the counted tokens to each group, to the power, reduced over tokens: [groups, N]."""
