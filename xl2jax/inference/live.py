@@ -232,6 +232,7 @@ class LiveVideo:
             return None
         image = frame() if callable(frame) else frame
         if image is None:
+            self.clock.lost()
             return None
         if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3):
             raise UserError(f"{self.path}: a frame is not a uint8 array [height, width, 3]")

@@ -37,6 +37,10 @@ from xl2jax.ops.kv import KVArray, QuantizedKV, exact_channels, quantize, quanti
 from xl2jax.ops.precision import accumulator
 
 
+_FEWEST_GROUPS = 64
+"""Questions about fewer groups run the programs of so many: compiling another size would take longer."""
+
+
 def live_plan(
     prefix: int, time_cap: int, visual_tokens: int, config: PrefillConfig, ledger: Ledger, step_groups: int
 ) -> PrefillPlan:
@@ -132,7 +136,7 @@ class LiveKV(session.VideoKV):
         return _gather_groups(self.cache, index, host, on_host, start=start, visual_tokens=v)
 
     def mixed_slots(self, dense_limit: int, bilevel: BilevelConfig) -> int:
-        groups = min(1 << (self.most_groups - 1).bit_length(), self.capacity)
+        groups = min(max(1 << (self.most_groups - 1).bit_length(), _FEWEST_GROUPS), self.capacity)
         layout = VideoLayout(self.layout.prefix, (self.plan.time_cap,) * groups, self.layout.visual_tokens)
         return mixed_slots(layout, dense_limit, bilevel)
 
@@ -171,6 +175,7 @@ class LiveArena:
         for block, length in prefill.blocks(prefix, network.platform):
             self.cache, _ = compiled.prefill_globals(network, self.cache, block, None, np.int32(length))
         self.pooled = self._empty_pooled(quantized_pooled)
+        self._compile_moves()
 
     def _empty_pooled(self, quantized: bool) -> PooledKV:
         layers, kv_heads, _, h = self.cache.shape
@@ -181,6 +186,12 @@ class LiveArena:
         return PooledKV(
             quantized_zeros(shape, self._network.dtype, channels), quantized_zeros(shape, self._network.dtype)
         )
+
+    def _compile_moves(self) -> None:
+        """Moves nothing, so that the programs that move groups are there when a camera cannot wait for them."""
+        self._read_block(0)
+        self._move_arrays(0, 0, np.zeros(0, np.int32), np.zeros(0, np.int32))
+        self.pooled = _shift_pooled(self.pooled, np.int32(0))
 
     @property
     def nbytes(self) -> int:
@@ -234,15 +245,12 @@ class LiveArena:
 
     def _move(self, move: Move) -> None:
         """Stores the groups that leave, and moves all others to the start of the arrays."""
-        ledger, plan, v = self.ledger, self.plan, self.plan.visual_tokens
+        ledger, v = self.ledger, self.plan.visual_tokens
         evicted_before = ledger.evicted + move.forgotten - move.evicted
         before = ledger.forgotten - move.forgotten
-        size = ledger.unit * v
         for at in range(0, move.evicted, ledger.unit):
-            slot = np.int32(plan.visual_start + at * v)
-            block = _slots((self.cache.k, self.cache.v), slot, size=size)
             number = (before + evicted_before + at) // ledger.unit
-            self._blocks.put(number, HostKV(*jax.tree.map(lambda x: np.array(x), block)))
+            self._blocks.put(number, self._read_block(at))
         gone = int(self._lengths[: move.forgotten].sum())
         groups = ledger.groups
         for x in (self._lengths, self._times, self._visuals):
@@ -253,16 +261,33 @@ class LiveArena:
             self._number(0, groups)
         else:
             self._shift += move.evicted * v + gone
-        lengths, evicted = self._lengths[:groups], ledger.evicted
+        times = np.repeat(self._times[:groups] - old_times, self._lengths[:groups])
+        visuals = np.repeat((self._visuals[:groups] - old_visuals)[ledger.evicted :], v)
+        self._move_arrays(gone, move.evicted * v, times, visuals)
+        if move.forgotten:
+            kept = v // self._pool
+            self.pooled = _shift_pooled(self.pooled, np.int32(move.forgotten * kept))
+            self._blocks.forget(ledger.forgotten // ledger.unit)
+
+    def _read_block(self, group: int) -> HostKV:
+        """The dense KV of a unit of groups, from place `group` of the arena on."""
+        v = self.plan.visual_tokens
+        slot = np.int32(self.plan.visual_start + group * v)
+        block = _slots((self.cache.k, self.cache.v), slot, size=self.ledger.unit * v)
+        return HostKV(*jax.tree.map(lambda x: np.array(x), block))
+
+    def _move_arrays(self, gone: int, left: int, times: np.ndarray, visuals: np.ndarray) -> None:
+        """Drops the first `gone` time tokens and the first `left` visual tokens of the cache. Those that stay are rotated by
+        `times` and `visuals` positions."""
+        plan = self.plan
         source, turn = np.arange(plan.slots), np.zeros(plan.slots, np.int64)
         source[self._prefix : plan.visual_start] += gone
-        source[plan.visual_start :] += move.evicted * v
-        end = self._prefix + int(lengths.sum())
-        turn[self._prefix : end] = np.repeat(self._times[:groups] - old_times, lengths)
-        dense_end = plan.visual_start + ledger.dense * v
-        turn[plan.visual_start : dense_end] = np.repeat((self._visuals[:groups] - old_visuals)[evicted:], v)
+        source[plan.visual_start :] += left
+        end = self._prefix + len(times)
+        turn[self._prefix : end] = times
+        turn[plan.visual_start : plan.visual_start + len(visuals)] = visuals
         source = np.minimum(source, plan.slots - 1)
-        counts = np.int32(end), np.int32(ledger.dense * v)
+        counts = np.int32(end), np.int32(len(visuals))
         self.cache = _move_slots(
             self._network.config.llm,
             self.cache,
@@ -271,10 +296,6 @@ class LiveArena:
             counts,
             rotated=self._renumber,
         )
-        if move.forgotten:
-            kept = v // self._pool
-            self.pooled = _shift_pooled(self.pooled, np.int32(move.forgotten * kept))
-            self._blocks.forget(ledger.forgotten // ledger.unit)
 
     def kv(self) -> LiveKV:
         """The groups that are remembered now. Raises UserError where their KV is not finite."""
