@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import xl2jax
 from xl2jax.errors import UserError
 from xl2jax.evaluation.scenes import Scene, make_scene, scene_clip
-from xl2jax.inference import live_arena, session
+from xl2jax.inference import live_programs, session
 from xl2jax.inference.live import WAITING_FRAMES, LiveMemory, LiveVideo
 from xl2jax.inference.live_ledger import Ledger
 from xl2jax.inference.relevance import AttentionScorer
@@ -241,6 +241,15 @@ def test_what_a_live_video_cannot_do_is_one_line(model: xl2jax.Model, roomy: Liv
     live.close()
 
 
+def test_a_damaged_frame_does_not_cost_its_interval(model: xl2jax.Model) -> None:
+    with model.watch_live(config=PREFILL, bilevel=BILEVEL, memory=small()) as live:
+        picture = np.zeros((8, 8, 3), np.uint8)
+        kept = [
+            live.add(t, f) for t, f in ((0, picture), (1, lambda: None), (1.4, picture), (1.6, picture), (2, picture))
+        ]
+        assert kept == [True, False, True, False, True]
+
+
 def test_a_pause_ends_a_group(model: xl2jax.Model) -> None:
     """Frames before and after a pause are in groups of their own; the last frame before it is repeated."""
     with model.watch_live(config=PREFILL, bilevel=BILEVEL, memory=small()) as live:
@@ -253,7 +262,7 @@ def test_a_pause_ends_a_group(model: xl2jax.Model) -> None:
 
 def test_kv_that_is_not_finite_is_never_forgotten(model: xl2jax.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first groups are damaged where they are pooled, and leave the device before a question is asked."""
-    pool_new, damaged = live_arena._pool_new, list[int]()
+    pool_new, damaged = live_programs.pool_new, list[int]()
 
     def damage(config: Any, cache: Any, *args: Any, **settings: Any) -> Any:
         if not damaged:
@@ -261,7 +270,7 @@ def test_kv_that_is_not_finite_is_never_forgotten(model: xl2jax.Model, monkeypat
             cache = cache._replace(v=cache.v * np.nan)
         return pool_new(config, cache, *args, **settings)
 
-    monkeypatch.setattr(live_arena, "_pool_new", damage)
+    monkeypatch.setattr(live_programs, "pool_new", damage)
     live, _ = start(model, small(), 48)
     assert live._arena.ledger.forgotten
     with pytest.raises(UserError, match="the video's KV holds NaN"):

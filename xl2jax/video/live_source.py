@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -124,7 +124,6 @@ class Stream:
 
         self._is_whole = False
         options = {"protocol_whitelist": _PROTOCOLS, "rtsp_transport": "tcp"} if self.is_url else {}
-        opened = contextlib.ExitStack()
         name: Any = (
             self.address
             if self.is_url
@@ -132,16 +131,14 @@ class Stream:
             if self.address == "-"
             else f"file:{Path(self.address).absolute()}"
         )
-        try:
-            if self.follow:
-                name = opened.enter_context(_GrowingFile(Path(self.address), self._timeout, self._closed))
-            container = opened.enter_context(
-                av.open(name, options=options, timeout=self._timeout if self.is_url else None)
-            )
-        except Exception as e:  # on damaged data PyAV raises others besides its own errors
-            opened.close()
-            raise _Failure(first_line(e)) from None
-        with opened:
+        with contextlib.ExitStack() as opened:
+            try:
+                if self.follow:
+                    name = _GrowingFile(opened.enter_context(open(self.address, "rb")), self._timeout, self._closed)
+                timeout = self._timeout if self.is_url else None
+                container = opened.enter_context(av.open(name, options=options, timeout=timeout))
+            except Exception as e:  # on damaged data PyAV raises others besides its own errors
+                raise _Failure(first_line(e)) from None
             stream: Any = container.streams.best("video")
             if stream is None:
                 raise _Failure("it holds no video")
@@ -188,8 +185,8 @@ class _GrowingFile:
     FFmpeg's own way to follow a file cuts off what a packet lacks at that moment.
     """
 
-    def __init__(self, path: Path, timeout: float, closed: threading.Event):
-        self._file, self._timeout, self._closed = open(path, "rb"), timeout, closed
+    def __init__(self, file: IO[bytes], timeout: float, closed: threading.Event):
+        self._file, self._timeout, self._closed = file, timeout, closed
         self._over = False
 
     def read(self, size: int) -> bytes:
@@ -198,12 +195,6 @@ class _GrowingFile:
             late = time.monotonic() - waited_since >= self._timeout
             self._over = late or self._closed.wait(_LOOK_AGAIN)  # FFmpeg reads several times at the end
         return data
-
-    def __enter__(self) -> _GrowingFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
 
 
 class _Failure(Exception):
