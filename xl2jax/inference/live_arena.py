@@ -54,8 +54,9 @@ class LiveKV(session.VideoKV):
     capacity: int
     most_groups: int
     """The most groups that there were at any moment. Sizes follow from them, so that they change seldom."""
+    most_dense: int
+    """The most groups that are on the device at any moment."""
     evicted: int
-    renumbered: bool
     first_block: int
     """Number of the block that the first group belongs to."""
     unit: int
@@ -81,21 +82,24 @@ class LiveKV(session.VideoKV):
         return self.capacity
 
     @property
-    def dense_from(self) -> int | None:
-        # Without a gap in its positions the arena's length is the position of the question.
-        return self.evicted if self.renumbered or not self.evicted else None
-
-    @property
     def on_device(self) -> bool:
         return self.evicted == 0
+
+    @property
+    def piece_groups(self) -> int:
+        return self.most_dense
 
     def make_pooled(self, network: Network, pool: int) -> PooledKV:
         made = ", ".join(map(str, self.pooled))
         raise UserError(f"a live video keeps the pooled KV that it was started with (pool {made}), not pool {pool}")
 
     def readable(self, dense: jax.Array) -> np.ndarray:
-        """Reads the blocks of groups that are not on the device. Groups whose blocks were dropped are left out."""
+        """Reads the blocks of groups that are not on the device. Groups whose blocks were dropped are left out.
+
+        `with_dense` then takes these, and no others.
+        """
         wanted = np.array(dense)
+        self._read = {}
         for at in range(0, self.evicted, self.unit):
             if wanted[at : at + self.unit].any():
                 block = self.blocks.get(self.first_block + at // self.unit)
@@ -305,8 +309,8 @@ class LiveArena:
             pooled={self._pool: self.pooled},
             capacity=self._capacity,
             most_groups=self._most,
+            most_dense=ledger.dense_limit,
             evicted=ledger.evicted,
-            renumbered=self._renumber,
             first_block=ledger.forgotten // ledger.unit,
             unit=ledger.unit,
             times=self._times.copy(),

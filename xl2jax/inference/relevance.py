@@ -33,7 +33,8 @@ class AttentionScorer:
     """Of the power mean. 1 is the ordinary mean. Large exponents favour tokens and heads that attend to one group over
     those that attend to many alike."""
     keys: Literal["auto", "dense", "pooled"] = "auto"
-    """The KV that the question attends to. auto is the dense KV, or the pooled KV where the dense KV was offloaded."""
+    """The KV that the question attends to. auto is the dense KV, or the pooled KV where the dense KV was offloaded.
+    For a live video auto and dense bring back what has left the device, a piece at a time; pooled takes less time."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.first_layer < self.last_layer <= 1:
