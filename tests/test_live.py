@@ -204,7 +204,7 @@ def test_chunks_are_scored_by_their_dense_kv_wherever_it_is(
     found = scores("auto")
     in_pass = [dense[: ledger.groups] for dense in passes]
     assert [dense.sum() > 0 for dense in in_pass] == [True] * (len(passes) - 1) + [False]
-    assert all(dense.sum() <= ledger.dense_limit for dense in in_pass)
+    assert all(dense.sum() <= ledger.piece for dense in in_pass)
     expected = np.full(ledger.groups, len(passes))
     for number, dense in enumerate(in_pass[:-1], 1):
         assert (expected[dense] == len(passes)).all()

@@ -198,8 +198,8 @@ class LiveVideo:
             network.config, network.dtype, quantized=memory.pooled_dtype == "int8", key_channels=kept
         )
         pooled = pooled_slot * ledger.group_limit * (plan.visual_tokens // bilevel.pool)
-        # Chunks are scored in pieces of as many groups as are on the device, which are gathered and mixed.
-        most = max((bilevel.top(layout) + 2) * bilevel.select_chunk_groups, ledger.dense_limit)
+        # Chunks are scored in pieces, which are gathered and mixed.
+        most = max((bilevel.top(layout) + 2) * bilevel.select_chunk_groups, ledger.piece)
         mixed = mixed_slots(layout, most, bilevel) * slot
         fetched = (plan.visual_start + bucket(most) * plan.visual_tokens) * slot
         total, free = need.cache + pooled + mixed + fetched + need.workspace, available_bytes(network.mesh)

@@ -54,8 +54,6 @@ class LiveKV(session.VideoKV):
     capacity: int
     most_groups: int
     """The most groups that there were at any moment. Sizes follow from them, so that they change seldom."""
-    most_dense: int
-    """The most groups that are on the device at any moment."""
     evicted: int
     first_block: int
     """Number of the block that the first group belongs to."""
@@ -84,10 +82,6 @@ class LiveKV(session.VideoKV):
     @property
     def on_device(self) -> bool:
         return self.evicted == 0
-
-    @property
-    def piece_groups(self) -> int:
-        return self.most_dense
 
     def make_pooled(self, network: Network, pool: int) -> PooledKV:
         made = ", ".join(map(str, self.pooled))
@@ -309,7 +303,7 @@ class LiveArena:
             pooled={self._pool: self.pooled},
             capacity=self._capacity,
             most_groups=self._most,
-            most_dense=ledger.dense_limit,
+            piece_groups=ledger.piece,
             evicted=ledger.evicted,
             first_block=ledger.forgotten // ledger.unit,
             unit=ledger.unit,

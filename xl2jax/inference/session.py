@@ -182,6 +182,8 @@ class VideoKV:
     """The visual KV where it was offloaded. `cache` then holds only the globals."""
     pooled: dict[int, PooledKV] = dataclasses.field(default_factory=dict)
     """The pooled KV by pool size. Only the size that was asked for last is kept."""
+    piece_groups: int | None = None
+    """How many groups are scored together by dense KV that is not on the device; None where it is not scored."""
     lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
     """Held while `pooled` is made, so that threads that ask at once make it once."""
 
@@ -203,11 +205,6 @@ class VideoKV:
     def on_device(self) -> bool:
         """Whether the dense KV of all groups is in `cache`."""
         return self.host is None
-
-    @property
-    def piece_groups(self) -> int | None:
-        """How many groups are scored together by dense KV that is not on the device; None where it is not scored."""
-        return None
 
     def make_pooled(self, network: Network, pool: int) -> PooledKV:
         """The pooled KV of all groups."""
