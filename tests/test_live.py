@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import xl2jax
+from xl2jax.commands.flags import DEFAULT_CHECKPOINT
 from xl2jax.errors import UserError
 from xl2jax.evaluation.scenes import Scene, make_scene, scene_clip
-from xl2jax.inference import live_arena, session
+from xl2jax.inference import compiled, live_programs, session
 from xl2jax.inference.live import WAITING_FRAMES, LiveMemory, LiveVideo
 from xl2jax.inference.live_ledger import Ledger
 from xl2jax.inference.relevance import AttentionScorer
@@ -166,6 +168,71 @@ def test_what_left_the_device_comes_back_with_its_bits(model: xl2jax.Model, renu
     assert list(tmp_path.iterdir()) == []
 
 
+def test_chunks_are_scored_by_their_dense_kv_wherever_it_is(
+    model: xl2jax.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each group's score is that of the pass in which it was dense; what was dropped is scored pooled, in a pass of its own."""
+    live, _ = start(model, small(), 38)
+    live._blocks._host_limit = live.host_bytes // 2
+    live._blocks.settle()
+    ledger, passes = live._arena.ledger, list[np.ndarray]()
+    mix = compiled.mix
+
+    def counting(config: Any, cache: Any, pooled: Any, table: Any, dense: Any, **sizes: Any) -> Any:
+        passes.append(np.asarray(dense))
+        return mix(config, cache, pooled, table, dense, **sizes)
+
+    def scored(*_: Any, groups: int, **__: Any) -> Any:
+        return jnp.full(groups, float(len(passes)))
+
+    monkeypatch.setattr(compiled, "mix", counting)
+    monkeypatch.setattr(compiled, "attention_scores", scored)
+    text = suffix(model.tokenizer, QUESTION)
+    ids = session.suffix_ids(text.ids, text.first, text.last)
+
+    def scores(keys: Any) -> np.ndarray:
+        passes.clear()
+        with live.snapshot() as seen:
+            pooled = session.pooled_kv(model.network, seen.kv, BILEVEL.pool)
+            found = session.score_groups(model.network, seen.kv, ids, BILEVEL, AttentionScorer(keys=keys), pooled)
+            return np.asarray(found)[: ledger.groups]
+
+    with live.snapshot() as seen:
+        everything = np.arange(seen.kv.group_capacity) < ledger.groups
+        held = np.asarray(seen.kv.readable(everything))[: ledger.groups]
+    assert 0 < held[: ledger.evicted].sum() < ledger.evicted
+    found = scores("auto")
+    in_pass = [dense[: ledger.groups] for dense in passes]
+    assert [dense.sum() > 0 for dense in in_pass] == [True] * (len(passes) - 1) + [False]
+    assert all(dense.sum() <= ledger.piece for dense in in_pass)
+    expected = np.full(ledger.groups, len(passes))
+    for number, dense in enumerate(in_pass[:-1], 1):
+        assert (expected[dense] == len(passes)).all()
+        expected[dense] = number
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(found < len(passes), held)
+    assert (scores("pooled") == 1).all()
+    live.close()
+
+
+@pytest.mark.slow
+def test_needles_that_have_left_the_device_are_found() -> None:
+    """The bundled model finds and reads shapes in parts whose dense KV the host holds. By pooled KV it misses most."""
+    model = xl2jax.load(DEFAULT_CHECKPOINT)
+    scene = make_scene(77, 300, events=6)
+    with model.watch_live(memory=LiveMemory(dense_minutes=1, minutes=20)) as live:
+        for seconds, frame in frames(scene):
+            live.add(seconds, frame)
+        live.end()
+        ledger, size = live._arena.ledger, 4
+        old = [e for e in scene.events if size <= e.start < ledger.evicted - size]
+        assert len(old) >= 4
+        for event in old:
+            answer = model.ask(live, f"When did the {event.name} appear?", max_new_tokens=16)
+            assert answer.chunks[event.start // size].dense
+            assert answer.text == f"At {4.0 * event.start} seconds."
+
+
 @settings(deadline=None, max_examples=200)
 @given(
     st.tuples(*(st.integers(low, high) for low, high in ((1, 60), (1, 200), (1, 8), (0, 20), (1, 16)))),
@@ -222,8 +289,6 @@ def test_what_a_live_video_cannot_do_is_one_line(model: xl2jax.Model, roomy: Liv
     more = dataclasses.replace(BILEVEL, top_chunks=100)
     assert all(c.dense for c in model.ask(roomy, QUESTION, max_new_tokens=1, bilevel=more).chunks)
     refused("bi-level decoding only", bilevel=None)
-    dense = RelevanceConfig(attention=AttentionScorer(keys="dense"))
-    refused("relevance keys auto or pooled", bilevel=BILEVEL, relevance=dense)
     refused("kept for pool 4 and chunks of 2 groups, not for pool 8 and", bilevel=xl2jax.BilevelConfig(2, 8))
     with pytest.raises(UserError, match=r"minutes dense .* GiB are free: keep fewer minutes"):
         model.watch_live(memory=LiveMemory(dense_minutes=1.6e5, minutes=1.6e5))
@@ -241,6 +306,15 @@ def test_what_a_live_video_cannot_do_is_one_line(model: xl2jax.Model, roomy: Liv
     live.close()
 
 
+def test_a_damaged_frame_does_not_cost_its_interval(model: xl2jax.Model) -> None:
+    with model.watch_live(config=PREFILL, bilevel=BILEVEL, memory=small()) as live:
+        picture = np.zeros((8, 8, 3), np.uint8)
+        kept = [
+            live.add(t, f) for t, f in ((0, picture), (1, lambda: None), (1.4, picture), (1.6, picture), (2, picture))
+        ]
+        assert kept == [True, False, True, False, True]
+
+
 def test_a_pause_ends_a_group(model: xl2jax.Model) -> None:
     """Frames before and after a pause are in groups of their own; the last frame before it is repeated."""
     with model.watch_live(config=PREFILL, bilevel=BILEVEL, memory=small()) as live:
@@ -253,7 +327,7 @@ def test_a_pause_ends_a_group(model: xl2jax.Model) -> None:
 
 def test_kv_that_is_not_finite_is_never_forgotten(model: xl2jax.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first groups are damaged where they are pooled, and leave the device before a question is asked."""
-    pool_new, damaged = live_arena._pool_new, list[int]()
+    pool_new, damaged = live_programs.pool_new, list[int]()
 
     def damage(config: Any, cache: Any, *args: Any, **settings: Any) -> Any:
         if not damaged:
@@ -261,7 +335,7 @@ def test_kv_that_is_not_finite_is_never_forgotten(model: xl2jax.Model, monkeypat
             cache = cache._replace(v=cache.v * np.nan)
         return pool_new(config, cache, *args, **settings)
 
-    monkeypatch.setattr(live_arena, "_pool_new", damage)
+    monkeypatch.setattr(live_programs, "pool_new", damage)
     live, _ = start(model, small(), 48)
     assert live._arena.ledger.forgotten
     with pytest.raises(UserError, match="the video's KV holds NaN"):

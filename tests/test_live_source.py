@@ -7,6 +7,9 @@ import http.server
 import io
 import itertools
 import math
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,6 +95,13 @@ def test_time_goes_on_while_a_stream_is_opened_anew() -> None:
     assert kept(clock, [0.0, 1, 2]) == [31, 32, 33]
 
 
+def test_a_damaged_frame_does_not_cost_its_interval() -> None:
+    clock = LiveClock(1.0)
+    assert kept(clock, [0.0, 1.0]) == [0, 1]
+    clock.lost()
+    assert kept(clock, [1.2, 1.4, 2.0]) == [1.2, 2]
+
+
 def test_wall_time_and_frames_without_a_time() -> None:
     now = Watch()
     for clock, dated in ((LiveClock(1.0, "wall", now=now), 3.0), (LiveClock(1.0, now=now), None)):
@@ -128,14 +138,25 @@ def test_a_full_buffer_drops_its_oldest() -> None:
 # --- streams -------------------------------------------------------------------------------------
 
 
-def mpeg_ts(seconds: int, size: tuple[int, int] = (96, 64), *, start: int = 0) -> bytes:
+def mpeg_ts(seconds: int, size: tuple[int, int] = (96, 64)) -> bytes:
     """An MPEG-TS stream of `shape_frame`, 10 frames a second and a key frame each second."""
+    return recorded(seconds, size)
+
+
+def recorded(
+    seconds: int,
+    size: tuple[int, int] = (96, 64),
+    *,
+    container: str = "mpegts",
+    options: dict[str, str] | None = None,
+) -> bytes:
+    """A recording of `shape_frame` in another container."""
     file = io.BytesIO()
-    with av.open(file, "w", format="mpegts") as out:
-        stream: Any = out.add_stream("mpeg2video", rate=10)
+    with av.open(file, "w", format=container, options=options or {}) as out:
+        stream: Any = out.add_stream("mpeg2video" if container == "mpegts" else "mpeg4", rate=10)
         stream.width, stream.height, stream.pix_fmt, stream.gop_size, stream.max_b_frames = *size, "yuv420p", 10, 0
         for i in range(10 * seconds):
-            frame = av.VideoFrame.from_ndarray(shape_frame(start + i / 10, *size), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(shape_frame(i / 10, *size), format="rgb24")
             out.mux(stream.encode(frame))
         out.mux(stream.encode())
     return file.getvalue()
@@ -179,6 +200,32 @@ def server(replies: list[list[bytes]], gate: threading.Event | None = None, *, l
             served.shutdown()
 
 
+FFMPEG_SERVER = """
+import sys, av, numpy as np
+for size in (64, 96):  # one connection after the other, with frames of another size
+    with av.open(sys.argv[1], "w", format="mpegts", options={"listen": "1"}) as out:
+        stream = out.add_stream("mpeg2video", rate=10)
+        stream.width, stream.height, stream.pix_fmt, stream.gop_size = size, size, "yuv420p", 10
+        for i in range(40):
+            frame = np.full((size, size, 3), 6 * i, np.uint8)
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        out.mux(stream.encode())
+"""
+"""Serves two streams with FFmpeg's own HTTP server."""
+
+
+@contextlib.contextmanager
+def ffmpeg_server() -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/camera.ts"
+    with subprocess.Popen([sys.executable, "-c", FFMPEG_SERVER, url]) as served:
+        try:
+            yield url
+        finally:
+            served.kill()
+
+
 def stream(address: str) -> Stream:
     return Stream(address, retries=2, first_wait=0.01, timeout=240)
 
@@ -196,6 +243,66 @@ def test_garbage_and_a_cut_are_gaps(caplog: pytest.LogCaptureFixture) -> None:
     assert sizes.count((64, 96)) >= 20
     assert sizes.count((96, 128)) >= 19
     assert "tried 2 more times" in caplog.records[-1].message
+
+
+def test_a_stream_of_ffmpeg_is_watched_and_opened_anew() -> None:
+    """The server is not there at first, and it is gone between its two connections."""
+    with ffmpeg_server() as url:
+        source = Stream(url, retries=9, first_wait=0.02, timeout=60)
+        sizes, times = [], []
+        for seconds, frame in source:
+            assert seconds is not None
+            picture = frame()
+            assert picture is not None
+            sizes.append(len(picture))
+            times.append(seconds)
+            if sizes.count(96) == 30:
+                source.close()
+    assert source.opened == 2
+    assert sizes.count(64) >= 38  # the last frames may be lost where the connection ends
+    assert sizes == sorted(sizes)
+    assert np.diff(times[:38]) == pytest.approx(0.1)
+    assert source.damaged == 0
+
+
+def grow(path: Path, data: bytes, parts: int, seen: threading.Semaphore) -> None:
+    """Appends the data to a file in parts. The second half waits until a frame of the first one was seen."""
+    size = math.ceil(len(data) / parts)
+    for number, at in enumerate(range(0, len(data), size)):
+        if number == parts // 2:
+            assert seen.acquire(timeout=60)
+        with open(path, "ab") as out:
+            out.write(data[at : at + size])
+
+
+@pytest.mark.parametrize(
+    ("container", "options"), [("mpegts", {}), ("matroska", {}), ("mp4", {"movflags": "frag_keyframe+empty_moov"})]
+)
+def test_a_file_that_grows_is_followed(tmp_path: Path, container: str, options: dict[str, str]) -> None:
+    """It is empty at first, and has ended when nothing is added any more."""
+    path, seen = tmp_path / "recording", threading.Semaphore(0)
+    path.touch()
+    writer = threading.Thread(target=grow, args=(path, recorded(14, container=container, options=options), 8, seen))
+    writer.start()
+    count = 0
+    for _, frame in Stream(path, follow=True, timeout=1):
+        count += 1
+        seen.release()
+        picture = frame()
+        assert picture is not None
+        assert picture.shape == (64, 96, 3)
+    writer.join()
+    assert count == 140
+
+
+def test_what_cannot_be_followed_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="only files that are being written are followed"):
+        Stream("http://127.0.0.1/a.ts", follow=True)
+    path = tmp_path / "a.mp4"  # its index is written at the end, so that a part of it is no video
+    data = recorded(2, container="mp4")
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match="not a video that can be read"):
+        list(Stream(path, follow=True, timeout=0.5))
 
 
 def test_a_recording_behind_an_address_is_watched_once() -> None:

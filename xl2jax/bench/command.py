@@ -1,4 +1,4 @@
-"""`xl2jax bench prefill|decode|answers|read|kernels|e2e|cards|serve|check|train`.
+"""`xl2jax bench prefill|decode|answers|read|kernels|e2e|cards|serve|live|check|train`.
 
 Every row of `prefill`, `decode`, `read` and `e2e --video` runs in a process of its own, so that it has its own peak
 memory and compilation. The other commands run in one process.
@@ -23,6 +23,7 @@ from xl2jax.bench.cards import CardsArgs, card_rows
 from xl2jax.bench.e2e import E2EArgs, e2e_rows
 from xl2jax.bench.file import file_row, plot_rows
 from xl2jax.bench.kernels import KernelArgs, kernel_rows
+from xl2jax.bench.live import LiveBenchArgs, live_rows
 from xl2jax.bench.llm import DecodeArgs, PrefillArgs, decode_row, prefill_row
 from xl2jax.bench.matrices import matrix_rows
 from xl2jax.bench.read import MODES, ReadArgs, ensure_video, parse_synthetic, read_row
@@ -93,6 +94,12 @@ def _cards(args: CardsArgs) -> None:
 def _serve(args: ServeBenchArgs) -> None:
     args.check()
     _print_rows(serve_rows(args), args.json)
+
+
+def _live(args: LiveBenchArgs) -> None:
+    args.check()
+    start_backend()
+    _print_rows(live_rows(args), args.json)
 
 
 def _read(args: ReadArgs) -> None:
@@ -181,6 +188,7 @@ _COMMANDS: dict[str, tuple[type, Callable[..., None]]] = {
     "e2e": (E2EArgs, _e2e),
     "cards": (CardsArgs, _cards),
     "serve": (ServeBenchArgs, _serve),
+    "live": (LiveBenchArgs, _live),
     "check": (CheckArgs, _check),
     "train": (TrainBenchArgs, _train),
 }

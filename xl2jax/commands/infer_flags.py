@@ -75,6 +75,8 @@ class LiveArgs:
     line."""
     ask_every: float | None = None
     """Asks --question each time that so many seconds of the video have passed, and at its end."""
+    follow: bool = False
+    """--video is a file that another program is still writing. It ends when nothing was added for 15 seconds."""
     clock: Literal["stream", "wall"] = "stream"
     """Whose time the model reads: the video's, or this machine's when a frame came. Both begin with 0."""
     dense_minutes: float = 10.0

@@ -98,7 +98,7 @@ def _checked(args: Args) -> tuple[dict[str, Any], Stream]:
             pooled_dtype=compute.cache_dtype,
         ),
     }
-    return settings, Stream(args.video)
+    return settings, Stream(args.video, follow=flags.follow)
 
 
 @dataclasses.dataclass

@@ -82,17 +82,12 @@ def table_of(layout: VideoLayout, lengths: np.ndarray, times: np.ndarray, visual
     return GroupTable(jnp.int32(layout.prefix), lengths_of, groups, tail, time_position, visual_position)
 
 
-def slot_groups(
-    table: GroupTable, cache: KVCache, visual_tokens: int, first: jax.Array | np.ndarray | int = 0
-) -> jax.Array:
-    """The group of each slot of a video's dense cache, int32 [S]; -1 for slots that belong to no group.
-
-    `first`: the group whose visual tokens come first in it.
-    """
+def slot_groups(table: GroupTable, cache: KVCache, visual_tokens: int) -> jax.Array:
+    """The group of each slot of a video's dense cache, int32 [S]; -1 for slots that belong to no group."""
     slot = jnp.arange(cache.slots, dtype=jnp.int32)
     ends = table.prefix + jnp.cumsum(table.time_lengths, dtype=jnp.int32)
     time = jnp.searchsorted(ends, slot, side="right").astype(jnp.int32)
-    group = jnp.where(slot < cache.visual_start, time, (slot - cache.visual_start) // visual_tokens + first)
+    group = jnp.where(slot < cache.visual_start, time, (slot - cache.visual_start) // visual_tokens)
     return jnp.where((slot >= table.prefix) & (group < table.groups), group, -1)
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -203,11 +202,9 @@ def mix(
 
 
 @functools.partial(jax.jit, static_argnames="visual_tokens")
-def slot_groups(
-    table: GroupTable, cache: KVCache, first: jax.Array | np.ndarray | int = 0, *, visual_tokens: int
-) -> jax.Array:
+def slot_groups(table: GroupTable, cache: KVCache, *, visual_tokens: int) -> jax.Array:
     """See `bilevel.slot_groups`."""
-    return bilevel.slot_groups(table, cache, visual_tokens, first)
+    return bilevel.slot_groups(table, cache, visual_tokens)
 
 
 @functools.partial(program, static_argnames=("scorer", "groups"))
@@ -224,20 +221,6 @@ def attention_scores(
     """See `relevance.attention_scores`."""
     llm = network.model.llm
     return relevance.attention_scores(llm, context, group, text, suffix, scorer, groups, attention=network.attention)
-
-
-@jax.jit
-def join_scores(older: jax.Array, newer: jax.Array, begin: jax.Array, first: jax.Array, last: jax.Array) -> jax.Array:
-    """Scores [Gcap] of groups below `first` from `older`, and of all others from `newer`.
-
-    Both are shares of the attention, but to different keys. The older ones are scaled so that the best groups of both parts
-    are equal. Groups below `begin` and from `last` on, which stay dense without a choice, do not count in that.
-    """
-    index = jnp.arange(older.shape[0])
-    old, new = (index >= begin) & (index < first), (index >= first) & (index < last)
-    best_old, best_new = (jnp.max(jnp.where(part, x, 0)) for part, x in ((old, older), (new, newer)))
-    factor = jnp.where((best_old > 0) & (best_new > 0), best_new / jnp.maximum(best_old, 1e-30), 1)
-    return jnp.where(index < first, older * factor, newer)
 
 
 @functools.partial(jax.jit, static_argnames=("select_chunk_groups", "top"))

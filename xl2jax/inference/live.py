@@ -24,8 +24,8 @@ import numpy as np
 from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.errors import NotEnoughMemory, UserError, first_line, require_number
 from xl2jax.inference import session
-from xl2jax.inference.bilevel import BilevelConfig
-from xl2jax.inference.layout import PrefillConfig, VideoLayout
+from xl2jax.inference.bilevel import BilevelConfig, mixed_slots
+from xl2jax.inference.layout import PrefillConfig, VideoLayout, bucket
 from xl2jax.inference.live_arena import LiveArena, live_plan
 from xl2jax.inference.live_blocks import BlockStore
 from xl2jax.inference.live_ledger import Ledger
@@ -193,15 +193,16 @@ class LiveVideo:
             quantized=cache.quantized,
             key_channels=kept,
         )
-        pooled = slot_bytes(
-            network.config,
-            network.dtype,
-            quantized=memory.pooled_dtype == "int8",
-            key_channels=kept,
-        ) * (ledger.group_limit * (plan.visual_tokens // bilevel.pool))
-        chosen = (bilevel.top(layout) + 2) * bilevel.select_chunk_groups * plan.visual_tokens + plan.visual_start
-        fetched = chosen * slot_bytes(network.config, network.dtype, quantized=cache.quantized, key_channels=kept)
-        total, free = need.cache + pooled + need.mixed + fetched + need.workspace, available_bytes(network.mesh)
+        slot = slot_bytes(network.config, network.dtype, quantized=cache.quantized, key_channels=kept)
+        pooled_slot = slot_bytes(
+            network.config, network.dtype, quantized=memory.pooled_dtype == "int8", key_channels=kept
+        )
+        pooled = pooled_slot * ledger.group_limit * (plan.visual_tokens // bilevel.pool)
+        # Chunks are scored in pieces, which are gathered and mixed.
+        most = max((bilevel.top(layout) + 2) * bilevel.select_chunk_groups, ledger.piece)
+        mixed = mixed_slots(layout, most, bilevel) * slot
+        fetched = (plan.visual_start + bucket(most) * plan.visual_tokens) * slot
+        total, free = need.cache + pooled + mixed + fetched + need.workspace, available_bytes(network.mesh)
         if total > free:
             raise NotEnoughMemory(
                 f"a live video with {memory.dense_minutes:g} minutes dense and {memory.minutes:g} remembered needs "
@@ -232,6 +233,7 @@ class LiveVideo:
             return None
         image = frame() if callable(frame) else frame
         if image is None:
+            self.clock.lost()
             return None
         if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3):
             raise UserError(f"{self.path}: a frame is not a uint8 array [height, width, 3]")
@@ -434,10 +436,6 @@ class LiveVideo:
             )
         if relevance.scorer == "file":
             raise UserError("a selection file has no entries for a live video: choose another scorer")
-        if relevance.scorer == "attention" and relevance.attention.keys == "dense":
-            raise UserError(
-                "the dense KV of a live video leaves the device: score chunks by relevance keys auto or pooled"
-            )
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:

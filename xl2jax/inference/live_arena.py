@@ -14,17 +14,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from xl2jax.arithmetic import round_up
-from xl2jax.config import LLMConfig
 from xl2jax.errors import UserError
-from xl2jax.inference import compiled, prefill, session
-from xl2jax.inference.bilevel import BilevelConfig, GroupTable, PooledKV, mixed_slots, pool_groups, table_of
+from xl2jax.inference import compiled, live_programs, prefill, session
+from xl2jax.inference.bilevel import BilevelConfig, GroupTable, PooledKV, mixed_slots, table_of
 from xl2jax.inference.cache import KVCache
 from xl2jax.inference.layout import PrefillConfig, VideoLayout, bucket
 from xl2jax.inference.live_blocks import BlockStore
@@ -32,9 +30,10 @@ from xl2jax.inference.live_ledger import Ledger, Move
 from xl2jax.inference.network import Network
 from xl2jax.inference.offload import HostKV, placed_like
 from xl2jax.inference.prefill import PrefillPlan, Stretch
-from xl2jax.models.layers import rope_tables, rotate
-from xl2jax.ops.kv import KVArray, QuantizedKV, exact_channels, quantize, quantized_zeros, unpack
-from xl2jax.ops.precision import accumulator
+from xl2jax.ops.kv import quantized_zeros
+
+_FEWEST_GROUPS = 64
+"""Questions about fewer groups run the programs of so many: compiling another size would take longer."""
 
 
 def live_plan(
@@ -56,7 +55,6 @@ class LiveKV(session.VideoKV):
     most_groups: int
     """The most groups that there were at any moment. Sizes follow from them, so that they change seldom."""
     evicted: int
-    renumbered: bool
     first_block: int
     """Number of the block that the first group belongs to."""
     unit: int
@@ -82,11 +80,6 @@ class LiveKV(session.VideoKV):
         return self.capacity
 
     @property
-    def dense_from(self) -> int | None:
-        # Without a gap in its positions the arena's length is the position of the question.
-        return self.evicted if self.renumbered or not self.evicted else None
-
-    @property
     def on_device(self) -> bool:
         return self.evicted == 0
 
@@ -95,8 +88,12 @@ class LiveKV(session.VideoKV):
         raise UserError(f"a live video keeps the pooled KV that it was started with (pool {made}), not pool {pool}")
 
     def readable(self, dense: jax.Array) -> np.ndarray:
-        """Reads the blocks of groups that are not on the device. Groups whose blocks were dropped are left out."""
+        """Reads the blocks of groups that are not on the device. Groups whose blocks were dropped are left out.
+
+        `with_dense` then takes these, and no others.
+        """
         wanted = np.array(dense)
+        self._read = {}
         for at in range(0, self.evicted, self.unit):
             if wanted[at : at + self.unit].any():
                 block = self.blocks.get(self.first_block + at // self.unit)
@@ -129,10 +126,10 @@ class LiveKV(session.VideoKV):
                 jax.tree.map(put, host, tuple(block))
             host = jax.tree.map(placed_like, (self.cache.k, self.cache.v), host)
         start = self.plan.visual_start
-        return _gather_groups(self.cache, index, host, on_host, start=start, visual_tokens=v)
+        return live_programs.gather_groups(self.cache, index, host, on_host, start=start, visual_tokens=v)
 
     def mixed_slots(self, dense_limit: int, bilevel: BilevelConfig) -> int:
-        groups = min(1 << (self.most_groups - 1).bit_length(), self.capacity)
+        groups = min(max(1 << (self.most_groups - 1).bit_length(), _FEWEST_GROUPS), self.capacity)
         layout = VideoLayout(self.layout.prefix, (self.plan.time_cap,) * groups, self.layout.visual_tokens)
         return mixed_slots(layout, dense_limit, bilevel)
 
@@ -171,6 +168,7 @@ class LiveArena:
         for block, length in prefill.blocks(prefix, network.platform):
             self.cache, _ = compiled.prefill_globals(network, self.cache, block, None, np.int32(length))
         self.pooled = self._empty_pooled(quantized_pooled)
+        self._compile_moves()
 
     def _empty_pooled(self, quantized: bool) -> PooledKV:
         layers, kv_heads, _, h = self.cache.shape
@@ -181,6 +179,12 @@ class LiveArena:
         return PooledKV(
             quantized_zeros(shape, self._network.dtype, channels), quantized_zeros(shape, self._network.dtype)
         )
+
+    def _compile_moves(self) -> None:
+        """Moves nothing, so that the programs that move groups are there when a camera cannot wait for them."""
+        self._read_block(0)
+        self._move_arrays(0, 0, np.zeros(0, np.int32), np.zeros(0, np.int32))
+        self.pooled = live_programs.shift_pooled(self.pooled, np.int32(0))
 
     @property
     def nbytes(self) -> int:
@@ -209,7 +213,7 @@ class LiveArena:
         start = np.int32(plan.visual_start + ledger.dense * v)
         positions = np.zeros(plan.segment_groups, np.int32)
         positions[:new] = self._visuals[first:groups]
-        self.pooled, self.finite = _pool_new(
+        self.pooled, self.finite = live_programs.pool_new(
             self._network.config.llm,
             self.cache,
             self.pooled,
@@ -234,15 +238,12 @@ class LiveArena:
 
     def _move(self, move: Move) -> None:
         """Stores the groups that leave, and moves all others to the start of the arrays."""
-        ledger, plan, v = self.ledger, self.plan, self.plan.visual_tokens
+        ledger, v = self.ledger, self.plan.visual_tokens
         evicted_before = ledger.evicted + move.forgotten - move.evicted
         before = ledger.forgotten - move.forgotten
-        size = ledger.unit * v
         for at in range(0, move.evicted, ledger.unit):
-            slot = np.int32(plan.visual_start + at * v)
-            block = _slots((self.cache.k, self.cache.v), slot, size=size)
             number = (before + evicted_before + at) // ledger.unit
-            self._blocks.put(number, HostKV(*jax.tree.map(lambda x: np.array(x), block)))
+            self._blocks.put(number, self._read_block(at))
         gone = int(self._lengths[: move.forgotten].sum())
         groups = ledger.groups
         for x in (self._lengths, self._times, self._visuals):
@@ -253,17 +254,34 @@ class LiveArena:
             self._number(0, groups)
         else:
             self._shift += move.evicted * v + gone
-        lengths, evicted = self._lengths[:groups], ledger.evicted
+        times = np.repeat(self._times[:groups] - old_times, self._lengths[:groups])
+        visuals = np.repeat((self._visuals[:groups] - old_visuals)[ledger.evicted :], v)
+        self._move_arrays(gone, move.evicted * v, times, visuals)
+        if move.forgotten:
+            kept = v // self._pool
+            self.pooled = live_programs.shift_pooled(self.pooled, np.int32(move.forgotten * kept))
+            self._blocks.forget(ledger.forgotten // ledger.unit)
+
+    def _read_block(self, group: int) -> HostKV:
+        """The dense KV of a unit of groups, from place `group` of the arena on."""
+        v = self.plan.visual_tokens
+        slot = np.int32(self.plan.visual_start + group * v)
+        block = live_programs.slots((self.cache.k, self.cache.v), slot, size=self.ledger.unit * v)
+        return HostKV(*jax.tree.map(lambda x: np.array(x), block))
+
+    def _move_arrays(self, gone: int, left: int, times: np.ndarray, visuals: np.ndarray) -> None:
+        """Drops the first `gone` time tokens and the first `left` visual tokens of the cache. Those that stay are rotated by
+        `times` and `visuals` positions."""
+        plan = self.plan
         source, turn = np.arange(plan.slots), np.zeros(plan.slots, np.int64)
         source[self._prefix : plan.visual_start] += gone
-        source[plan.visual_start :] += move.evicted * v
-        end = self._prefix + int(lengths.sum())
-        turn[self._prefix : end] = np.repeat(self._times[:groups] - old_times, lengths)
-        dense_end = plan.visual_start + ledger.dense * v
-        turn[plan.visual_start : dense_end] = np.repeat((self._visuals[:groups] - old_visuals)[evicted:], v)
+        source[plan.visual_start :] += left
+        end = self._prefix + len(times)
+        turn[self._prefix : end] = times
+        turn[plan.visual_start : plan.visual_start + len(visuals)] = visuals
         source = np.minimum(source, plan.slots - 1)
-        counts = np.int32(end), np.int32(ledger.dense * v)
-        self.cache = _move_slots(
+        counts = np.int32(end), np.int32(len(visuals))
+        self.cache = live_programs.move_slots(
             self._network.config.llm,
             self.cache,
             source.astype(np.int32),
@@ -271,10 +289,6 @@ class LiveArena:
             counts,
             rotated=self._renumber,
         )
-        if move.forgotten:
-            kept = v // self._pool
-            self.pooled = _shift_pooled(self.pooled, np.int32(move.forgotten * kept))
-            self._blocks.forget(ledger.forgotten // ledger.unit)
 
     def kv(self) -> LiveKV:
         """The groups that are remembered now. Raises UserError where their KV is not finite."""
@@ -289,116 +303,11 @@ class LiveArena:
             pooled={self._pool: self.pooled},
             capacity=self._capacity,
             most_groups=self._most,
+            piece_groups=ledger.piece,
             evicted=ledger.evicted,
-            renumbered=self._renumber,
             first_block=ledger.forgotten // ledger.unit,
             unit=ledger.unit,
             times=self._times.copy(),
             visuals=self._visuals.copy(),
             blocks=self._blocks,
         )
-
-
-# --- compiled programs -------------------------------------------------------------------------
-
-
-@functools.partial(jax.jit, static_argnames="size")
-def _slots(kv: Any, start: jax.Array, *, size: int) -> Any:
-    """`size` slots of keys and values [L, K, S, ...]."""
-    return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, start, size, axis=2), kv)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "rotated"), donate_argnames="cache")
-def _move_slots(
-    config: LLMConfig,
-    cache: KVCache,
-    source: jax.Array,
-    turn: jax.Array,
-    counts: tuple[jax.Array, jax.Array],
-    *,
-    rotated: bool,
-) -> KVCache:
-    """Slot s becomes slot `source[s]`, whose key is rotated by `turn[s]` positions. One layer is copied at a time.
-
-    `counts`: globals and visual tokens after it.
-    """
-    dtype = accumulator(cache.dtype)
-    cos, sin = rope_tables(turn, config.head_width, config.rope_theta, dtype)
-
-    def turned(x: KVArray) -> KVArray:  # [K, S, H]
-        if not isinstance(x, QuantizedKV):
-            return rotate(x, cos, sin)
-        packed = quantize(rotate(unpack(x), cos, sin), exact_channels(x))
-        still = turn == 0  # these keep their bits
-        return jax.tree.map(lambda new, old: jnp.where(still.reshape(-1, *(1,) * (old.ndim - 2)), old, new), packed, x)
-
-    def layer(i: jax.Array, kv: tuple[KVArray, KVArray]) -> tuple[KVArray, KVArray]:
-        k, v = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False)[:, source], kv)
-        moved = (turned(k) if rotated else k, v)
-        return jax.tree.map(lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, i, 0), kv, moved)
-
-    k, v = jax.lax.fori_loop(0, config.layers, layer, (cache.k, cache.v))
-    return KVCache(k, v, counts[0], cache.visual_start, counts[1])
-
-
-@functools.partial(jax.jit, donate_argnames="pooled")
-def _shift_pooled(pooled: PooledKV, by: jax.Array) -> PooledKV:
-    """Moves pooled tokens `by` slots to the start. One layer is copied at a time."""
-
-    def layer(i: jax.Array, pooled: PooledKV) -> PooledKV:
-        def move(a: jax.Array) -> jax.Array:
-            x = jax.lax.dynamic_index_in_dim(a, i, keepdims=False)
-            x = x[:, jnp.minimum(jnp.arange(x.shape[1]) + by, x.shape[1] - 1)]
-            return jax.lax.dynamic_update_index_in_dim(a, x, i, 0)
-
-        return jax.tree.map(move, pooled)
-
-    return jax.lax.fori_loop(0, jax.tree.leaves(pooled)[0].shape[0], layer, pooled)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "visual_tokens", "pool"), donate_argnames="pooled")
-def _pool_new(
-    config: LLMConfig,
-    cache: KVCache,
-    pooled: PooledKV,
-    finite: jax.Array,
-    start: jax.Array,
-    positions: jax.Array,
-    first: jax.Array,
-    *,
-    visual_tokens: int,
-    pool: int,
-) -> tuple[PooledKV, jax.Array]:
-    """Writes the pooled KV of the groups from slot `start` on to the places of groups from `first` on.
-
-    Also returns whether all of it is finite, and what came before it was (`finite`).
-    """
-    new = pool_groups(cache, start, positions, visual_tokens=visual_tokens, pool=pool, theta=config.rope_theta)
-    finite &= jnp.all(jnp.stack([jnp.isfinite(unpack(x)).all() for x in new]))
-    at = first * jnp.int32(visual_tokens // pool)
-
-    def put(old: KVArray, x: KVArray) -> KVArray:
-        if isinstance(old, QuantizedKV):
-            x = quantize(unpack(x), exact_channels(old))
-        return jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, at, axis=2), old, x)
-
-    return PooledKV(*(put(old, x) for old, x in zip(pooled, new, strict=True))), finite
-
-
-@functools.partial(jax.jit, static_argnames=("start", "visual_tokens"))
-def _gather_groups(
-    cache: KVCache, index: jax.Array, host: Any, on_host: jax.Array, *, start: int, visual_tokens: int
-) -> KVCache:
-    """The globals, and behind them the groups at places `index` [n] of the arena, or those of `host` where `on_host`."""
-    slots = (start + index[:, None] * visual_tokens + jnp.arange(visual_tokens)).reshape(-1)
-    from_host = jnp.repeat(on_host, visual_tokens)
-
-    def pick(a: jax.Array, other: jax.Array | None) -> jax.Array:
-        picked = a[:, :, slots]
-        if other is not None:
-            picked = jnp.where(from_host.reshape(-1, *(1,) * (a.ndim - 3)), other, picked)
-        return jnp.concatenate([a[:, :, :start], picked], axis=2)
-
-    arrays = (cache.k, cache.v)
-    k, v = jax.tree.map(lambda a: pick(a, None), arrays) if host is None else jax.tree.map(pick, arrays, host)
-    return cache._replace(k=k, v=v)

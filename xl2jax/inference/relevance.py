@@ -36,7 +36,8 @@ class AttentionScorer:
     """From 0 to 1. The tokens of a question attend to all that it could mean; at the tokens behind it the model looks for
     what it says next."""
     keys: Literal["auto", "dense", "pooled"] = "auto"
-    """The KV that the question attends to. auto is the dense KV, or the pooled KV where the dense KV was offloaded."""
+    """The KV that the question attends to. auto is the dense KV, or the pooled KV where the dense KV was offloaded.
+    For a live video auto and dense bring back what has left the device, a piece at a time; pooled takes less time."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.first_layer < self.last_layer <= 1:

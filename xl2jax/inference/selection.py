@@ -129,8 +129,8 @@ def choose_context(
                 "chunks are scored by the dense KV (auto)"
                 if kv.on_device
                 else "the dense KV was offloaded: chunks are scored by the pooled KV"
-                if kv.dense_from is None
-                else "the dense KV of older chunks has left the device: these are scored by the pooled KV"
+                if kv.piece_groups is None
+                else "the dense KV of older chunks has left the device: chunks are scored piece by piece"
             )
         chosen = session.choose_context(network, kv, suffix, bilevel, scorer)
     return chosen.context, _chunks(video, bilevel.select_chunk_groups, chosen.dense_blocks, chosen.scores)

@@ -182,6 +182,8 @@ class VideoKV:
     """The visual KV where it was offloaded. `cache` then holds only the globals."""
     pooled: dict[int, PooledKV] = dataclasses.field(default_factory=dict)
     """The pooled KV by pool size. Only the size that was asked for last is kept."""
+    piece_groups: int | None = None
+    """How many groups are scored together by dense KV that is not on the device; None where it is not scored."""
     lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
     """Held while `pooled` is made, so that threads that ask at once make it once."""
 
@@ -200,14 +202,9 @@ class VideoKV:
         return self.plan.group_capacity
 
     @property
-    def dense_from(self) -> int | None:
-        """The first group whose dense KV is in `cache`, where a question can attend to it; None where there is none."""
-        return 0 if self.host is None else None
-
-    @property
     def on_device(self) -> bool:
         """Whether the dense KV of all groups is in `cache`."""
-        return self.dense_from == 0
+        return self.host is None
 
     def make_pooled(self, network: Network, pool: int) -> PooledKV:
         """The pooled KV of all groups."""
@@ -324,7 +321,7 @@ def mix(
 def score_groups(
     network: Network, kv: VideoKV, suffix: SuffixIds, bilevel: BilevelConfig, scorer: Scorer, pooled: PooledKV
 ) -> jax.Array:
-    """Relevance of every group, float32 [Gcap].
+    """Relevance of every group, float32 [Gcap]. Groups whose dense KV cannot be read are scored by their pooled KV.
 
     Raises UserError where the scorer needs the dense KV and it was offloaded.
     """
@@ -335,26 +332,31 @@ def score_groups(
         ids = np.asarray(suffix.ids)[: int(suffix.end)].tolist()
         seed = int.from_bytes(hashlib.blake2b(repr(ids).encode(), digest_size=4).digest(), "little")
         return jax.random.uniform(jax.random.key(seed), (capacity,))
-    if scorer.keys == "dense" and not kv.on_device:
-        raise UserError("the dense KV was offloaded: score chunks by the pooled KV (relevance keys auto or pooled)")
 
     def scores(context: KVCache, group: jax.Array) -> jax.Array:
         text = new_text(network, suffix, 0)
         return compiled.attention_scores(network, context, group, text, suffix, scorer=scorer, groups=capacity)
 
-    first = None if scorer.keys == "pooled" else kv.dense_from
-    if first is not None:
-        group = compiled.slot_groups(kv.table, kv.cache, np.int32(first), visual_tokens=kv.layout.visual_tokens)
-        of_dense = scores(kv.cache, group)
-        if first == 0:
-            return of_dense
-    context, source = mix(network, kv, pooled, np.zeros(capacity, bool), 0, bilevel)
-    of_pooled = scores(context, jnp.where(source.valid, source.group, -1))
-    if first is None:
-        return of_pooled
-    size = bilevel.select_chunk_groups
-    last = (kv.layout.groups - 1) // size * size
-    return compiled.join_scores(of_pooled, of_dense, np.int32(size), np.int32(first), np.int32(last))
+    def mixed_scores(dense: np.ndarray, limit: int) -> jax.Array:
+        context, source = mix(network, kv, pooled, dense, limit, bilevel)
+        return scores(context, jnp.where(source.valid, source.group, -1))
+
+    if scorer.keys != "pooled" and kv.on_device:
+        return scores(kv.cache, compiled.slot_groups(kv.table, kv.cache, visual_tokens=kv.layout.visual_tokens))
+    if scorer.keys == "dense" and kv.piece_groups is None:
+        raise UserError("the dense KV was offloaded: score chunks by the pooled KV (relevance keys auto or pooled)")
+    nothing, read = np.zeros(capacity, bool), np.arange(capacity) >= kv.layout.groups
+    found = jnp.zeros(capacity)
+    if scorer.keys != "pooled" and kv.piece_groups is not None:
+        # Each piece is dense in its turn while all others are pooled, so that the scores of all pieces can be compared.
+        for first in range(0, kv.layout.groups, kv.piece_groups):
+            piece = nothing.copy()
+            piece[first : min(first + kv.piece_groups, kv.layout.groups)] = True
+            piece = np.asarray(kv.readable(piece))
+            if piece.any():
+                found = jnp.where(piece, mixed_scores(piece, kv.piece_groups), found)
+            read |= piece
+    return found if read.all() else jnp.where(read, found, mixed_scores(nothing, 0))
 
 
 # --- the answer --------------------------------------------------------------------------------

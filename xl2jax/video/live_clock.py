@@ -44,12 +44,16 @@ class LiveClock:
         self._last: float | None = None  # the source's time of the last frame
         self._suspect: float | None = None
         self._offset = self._came = 0.0
-        self._place = -1
+        self._place = self._place_before = -1
         self._interrupted = False
 
     def interrupted(self) -> None:
         """Says that the source was opened anew. The time between is counted by this machine's clock."""
         self._interrupted = self._last is not None
+
+    def lost(self) -> None:
+        """Says that the frame that was just accepted is damaged. The next one of its interval is kept in its place."""
+        self._place = self._place_before
 
     def accept(self, given: float | None) -> float | None:
         """The seconds of a frame that the source dates `given`, or None for a frame that is left out.
@@ -91,5 +95,5 @@ class LiveClock:
         place = math.floor(self.seconds * self._fps + 1e-6)
         if place <= self._place:
             return None
-        self._place = place
+        self._place_before, self._place = self._place, place
         return self.seconds

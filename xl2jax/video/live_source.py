@@ -6,6 +6,7 @@ address that gives no frame at all is one.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import re
@@ -13,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -27,6 +28,7 @@ _PROTOCOLS = "http,https,tcp,tls,crypto,udp,rtp,rtsp,rtsps,rtmp,rtmps,srt,hls,da
 """What an address may make FFmpeg open. A playlist from elsewhere cannot name files of this machine."""
 
 _LONGEST_WAIT = 30.0
+_LOOK_AGAIN = 0.05  # seconds
 
 
 def address_of(text: str | Path) -> str:
@@ -41,19 +43,29 @@ class Stream:
     Attributes:
       address: a URL, the path of a file, a pipe or a device, or `-` for standard input.
       is_url: whether frames come as they are taken, and a cut stream is opened anew.
+      follow: whether a file may still be written, so that its end is waited at.
       damaged: packets that could not be decoded.
       opened: how often the address was opened with success.
     """
 
-    def __init__(self, address: str | Path, *, retries: int = 6, first_wait: float = 1.0, timeout: float = 15.0):
-        """`retries`: how often in a row a URL is tried again before the stream counts as ended. The waits between begin with
-        `first_wait` seconds and double, up to half a minute. `timeout`: seconds without data after which a URL counts as
-        cut off.
+    def __init__(
+        self,
+        address: str | Path,
+        *,
+        follow: bool = False,
+        retries: int = 6,
+        first_wait: float = 1.0,
+        timeout: float = 15.0,
+    ):
+        """`follow`: the address is a file that another program is writing. It may be empty yet, and it has ended when nothing
+        was added for `timeout` seconds. `retries`: how often in a row a URL is tried again before the stream counts as
+        ended. The waits between begin with `first_wait` seconds and double, up to half a minute. `timeout`: seconds
+        without data after which a URL counts as cut off.
 
         Raises UserError for a protocol that is not read, and for a local path that cannot be one.
         """
         self.address = address_of(address)
-        self.is_url = "://" in self.address
+        self.is_url, self.follow = "://" in self.address, follow
         self.damaged = self.opened = 0
         self._retries, self._first_wait, self._timeout = retries, first_wait, timeout
         self._closed = threading.Event()
@@ -64,8 +76,10 @@ class Stream:
             path = Path(self.address)
             if not path.exists():
                 raise UserError(f"{self.address}: no such video")
-            if path.is_dir() or (path.is_file() and not path.stat().st_size):
+            if path.is_dir() or (path.is_file() and not path.stat().st_size and not follow):
                 raise UserError(f"{self.address}: {'a folder' if path.is_dir() else 'empty'}, not a video")
+        if follow and (self.is_url or not Path(self.address).is_file()):
+            raise UserError(f"{self.address}: is no file: only files that are being written are followed")
 
     def close(self) -> None:
         """Ends the stream, from any thread, within the timeout."""
@@ -110,25 +124,29 @@ class Stream:
 
         self._is_whole = False
         options = {"protocol_whitelist": _PROTOCOLS, "rtsp_transport": "tcp"} if self.is_url else {}
-        name = (
+        name: Any = (
             self.address
             if self.is_url
             else "pipe:0"
             if self.address == "-"
             else f"file:{Path(self.address).absolute()}"
         )
-        try:
-            container = av.open(name, options=options, timeout=self._timeout if self.is_url else None)
-        except Exception as e:  # on damaged data PyAV raises others besides its own errors
-            raise _Failure(first_line(e)) from None
-        with container:
+        with contextlib.ExitStack() as opened:
+            try:
+                if self.follow:
+                    name = _GrowingFile(opened.enter_context(open(self.address, "rb")), self._timeout, self._closed)
+                timeout = self._timeout if self.is_url else None
+                container = opened.enter_context(av.open(name, options=options, timeout=timeout))
+            except Exception as e:  # on damaged data PyAV raises others besides its own errors
+                raise _Failure(first_line(e)) from None
             stream: Any = container.streams.best("video")
             if stream is None:
                 raise _Failure("it holds no video")
             self.opened += 1
             # A recording, which is not watched again when it ends. The size of a playlist is not that of its video.
             self._is_whole = bool(container.duration) or ((container.size or 0) > 0 and container.format.name != "hls")
-            stream.thread_type = "SLICE" if self.is_url else "AUTO"  # threads by frame would hold frames back
+            # Threads by frame would hold frames back.
+            stream.thread_type = "SLICE" if self.is_url or self.follow else "AUTO"
             stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
             packets = container.demux(stream)
             while not self._closed.is_set():
@@ -159,6 +177,24 @@ class Stream:
             logger.debug("%s: %r", self.address, e)
             self.damaged += 1
             return None
+
+
+class _GrowingFile:
+    """A file that is still written, for PyAV: at its end it waits for more, and ends after `timeout` seconds without.
+
+    FFmpeg's own way to follow a file cuts off what a packet lacks at that moment.
+    """
+
+    def __init__(self, file: IO[bytes], timeout: float, closed: threading.Event):
+        self._file, self._timeout, self._closed = file, timeout, closed
+        self._over = False
+
+    def read(self, size: int) -> bytes:
+        waited_since = time.monotonic()
+        while not (data := self._file.read(size)) and not self._over:
+            late = time.monotonic() - waited_since >= self._timeout
+            self._over = late or self._closed.wait(_LOOK_AGAIN)  # FFmpeg reads several times at the end
+        return data
 
 
 class _Failure(Exception):
