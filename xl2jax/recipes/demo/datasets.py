@@ -100,7 +100,9 @@ def _make_video(args: DatasetArgs, number: int) -> list[dict[str, Any]]:
         turns: list[dict[str, str]] = []
         asked = set()
         for _ in range(2 * args.turns):
-            question = ask(scene, args.kinds[int(rng.integers(len(args.kinds)))], scene.times(FRAMES_PER_GROUP * interval), rng)
+            question = ask(
+                scene, args.kinds[int(rng.integers(len(args.kinds)))], scene.times(FRAMES_PER_GROUP * interval), rng
+            )
             if question is not None and (key := (question.kind, question.answer, question.group)) not in asked:
                 asked.add(key)
                 prefix = "" if turns else f"{IMAGE}\n"
