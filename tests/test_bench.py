@@ -197,3 +197,26 @@ def test_bad_options(refused: Callable[..., str]) -> None:
     assert "cannot be trained" in refused(bench.main, "train", "--train", "all", "--weights", "int8")
     assert "no such folder" in refused(bench.main, "train", "--save", "/nowhere")
     assert "goes with --parts train" in refused(bench.main, "cards", "--save", ".")
+
+
+@pytest.mark.slow
+def test_live(command: Callable[..., tuple[int, str, str]]) -> None:
+    """The stages in their order; what is timed compiles nothing."""
+    flags = ("--preset", "tiny", "--dtype", "float32", "--dense-minutes", 0.1, "--minutes", 4, "--tokens", 2)
+    flags += ("--seconds", 2, "--every", 0.5, "--rate", 20, "--questions", 3, "--json")
+    status, out, err = command(bench.main, "live", *flags)
+    assert status == 0, err
+    full, flat_out, steady, finished, file = json.loads(out)["rows"]
+    assert [row["stage"] for row in (full, flat_out, steady, finished, file)] == [
+        "full", "flat out", "steady", "finished", "file",
+    ]  # fmt: skip
+    assert full["frames"] == 4 * (360 // 4 + 1)
+    assert flat_out["answers"] >= 1
+    assert steady["frames_s"] == pytest.approx(20, rel=0.3)
+    assert steady["answers"] == 3
+    assert finished["ratio"] == pytest.approx(steady["first_token_s"] / finished["first_token_s"])
+    assert full["programs"] == flat_out["programs"] == steady["programs"] == finished["programs"]
+    assert file["frames"] == 240
+    status, _, err = command(bench.main, "live", "--rate", 0)
+    assert status == 2
+    assert "--rate must be above 0" in err

@@ -87,7 +87,7 @@ class LiveKV(session.VideoKV):
         made = ", ".join(map(str, self.pooled))
         raise UserError(f"a live video keeps the pooled KV that it was started with (pool {made}), not pool {pool}")
 
-    def readable(self, dense: jax.Array) -> np.ndarray:
+    def readable(self, dense: jax.Array | np.ndarray) -> np.ndarray:
         """Reads the blocks of groups that are not on the device. Groups whose blocks were dropped are left out.
 
         `with_dense` then takes these, and no others.

@@ -213,7 +213,7 @@ class VideoKV:
             return compiled.pool_cache(llm, self.cache, self.table, visual_tokens=visual_tokens, pool=pool)
         return pool_host(llm, self.cache, self.host, self.table, visual_tokens=visual_tokens, pool=pool)
 
-    def readable(self, dense: jax.Array) -> jax.Array | np.ndarray:
+    def readable(self, dense: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
         """Those of groups `dense` [Gcap] whose dense KV can be read: all of them, in a video that has ended."""
         return dense
 
