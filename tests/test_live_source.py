@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import xl2jax
 from xl2jax.errors import UserError
-from xl2jax.inference.live import LiveMemory
+from xl2jax.inference.live_sizes import LiveMemory
 from xl2jax.testing import shape_frame
 from xl2jax.video.live_clock import LiveClock
 from xl2jax.video.live_source import Buffer, Stream, address_of

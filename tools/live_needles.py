@@ -20,7 +20,7 @@ from xl2jax.commands.flags import DEFAULT_CHECKPOINT, whole_numbers
 from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.evaluation.questions import Kind, ask
 from xl2jax.evaluation.scenes import COLOURS, SHAPES, Event, Scene
-from xl2jax.inference.live import LiveMemory
+from xl2jax.inference.live_sizes import LiveMemory
 
 KINDS: tuple[Kind, ...] = ("colour_of", "shape_of", "time")
 
