@@ -51,7 +51,9 @@ class OpenAddress:
     """The bytes of an http or https address, as `Stream` reads them. At most three redirects are followed.
 
     Attributes:
+      url: where the redirects lead to.
       length: how many there are, where the server says so.
+      is_playlist: whether the server says that they are a playlist.
     """
 
     def __init__(self, downloads: Downloads, url: str):
@@ -68,8 +70,10 @@ class OpenAddress:
                 raise
             except (httpcore2.NetworkError, httpcore2.ProtocolError, httpcore2.TimeoutException, ValueError, TypeError):
                 raise unreachable() from None
-            lengths = [value for name, value in response.headers if name.lower() == b"content-length"]
-            self.length = int(lengths[0]) if lengths and lengths[0].isdigit() else None
+            headers = {name.lower(): value for name, value in response.headers}
+            length = headers.get(b"content-length", b"")
+            self.length = int(length) if length.isdigit() else None
+            self.is_playlist = b"mpegurl" in headers.get(b"content-type", b"").lower()
             self._blocks: Iterator[bytes] = response.iter_stream()
             self._opened = opened.pop_all()
 
@@ -82,6 +86,7 @@ class OpenAddress:
             response = opened.enter_context(pool.stream("GET", url, headers=HEADERS, extensions={"timeout": idle}))
             following = redirected(url, response.status, {name.lower(): value for name, value in response.headers})
             if following is None:
+                self.url = url
                 return response
             url = following
         raise too_far()

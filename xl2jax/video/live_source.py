@@ -36,10 +36,14 @@ class Readable(Protocol):
     """An open address.
 
     Attributes:
+      url: the address at the end of all redirects, to which names in a playlist are relative.
       length: bytes, where they are known: a recording, which ends.
+      is_playlist: whether the server says that it is one (hls).
     """
 
+    url: str
     length: int | None
+    is_playlist: bool
 
     def read(self, size: int, /) -> bytes: ...
 
@@ -145,11 +149,15 @@ class Stream:
             else f"file:{Path(self.address).absolute()}"
         )
         others: dict[str, Any] = {}
-        if (connect := self._connect) is not None:
-            # What is opened past `connect` is refused, whatever makes FFmpeg open it.
-            options = {"protocol_whitelist": "none", "format_whitelist": _FORMATS, "http_persistent": "0"}
-            others["io_open"] = lambda url, flags, options: self._opened(connect, url)
         try:
+            if (connect := self._connect) is not None:
+                # What is opened past `connect` is refused, whatever makes FFmpeg open it.
+                options = {"protocol_whitelist": "none", "format_whitelist": _FORMATS, "http_persistent": "0"}
+                first = connect(self.address)
+                name, self._length, waiting = first.url, first.length, [first]
+                others["io_open"] = lambda url, flags, options: waiting.pop() if waiting else connect(url)
+                if first.is_playlist:
+                    others["format"] = "hls"
             container = av.open(name, options=options, timeout=self._timeout if self.is_url else None, **others)
         except UserError:
             raise
@@ -178,12 +186,6 @@ class Stream:
                 if packet is None:  # the packet before it, an empty one, gave the last frames
                     return
                 yield from self._decoded(stream, packet)
-
-    def _opened(self, connect: Callable[[str], Readable], url: str) -> Readable:
-        opened = connect(url)
-        if url == self.address:
-            self._length = opened.length
-        return opened
 
     def _decoded(self, stream: Any, packet: Any) -> Iterator[tuple[float | None, Callable[[], np.ndarray | None]]]:
         try:
