@@ -28,10 +28,10 @@ from websockets.sync.client import ClientConnection, connect
 
 import xl2jax
 from xl2jax.inference.live_sizes import LiveMemory
-from xl2jax.serving import live_requests
+from xl2jax.serving import live_http
 from xl2jax.serving.addresses import Downloads, is_public
 from xl2jax.serving.limits import Limits, LiveLimits
-from xl2jax.serving.live_requests import BAD_MESSAGE, ENDED, REPLACED
+from xl2jax.serving.live_http import BAD_MESSAGE, ENDED, REPLACED
 from xl2jax.serving.media import MediaRules
 from xl2jax.serving.service import Service
 from xl2jax.testing import shape_frame
@@ -48,7 +48,7 @@ def make(model: xl2jax.Model, folder: Path, **options: Any) -> Service:
 
 @pytest.fixture(autouse=True)
 def quick_progress(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live_requests, "_TELL_SECONDS", 0.1)
+    monkeypatch.setattr(live_http, "_TELL_SECONDS", 0.1)
 
 
 @pytest.fixture(scope="module")

@@ -108,9 +108,10 @@ class LiveVideo:
             quantized_pooled=memory.pooled_dtype == "int8",
             renumber=memory.renumber,
         )
+        self._device_bytes = self._arena.nbytes
         logger.info(
             "a live video keeps %.4g minutes dense and remembers %.4g, in %.2f GiB of device memory",
-            sizes.dense_minutes, sizes.minutes, self._arena.nbytes / 2**30,
+            sizes.dense_minutes, sizes.minutes, self._device_bytes / 2**30,
         )  # fmt: skip
         self._source = source
         self._drops = isinstance(source, Stream) and source.is_url
@@ -447,7 +448,7 @@ class LiveVideo:
     @property
     def device_bytes(self) -> int:
         """Bytes that the video holds on the device."""
-        return 0 if self.closed else self._arena.nbytes
+        return 0 if self.closed else self._device_bytes
 
     @property
     def host_bytes(self) -> int:

@@ -22,7 +22,7 @@ guard       the key, and where a request comes from
 bodies      bodies of requests, of bounded size and time
 chat        chat requests
 files       the requests to /v1/files
-live_requests  the requests to /v1/live, and the WebSocket of frames
+live_http   the requests to /v1/live, and the WebSocket of frames
 web_page    the page at /
 parts       the requests to /v1/uploads
 app         the HTTP interface

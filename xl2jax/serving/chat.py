@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 from xl2jax.errors import UserError
 from xl2jax.prompt import suffix
 from xl2jax.serving.bodies import json_body
-from xl2jax.serving.errors import RequestError
+from xl2jax.serving.errors import RequestError, late
 from xl2jax.serving.guard import error_response
 from xl2jax.serving.jobs import Begun, Ended, Event, Failed, Job, Piece, Watched
 from xl2jax.serving.live import LIVE_ID, LiveSession
@@ -82,7 +82,7 @@ class _Conversation:
                         media.release()
                 if leaving.done():
                     return None
-                raise _late(service)
+                raise late(service.limits)
             prepared = preparing.result()
         finally:
             leaving.cancel()
@@ -108,7 +108,7 @@ class _Conversation:
                 event = await asyncio.wait_for(self._queue.get(), min(left, _HEARTBEAT_SECONDS))
             except TimeoutError:
                 if time.monotonic() >= self.deadline:
-                    raise _late(self._service) from None
+                    raise late(self._service.limits) from None
                 yield None
                 continue
             match event:
@@ -142,10 +142,6 @@ async def _left(request: Request) -> None:
     """Waits until the client goes away. The body must have been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _late(service: Service) -> RequestError:
-    return RequestError(504, f"not answered within {service.limits.request_seconds:g} s", code="timeout")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from xl2jax.errors import NotEnoughMemory, UserError, shorten
+from xl2jax.serving.limits import Limits
 from xl2jax.system.terminal import explain
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,11 @@ class RequestError(Exception):
     def headers(self) -> dict[str, str]:
         headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
         return headers | {"Connection": "close"} if self.status == 408 else headers  # the rest of the body never came
+
+
+def late(limits: Limits) -> RequestError:
+    """For a request that took too long."""
+    return RequestError(504, f"not answered within {limits.request_seconds:g} s", code="timeout")
 
 
 def internal_error() -> RequestError:

@@ -338,6 +338,8 @@ class LiveSessions:
                 self._open.remove(session)
         while self._new:
             session = self._new.popleft()
+            if session.over is not None:
+                continue  # nobody waits for it any more
             try:
                 session.open(self._model, self._bilevel, self._videos, self.wake)
             except Exception as e:

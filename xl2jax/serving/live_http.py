@@ -17,7 +17,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from xl2jax.errors import UserError
 from xl2jax.serving.bodies import json_body
-from xl2jax.serving.errors import RequestError
+from xl2jax.serving.errors import RequestError, late
 from xl2jax.serving.guard import SUBPROTOCOL, error_response
 from xl2jax.serving.limits import LiveLimits
 from xl2jax.serving.live import LiveSession, LiveSettings
@@ -72,7 +72,12 @@ async def start(request: Request, service: Service, place: Place) -> Response:
             return OpenAddress(downloads, url)
 
     session = service.live.open(settings, connect)
-    await asyncio.wrap_future(session.opened)
+    try:
+        async with asyncio.timeout(service.limits.request_seconds):
+            await asyncio.wrap_future(session.opened)
+    except TimeoutError:
+        service.live.end(session, "it was not opened in time")
+        raise late(service.limits) from None
     return JSONResponse(session.describe())
 
 
@@ -119,7 +124,7 @@ async def frames(socket: WebSocket) -> None:
         await socket.send_denial_response(error_response(e))
         return
     await socket.accept(SUBPROTOCOL if SUBPROTOCOL in socket.scope["subprotocols"] else None)
-    mine = session.connect()
+    mine = await asyncio.to_thread(session.connect)
     work = [asyncio.create_task(_receive(socket, session, mine)), asyncio.create_task(_tell(socket, session, mine))]
     done, running = await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)
     for task in running:
