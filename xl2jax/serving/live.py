@@ -7,7 +7,6 @@ closes live videos, and watches a step of one of them between its other work.
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import logging
 import re
@@ -118,13 +117,11 @@ class LiveSession:
 
     def read(self) -> None:
         """Reads the address to its end."""
-        with contextlib.suppress(UserError):  # the session's state says it
-            try:
-                self.video.read()
-            except UserError:
-                raise
-            except Exception:
-                logger.exception("a live video's address could not be read")
+        try:
+            self.video.read()
+        except Exception as e:  # the session's state says it
+            if not isinstance(e, UserError):
+                logger.error("the address of a live video could not be read", exc_info=e)
 
     # --- in the engine's thread -------------------------------------------------------------------
 
