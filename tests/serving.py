@@ -14,13 +14,13 @@ import uvicorn
 
 import xl2jax
 from xl2jax.inference.video_cache import CacheConfig
-from xl2jax.serving.app import make_app
 from xl2jax.serving.engine import Engine
 from xl2jax.serving.limits import Limits
+from xl2jax.serving.live import LiveSessions
 from xl2jax.serving.media import Library, MediaRules
 from xl2jax.serving.metrics import Metrics
 from xl2jax.serving.partial import PartialUploads
-from xl2jax.serving.server import listen
+from xl2jax.serving.server import listen, server_config
 from xl2jax.serving.service import Service
 from xl2jax.serving.uploads import Uploads
 from xl2jax.serving.videos import Budgets, WatchedVideos
@@ -55,6 +55,7 @@ def make_service(
     uploads = Uploads(folder / "uploads", limits.video_bytes, 2 * limits.video_bytes)
     spool = folder / "spool"
     spool.mkdir(exist_ok=True)
+    live = LiveSessions(model, videos, limits, metrics, bilevel=options.get("bilevel", xl2jax.BilevelConfig()))
     return Service(
         model="tiny",
         tokenizer=model.tokenizer,
@@ -63,6 +64,7 @@ def make_service(
             videos,
             limits,
             metrics,
+            live,
             finish_abandoned=finish_abandoned,
             warm_up=(lambda: warm_up(model, warm_up_frames, limits.answers, **settings)) if warm_up_frames else None,
         ),
@@ -70,6 +72,7 @@ def make_service(
         library=Library(rules, limits, uploads, spool),
         uploads=uploads,
         partial=PartialUploads(folder / "parts", uploads),
+        live=live,
         limits=limits,
         metrics=metrics,
         **{"bilevel": xl2jax.BilevelConfig(), "hosts": ("127.0.0.1",)} | options,
@@ -79,8 +82,7 @@ def make_service(
 @contextlib.contextmanager
 def served(service: Service) -> Iterator[str]:
     """Serves in a thread: the address."""
-    config = uvicorn.Config(make_app(service), log_config=None, lifespan="off", timeout_graceful_shutdown=5)
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(server_config(service, 5))
     with listen("127.0.0.1", 0) as listening:
         port = listening.getsockname()[1]
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listening])))

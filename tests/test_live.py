@@ -22,8 +22,9 @@ from xl2jax.commands.flags import DEFAULT_CHECKPOINT
 from xl2jax.errors import UserError
 from xl2jax.evaluation.scenes import Scene, make_scene, scene_clip
 from xl2jax.inference import compiled, live_programs, session
-from xl2jax.inference.live import WAITING_FRAMES, LiveMemory, LiveVideo
+from xl2jax.inference.live import WAITING_FRAMES, LiveVideo
 from xl2jax.inference.live_ledger import Ledger
+from xl2jax.inference.live_sizes import LiveMemory
 from xl2jax.inference.relevance import AttentionScorer
 from xl2jax.inference.selection import RelevanceConfig, choose_context
 from xl2jax.inference.video_cache import CacheConfig

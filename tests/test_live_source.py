@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 import xl2jax
 from xl2jax.errors import UserError
-from xl2jax.inference.live import LiveMemory
+from xl2jax.inference.live_sizes import LiveMemory
 from xl2jax.testing import shape_frame
 from xl2jax.video.live_clock import LiveClock
 from xl2jax.video.live_source import Buffer, Stream, address_of
@@ -340,6 +340,45 @@ def test_local_files_and_pipes_are_read_once(tmp_path: Path) -> None:
     path.write_bytes(b"garbage" * 999)
     with pytest.raises(UserError, match="not a video that can be read"):
         list(Stream(path))
+
+
+def test_what_a_playlist_names_is_opened_by_the_caller_alone(tmp_path: Path) -> None:
+    """FFmpeg opens no file and no connection where `connect` is given."""
+
+    class Opened(io.BytesIO):
+        url, length, is_playlist = "http://camera/a.m3u8", None, True
+
+    asked: list[str] = []
+    (tmp_path / "a.ts").write_bytes(mpeg_ts(1))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.setblocking(False)
+        at = f"127.0.0.1:{listening.getsockname()[1]}"
+        for item in (
+            "b.ts",
+            (tmp_path / "a.ts").as_uri(),
+            str(tmp_path / "a.ts"),
+            f"tcp://{at}/a.ts",
+            f"rtp://{at}/a.ts",
+        ):
+
+            def connect(url: str, item: str = item) -> Any:
+                asked.append(url)
+                if url.endswith("b.ts"):
+                    return Opened(mpeg_ts(1))
+                if not url.endswith(".m3u8"):
+                    raise UserError("refused")
+                head = "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n"
+                return Opened(f"{head}{item}\n#EXT-X-ENDLIST\n".encode())
+
+            source = Stream("http://camera/a.m3u8", retries=0, connect=connect)
+            if item == "b.ts":
+                assert len(list(source)) == 10
+                assert asked == ["http://camera/a.m3u8", "http://camera/b.ts"]
+            else:
+                with pytest.raises(UserError, match="refused|gives no video"):
+                    list(source)
+        with pytest.raises(BlockingIOError):
+            listening.accept()
 
 
 def test_pathlib_does_not_change_an_address() -> None:

@@ -544,10 +544,10 @@ def test_the_start_by_keyboard(page: Page) -> None:
     page.emulate_media(color_scheme="dark")
     assert_accessible(page)
     focused = []
-    for _ in range(4):
+    for _ in range(5):
         page.keyboard.press("Tab")
         focused.append(page.evaluate("document.activeElement.id || document.activeElement.textContent"))
-    assert focused == ["file", "url", "Open", "Settings"]
+    assert focused == ["file", "url", "Open", "camera", "Settings"]
     page.set_viewport_size({"width": 360, "height": 740})
     assert page.evaluate("document.documentElement.scrollWidth") == 360
 

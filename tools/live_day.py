@@ -21,7 +21,7 @@ import tyro
 import xl2jax
 from xl2jax.commands.flags import DEFAULT_CHECKPOINT
 from xl2jax.evaluation.scenes import make_scene
-from xl2jax.inference.live import LiveMemory
+from xl2jax.inference.live_sizes import LiveMemory
 from xl2jax.inference.memory import used_bytes
 from xl2jax.system.backend import program_count
 

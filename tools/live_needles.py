@@ -37,7 +37,8 @@ from xl2jax.errors import UserError
 from xl2jax.evaluation.needle import FAMILIES
 from xl2jax.evaluation.questions import NEEDLE_KINDS, Question, ask
 from xl2jax.evaluation.scenes import COLOURS, SHAPES, Event, Scene
-from xl2jax.inference.live import LiveMemory, LiveVideo
+from xl2jax.inference.live import LiveVideo
+from xl2jax.inference.live_sizes import LiveMemory
 from xl2jax.system.atomic import check_file_target
 from xl2jax.system.backend import start_backend
 from xl2jax.system.figures import new_figure, save_figure

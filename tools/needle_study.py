@@ -86,7 +86,7 @@ def scores(model: xl2jax.Model, video: Any, question: Question) -> np.ndarray:
     network, kv = model.network, video.kv
     tokens = suffix(model.tokenizer, question.text)
     ids = session.suffix_ids(tokens.ids, tokens.first, tokens.last)
-    group = session.compiled.slot_groups(kv.table, kv.cache, np.int32(0), visual_tokens=kv.layout.visual_tokens)
+    group = session.compiled.slot_groups(kv.table, kv.cache, visual_tokens=kv.layout.visual_tokens)
     depth, rows = model.config.llm.layers, []
     for layer in range(depth):
         scorer = xl2jax.AttentionScorer(layer / depth, (layer + 1) / depth)

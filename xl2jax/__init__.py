@@ -44,7 +44,8 @@ if TYPE_CHECKING:
     from xl2jax.inference.devices import Devices
     from xl2jax.inference.generate import TokenSampling
     from xl2jax.inference.layout import PrefillConfig
-    from xl2jax.inference.live import LiveMemory, LiveVideo
+    from xl2jax.inference.live import LiveVideo
+    from xl2jax.inference.live_sizes import LiveMemory
     from xl2jax.inference.relevance import AttentionScorer
     from xl2jax.inference.selection import Chunk, RelevanceConfig
     from xl2jax.inference.video_cache import CacheConfig, WatchedVideo
@@ -61,7 +62,8 @@ _PUBLIC = {
     "inference.bilevel": ("BilevelConfig",),
     "inference.generate": ("TokenSampling",),
     "inference.layout": ("PrefillConfig",),
-    "inference.live": ("LiveMemory", "LiveVideo"),
+    "inference.live": ("LiveVideo",),
+    "inference.live_sizes": ("LiveMemory",),
     "inference.relevance": ("AttentionScorer",),
     "inference.selection": ("Chunk", "RelevanceConfig"),
     "inference.video_cache": ("CacheConfig", "WatchedVideo"),

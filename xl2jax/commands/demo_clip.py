@@ -9,7 +9,6 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.errors import UserError
 from xl2jax.evaluation.questions import Kind, Question, ask
 from xl2jax.evaluation.scenes import Scene, make_scene, write_scene
@@ -39,7 +38,7 @@ def demo_questions(scene: Scene, seed: int) -> list[Question]:
     questions = []
     for kind in _KINDS:
         events = [scene.events[int(i)] for i in rng.permutation(len(scene.events))]
-        candidates = (ask(scene, kind, FRAMES_PER_GROUP, rng, event=event) for event in events)
+        candidates = (ask(scene, kind, scene.times(), rng, event=event) for event in events)
         questions.append(next((q for q in candidates if q is not None), None))
     return [q for q in questions if q is not None]
 

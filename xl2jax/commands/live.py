@@ -19,7 +19,8 @@ from xl2jax.errors import UserError
 from xl2jax.inference.answering import Answer
 from xl2jax.inference.bilevel import BilevelConfig
 from xl2jax.inference.generate import TokenSampling, check_answer_options
-from xl2jax.inference.live import LiveMemory, LiveVideo
+from xl2jax.inference.live import LiveVideo
+from xl2jax.inference.live_sizes import LiveMemory
 from xl2jax.inference.selection import check_pool
 from xl2jax.inference.video_cache import CacheConfig
 from xl2jax.prompt import check_unicode, suffix

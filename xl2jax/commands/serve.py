@@ -8,6 +8,7 @@ import logging
 import os
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
@@ -15,6 +16,9 @@ from xl2jax.commands.service import ServiceArgs, build_service, check_service
 from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.errors import UserError, require_whole
 from xl2jax.system.terminal import flag_errors
+
+if TYPE_CHECKING:
+    from xl2jax.serving.limits import LiveLimits
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +40,31 @@ class AccessArgs:
 
 
 @dataclasses.dataclass(frozen=True)
+class LiveArgs:
+    """Live videos (`POST /v1/live`), and what each may ask for."""
+
+    live_sessions: int = 2
+    """Live videos that are open at a time; 0 refuses them."""
+    live_fps: float = 4.0
+    """Most frames a second that are seen of one."""
+    live_minutes: float = 60.0
+    """Most minutes of it that are remembered, which is also the default."""
+    live_dense_minutes: float = 10.0
+    """Most minutes of it whose KV is dense on the device, which is also the default."""
+    live_host_gib: float = 2.0
+    """Most host memory for the dense KV of its older part, which is also the default."""
+    live_idle_seconds: float = 300.0
+    """One ends when no frame and no question has come for so long."""
+    live_hours: float = 24.0
+    """One ends so long after it was opened."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Args(ServiceArgs):
     """Answers questions about videos over HTTP, as OpenAI's chat interface."""
 
     access: tyro.conf.OmitArgPrefixes[AccessArgs] = AccessArgs()
+    live: tyro.conf.OmitArgPrefixes[LiveArgs] = LiveArgs()
     warm_up: int = 128
     """Before /ready is 200, compiles what questions about a video of so many frames need; 0 compiles it for the first
     questions. Compiled programs are kept for the next start."""
@@ -52,12 +77,13 @@ def main() -> int:
     check_service(args)
     check_warm_up(args.warm_up, args.limits.max_frames)
     key = check_access(args.access)
+    check_live(args.live)
     from xl2jax.serving import server
 
     access = args.access
     listening = server.listen(access.host, access.port)  # a taken port is reported before the model is loaded
     with listening, tempfile.TemporaryDirectory(prefix="xl2jax-serve-") as spool:
-        service = build_service(args, Path(spool), args.warm_up)
+        service = build_service(args, Path(spool), args.warm_up, live_limits_of(args.live))
         service.api_key, service.hosts = key, LOOPBACK if is_loopback(access.host) else None
         shown = f"[{access.host}]" if ":" in access.host else access.host
         address = f"http://{shown}:{listening.getsockname()[1]}"
@@ -71,6 +97,34 @@ def check_warm_up(frames: int, most: int) -> None:
     """Raises UserError where --warm-up is out of range."""
     if frames and not FRAMES_PER_GROUP <= frames <= most:
         raise UserError(f"--warm-up must be 0, or from {FRAMES_PER_GROUP} to --max-frames ({most:,}) frames")
+
+
+def check_live(live: LiveArgs) -> None:
+    """Raises UserError where a flag of live videos is out of range."""
+    from xl2jax.inference.live_sizes import LiveMemory
+    from xl2jax.video.frame_sampling import FrameSampling
+
+    require_whole("--live-sessions", live.live_sessions, 0, 64)
+    FrameSampling(live.live_fps)
+    LiveMemory(live.live_dense_minutes, live.live_minutes, live.live_host_gib)
+    for name in ("live_idle_seconds", "live_hours"):
+        if not 0 < getattr(live, name) < 1e6:
+            raise UserError(f"--{name.replace('_', '-')} must be above 0")
+
+
+def live_limits_of(live: LiveArgs) -> LiveLimits:
+    """The flags as limits."""
+    from xl2jax.serving.limits import LiveLimits
+
+    return LiveLimits(
+        sessions=live.live_sessions,
+        fps=live.live_fps,
+        minutes=live.live_minutes,
+        dense_minutes=live.live_dense_minutes,
+        host_gib=live.live_host_gib,
+        idle_seconds=live.live_idle_seconds,
+        seconds=3600 * live.live_hours,
+    )
 
 
 def check_access(access: AccessArgs) -> str | None:

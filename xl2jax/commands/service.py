@@ -15,10 +15,10 @@ from xl2jax.config import FRAMES_PER_GROUP, Weights
 from xl2jax.errors import UserError, require_whole
 
 if TYPE_CHECKING:
-    from xl2jax.serving.limits import Limits
+    from xl2jax.serving.limits import Limits, LiveLimits
     from xl2jax.serving.service import Service
 
-PACKAGES = ("starlette", "uvicorn", "httpcore2", "httpx2", "prometheus_client", "python_multipart")
+PACKAGES = ("starlette", "uvicorn", "websockets", "httpcore2", "httpx2", "prometheus_client", "python_multipart")
 """Of the extra `serve`."""
 
 
@@ -161,8 +161,11 @@ def limits_of(given: LimitArgs) -> Limits:
     )
 
 
-def build_service(args: ServiceArgs, spool: Path, warm_up_frames: int = 0) -> Service:
-    """Loads the model and builds the server around it. `warm_up_frames`: see `serve --warm-up`."""
+def build_service(
+    args: ServiceArgs, spool: Path, warm_up_frames: int = 0, live_limits: LiveLimits | None = None
+) -> Service:
+    """Loads the model and builds the server around it. `warm_up_frames`: see `serve --warm-up`. `live_limits`: by default
+    there are no live videos."""
     import xl2jax
     from xl2jax.checkpoint.params import stored_config
     from xl2jax.checkpoint.sources import find_checkpoint
@@ -172,6 +175,7 @@ def build_service(args: ServiceArgs, spool: Path, warm_up_frames: int = 0) -> Se
     from xl2jax.inference.video_cache import CacheConfig
     from xl2jax.serving.addresses import Downloads
     from xl2jax.serving.engine import Engine
+    from xl2jax.serving.live import LiveSessions
     from xl2jax.serving.media import Library, MediaRules
     from xl2jax.serving.metrics import Metrics
     from xl2jax.serving.partial import PartialUploads
@@ -183,6 +187,8 @@ def build_service(args: ServiceArgs, spool: Path, warm_up_frames: int = 0) -> Se
 
     media, keep, compute = args.media, args.keep, args.compute
     limits = limits_of(args.limits)
+    if live_limits is not None:
+        limits = dataclasses.replace(limits, live=live_limits)
     bilevel, cache = BilevelConfig(pool=compute.pool), CacheConfig(compute.cache_dtype)
     prefill = PrefillFlags(window_chunks=compute.window_chunks).config()
     try:
@@ -221,6 +227,7 @@ def build_service(args: ServiceArgs, spool: Path, warm_up_frames: int = 0) -> Se
     if media.allow_any_media or media.allow_media_domain:
         domains = None if media.allow_any_media else tuple(d.lower().strip(".") for d in media.allow_media_domain)
         downloads = Downloads(domains, limits.video_bytes, limits.fetch_seconds)
+    live = LiveSessions(model, videos, limits, metrics, bilevel=bilevel)
     work = spool / "requests"
     work.mkdir()
     name = args.model_name or args.checkpoint.rstrip("/").rpartition("/")[2].partition("@")[0] or "video-xl-2"
@@ -232,6 +239,7 @@ def build_service(args: ServiceArgs, spool: Path, warm_up_frames: int = 0) -> Se
             videos,
             limits,
             metrics,
+            live,
             finish_abandoned=keep.finish_abandoned,
             warm_up=functools.partial(
                 warm_up, model, warm_up_frames, limits.answers, prefill=prefill, cache=cache, bilevel=bilevel
@@ -243,6 +251,7 @@ def build_service(args: ServiceArgs, spool: Path, warm_up_frames: int = 0) -> Se
         library=Library(MediaRules(media.media_root, downloads), limits, uploads, work),
         uploads=uploads,
         partial=partial,
+        live=live,
         limits=limits,
         metrics=metrics,
         bilevel=bilevel,

@@ -14,6 +14,7 @@ selection_files  reads upstream's selection files
 video_cache      a watched video
 watching         a video that is being watched, a segment at a time
 live             a video that is watched as it comes, in memory of a fixed size
+live_sizes       how much it keeps, and whether that fits
 live_arena       its KV on the device
 live_ledger      which of its groups are where
 live_blocks      the dense KV that left the device, in host memory and on the disk

@@ -39,7 +39,8 @@ from xl2jax.inference.decoding import MOST_TOGETHER
 from xl2jax.inference.devices import Devices
 from xl2jax.inference.generate import TokenSampling, check_answer_options
 from xl2jax.inference.layout import PrefillConfig, VideoLayout
-from xl2jax.inference.live import Frame, LiveMemory, LiveVideo
+from xl2jax.inference.live import Frame, LiveVideo
+from xl2jax.inference.live_sizes import LiveMemory, LiveSizes
 from xl2jax.inference.network import LARGE_KEY_BIAS, Network
 from xl2jax.inference.pictures import Surroundings, surroundings
 from xl2jax.inference.prefill import PrefillPlan, make_plan
@@ -278,32 +279,57 @@ class Model:
         Raises:
           UserError: the settings do not suit the model or each other, or need more memory than is free.
         """
-        if fps is not None:
-            FrameSampling(fps=fps)  # raises UserError for a rate out of range
         if clock not in ("stream", "wall"):
             raise UserError(f"clock must be stream or wall, not {clock}")
-        if cache.offload:
-            raise UserError("a live video keeps old KV in host memory by itself: leave offload out")
-        if self.network.tensor > 1:
-            raise UserError("a live video is watched on one device: leave tensor out")
-        check_pool(bilevel, self.config.visual_tokens)
-        self.check_cache(cache, bilevel)
+        sizes = self.live_sizes(fps=fps, config=config, bilevel=bilevel, cache=cache, memory=memory)
         source = Stream(source) if isinstance(source, str | Path) else source
         live = LiveVideo(
             self.network,
             self.tokenizer,
             self._alone,
             source,
+            sizes,
             path=str(getattr(source, "address", "live video")),
             fps=fps,
             clock=clock,
-            config=config or PrefillConfig(),
             bilevel=bilevel,
             cache=cache,
             memory=memory,
         )
         self._videos.add(live)
         return live
+
+    def live_sizes(
+        self,
+        *,
+        fps: float | None = 1.0,
+        config: PrefillConfig | None = None,
+        bilevel: BilevelConfig = BilevelConfig(),  # noqa: B008 (frozen)
+        cache: CacheConfig = CacheConfig(),  # noqa: B008 (frozen)
+        memory: LiveMemory = LiveMemory(),  # noqa: B008 (frozen)
+    ) -> LiveSizes:
+        """The sizes of a video of `watch_live`, before it is made. Arguments are those of `watch_live`.
+
+        Raises UserError where the settings do not suit the model or each other.
+        """
+        if fps is not None:
+            FrameSampling(fps=fps)  # raises UserError for a rate out of range
+        if cache.offload:
+            raise UserError("a live video keeps old KV in host memory by itself: leave offload out")
+        if self.network.tensor > 1:
+            raise UserError("a live video is watched on one device: leave tensor out")
+        check_pool(bilevel, self.config.visual_tokens)
+        self.check_cache(cache, bilevel)
+        return LiveSizes.of(
+            self.network,
+            self.tokenizer,
+            len(self._alone.before.ids),
+            fps=fps,
+            config=config or PrefillConfig(),
+            bilevel=bilevel,
+            cache=cache,
+            memory=memory,
+        )
 
     def adopt(self, video: WatchedVideo) -> WatchedVideo:
         """Registers a video that this model watched, or that came from a cache file whose key names it. Returns it."""

@@ -11,45 +11,34 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 
 from xl2jax.config import FRAMES_PER_GROUP
-from xl2jax.errors import NotEnoughMemory, UserError, first_line, require_number
+from xl2jax.errors import UserError, first_line
 from xl2jax.inference import session
-from xl2jax.inference.bilevel import BilevelConfig, mixed_slots
-from xl2jax.inference.layout import PrefillConfig, VideoLayout, bucket
-from xl2jax.inference.live_arena import LiveArena, live_plan
+from xl2jax.inference.bilevel import BilevelConfig
+from xl2jax.inference.live_arena import LiveArena
 from xl2jax.inference.live_blocks import BlockStore
-from xl2jax.inference.live_ledger import Ledger
-from xl2jax.inference.memory import available_bytes, memory_need, slot_bytes
+from xl2jax.inference.live_sizes import LiveMemory, LiveSizes
 from xl2jax.inference.network import Network
 from xl2jax.inference.pictures import Surroundings
-from xl2jax.inference.prefill import default_steps
 from xl2jax.inference.selection import RelevanceConfig
 from xl2jax.inference.video_cache import CacheConfig, WatchedVideo
-from xl2jax.prompt import PromptTokenizer, time_text
+from xl2jax.prompt import PromptTokenizer
 from xl2jax.video.live_clock import ClockMode, LiveClock
 from xl2jax.video.live_source import Buffer, Stream
 from xl2jax.video.read_ahead import resize
 
 logger = logging.getLogger(__name__)
 
-MAX_SECONDS = 9_999_999.9
-"""The longest time that a live video's times have room for, 115 days."""
-
 PAUSE_SECONDS = 10.0
 """Frames that are further apart than this, and than eight frames, are never in one group."""
-
-UNKNOWN_FPS = 4.0
-"""The rate at which minutes of `LiveMemory` are counted where all frames of a source are seen."""
 
 WAITING_FRAMES = 64
 """Frames of a source that may wait until they are seen."""
@@ -59,61 +48,30 @@ type Frame = np.ndarray | Callable[[], np.ndarray | None]
 only for frames that are kept."""
 
 
-@dataclasses.dataclass(frozen=True)
-class LiveMemory:
-    """How much of a live video is kept, and where. Minutes are those of the video, at the rate of `fps`.
-
-    Where `fps` is None, so that all frames are seen, a minute stands for 240 frames (`UNKNOWN_FPS`).
-
-    dense_minutes: the newest part, whose KV is dense on the device.
-    minutes: what is remembered at all. What is older than the dense part is pooled on the device.
-    host_gib, disk_gib: budgets for the dense KV of the older part, which questions bring back. Host memory comes first,
-      then files in `folder`, then it is dropped.
-    pooled_dtype: int8 keeps the pooled KV in 8 bits.
-    renumber: positions of the kept part begin anew where old parts leave; otherwise they count on for ever.
-    """
-
-    dense_minutes: float = 10.0
-    minutes: float = 60.0
-    host_gib: float = 2.0
-    disk_gib: float = 0.0
-    folder: Path | None = None
-    pooled_dtype: Literal["int8"] | None = None
-    renumber: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("dense_minutes", "minutes", "host_gib", "disk_gib"):
-            value = getattr(self, name)
-            require_number(name.replace("_", " "), value)
-            low, high = (0.0, 2.0**20) if name.endswith("gib") else (1e-3, MAX_SECONDS / 60)
-            if not low <= value <= high:
-                raise UserError(f"{name.replace('_', ' ')} must be from {low:g} to {high:.6g}, not {value}")
-        if self.minutes < self.dense_minutes:
-            raise UserError(f"minutes ({self.minutes:g}) must not be below dense minutes ({self.dense_minutes:g})")
-        if (self.disk_gib > 0) != (self.folder is not None):
-            raise UserError("a disk budget and a folder for it go together")
-
-
 class LiveVideo:
     """A video that is being watched. `Model.watch_live` makes it; `Model.ask` asks about what was seen so far.
 
     Frames are fed by hand (`add`), or from the source by `run` in the caller's thread or by `start` in one of its own. Any
     thread may ask meanwhile. Frames are seen in groups of 4, so that up to 3 frames wait for others.
 
+    Where one thread does all work on the device, others `offer` frames, or `read` the source, and that thread calls `step`.
+
     Attributes:
       path: the source, for messages.
       clock: the video's time, and what was left out because of it.
       seconds: time of the last frame that a question sees; 0 before there is one.
       frames: those of all whole groups, the forgotten ones included. A question sees them.
-      dropped: frames that were left out because they came faster than they could be seen.
+      gaps: pauses after which a new group of frames began.
       error: what ended the watching, if anything did.
       started_at: `time.time()` when the first frame came.
+      sizes: the sizes of its arrays, and the minutes that hold.
+      on_offer: called where a frame begins to wait for `step`, and where the source has ended.
     """
 
     lead: str
     seconds = 0.0
     frames = 0
-    dropped = 0
+    gaps = 0
     error: BaseException | None = None
 
     def __init__(
@@ -122,49 +80,46 @@ class LiveVideo:
         tokenizer: PromptTokenizer,
         around: Surroundings,
         source: Iterable[tuple[float | None, Frame]] | None,
+        sizes: LiveSizes,
         *,
         path: str,
         fps: float | None,
         clock: ClockMode,
-        config: PrefillConfig,
         bilevel: BilevelConfig,
         cache: CacheConfig,
         memory: LiveMemory,
     ):
+        """Raises NotEnoughMemory where the arrays and one question do not fit into the memory of the device."""
         self._network, self._tokenizer, self._bilevel = network, tokenizer, bilevel
         self.path, self.lead, self.clock = path, around.lead, LiveClock(fps, clock)
         self._pause = max(PAUSE_SECONDS, 8 / fps if fps else 0.0)
-        step = default_steps(network.platform)[0]
-        unit = math.lcm(config.chunk_groups, bilevel.select_chunk_groups)
-        keep = (0 if config.window_chunks is None else config.window_chunks + 1) * config.chunk_groups
-        rate = 60 * (fps or UNKNOWN_FPS) / FRAMES_PER_GROUP
-        ledger = Ledger.of_limits(
-            math.ceil(memory.dense_minutes * rate), math.ceil(memory.minutes * rate), unit, keep, step
-        )
-        time_cap = len(tokenizer.encode(time_text(MAX_SECONDS)))
-        visual_tokens = network.config.visual_tokens
-        plan = live_plan(len(around.before.ids), time_cap, visual_tokens, config, ledger, step)
-        self._plan = plan
-        self._check_fits(ledger, cache, memory)
+        self.sizes, self._plan = sizes, sizes.plan
+        sizes.check(network, memory)
         self._lock, self._seen = threading.RLock(), threading.Condition()
         self._blocks = BlockStore(int(memory.host_gib * 2**30), int(memory.disk_gib * 2**30), memory.folder)
         self._arena = LiveArena(
             network,
             around.before,
-            plan,
-            ledger,
+            self._plan,
+            dataclasses.replace(sizes.ledger),
             self._blocks,
             pool=bilevel.pool,
             quantized=cache.quantized,
             quantized_pooled=memory.pooled_dtype == "int8",
             renumber=memory.renumber,
         )
-        minutes = [n / rate for n in (ledger.dense_limit, ledger.group_limit)]
+        self._device_bytes = self._arena.nbytes
         logger.info(
             "a live video keeps %.4g minutes dense and remembers %.4g, in %.2f GiB of device memory",
-            *minutes, self._arena.nbytes / 2**30,
+            sizes.dense_minutes, sizes.minutes, self._device_bytes / 2**30,
         )  # fmt: skip
         self._source = source
+        self._drops = isinstance(source, Stream) and source.is_url
+        self._buffer = Buffer[tuple[float, np.ndarray]](WAITING_FRAMES)
+        self._room, self._feeding = threading.Semaphore(WAITING_FRAMES), threading.Lock()
+        self._told = 0
+        self.on_offer: Callable[[], None] = lambda: None
+        self._last: float | None = None  # time of the last frame that was kept
         self._open: list[tuple[float, np.ndarray]] = []  # frames of the next group
         self._waiting: list[list[tuple[float, np.ndarray]]] = []  # groups that are not prefilled yet
         self._times: list[float] = []  # of the frames of all remembered groups
@@ -175,40 +130,6 @@ class LiveVideo:
         self.finished = self.closed = False
         self._failure: str | None = None
         self.started_at: float | None = None
-
-    def _check_fits(self, ledger: Ledger, cache: CacheConfig, memory: LiveMemory) -> None:
-        """Raises NotEnoughMemory where the arrays and one question do not fit into the memory of the device."""
-        network, plan, bilevel = self._network, self._plan, self._bilevel
-        channels = network.exact_key_channels() if cache.quantized or memory.pooled_dtype else None
-        kept = 0 if channels is None else channels.shape[-1]
-        # The plan is that of all groups, so that what a question needs is that of the longest one.
-        layout = VideoLayout(plan.prefix_cap, (plan.time_cap,) * ledger.group_limit, plan.visual_tokens)
-        need = memory_need(
-            network.config,
-            plan,
-            layout,
-            bilevel,
-            network.dtype,
-            network.platform,
-            quantized=cache.quantized,
-            key_channels=kept,
-        )
-        slot = slot_bytes(network.config, network.dtype, quantized=cache.quantized, key_channels=kept)
-        pooled_slot = slot_bytes(
-            network.config, network.dtype, quantized=memory.pooled_dtype == "int8", key_channels=kept
-        )
-        pooled = pooled_slot * ledger.group_limit * (plan.visual_tokens // bilevel.pool)
-        # Chunks are scored in pieces, which are gathered and mixed.
-        most = max((bilevel.top(layout) + 2) * bilevel.select_chunk_groups, ledger.piece)
-        mixed = mixed_slots(layout, most, bilevel) * slot
-        fetched = (plan.visual_start + bucket(most) * plan.visual_tokens) * slot
-        total, free = need.cache + pooled + mixed + fetched + need.workspace, available_bytes(network.mesh)
-        if total > free:
-            raise NotEnoughMemory(
-                f"a live video with {memory.dense_minutes:g} minutes dense and {memory.minutes:g} remembered needs "
-                f"{total / 2**30:.2f} GiB beside the model, {free / 2**30:.2f} GiB are free: keep fewer minutes, or KV in 8 "
-                "bits"
-            )
 
     # --- watching --------------------------------------------------------------------------------
 
@@ -245,16 +166,23 @@ class LiveVideo:
         """Adds a frame that `accept` returned. Groups are prefilled at once where the device has nothing else to do;
         otherwise they wait until it has, or a whole step of them is there."""
         with self._lock:
-            self._require_open()
-            if self.started_at is None:
-                self.started_at = time.time()
-            if self._open and seconds - self._open[-1][0] > self._pause:
-                self._fill()
-            self._open.append((seconds, image))
-            if len(self._open) == FRAMES_PER_GROUP:
-                self._close_group()
+            self._append(seconds, image)
             self._prefill_if_idle()
         self._blocks.settle()
+
+    def _append(self, seconds: float, image: np.ndarray) -> None:
+        """Puts a frame to those of the next group. A whole step of groups is prefilled."""
+        self._require_open()
+        if self.started_at is None:
+            self.started_at = time.time()
+        if self._last is not None and seconds - self._last > self._pause:
+            self.gaps += 1
+            if self._open:
+                self._fill()
+        self._last = seconds
+        self._open.append((seconds, image))
+        if len(self._open) == FRAMES_PER_GROUP:
+            self._close_group()
 
     def flush(self) -> None:
         """Prefills the whole groups that wait."""
@@ -281,7 +209,6 @@ class LiveVideo:
         missing = FRAMES_PER_GROUP - len(self._open)
         self._open += [self._open[-1]] * missing
         self._close_group()
-        self._prefill_if_idle()
 
     def _close_group(self) -> None:
         self._waiting.append(self._open)
@@ -290,11 +217,12 @@ class LiveVideo:
             self.seconds = round(self._waiting[-1][-1][0], 1)
             self.frames += FRAMES_PER_GROUP
             self._seen.notify_all()
+        if len(self._waiting) == self._plan.segment_groups:
+            self._prefill()
 
     def _prefill_if_idle(self) -> None:
-        """Prefills what waits if it is a whole step, or if the step before is done."""
-        idle = self._previous is None or self._previous.is_ready()
-        if self._waiting and (idle or len(self._waiting) == self._plan.segment_groups):
+        """Prefills what waits if the step before is done."""
+        if self._waiting and (self._previous is None or self._previous.is_ready()):
             self._prefill()
 
     def _prefill(self) -> None:
@@ -322,69 +250,119 @@ class LiveVideo:
     # --- from a source ---------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Watches the source to its end, or until `close`. Errors are those of the source and of `add`.
+        """Watches the source to its end, or until `close`. Errors are those of `read` and of `add`.
 
         The source is read by a thread of its own, which `close` leaves behind where it waits for a frame. Up to
         `WAITING_FRAMES` frames wait until they are seen. Where those of a URL come faster, the oldest that wait are
         dropped; all other sources are held up.
         """
-        if self._source is None:
-            raise UserError(f"{self.path}: has no source: feed it with add()")
-        self._run_behind(self._source)
-        self.end()
-
-    def _run_behind(self, source: Iterable[tuple[float | None, Frame]]) -> None:
-        buffer, errors = Buffer[tuple[float, np.ndarray]](WAITING_FRAMES), list[BaseException]()
-        over, room = threading.Event(), threading.Semaphore(WAITING_FRAMES)
-        is_url = isinstance(source, Stream) and source.is_url
-        if isinstance(source, Stream):
-            source.on_reopen = self.clock.interrupted
-
-        def read() -> None:
-            try:
-                for seconds, frame in source:
-                    if (kept := self.accept(seconds, frame)) is not None:
-                        if not is_url:
-                            room.acquire()
-                        buffer.put(kept)
-                    if over.is_set():
-                        break
-            except BaseException as e:  # raised below, in the thread that watches
-                errors.append(e)
-            finally:
-                buffer.end()
-
-        threading.Thread(target=read, daemon=True, name=f"read {self.path}").start()
-        told = 0
+        threading.Thread(target=self._read_quietly, daemon=True, name=f"read {self.path}").start()
         try:
             while not self._stop.is_set():
-                frames = buffer.take(0.2)
+                frames = self._buffer.take(0.2)
                 if frames is None:
                     break
                 for kept in frames:
                     self.add_kept(*kept)
-                    if not is_url:
-                        room.release()
+                    if not self._drops:
+                        self._room.release()
                 with self._lock:
                     if not self.closed:
                         self._prefill_if_idle()  # what waits does not need another frame
-                self.dropped = buffer.dropped
-                if self.dropped >= 2 * told + 1:
-                    told = self.dropped
-                    logger.warning("%s: frames come faster than they can be seen: %d dropped so far", self.path, told)
+                self._tell_dropped()
         finally:
-            over.set()
-            if isinstance(source, Stream):
-                source.close()
-            room.release()  # a reader that waits for room ends
-        if errors:
-            raise errors[0]
+            self._stop.set()
+            if isinstance(self._source, Stream):
+                self._source.close()
+            self._room.release()  # a reader that waits for room ends
+        if self.error is not None:
+            raise self.error
+        self.end()
+
+    def _require_source(self) -> Iterable[tuple[float | None, Frame]]:
+        if self._source is None:
+            raise UserError(f"{self.path}: has no source: feed it with add()")
+        return self._source
+
+    def read(self) -> None:
+        """Reads the source to its end, or until `close`. Its frames wait to be seen by `run` or `step`.
+
+        Raises what the source and `accept` raise, which `error` is from then on.
+        """
+        source = self._require_source()
+        if isinstance(source, Stream):
+            source.on_reopen = self.clock.interrupted
+        try:
+            for seconds, frame in source:
+                if (kept := self.accept(seconds, frame)) is not None:
+                    if not self._drops:
+                        self._room.acquire()
+                    self._buffer.put(kept)
+                    self.on_offer()
+                if self._stop.is_set():
+                    break
+        except BaseException as e:
+            if not self.closed:
+                self.error = e
+            raise
+        finally:
+            self._buffer.end()
+            self.on_offer()
+
+    def _read_quietly(self) -> None:
+        with contextlib.suppress(BaseException):  # `run` raises it
+            self.read()
+
+    def offer(self, seconds: float | None, frame: Frame) -> bool:
+        """`add` from any thread: the frame waits to be seen by `step`. Where `WAITING_FRAMES` wait, the oldest is dropped."""
+        with self._feeding:
+            self._require_open()
+            kept = self.accept(seconds, frame)
+            if kept is not None:
+                self._buffer.put(kept)
+        if kept is not None:
+            self.on_offer()
+        return kept is not None
+
+    def interrupted(self) -> None:
+        """Says that frames come from elsewhere from now on: the time until the next one is counted by this machine's clock."""
+        with self._feeding:
+            self.clock.interrupted()
+
+    def step(self) -> bool:
+        """Sees up to a step of the frames that wait, and waits for the device. Returns whether there were any.
+
+        Behind the last frame of the source it ends the video.
+        """
+        frames = self._buffer.take(0, self._plan.segment_groups * FRAMES_PER_GROUP)
+        if frames is None:
+            if not self.finished:
+                self.end()
+            return False
+        with self._lock:
+            for kept in frames:
+                self._append(*kept)
+            if self._waiting:
+                self._prefill()
+            jax.block_until_ready(self._previous)
+        self._blocks.settle()
+        self._tell_dropped()
+        return bool(frames)
+
+    @property
+    def dropped(self) -> int:
+        """Frames that were left out because they came faster than they could be seen."""
+        return self._buffer.dropped
+
+    def _tell_dropped(self) -> None:
+        if self.dropped >= 2 * self._told + 1:
+            self._told = self.dropped
+            logger.warning("%s: frames come faster than they can be seen: %d dropped so far", self.path, self._told)
 
     def start(self, *, log_error: bool = True) -> None:
         """Watches the source in a thread. `wait` waits for its end and raises its error, which is also logged unless
         `log_error` is false."""
-        if self._source is None:
-            raise UserError(f"{self.path}: has no source: feed it with add()")
+        self._require_source()
         if self._thread is not None:
             raise UserError(f"{self.path}: is being watched already")
         self._thread = threading.Thread(target=self._work, args=(log_error,), daemon=True, name=f"watch {self.path}")
@@ -467,7 +445,7 @@ class LiveVideo:
     @property
     def device_bytes(self) -> int:
         """Bytes that the video holds on the device."""
-        return 0 if self.closed else self._arena.nbytes
+        return 0 if self.closed else self._device_bytes
 
     @property
     def host_bytes(self) -> int:

@@ -12,10 +12,10 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import Route, WebSocketRoute
 from starlette.types import ASGIApp
 
-from xl2jax.serving import parts
+from xl2jax.serving import live_http, parts
 from xl2jax.serving.chat import ChatStream, chat
 from xl2jax.serving.errors import RequestError, internal_error
 from xl2jax.serving.files import list_files, one_file, read_content, upload
@@ -43,6 +43,10 @@ def make_app(service: Service) -> ASGIApp:
             Route("/v1/uploads/{name}/parts", _counted(service, parts.add_part), methods=["POST"]),
             Route("/v1/uploads/{name}/complete", _counted(service, parts.complete), methods=["POST"]),
             Route("/v1/uploads/{name}/cancel", parts.cancel, methods=["POST"]),
+            Route("/v1/live", _counted(service, live_http.start), methods=["POST"]),
+            Route("/v1/live", live_http.list_sessions, methods=["GET"]),
+            Route("/v1/live/{name}", live_http.one_session, methods=["GET", "DELETE"]),
+            WebSocketRoute("/v1/live/{name}/frames", live_http.frames),
             Route("/", page, methods=["GET"]),
             Route("/page/{name}", page, methods=["GET"]),
             Route("/health", _health, methods=["GET"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import hashlib
 import json
 import math
@@ -18,13 +19,15 @@ from starlette.types import Receive, Scope, Send
 from xl2jax.errors import UserError
 from xl2jax.prompt import suffix
 from xl2jax.serving.bodies import json_body
-from xl2jax.serving.errors import RequestError
+from xl2jax.serving.errors import RequestError, late
 from xl2jax.serving.guard import error_response
 from xl2jax.serving.jobs import Begun, Ended, Event, Failed, Job, Piece, Watched
+from xl2jax.serving.live import LIVE_ID, LiveSession
 from xl2jax.serving.media import Media
 from xl2jax.serving.protocol import Asked, read_request
 from xl2jax.serving.reply import Reply, VideoUse
 from xl2jax.serving.service import Place, Service
+from xl2jax.serving.videos import VideoKey
 from xl2jax.video.frame_sampling import FrameSampling
 
 _HEARTBEAT_SECONDS = 10.0
@@ -75,13 +78,12 @@ class _Conversation:
             if not preparing.done():
                 preparing.cancel()
                 with contextlib.suppress(asyncio.CancelledError, RequestError):
-                    _, media, _ = await preparing
-                    if media is not None:
+                    if (media := (await preparing).media) is not None:
                         media.release()
                 if leaving.done():
                     return None
-                raise _late(service)
-            asked, media, (content, frames, folder_fps) = preparing.result()
+                raise late(service.limits)
+            prepared = preparing.result()
         finally:
             leaving.cancel()
         loop = asyncio.get_running_loop()
@@ -91,8 +93,8 @@ class _Conversation:
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(queue.put_nowait, event)
 
-        key = service.videos.key(content, frames, folder_fps)
-        job = Job(asked, key, media, frames, emit)
+        asked, live = prepared.asked, prepared.live
+        job = Job(asked, prepared.key, prepared.media, prepared.frames, emit, live=live)
         conversation = cls(request, service, asked, job, queue)
         conversation.deadline = deadline
         service.engine.submit(job)
@@ -106,7 +108,7 @@ class _Conversation:
                 event = await asyncio.wait_for(self._queue.get(), min(left, _HEARTBEAT_SECONDS))
             except TimeoutError:
                 if time.monotonic() >= self.deadline:
-                    raise _late(self._service) from None
+                    raise late(self._service.limits) from None
                 yield None
                 continue
             match event:
@@ -142,28 +144,54 @@ async def _left(request: Request) -> None:
         pass
 
 
-def _late(service: Service) -> RequestError:
-    return RequestError(504, f"not answered within {service.limits.request_seconds:g} s", code="timeout")
+@dataclasses.dataclass(frozen=True)
+class _Prepared:
+    """A checked request, its video if it is here, and what tells it from others.
+
+    live: the live video that it asks about.
+    """
+
+    asked: Asked
+    media: Media | None
+    key: VideoKey
+    frames: FrameSampling
+    live: LiveSession | None = None
 
 
-type _Content = tuple[str, FrameSampling, float | None]
-
-
-async def _prepare(service: Service, body: bytes) -> tuple[Asked, Media | None, _Content]:
-    """The checked request, its video if it is here, and what tells it from others."""
+async def _prepare(service: Service, body: bytes) -> _Prepared:
     asked = await asyncio.to_thread(read_request, body, service.limits, service.model, service.bilevel)
     try:
         await asyncio.to_thread(suffix, service.tokenizer, asked.question, asked.history)
     except UserError as e:
         raise RequestError(400, str(e), param="messages") from None
+    if asked.source.is_name and LIVE_ID.fullmatch(name := asked.source.uuid or ""):
+        return _about_live(asked, service.live.get(name))
+    media, (content, frames, folder_fps) = await _video(service, asked)
+    return _Prepared(asked, media, service.videos.key(content, frames, folder_fps), frames)
+
+
+def _about_live(asked: Asked, live: LiveSession) -> _Prepared:
+    if asked.frames is not None:
+        raise RequestError(
+            400, "a live video's frames were chosen when it was opened: leave out fps and max_frames", param="xl2jax"
+        )
+    live.touch()
+    return _Prepared(asked, None, VideoKey({"live": live.id}), FrameSampling(), live)
+
+
+type _Content = tuple[str, FrameSampling, float | None]
+
+
+async def _video(service: Service, asked: Asked) -> tuple[Media | None, _Content]:
+    """The video of a request, None where only its name is given."""
     source = asked.source
     if source.is_name:
         content, frames, folder_fps = service.named(source.uuid or "")
-        return asked, None, (content, asked.frames or frames, folder_fps)
+        return None, (content, asked.frames or frames, folder_fps)
     media = await service.library.find(source)
     if source.pictures:  # other text around them makes another context
         content = hashlib.blake2b(f"{media.content} {asked.text!r}".encode(), digest_size=16).hexdigest()
-        return asked, media, (f"pictures {content}", FrameSampling(), None)
+        return media, (f"pictures {content}", FrameSampling(), None)
     folder_fps = asked.folder_fps if media.path.is_dir() else None
     default = FrameSampling(max_frames=min(FrameSampling.max_frames, service.limits.frames))
     if folder_fps is not None:  # all of the frames that the client chose
@@ -171,7 +199,7 @@ async def _prepare(service: Service, body: bytes) -> tuple[Asked, Media | None, 
     frames = asked.frames or default
     if source.uuid is not None:
         service.remember(source.uuid, media.content, frames, folder_fps)
-    return asked, media, (media.content, frames, folder_fps)
+    return media, (media.content, frames, folder_fps)
 
 
 class ChatStream(StreamingResponse):

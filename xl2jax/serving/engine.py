@@ -1,7 +1,7 @@
 """The one thread that owns the model: it answers questions, and watches videos a part at a time between them.
 
 In each round all answers are decoded by up to eight tokens, one part of a stored video is read, and one part of a new
-video is watched: a segment is encoded, or prefilled. Before each of these steps the questions that have come begin, if
+video is watched: a segment is encoded, or prefilled. A step of one of the live videos follows. Before each of these steps the questions that have come begin, if
 their video is on the device, and get their first token. A question about a watched video therefore waits for at most one
 of them: half a segment of another client's video, say.
 """
@@ -20,18 +20,21 @@ from xl2jax.errors import NotEnoughMemory, UserError
 from xl2jax.inference.answering import Answering, decode
 from xl2jax.inference.api import Model
 from xl2jax.inference.pictures import Surroundings
-from xl2jax.serving.errors import RequestError, internal_error, not_kept, public_error
+from xl2jax.serving.errors import RequestError, internal_error, not_kept, request_error
 from xl2jax.serving.jobs import Begun, Ended, Failed, Job, Piece, Watched
 from xl2jax.serving.limits import Limits
+from xl2jax.serving.live import LiveSessions, unknown_live
 from xl2jax.serving.metrics import Metrics
 from xl2jax.serving.new_video import NewVideo
 from xl2jax.serving.reply import VideoUse
 from xl2jax.serving.stops import StopTexts
 from xl2jax.serving.videos import VideoKey, WatchedVideos
-from xl2jax.system.terminal import explain
 from xl2jax.video.clip import Clip
 
 logger = logging.getLogger(__name__)
+
+_TEND_SECONDS = 1.0
+"""How often live videos are looked at that nobody feeds."""
 
 
 class _Answer:
@@ -55,12 +58,14 @@ class Engine:
         videos: WatchedVideos,
         limits: Limits,
         metrics: Metrics,
+        live: LiveSessions,
         *,
         finish_abandoned: bool = False,
         warm_up: Callable[[], Iterator[None]] | None = None,
     ):
         self._warm_up, self._warm = warm_up, warm_up is None
         self.model, self._videos, self._limits, self._metrics = model, videos, limits, metrics
+        self._live, live.wake = live, self._wake
         self._finish_abandoned = finish_abandoned
         self._inbox: collections.deque[Job] = collections.deque()
         self._ready: collections.deque[Job] = collections.deque()
@@ -126,7 +131,7 @@ class Engine:
         while not self._stopped:
             with self._changed:
                 if not (self._woken or self._answers or self._ready or self._loads):
-                    self._changed.wait()
+                    self._changed.wait(_TEND_SECONDS if self._live.any else None)
                 self._woken = False
             try:
                 self._round()
@@ -134,15 +139,17 @@ class Engine:
                 logger.exception("the engine failed in a round")
                 self._fail_all(internal_error())
         self._fail_all(RequestError(503, "the server is shutting down", code="shutting_down"))
+        self._live.close()
 
     def _round(self) -> None:
-        for step in (self._decode, self._load, self._watch):
+        for step in (self._decode, self._load, self._watch, self._see):
             self._begin_new()
             step()
         self._publish()
 
     def _begin_new(self) -> None:
         """Begins the questions that have come. Those that come meanwhile wait for one step of other work."""
+        self._live.tend()
         while self._inbox:
             self._accept(self._inbox.popleft())
         self._drop_cancelled()
@@ -157,6 +164,9 @@ class Engine:
 
     def _accept(self, job: Job) -> None:
         """Puts a new job where it waits for its video."""
+        if job.live is not None:
+            self._ready.append(job)
+            return
         place = self._videos.place(job.key)
         self._metrics.lookups.labels(place or "none").inc()
         for watch in self._watches:
@@ -186,7 +196,7 @@ class Engine:
         for job in [j for j in self._ready if j.cancelled]:
             self._metrics.cancelled.inc()
             self._ready.remove(job)
-            self._videos.release(job.key)
+            self._release(job)
         for name, (jobs, loading) in list(self._loads.items()):
             jobs[:] = [j for j in jobs if not j.cancelled]
             if not jobs:
@@ -205,25 +215,29 @@ class Engine:
     def _begin(self, job: Job) -> None:
         """Begins the answer of a job whose video is held, up to its first token."""
         asked = job.asked
-        video = self._videos.get(job.key)
         try:
-            answering = self.model.start_answer(
-                video,
-                asked.question,
-                max_new_tokens=asked.max_new_tokens,
-                sampling=asked.sampling,
-                seed=asked.seed,
-                bilevel=asked.bilevel,
-                history=asked.history,
-            )
+            if job.live is not None and job.live.over is not None:
+                raise unknown_live()
+            video = self._videos.get(job.key) if job.live is None else job.live.video
+            with video.snapshot() as seen:
+                answering = self.model.start_answer(
+                    video,
+                    asked.question,
+                    max_new_tokens=asked.max_new_tokens,
+                    sampling=asked.sampling,
+                    seed=asked.seed,
+                    bilevel=asked.bilevel,
+                    history=asked.history,
+                )
         except Exception as e:
-            self._videos.release(job.key)
+            self._release(job)
             job.emit(Failed(self._error(e, job)))
             return
-        layout = video.kv.layout
+        layout = seen.kv.layout
         prompt = layout.tokens + answering.suffix_tokens
-        seen = layout.tokens - layout.prefix + video.picture_tokens
-        use = VideoUse(len(video.times), seen, prompt, job.cached, answering.chunks)
+        tokens = layout.tokens - layout.prefix + seen.picture_tokens
+        seconds = None if job.live is None else seen.times[-1]
+        use = VideoUse(len(seen.times), tokens, prompt, job.cached, answering.chunks, seconds)
         self._metrics.prompt_tokens.inc(prompt)
         job.emit(Begun(use))
         answer = _Answer(job, answering)
@@ -270,7 +284,13 @@ class Engine:
     def _end(self, answer: _Answer) -> None:
         answer.answering.close()
         self._answers.remove(answer)
-        self._videos.release(answer.job.key)
+        self._release(answer.job)
+
+    def _release(self, job: Job) -> None:
+        if job.live is None:
+            self._videos.release(job.key)
+        else:
+            job.live.touch()
 
     # --- videos ---------------------------------------------------------------------------------
 
@@ -305,7 +325,7 @@ class Engine:
         except StopIteration:
             pass
         except NotEnoughMemory as e:
-            if self._more_room():
+            if self._videos.free_some():
                 self._loads[name] = (jobs, None)
                 return
             del self._loads[name]
@@ -367,6 +387,11 @@ class Engine:
                 self._videos.add(watch.key, video)
                 self._make_ready(watch.key, watch.jobs)
 
+    def _see(self) -> None:
+        """One step of a live video, if frames of one wait."""
+        if self._live.step():
+            self._wake()
+
     def _add_part(self, watch: NewVideo, parts: Iterator[None]) -> None:
         """Computes a part of a segment of frames, or of tiles."""
         assert watch.watching is not None
@@ -391,7 +416,7 @@ class Engine:
                 watching = self.model.start_watch(clip, self._videos.prefill, around=around, cache=self._videos.cache)
                 break
             except NotEnoughMemory:
-                if not self._more_room():
+                if not self._videos.free_some():
                     raise
         watch.reserved = need
         self._videos.reserve(need)
@@ -404,13 +429,6 @@ class Engine:
         watch.watching = watch.parts = None
         self._wake()  # the next one can begin
 
-    def _more_room(self) -> bool:
-        """Frees memory that the budget would allow to be used, but that is short. Returns whether any was freed."""
-        if not self._videos.move_oldest():
-            return False
-        self._videos.wait_for_writer()
-        return True
-
     def _pause(self) -> None:
         """There is no room before an answer has ended: nothing is to be done until then."""
         if not self._answers and not self._ready:
@@ -420,16 +438,8 @@ class Engine:
     # --- failures -------------------------------------------------------------------------------
 
     def _error(self, error: Exception, job: Job, watch: NewVideo | None = None) -> RequestError:
-        if isinstance(error, RequestError):
-            return error
         paths = [media.path for media in (job.media, watch) if media is not None]
-        if isinstance(error, UserError):
-            return public_error(error, paths, code="video_too_large" if isinstance(error, NotEnoughMemory) else None)
-        if explain(error) is not None:
-            logger.error("the machine ran short: %s", explain(error))
-            return RequestError(503, "the server is short of memory", code="out_of_memory", retry_after=10)
-        logger.error("a request failed", exc_info=error)
-        return internal_error()
+        return request_error(error, paths, too_large="video_too_large")
 
     def _fail_all(self, error: RequestError) -> None:
         jobs = [*self._inbox, *self._ready, *(a.job for a in self._answers)]
@@ -437,7 +447,7 @@ class Engine:
         for answer in self._answers:
             answer.answering.close()
         for job in [*self._ready, *(a.job for a in self._answers)]:
-            self._videos.release(job.key)
+            self._release(job)
         for watch in list(self._watches):
             jobs += watch.jobs
             self._close_watch(watch)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from xl2jax.errors import UserError, shorten
+from xl2jax.errors import NotEnoughMemory, UserError, shorten
+from xl2jax.serving.limits import Limits
+from xl2jax.system.terminal import explain
+
+logger = logging.getLogger(__name__)
 
 _TYPES = {
     401: "authentication_error",
@@ -48,12 +53,33 @@ class RequestError(Exception):
         return headers | {"Connection": "close"} if self.status == 408 else headers  # the rest of the body never came
 
 
+def late(limits: Limits) -> RequestError:
+    """For a request that took too long."""
+    return RequestError(504, f"not answered within {limits.request_seconds:g} s", code="timeout")
+
+
 def internal_error() -> RequestError:
     """For a fault of the server, whose trace is logged."""
     return RequestError(500, "the server failed on this request; its log has the reason", code="internal_error")
 
 
-def public_error(error: UserError, paths: Iterable[Path] = (), *, code: str | None = None) -> RequestError:
+def request_error(error: Exception, paths: Iterable[Path] = (), *, too_large: str | None = None) -> RequestError:
+    """Any error as one of a request. What is a fault of the server is logged.
+
+    `paths`: see `public_error`. `too_large`: the code where the memory does not suffice.
+    """
+    if isinstance(error, RequestError):
+        return error
+    if isinstance(error, UserError):
+        return public_error(error, paths, code=too_large if isinstance(error, NotEnoughMemory) else None)
+    if explain(error) is not None:
+        logger.error("the machine ran short: %s", explain(error))
+        return RequestError(503, "the server is short of memory", code="out_of_memory", retry_after=10)
+    logger.error("a request failed", exc_info=error)
+    return internal_error()
+
+
+def public_error(error: UserError, paths: Iterable[Path | str] = (), *, code: str | None = None) -> RequestError:
     """A wrong input as status 400. `paths` are replaced in its message."""
     text = str(error)
     for path in sorted(map(str, paths), key=len, reverse=True):

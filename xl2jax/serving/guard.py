@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import hmac
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from urllib.parse import urlsplit
 
-from starlette.requests import Request
+from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocket
 
 from xl2jax.serving.errors import RequestError
 from xl2jax.serving.service import Service
@@ -24,21 +27,24 @@ class Guard:
         self._app, self._service = app, service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
         status = 499  # the client went away before the answer
 
         async def counted(message: Message) -> None:
             nonlocal status
-            if message["type"] == "http.response.start":
+            if message["type"] in ("http.response.start", "websocket.http.response.start"):
                 status = message["status"]
+            elif message["type"] == "websocket.accept":
+                status = 101
             await send(message)
 
-        request = Request(scope)
         try:
-            refused = refusal(request, self._service.api_key, self._service.hosts)
-            if refused is not None:
+            refused = refusal(HTTPConnection(scope), self._service.api_key, self._service.hosts)
+            if refused is not None and scope["type"] == "websocket":
+                await WebSocket(scope, receive, counted).send_denial_response(error_response(refused))
+            elif refused is not None:
                 await error_response(refused)(scope, receive, counted)
             else:
                 await self._app(scope, receive, counted)
@@ -47,7 +53,7 @@ class Guard:
             self._service.metrics.requests.labels(getattr(route, "path", "other"), status).inc()
 
 
-def refusal(request: Request, key: str | None, hosts: Sequence[str] | None) -> RequestError | None:
+def refusal(request: HTTPConnection, key: str | None, hosts: Sequence[str] | None) -> RequestError | None:
     """Why a request is refused before anything of its body is read, if it is. `key` and `hosts`: see `Service`."""
     host = request.headers.get("host", "")
     if hosts is not None and _without_port(host) not in hosts:
@@ -59,10 +65,27 @@ def refusal(request: Request, key: str | None, hosts: Sequence[str] | None) -> R
     path = request.scope["path"]  # the path of `request.url` may depend on the Host header
     if key is None or path in _OPEN or path.startswith("/page/"):
         return None
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), key.encode()):
+    if any(hmac.compare_digest(given, key.encode()) for given in _given_keys(request)):
         return None
     return RequestError(401, "the API key is missing or wrong (Authorization: Bearer ...)", code="invalid_api_key")
+
+
+SUBPROTOCOL = "xl2jax"
+"""Of WebSockets."""
+
+_KEY_PROTOCOL = f"{SUBPROTOCOL}.key."
+
+
+def _given_keys(request: HTTPConnection) -> Iterator[bytes]:
+    """The key of a request: that of its header, or of a WebSocket's subprotocol: browsers cannot set a header there."""
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        yield given.strip().encode()
+    for protocol in request.scope.get("subprotocols", ()):
+        if protocol.startswith(_KEY_PROTOCOL):
+            encoded = protocol.removeprefix(_KEY_PROTOCOL)
+            with contextlib.suppress(ValueError):
+                yield base64.urlsafe_b64decode(encoded + "=" * (-len(encoded) % 4))
 
 
 def _without_port(host: str) -> str | None:

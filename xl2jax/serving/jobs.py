@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 from xl2jax.serving.errors import RequestError
+from xl2jax.serving.live import LiveSession
 from xl2jax.serving.media import Media
 from xl2jax.serving.protocol import Asked
 from xl2jax.serving.reply import VideoUse
@@ -58,7 +59,7 @@ type Event = Watched | Begun | Piece | Ended | Failed
 class Job:
     """One question on its way through the engine.
 
-    media: None where the video is only known by name. emit: called in the engine's thread with each event.
+    media: None where the video is only known by name. live: the live video that is asked about. emit: called in the engine's thread with each event.
     """
 
     asked: Asked
@@ -69,3 +70,4 @@ class Job:
     arrived: float = dataclasses.field(default_factory=time.monotonic)
     cancelled: bool = False
     cached: bool = True
+    live: LiveSession | None = None

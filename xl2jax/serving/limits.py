@@ -6,6 +6,28 @@ import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
+class LiveLimits:
+    """Ceilings of live videos.
+
+    sessions: those that are open at a time; 0 refuses them.
+    fps: frames a second that are seen.
+    minutes, dense_minutes, host_gib: what one of them keeps (`LiveMemory`), which is also what it keeps by default.
+    idle_seconds: one ends when no frame and no question has come for so long.
+    seconds: one ends so long after it was opened.
+    frame_bytes: of a message over its WebSocket.
+    """
+
+    sessions: int = 2
+    fps: float = 4.0
+    minutes: float = 60.0
+    dense_minutes: float = 10.0
+    host_gib: float = 2.0
+    idle_seconds: float = 300.0
+    seconds: float = 24 * 3600.0
+    frame_bytes: int = 8 << 20
+
+
+@dataclasses.dataclass(frozen=True)
 class Limits:
     """Ceilings of the server.
 
@@ -22,6 +44,7 @@ class Limits:
     frame_pixels: pixels of a frame of the file, or of a picture.
     text_characters: characters of a question with the history before it.
     new_tokens: tokens of an answer.
+    live: those of live videos.
     """
 
     queue: int = 64
@@ -37,3 +60,4 @@ class Limits:
     frame_pixels: int = 7680 * 4320
     text_characters: int = 65_536
     new_tokens: int = 4096
+    live: LiveLimits = LiveLimits(sessions=0)

@@ -150,13 +150,18 @@ class Library:
             raise RequestError(
                 400, "the video's address should begin with https:, http:, file: or data:", code="media_refused"
             )
+        await self.downloads.fetch(url, target)
+
+    @property
+    def downloads(self) -> Downloads:
+        """Which addresses may be read. Raises RequestError where none may."""
         if self._downloads is None:
             raise RequestError(
                 400,
                 "this server downloads nothing (--allow-media-domain or --allow-any-media allow it)",
                 code="media_refused",
             )
-        await self._downloads.fetch(url, target)
+        return self._downloads
 
     def _below_root(self, url: str) -> Path:
         """The path of a file address, with all links resolved. Raises RequestError unless it lies below a root."""

@@ -50,6 +50,16 @@ class Metrics:
             "xl2jax_kv_bytes", "Bytes of the KV of watched videos by place.", ["place"], registry=self.registry
         )
 
+        self.live_videos = Gauge("xl2jax_live_videos", "Live videos that are open.", registry=self.registry)
+        self.live_frames = Counter(
+            "xl2jax_live_frames", "Frames of live videos that were seen.", registry=self.registry
+        )
+        self.live_dropped = Counter(
+            "xl2jax_live_frames_dropped",
+            "Frames of live videos that came faster than they could be seen.",
+            registry=self.registry,
+        )
+
     def value(self, name: str, **labels: str) -> float:
         """The value of a metric; 0 where nothing was counted."""
         return self.registry.get_sample_value(name, labels) or 0.0

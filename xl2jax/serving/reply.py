@@ -16,7 +16,7 @@ class VideoUse:
     """What an answer read of its video.
 
     frames, video_tokens: of the watched video; without frames, the tokens are those of pictures. prompt_tokens: with prefix, question and history. cached: whether it was
-    watched for an earlier question.
+    watched for an earlier question. seconds_seen: the time up to which a live video was seen.
     """
 
     frames: int
@@ -24,6 +24,7 @@ class VideoUse:
     prompt_tokens: int
     cached: bool
     chunks: list[Chunk]
+    seconds_seen: float | None = None
 
 
 class Reply:
@@ -72,4 +73,5 @@ def _usage(use: VideoUse, new_tokens: int) -> dict[str, Any]:
         "frames": use.frames,
         "video_tokens": use.video_tokens,
         "video_cached": use.cached,
+        **({} if use.seconds_seen is None else {"seconds_seen": use.seconds_seen}),
     }

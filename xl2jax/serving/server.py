@@ -17,6 +17,11 @@ from xl2jax.serving.service import Service
 
 logger = logging.getLogger(__name__)
 
+# uvicorn says so of each WebSocket that is refused with a status.
+logging.getLogger("uvicorn.error").addFilter(
+    lambda record: record.msg != "ASGI callable returned without completing handshake."
+)
+
 
 class _Server(uvicorn.Server):
     """Its signals are handled here: the first one ends it gracefully, the second one at once."""
@@ -37,13 +42,9 @@ def listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def run(service: Service, listening: socket.socket, *, grace_seconds: float) -> None:
-    """Serves until SIGTERM or SIGINT.
-
-    What runs then is finished within `grace_seconds`, new requests are refused, and cache files that are being written
-    are completed. A second signal ends what runs at once.
-    """
-    config = uvicorn.Config(
+def server_config(service: Service, grace_seconds: float) -> uvicorn.Config:
+    """How uvicorn serves a service."""
+    return uvicorn.Config(
         make_app(service),
         log_config=None,
         access_log=False,
@@ -51,8 +52,18 @@ def run(service: Service, listening: socket.socket, *, grace_seconds: float) -> 
         lifespan="off",
         timeout_graceful_shutdown=max(int(grace_seconds), 1),
         timeout_keep_alive=30,
+        ws_max_size=2 * service.limits.live.frame_bytes,  # beyond it the connection is cut; below, there is an error
+        ws_per_message_deflate=False,  # images are compressed already
     )
-    server = _Server(config)
+
+
+def run(service: Service, listening: socket.socket, *, grace_seconds: float) -> None:
+    """Serves until SIGTERM or SIGINT.
+
+    What runs then is finished within `grace_seconds`, new requests are refused, and cache files that are being written
+    are completed. A second signal ends what runs at once.
+    """
+    server = _Server(server_config(service, grace_seconds))
 
     async def serve() -> None:
         loop = asyncio.get_running_loop()

@@ -6,13 +6,14 @@ import dataclasses
 import math
 import time
 
-from starlette.requests import Request
+from starlette.requests import HTTPConnection
 
 from xl2jax.inference.bilevel import BilevelConfig
 from xl2jax.prompt import PromptTokenizer
 from xl2jax.serving.engine import Engine
 from xl2jax.serving.errors import RequestError, not_kept
 from xl2jax.serving.limits import Limits
+from xl2jax.serving.live import LIVE_ID, LiveSessions
 from xl2jax.serving.media import Library
 from xl2jax.serving.metrics import Metrics
 from xl2jax.serving.partial import PartialUploads
@@ -36,6 +37,7 @@ class Service:
     library: Library
     uploads: Uploads
     partial: PartialUploads
+    live: LiveSessions
     limits: Limits
     metrics: Metrics
     bilevel: BilevelConfig | None
@@ -50,7 +52,12 @@ class Service:
         self._named: dict[str, tuple[str, FrameSampling, float | None]] = {}
 
     def remember(self, uuid: str, content: str, frames: FrameSampling, folder_fps: float | None) -> None:
-        """Gives a video a name for later requests. The oldest of very many names are forgotten."""
+        """Gives a video a name for later requests. The oldest of very many names are forgotten.
+
+        Raises RequestError for a name that a live video may have.
+        """
+        if LIVE_ID.fullmatch(uuid):
+            raise RequestError(400, "messages: this uuid is the id of a live video", param="messages")
         self._named.pop(uuid, None)
         self._named[uuid] = (content, frames, folder_fps)
         if len(self._named) > 100_000:
@@ -63,7 +70,7 @@ class Service:
         return self._named[uuid]
 
 
-def service_of(request: Request) -> Service:
+def service_of(request: HTTPConnection) -> Service:
     """The service that a request came to."""
     service: Service = request.app.state.service
     return service

@@ -87,7 +87,7 @@ class WatchedVideos:
         self.prefill, self.cache = prefill, cache
         self._model_key = model_key(model, cache)
         self._kept: dict[str, _Kept] = {}  # the most recently used one last
-        self._reserved = 0
+        self._reserved = self._live = 0
         self._writer = ThreadPoolExecutor(1, "write videos")
         self._writing: set[Future[None]] = set()
         if folder is not None:
@@ -144,8 +144,17 @@ class WatchedVideos:
             )
         return need
 
-    def make_room(self, need: int) -> bool:
-        """Moves unused videos off the device until `need` bytes are free there. Returns whether they are."""
+    def make_room(self, need: int, what: str = "the video") -> bool:
+        """Moves unused videos off the device until `need` bytes are free there. Returns whether they are.
+
+        Raises NotEnoughMemory where `what` needs more than live videos leave.
+        """
+        left = self._budgets.device - self._live
+        if need > left:
+            raise NotEnoughMemory(
+                f"{what} needs {need / 2**30:.2f} GiB of device memory, more than the {left / 2**30:.2f} that this server "
+                f"has for it (open live videos hold {self._live / 2**30:.2f}): ask for less"
+            )
         while self._reserved + self._bytes("device") + need > self._budgets.device:
             if not self.move_oldest():
                 return False
@@ -154,6 +163,18 @@ class WatchedVideos:
     def reserve(self, need: int) -> None:
         """Counts `need` bytes as used, or frees them where it is negative."""
         self._reserved += need
+
+    def reserve_live(self, need: int) -> None:
+        """`reserve` for a live video, which holds its memory until it ends."""
+        self._live += need
+        self._reserved += need
+
+    def free_some(self) -> bool:
+        """Frees memory that the budget would allow to be used, but that is short. Returns whether any was freed."""
+        if not self.move_oldest():
+            return False
+        self.wait_for_writer()
+        return True
 
     def move_oldest(self) -> bool:
         """Moves the least recently used video off the device. Returns False where all are in use."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import io
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -62,6 +63,12 @@ def read_image(path: Path, max_pixels: int | None = None, *, still: bool = False
         return rgb_pixels(image)
 
 
+def decode_image(data: bytes, max_pixels: int | None = None) -> np.ndarray:
+    """`read_image` of the bytes of a JPEG, PNG or WebP file."""
+    with _reading(io.BytesIO(data), "the image", max_pixels, False, ("JPEG", "PNG", "WEBP")) as image:
+        return rgb_pixels(image)
+
+
 def rgb_pixels(image: Image.Image) -> np.ndarray:
     """The pixels of a PIL image as `read_image` gives them."""
     upright = ImageOps.exif_transpose(image)
@@ -83,27 +90,36 @@ def _opened(path: Path, max_pixels: int | None, still: bool) -> Iterator[Image.I
     """Opens an image file. Errors of the body of the `with` statement become a UserError too."""
     try:
         require_regular(path)
-        with Image.open(path, formats=_FORMATS) as image:
-            if image.width * image.height > (max_pixels or MAX_PIXELS):
-                raise UserError(f"{path}: has {image.width} x {image.height} pixels, more than can be read")
-            # Cameras add smaller copies and depth maps to a photo (MPO).
-            if still and image.format != "MPO" and getattr(image, "is_animated", False):
-                raise UserError(f"{path}: holds several images: give an animation as a video, or one of its images")
+        with _reading(path, str(path), max_pixels, still, _FORMATS) as image:
             yield image
     except (FileNotFoundError, PermissionError) as e:
         raise unreadable(path, e) from None
-    except UserError:
+
+
+@contextlib.contextmanager
+def _reading(
+    file: Path | io.BytesIO, name: str, max_pixels: int | None, still: bool, formats: tuple[str, ...]
+) -> Iterator[Image.Image]:
+    try:
+        with Image.open(file, formats=formats) as image:
+            if image.width * image.height > (max_pixels or MAX_PIXELS):
+                raise UserError(f"{name}: has {image.width} x {image.height} pixels, more than can be read")
+            # Cameras add smaller copies and depth maps to a photo (MPO).
+            if still and image.format != "MPO" and getattr(image, "is_animated", False):
+                raise UserError(f"{name}: holds several images: give an animation as a video, or one of its images")
+            yield image
+    except (FileNotFoundError, PermissionError, UserError):
         raise
     except Image.DecompressionBombError:  # twice what Pillow warns of, which is more than MAX_PIXELS
-        raise UserError(f"{path}: has more pixels than can be read") from None
+        raise UserError(f"{name}: has more pixels than can be read") from None
     except UnidentifiedImageError:
-        kind = path.suffix.lower()
+        kind = Path(name).suffix.lower()
         advice = "convert it to .jpg or .png first" if kind in _OTHER_IMAGES else "its format is not known"
-        raise UserError(f"{path}: not an image that can be read ({advice})") from None
+        raise UserError(f"{name}: not an image that can be read ({advice})") from None
     except Exception as e:  # on damaged files Pillow's decoders raise errors of many types
         if machine_fault(e) is not None:
             raise  # the machine ran short; the file may be good
-        raise UserError(f"{path}: not an image that can be read ({first_line(e)})") from None
+        raise UserError(f"{name}: not an image that can be read ({first_line(e)})") from None
 
 
 def padded_to_square(image: np.ndarray) -> np.ndarray:

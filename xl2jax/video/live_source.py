@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import numpy as np
 
@@ -27,8 +27,29 @@ logger = logging.getLogger(__name__)
 _PROTOCOLS = "http,https,tcp,tls,crypto,udp,rtp,rtsp,rtsps,rtmp,rtmps,srt,hls,data,httpproxy"
 """What an address may make FFmpeg open. A playlist from elsewhere cannot name files of this machine."""
 
+_FORMATS = "hls,mpegts,mpeg,flv,live_flv,matroska,webm,mov,mp4,mpjpeg,mjpeg,mpegvideo,h264,hevc,ogg,avi,nut"
+"""What is read where FFmpeg opens nothing itself. Of these, playlists (hls) name what else is opened."""
+
 _LONGEST_WAIT = 30.0
 _LOOK_AGAIN = 0.05  # seconds
+
+
+class Readable(Protocol):
+    """An open address.
+
+    Attributes:
+      url: the address at the end of all redirects, to which names in a playlist are relative.
+      length: bytes, where they are known: a recording, which ends.
+      is_playlist: whether the server says that it is one (hls).
+    """
+
+    url: str
+    length: int | None
+    is_playlist: bool
+
+    def read(self, size: int, /) -> bytes: ...
+
+    def close(self) -> None: ...
 
 
 def address_of(text: str | Path) -> str:
@@ -56,18 +77,21 @@ class Stream:
         retries: int = 6,
         first_wait: float = 1.0,
         timeout: float = 15.0,
+        connect: Callable[[str], Readable] | None = None,
     ):
         """`follow`: the address is a file that another program is writing. It may be empty yet, and it has ended when nothing
         was added for `timeout` seconds. `retries`: how often in a row a URL is tried again before the stream counts as
         ended. The waits between begin with `first_wait` seconds and double, up to half a minute. `timeout`: seconds
-        without data after which a URL counts as cut off.
+        without data after which a URL counts as cut off. `connect` opens the address, and what a playlist names, so that
+        FFmpeg itself opens nothing; only formats of streams are then read. A UserError of it ends the stream.
 
         Raises UserError for a protocol that is not read, and for a local path that cannot be one.
         """
         self.address = address_of(address)
         self.is_url, self.follow = "://" in self.address, follow
         self.damaged = self.opened = 0
-        self._retries, self._first_wait, self._timeout = retries, first_wait, timeout
+        self._retries, self._first_wait, self._timeout, self._connect = retries, first_wait, timeout, connect
+        self._length: int | None = None
         self._closed = threading.Event()
         self.on_reopen: Callable[[], None] = lambda: None
         if self.is_url and (protocol := self.address.partition("://")[0].lower()) not in _PROTOCOLS.split(","):
@@ -122,7 +146,7 @@ class Stream:
         """The frames of one connection. Raises _Failure where it breaks."""
         import av
 
-        self._is_whole = False
+        self._is_whole, self._length = False, None
         options = {"protocol_whitelist": _PROTOCOLS, "rtsp_transport": "tcp"} if self.is_url else {}
         name: Any = (
             self.address
@@ -131,12 +155,23 @@ class Stream:
             if self.address == "-"
             else f"file:{Path(self.address).absolute()}"
         )
+        others: dict[str, Any] = {}
         with contextlib.ExitStack() as opened:
             try:
                 if self.follow:
                     name = _GrowingFile(opened.enter_context(open(self.address, "rb")), self._timeout, self._closed)
+                if (connect := self._connect) is not None:
+                    # What is opened past `connect` is refused, whatever makes FFmpeg open it.
+                    options = {"protocol_whitelist": "none", "format_whitelist": _FORMATS, "http_persistent": "0"}
+                    first = connect(self.address)
+                    name, self._length, waiting = first.url, first.length, [first]
+                    others["io_open"] = lambda url, flags, options: waiting.pop() if waiting else connect(url)
+                    if first.is_playlist:
+                        others["format"] = "hls"
                 timeout = self._timeout if self.is_url else None
-                container = opened.enter_context(av.open(name, options=options, timeout=timeout))
+                container = opened.enter_context(av.open(name, options=options, timeout=timeout, **others))
+            except UserError:
+                raise
             except Exception as e:  # on damaged data PyAV raises others besides its own errors
                 raise _Failure(first_line(e)) from None
             stream: Any = container.streams.best("video")
@@ -144,7 +179,8 @@ class Stream:
                 raise _Failure("it holds no video")
             self.opened += 1
             # A recording, which is not watched again when it ends. The size of a playlist is not that of its video.
-            self._is_whole = bool(container.duration) or ((container.size or 0) > 0 and container.format.name != "hls")
+            known = (container.size or 0) > 0 or self._length is not None
+            self._is_whole = bool(container.duration) or (known and container.format.name != "hls")
             # Threads by frame would hold frames back.
             stream.thread_type = "SLICE" if self.is_url or self.follow else "AUTO"
             stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
@@ -152,6 +188,8 @@ class Stream:
             while not self._closed.is_set():
                 try:
                     packet = next(packets, None)
+                except UserError:
+                    raise
                 except av.ExitError:
                     raise _Failure(f"no data for {self._timeout:g} s") from None
                 except Exception as e:
@@ -228,13 +266,13 @@ class Buffer[T]:
             self._ended = True
             self._changed.notify_all()
 
-    def take(self, timeout: float) -> list[T] | None:
-        """All items that wait, after up to `timeout` seconds; None where there will be no more."""
+    def take(self, timeout: float, most: int | None = None) -> list[T] | None:
+        """Up to `most` of the items that wait, after up to `timeout` seconds; None where there will be no more."""
         deadline = time.monotonic() + timeout
         with self._changed:
             while not self._items and not self._ended and (left := deadline - time.monotonic()) > 0:
                 self._changed.wait(left)
             if not self._items and self._ended:
                 return None
-            items, self._items = self._items, []
+            items, self._items = self._items[:most], [] if most is None else self._items[most:]
             return items

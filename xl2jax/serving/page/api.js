@@ -41,15 +41,16 @@ function sentence(text) {
 
 function problem(status, body, retryAfter) {
   if (status === 401) return new Problem("The server does not accept this API key.", status);
-  if (status === 429) {
+  let error;
+  try {
+    error = JSON.parse(body).error;
+  } catch {
+    error = null;
+  }
+  const message = error?.message;
+  if (status === 429 && error?.code !== "too_many_live_videos") {
     const wait = /^\d+$/.test(retryAfter ?? "") ? `in ${retryAfter} s` : "in a while";
     return new Problem(`The server is busy with other requests. Try again ${wait}.`, status);
-  }
-  let message;
-  try {
-    message = JSON.parse(body).error.message;
-  } catch {
-    message = null;
   }
   return new Problem(
     typeof message === "string" && message ? sentence(message) : `The server answered with status ${status}.`,
@@ -107,6 +108,78 @@ export async function upload(file, { onProgress, signal }) {
 /** The description of an uploaded file. */
 export async function describe(id) {
   return (await request(`v1/files/${encodeURIComponent(id)}`)).json();
+}
+
+/** Begins a live video, and returns its description. */
+export async function startLive(settings) {
+  const options = { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(settings) };
+  return (await request("v1/live", options)).json();
+}
+
+/** Ends a live video, if the server still has it. */
+export function endLive(id) {
+  request(`v1/live/${encodeURIComponent(id)}`, { method: "DELETE", keepalive: true }).catch(() => {});
+}
+
+/** The connection over which the frames of a live video go to the server. */
+export class LiveSocket {
+  #socket;
+  #problem = null;
+
+  /** onProgress(what the server has seen). onEnd(problem, isLost): the connection has ended; another one may go on. */
+  constructor(id, { onProgress, onEnd }) {
+    const address = new URL(`v1/live/${encodeURIComponent(id)}/frames`, document.baseURI);
+    address.protocol = address.protocol.replace("http", "ws");
+    this.#socket = new WebSocket(address, protocols());
+    this.#socket.onmessage = ({ data }) => {
+      const message = JSON.parse(data);
+      if (message.type === "progress") onProgress(message);
+      else this.#problem = new Problem(sentence(message.error.message), message.error.code === "live_ended" ? 404 : 0);
+    };
+    this.#socket.onclose = async () => {
+      if (this.#problem) onEnd(this.#problem, false);
+      else onEnd(...(await this.#reason(id)));
+    };
+  }
+
+  /** Why a connection ended without a word: browsers do not say with which status one was refused. */
+  async #reason(id) {
+    try {
+      await request(`v1/live/${encodeURIComponent(id)}`);
+    } catch (error) {
+      return [error, error.status === 0];
+    }
+    return [new Problem(LOST), true];
+  }
+
+  get isOpen() {
+    return this.#socket.readyState === WebSocket.OPEN;
+  }
+
+  /** Bytes that wait to be sent. */
+  get waiting() {
+    return this.#socket.bufferedAmount;
+  }
+
+  /** Sends an image that was taken at `seconds`. */
+  send(seconds, image) {
+    if (!this.isOpen) return;
+    this.#socket.send(JSON.stringify({ seconds }));
+    this.#socket.send(image);
+  }
+
+  close() {
+    this.#socket.onclose = this.#socket.onmessage = null;
+    this.#socket.close();
+  }
+}
+
+/** A WebSocket carries no header: the key goes into the names of its protocols. */
+function protocols() {
+  const key = sessionStorage.getItem(KEY);
+  if (key === null) return ["xl2jax"];
+  const encoded = btoa(key).replaceAll("+", "-").replaceAll("/", "_").replaceAll("=", "");
+  return ["xl2jax", `xl2jax.key.${encoded}`];
 }
 
 /** Deletes an uploaded file, if the server can. */

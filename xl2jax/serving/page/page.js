@@ -2,6 +2,7 @@
 
 import { Problem, ask, describe, forget, hasKey, inSentence, keepKey, modelName, playable, upload } from "./api.js";
 import { Conversation } from "./conversation.js";
+import { LivePanel } from "./live.js";
 import { ProgressBar, Tracker } from "./progress.js";
 import { thumbnails } from "./thumbnails.js";
 import { Timeline } from "./timeline.js";
@@ -15,6 +16,12 @@ const $ = (id) => document.getElementById(id);
 const player = $("player");
 const progress = new ProgressBar($("progress"), announce);
 const timeline = new Timeline($("timeline"), seek);
+const live = new LivePanel($("live"), $("view"), {
+  fps: () => (Number($("fps").value) > 0 ? Number($("fps").value) : null),
+  announce,
+  failed: cameraFailed,
+  begun: cameraBegun,
+});
 const conversation = new Conversation({
   list: $("turns"),
   scroll: $("scroll"),
@@ -23,12 +30,12 @@ const conversation = new Conversation({
   announce,
   mayRefer: () => $("follow-up").checked,
   request: chatRequest,
-  ready: () => ready,
+  ready: () => (source?.live ? live.ready : ready),
   changed: conversationChanged,
   failed: askForKey,
 });
 
-/** The video: {name, file: {id, bytes}} or {name, url}, with `chunks` once it was watched. */
+/** The video: {name, file: {id, bytes}}, {name, url}, or the camera {name, live: {id}}, with `chunks` once it was watched. */
 let source = null;
 /** The file that the user chose. It is not known any more after a reload. */
 let local = null;
@@ -38,7 +45,7 @@ let ready = Promise.resolve();
 let all = new AbortController();
 let preparing = new AbortController();
 
-const onServer = () => Boolean(source?.file || source?.url);
+const onServer = () => Boolean(source?.file || source?.url || source?.live?.id);
 
 // --- what is kept over a reload -----------------------------------------------------------------
 
@@ -100,7 +107,7 @@ function askForKey(error) {
 // --- the video ----------------------------------------------------------------------------------
 
 function seek(seconds) {
-  if (player.hidden) timeline.focusAt(seconds);
+  if (player.hidden || source?.live) timeline.focusAt(seconds);
   else player.currentTime = seconds;
   timeline.time = seconds;
 }
@@ -117,6 +124,8 @@ function show() {
   showText("status", null);
   showVideoError(null);
   progress.end();
+  if (source?.live) player.hidden = true;
+  for (const id of ["fps", "max-frames"]) $(id).disabled = Boolean(source?.live);
   conversationChanged();
 }
 
@@ -125,6 +134,7 @@ function startOver() {
   all.abort();
   all = new AbortController();
   if (source?.file) forget(source.file.id);
+  live.close();
   source = local = null;
   if (player.src.startsWith("blob:")) URL.revokeObjectURL(player.src);
   player.removeAttribute("src");
@@ -163,6 +173,26 @@ function openLink(text) {
   cannotPlayLink();
   prepare();
   $("question").focus();
+}
+
+/** Takes the camera as the video. */
+function openCamera() {
+  startOver();
+  source = { name: "Camera", live: { id: null } };
+  show();
+  live.open();
+  live.start();
+  $("question").focus();
+}
+
+function cameraBegun(id) {
+  source.live.id = id;
+  save();
+}
+
+function cameraFailed(error) {
+  showVideoError(error && inSentence(error));
+  if (error) askForKey(error);
 }
 
 /** Shows the video at `src` in the player, and thumbnails of it on the timeline. */
@@ -205,6 +235,10 @@ async function playAgain(here) {
 
 /** Brings the video to the server and has it watched. */
 async function prepare() {
+  if (source.live) {
+    live.start();
+    return;
+  }
   const here = source;
   preparing = new AbortController();
   const signal = AbortSignal.any([all.signal, preparing.signal]);
@@ -281,11 +315,15 @@ for (const name of ["timeupdate", "seeked"]) player.addEventListener(name, () =>
 
 // --- questions ----------------------------------------------------------------------------------
 
+function videoPart() {
+  if (source.live) return { type: "video_url", video_url: null, uuid: source.live.id };
+  if (source.url) return { type: "video_url", video_url: { url: source.url } };
+  return { type: "file", file: { file_id: source.file.id } };
+}
+
 /** The body of a chat request. `earlier` are the turns that the question may refer to. */
 function chatRequest(question, earlier) {
-  const video = source.url
-    ? { type: "video_url", video_url: { url: source.url } }
-    : { type: "file", file: { file_id: source.file.id } };
+  const video = videoPart();
   const messages = earlier.flatMap((turn) => [
     { role: "user", content: [{ type: "text", text: turn.question }] },
     { role: "assistant", content: turn.answer },
@@ -299,13 +337,17 @@ function chatRequest(question, earlier) {
     ["top_chunks", "top-chunks"],
   ]) {
     const value = $(id).value.trim();
-    if (value) own[name] = Number.isNaN(Number(value)) ? value : Number(value);
+    if (value && !$(id).disabled) own[name] = Number.isNaN(Number(value)) ? value : Number(value);
   }
   return { messages, xl2jax: own };
 }
 
 function conversationChanged() {
   const turn = conversation.turns[conversation.selected];
+  if (source?.live && turn?.chunks.length && timeline.duration !== turn.chunks.at(-1).end) {
+    timeline.duration = turn.chunks.at(-1).end; // it grows
+    conversation.draw(); // times in answers become links
+  }
   if (turn) timeline.show(turn.chunks, turn.question, turn.whole);
   else timeline.show(source?.chunks ?? []);
   $("no-turns").hidden = conversation.turns.length > 0;
@@ -321,6 +363,7 @@ $("file").addEventListener("change", () => {
   if (file) openFile(file);
   $("file").value = "";
 });
+$("camera").addEventListener("click", openCamera);
 $("link").addEventListener("submit", (event) => {
   event.preventDefault();
   openLink($("url").value);
@@ -401,7 +444,8 @@ async function connect() {
   }
   if (here === null || here !== source) return; // a video that was opened meanwhile is on its way
   if (here.url) cannotPlayLink();
-  prepare();
+  if (here.live) live.open(here.live.id); // a page that was loaded again does not start the camera by itself
+  else prepare();
 }
 
 restore();
