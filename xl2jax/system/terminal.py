@@ -323,7 +323,8 @@ class _Interrupts:
             self._timer.join()
         sys.unraisablehook = self._hook
         if self._handler is signal.default_int_handler:
-            signal.signal(signal.SIGINT, self._handler)
+            # A second Ctrl-C ends the process at once, while Python waits for threads and leaves modules.
+            signal.signal(signal.SIGINT, signal.SIG_DFL if self.received else self._handler)
 
     def ignore(self) -> None:
         """From here on Ctrl-C does nothing."""
