@@ -157,6 +157,7 @@ class Engine:
 
     def _accept(self, job: Job) -> None:
         """Puts a new job where it waits for its video."""
+        job.key = self._videos.first_key(job.key)
         place = self._videos.place(job.key)
         self._metrics.lookups.labels(place or "none").inc()
         for watch in self._watches:
@@ -354,6 +355,8 @@ class Engine:
             case Exception() as e:
                 raise e
             case Clip() | Surroundings() as opened:
+                if isinstance(opened, Clip) and self._accept_as_known(watch, opened):
+                    return
                 watch.opened = opened
                 self._start(watch, opened)
             case np.ndarray() as images:
@@ -366,6 +369,16 @@ class Engine:
                 self._close_watch(watch)
                 self._videos.add(watch.key, video)
                 self._make_ready(watch.key, watch.jobs)
+
+    def _accept_as_known(self, watch: NewVideo, clip: Clip) -> bool:
+        """Whether other settings chose the same frames before: the jobs then wait for the video that has them."""
+        if self._videos.same_frames(watch.key, clip).name == watch.key.name:
+            return False
+        self._close_watch(watch)
+        for job in watch.jobs:
+            job.cached = True
+            self._accept(job)
+        return True
 
     def _add_part(self, watch: NewVideo, parts: Iterator[None]) -> None:
         """Computes a part of a segment of frames, or of tiles."""
