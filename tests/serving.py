@@ -15,6 +15,7 @@ import uvicorn
 import xl2jax
 from xl2jax.inference.video_cache import CacheConfig
 from xl2jax.serving.app import make_app
+from xl2jax.serving.connections import http_config
 from xl2jax.serving.engine import Engine
 from xl2jax.serving.limits import Limits
 from xl2jax.serving.media import Library, MediaRules
@@ -79,8 +80,7 @@ def make_service(
 @contextlib.contextmanager
 def served(service: Service) -> Iterator[str]:
     """Serves in a thread: the address."""
-    config = uvicorn.Config(make_app(service), log_config=None, lifespan="off", timeout_graceful_shutdown=5)
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(http_config(make_app(service), service.limits.idle_seconds, 5))
     with listen("127.0.0.1", 0) as listening:
         port = listening.getsockname()[1]
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listening])))

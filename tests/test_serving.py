@@ -402,6 +402,30 @@ def test_one_video_by_many_ways_is_watched_once(
     wait_for(lambda: not list((media.parent).glob("*/spool/*")))  # nothing of a request is left
 
 
+def test_settings_that_choose_the_same_frames_share_a_watching(
+    client: openai.OpenAI, model: xl2jax.Model, media: Path, service: Service
+) -> None:
+    """Six seconds have twelve frames at two a second, whatever more is allowed."""
+
+    def ask(**settings: Any) -> tuple[str | None, int, bool]:
+        answer = client.chat.completions.create(
+            model="tiny", messages=asks(local(media / "b.mp4")), max_tokens=12, extra_body={"xl2jax": settings}
+        )
+        assert answer.usage is not None
+        usage = answer.usage.model_extra or {}
+        return answer.choices[0].message.content, usage["frames"], usage["video_cached"]
+
+    text, frames, _ = ask(fps=2, max_frames=20)
+    before = metric(service, "xl2jax_watched_frames_total")
+    for _ in range(2):
+        assert ask(fps=2, max_frames=22) == (text, frames, True)
+    assert metric(service, "xl2jax_watched_frames_total") == before
+    others, _, cached = ask(fps="uniform", max_frames=frames)  # as many, but spread to the end
+    assert not cached
+    with model.watch(media / "b.mp4", xl2jax.FrameSampling(None, max_frames=frames)) as video:
+        assert others == model.ask(video, QUESTION, max_new_tokens=12).text
+
+
 def test_frames_are_a_video(client: openai.OpenAI, model: xl2jax.Model, tmp_path: Path) -> None:
     pictures = []
     for i in range(8):

@@ -13,6 +13,7 @@ import uvicorn
 
 from xl2jax.errors import UserError
 from xl2jax.serving.app import make_app
+from xl2jax.serving.connections import http_config
 from xl2jax.serving.service import Service
 
 logger = logging.getLogger(__name__)
@@ -43,16 +44,7 @@ def run(service: Service, listening: socket.socket, *, grace_seconds: float) -> 
     What runs then is finished within `grace_seconds`, new requests are refused, and cache files that are being written
     are completed. A second signal ends what runs at once.
     """
-    config = uvicorn.Config(
-        make_app(service),
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        lifespan="off",
-        timeout_graceful_shutdown=max(int(grace_seconds), 1),
-        timeout_keep_alive=30,
-    )
-    server = _Server(config)
+    server = _Server(http_config(make_app(service), service.limits.idle_seconds, max(int(grace_seconds), 1)))
 
     async def serve() -> None:
         loop = asyncio.get_running_loop()
