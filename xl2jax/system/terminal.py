@@ -103,7 +103,7 @@ def run_command(main: Callable[[], int | None]) -> None:
         except KeyboardInterrupt:  # it came while another end was being reported
             interrupts.ignore()
             status = INTERRUPTED
-    if status == INTERRUPTED:
+    if interrupts.received:
         # Threads may still compute, for which Python would wait, or from under which JAX would take what they use.
         os._exit(status)
     sys.exit(status)
@@ -117,6 +117,7 @@ def _run(main: Callable[[], int | None], interrupts: _Interrupts) -> int:
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
+        interrupts.received = True
         interrupts.ignore()
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
