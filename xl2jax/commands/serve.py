@@ -6,7 +6,6 @@ import dataclasses
 import ipaddress
 import logging
 import os
-from pathlib import Path
 
 import tyro
 

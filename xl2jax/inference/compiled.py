@@ -296,7 +296,8 @@ def decode(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "rows", "slots", "dtype", "quantized", "key_channels", "separate", "turned", "mesh")
+    jax.jit,
+    static_argnames=("config", "rows", "slots", "dtype", "quantized", "key_channels", "separate", "turned", "mesh"),
 )
 def empty_rows(
     config: LLMConfig,
@@ -329,7 +330,9 @@ def empty_rows(
 
     k = arrays(key_channels)
     if turned and not quantized:
-        k = tuple(TurnedKeys(jnp.zeros((rows, config.kv_heads, config.head_width, slots), dtype)) for _ in range(layers))
+        k = tuple(
+            TurnedKeys(jnp.zeros((rows, config.kv_heads, config.head_width, slots), dtype)) for _ in range(layers)
+        )
     return _split_kv(RowCache(k, arrays(), none, none, none), mesh)
 
 

@@ -92,12 +92,17 @@ class _Rows:
       slots: of the contexts.
     """
 
-    def __init__(self, network: Network, count: int, contexts: RowCache, slots: int, tokens: int):
-        """Rows without answers. `contexts` has `count` rows, and there is space for `tokens` tokens of text in each."""
+    def __init__(
+        self, network: Network, count: int, contexts: RowCache, slots: int, tokens: int, *, turned: bool = False
+    ):
+        """Rows without answers. `contexts` has `count` rows, and there is space for `tokens` tokens of text in each.
+
+        `turned`: keys are `TurnedKeys`, those of `contexts` too.
+        """
         # An answer that is closed, or that nobody holds any more, leaves its row to others.
         self._answers: list[Callable[[], Decoding | None]] = [_nobody] * count
         self.slots = slots
-        self._network, self._contexts = network, contexts
+        self._network, self._contexts, self._turned = network, contexts, turned
         self._state, self._sampling = self._empty(tokens)
 
     @classmethod
@@ -117,6 +122,7 @@ class _Rows:
     def of_many(cls, network: Network, answers: Sequence[Decoding]) -> _Rows:
         """Rows for answers that are in other rows, and for some more where the number is no power of two."""
         count, slots = row_count(len(answers)), row_slots(network, max(answer.slots for answer in answers))
+        turned = network.layers is not None and network.attention.name == "blockwise"
         contexts = compiled.empty_rows(
             network.config.llm,
             count,
@@ -125,10 +131,11 @@ class _Rows:
             quantized=answers[0].quantized,
             key_channels=answers[0].key_channels,
             separate=network.layers is not None,
-            turned=network.layers is not None,
+            turned=turned,
             mesh=network.mesh,
         )
-        rows = cls(network, count, contexts, slots, max(answer.text_tokens for answer in answers) + STREAM_TOKENS)
+        tokens = max(answer.text_tokens for answer in answers) + STREAM_TOKENS
+        rows = cls(network, count, contexts, slots, tokens, turned=turned)
         for answer in answers:
             rows.admit(answer)
         return rows
@@ -188,7 +195,7 @@ class _Rows:
             self._text_slots,
             network.dtype,
             separate=separate,
-            turned=separate and self.count > 1,
+            turned=self._turned,
             mesh=network.mesh,
         )
 

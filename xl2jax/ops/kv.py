@@ -124,9 +124,9 @@ def kv_dtype(x: KVArray | TurnedKeys) -> np.dtype:
 class Source(NamedTuple):
     """Slots of keys and values, and what the queries see of them."""
 
-    k: KVArray | TurnedKeys
-    """[R, K, S, H]: rows of slots, which are cache layers or batch rows. They may be turned where `rows` is None, for single
-    tokens (T is 1) and the blockwise implementation."""
+    k: KVArray
+    """[R, K, S, H]: rows of slots, which are cache layers or batch rows. Or `TurnedKeys` of them, where `rows` is
+    None, for single tokens (T is 1) and the blockwise implementation."""
     v: KVArray
     """[R, K, S, H]"""
     rows: Any

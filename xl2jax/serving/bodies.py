@@ -64,7 +64,9 @@ async def form_with_file(
     async def bounded() -> Message:
         nonlocal count
         try:
-            async with asyncio.timeout(min(idle_seconds, idle_seconds + count / SLOWEST - (time.monotonic() - started))):
+            async with asyncio.timeout(
+                min(idle_seconds, idle_seconds + count / SLOWEST - (time.monotonic() - started))
+            ):
                 message = await inner()
         except TimeoutError:
             raise _late() from None

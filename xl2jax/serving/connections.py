@@ -29,7 +29,8 @@ class Connection(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._wait_for_head()
+        if not self.transport.is_closing():
+            self._wait_for_head()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -37,14 +38,15 @@ class Connection(H11Protocol):
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._space = _cancelled(self._space)
+        _cancel(self._space)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self._head, self._space = _cancelled(self._head), _cancelled(self._space)
+        for timer in (self._head, self._space):
+            _cancel(timer)
 
     def _wait_for_head(self) -> None:
-        _cancelled(self._head)
+        _cancel(self._head)
         self._head = self.loop.call_later(self.idle_seconds, self._end_without_request)
 
     def _end_without_request(self) -> None:
@@ -52,7 +54,7 @@ class Connection(H11Protocol):
             self.transport.abort()
 
 
-def _cancelled(timer: asyncio.TimerHandle | None) -> None:
+def _cancel(timer: asyncio.TimerHandle | None) -> None:
     if timer is not None:
         timer.cancel()
 
