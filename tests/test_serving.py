@@ -299,6 +299,7 @@ def test_the_examples_of_the_documentation(address: str, media: Path, tmp_path: 
     for old, new in {
         "http://127.0.0.1:8000": address,
         "/srv/videos/talk.mp4": str(media / "b.mp4"),
+        """'"$PWD"'/build/demo.mp4""": str(media / "b.mp4"),
         '"talk.mp4"': repr(str(media / "b.mp4")),
         "video-xl-2": "tiny",
         '"max_frames": 512': '"max_frames": 64',  # the ceiling of this server
@@ -317,7 +318,7 @@ def test_the_examples_of_the_documentation(address: str, media: Path, tmp_path: 
     plain = run.stdout[: len(run.stdout) // 2]
     assert plain
     assert run.stdout == f"{plain}\n{plain}"  # the same as a stream
-    assert len(curls) == 2
+    assert len(curls) == 3
     for block in curls:
         run = subprocess.run(
             ["bash", "-euc", block], capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path
@@ -325,7 +326,7 @@ def test_the_examples_of_the_documentation(address: str, media: Path, tmp_path: 
         assert run.returncode == 0, run.stderr
         assert "error" not in run.stdout
     assert (
-        "data: [DONE]" in subprocess.run(["bash", "-euc", curls[0]], capture_output=True, text=True, check=True).stdout
+        "data: [DONE]" in subprocess.run(["bash", "-euc", curls[1]], capture_output=True, text=True, check=True).stdout
     )
 
 

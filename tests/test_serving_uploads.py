@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import itertools
@@ -21,6 +22,7 @@ import httpx2
 import openai
 import pytest
 from serving import make_service, served, wait_for
+from starlette.datastructures import UploadFile
 
 import xl2jax
 from xl2jax.errors import UserError
@@ -441,6 +443,31 @@ def test_an_upload_that_trickles_ends(model: xl2jax.Model, tmp_path: Path, monke
                         time.sleep(0.2)
                 assert status in slow.recv(1000)
         wait_for(lambda: service.in_flight == 0)
+
+
+@pytest.mark.parametrize(
+    ("charset", "error", "status"),
+    [("undefined", None, 400), ("utf-8", OSError(errno.ENOSPC, "No space left on device"), 507)],
+)
+def test_forms_that_cannot_be_stored(
+    client: openai.OpenAI,
+    service: Service,
+    monkeypatch: pytest.MonkeyPatch,
+    charset: str,
+    error: Exception | None,
+    status: int,
+) -> None:
+    """Their charset is no text, or the disk of temporary files is full."""
+
+    async def write(self: UploadFile, data: bytes) -> None:
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(UploadFile, "write", write)
+    form = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\nabc\r\n--x--\r\n'
+    kind = {"Content-Type": f"multipart/form-data; boundary=x; charset={charset}"}
+    answer = httpx2.post(f"{client.base_url}files", content=form, headers=kind)
+    assert (answer.status_code, list(service.uploads.list())) == (status, [])
 
 
 def test_a_cancelled_upload_is_gone(client: openai.OpenAI, service: Service) -> None:
