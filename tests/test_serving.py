@@ -325,6 +325,8 @@ def test_the_examples_of_the_documentation(address: str, media: Path, tmp_path: 
         )
         assert run.returncode == 0, run.stderr
         assert "error" not in run.stdout
+    for file in httpx2.get(f"{address}/v1/files").json()["data"]:
+        httpx2.delete(f"{address}/v1/files/{file['id']}")
     assert (
         "data: [DONE]" in subprocess.run(["bash", "-euc", curls[1]], capture_output=True, text=True, check=True).stdout
     )
