@@ -14,13 +14,14 @@ import uvicorn
 
 import xl2jax
 from xl2jax.inference.video_cache import CacheConfig
+from xl2jax.serving.connections import server_config
 from xl2jax.serving.engine import Engine
 from xl2jax.serving.limits import Limits
 from xl2jax.serving.live import LiveSessions
 from xl2jax.serving.media import Library, MediaRules
 from xl2jax.serving.metrics import Metrics
 from xl2jax.serving.partial import PartialUploads
-from xl2jax.serving.server import listen, server_config
+from xl2jax.serving.server import listen
 from xl2jax.serving.service import Service
 from xl2jax.serving.uploads import Uploads
 from xl2jax.serving.videos import Budgets, WatchedVideos

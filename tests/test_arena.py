@@ -17,7 +17,7 @@ from xl2jax.inference.layout import PrefillConfig, VideoLayout, natural_ranges
 from xl2jax.ops import attention, blockwise
 from xl2jax.ops.attention import Attention, arena_attention, choose_attention
 from xl2jax.ops.blockwise import attend_blockwise
-from xl2jax.ops.kv import Source, quantize
+from xl2jax.ops.kv import Source, TurnedKeys, quantize
 from xl2jax.ops.ranges import NEGATIVE, Ranges, merge
 from xl2jax.ops.reference import attend_reference
 
@@ -122,6 +122,18 @@ def test_nothing_seen_is_zero(name: str) -> None:
     out, lse = attend(name, q, k, v, rows, Ranges(g_end * 0, v_lo, v_lo))
     assert not np.asarray(out).any()
     assert (np.asarray(lse) == NEGATIVE).all()
+
+
+def test_keys_whose_slots_come_last() -> None:
+    """A token for each row, as answers are decoded together on CPUs, where another source has other keys."""
+    q, k, v, _, ranges = problem(5, t=1, s=40, batch=3, rows=3)
+    expected, expected_lse = float64_attention(q, k, v, np.arange(3), ranges)
+    turned = TurnedKeys(jnp.asarray(k.swapaxes(2, 3)))
+    out, lse = arena_attention(jnp.asarray(q), Source(turned, jnp.asarray(v), None, Ranges(*map(jnp.asarray, ranges))))  # type: ignore[arg-type]
+    np.testing.assert_allclose(out, expected, atol=2e-6)
+    np.testing.assert_allclose(lse, expected_lse, rtol=1e-5)
+    with pytest.raises(AssertionError):  # they are not turned
+        arena_attention(jnp.asarray(q), Source(TurnedKeys(jnp.asarray(k)), jnp.asarray(v), None, ranges))  # type: ignore[arg-type]
 
 
 def test_merge_is_attention_over_the_union() -> None:

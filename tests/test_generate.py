@@ -160,6 +160,26 @@ def test_answers_share_rows_and_leave_nothing_in_them(model: xl2jax.Model, watch
     assert [a.answer.text for a in texts] == [expected, expected]
 
 
+def test_an_answer_goes_on_alone_and_is_joined_again(model: xl2jax.Model, watched: xl2jax.WatchedVideo) -> None:
+    """It moves from its context in place to rows of two, of one, and of two again."""
+    expected = model.ask(watched, QUESTION, max_new_tokens=40).text
+    long, other = (model.start_answer(watched, QUESTION, max_new_tokens=n) for n in (40, 4))
+    counts, joined = [], False
+    running = [long, other]
+    while running:
+        decode(running)
+        counts.append(running[0]._decoding.rows.count)  # type: ignore[union-attr]
+        for a in running:
+            a.read()
+        running = [a for a in running if not a.finished]
+        if counts[-2:] == [1, 1] and not joined:
+            joined = True
+            running.append(model.start_answer(watched, QUESTION, max_new_tokens=4))
+            running[-1].read()
+    assert [n for n, before in zip(counts, [0, *counts], strict=False) if n != before] == [1, 2, 1, 2, 1]
+    assert long.answer.text == expected
+
+
 def test_answers_stay_in_their_rows_where_memory_is_short(
     model: xl2jax.Model, watched: xl2jax.WatchedVideo, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 import xl2jax
 from xl2jax.commands import run_batch
+from xl2jax.serving import batch
 from xl2jax.testing import write_clip
 
 SAMPLING = {"fps": 2, "max_frames": 16}
@@ -97,3 +99,17 @@ def test_wrong_input(
     (tmp_path / "in.jsonl").write_text(text)
     given = ("-i", tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl", "--checkpoint", checkpoint)
     assert words in refused(run_batch.main, *given, *flags)
+
+
+def test_a_full_disk_is_one_line(
+    refused: Callable[..., str], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(batch, "append_line", full)
+    (tmp_path / "in.jsonl").write_text(
+        "".join(f'{{"custom_id": "{n}", "url": "/v1/chat/completions", "body": {{}}}}\n' for n in range(3))
+    )
+    given = ("-i", tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl", "--checkpoint", checkpoint)
+    assert "out.jsonl: cannot be written (No space left on device)" in refused(run_batch.main, *given)

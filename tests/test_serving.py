@@ -299,6 +299,7 @@ def test_the_examples_of_the_documentation(address: str, media: Path, tmp_path: 
     for old, new in {
         "http://127.0.0.1:8000": address,
         "/srv/videos/talk.mp4": str(media / "b.mp4"),
+        """'"$PWD"'/build/demo.mp4""": str(media / "b.mp4"),
         '"talk.mp4"': repr(str(media / "b.mp4")),
         "video-xl-2": "tiny",
         '"max_frames": 512': '"max_frames": 64',  # the ceiling of this server
@@ -317,15 +318,17 @@ def test_the_examples_of_the_documentation(address: str, media: Path, tmp_path: 
     plain = run.stdout[: len(run.stdout) // 2]
     assert plain
     assert run.stdout == f"{plain}\n{plain}"  # the same as a stream
-    assert len(curls) == 2
+    assert len(curls) == 3
     for block in curls:
         run = subprocess.run(
             ["bash", "-euc", block], capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path
         )
         assert run.returncode == 0, run.stderr
         assert "error" not in run.stdout
+    for file in httpx2.get(f"{address}/v1/files").json()["data"]:
+        httpx2.delete(f"{address}/v1/files/{file['id']}")
     assert (
-        "data: [DONE]" in subprocess.run(["bash", "-euc", curls[0]], capture_output=True, text=True, check=True).stdout
+        "data: [DONE]" in subprocess.run(["bash", "-euc", curls[1]], capture_output=True, text=True, check=True).stdout
     )
 
 
@@ -400,6 +403,30 @@ def test_one_video_by_many_ways_is_watched_once(
     with pytest.raises(openai.NotFoundError):
         client.files.retrieve(stored.id)
     wait_for(lambda: not list((media.parent).glob("*/spool/*")))  # nothing of a request is left
+
+
+def test_settings_that_choose_the_same_frames_share_a_watching(
+    client: openai.OpenAI, model: xl2jax.Model, media: Path, service: Service
+) -> None:
+    """Six seconds have twelve frames at two a second, whatever more is allowed."""
+
+    def ask(**settings: Any) -> tuple[str | None, int, bool]:
+        answer = client.chat.completions.create(
+            model="tiny", messages=asks(local(media / "b.mp4")), max_tokens=12, extra_body={"xl2jax": settings}
+        )
+        assert answer.usage is not None
+        usage = answer.usage.model_extra or {}
+        return answer.choices[0].message.content, usage["frames"], usage["video_cached"]
+
+    text, frames, _ = ask(fps=2, max_frames=20)
+    before = metric(service, "xl2jax_watched_frames_total")
+    for _ in range(2):
+        assert ask(fps=2, max_frames=22) == (text, frames, True)
+    assert metric(service, "xl2jax_watched_frames_total") == before
+    others, _, cached = ask(fps="uniform", max_frames=frames)  # as many, but spread to the end
+    assert not cached
+    with model.watch(media / "b.mp4", xl2jax.FrameSampling(None, max_frames=frames)) as video:
+        assert others == model.ask(video, QUESTION, max_new_tokens=12).text
 
 
 def test_frames_are_a_video(client: openai.OpenAI, model: xl2jax.Model, tmp_path: Path) -> None:

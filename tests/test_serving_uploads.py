@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import io
 import itertools
@@ -10,6 +12,7 @@ import os
 import shutil
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,10 +22,11 @@ import httpx2
 import openai
 import pytest
 from serving import make_service, served, wait_for
+from starlette.datastructures import UploadFile
 
 import xl2jax
 from xl2jax.errors import UserError
-from xl2jax.serving import partial
+from xl2jax.serving import bodies, partial
 from xl2jax.serving import uploads as uploads_module
 from xl2jax.serving.errors import RequestError
 from xl2jax.serving.limits import Limits
@@ -419,6 +423,51 @@ def test_an_upload_of_which_nothing_comes_ends(model: xl2jax.Model, tmp_path: Pa
             answer = b"".join(iter(lambda: slow.recv(1000), b""))  # to its end: the connection is closed
         assert b" 408 " in answer
         wait_for(lambda: service.in_flight == 0)
+
+
+def test_an_upload_that_trickles_ends(model: xl2jax.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes that come now and then do not hold a place for ever. One that is slow but steady is stored."""
+    monkeypatch.setattr(bodies, "SLOWEST", 1000)
+    service = make_service(model, tmp_path, limits=Limits(idle_seconds=0.5))
+    with served(service) as address:
+        host, port = address.removeprefix("http://").split(":")
+        for size, status in ((10, b" 408 "), (500, b" 200 ")):
+            parts = [b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n', *[bytes(size)] * 12]
+            parts.append(b"\r\n--x--\r\n")
+            head = f"POST /v1/files HTTP/1.1\r\nHost: {host}\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+            with socket.create_connection((host, int(port)), timeout=20) as slow:
+                slow.sendall(f"{head}Content-Length: {sum(map(len, parts))}\r\nConnection: close\r\n\r\n".encode())
+                with contextlib.suppress(OSError):  # it was closed
+                    for part in parts:
+                        slow.sendall(part)
+                        time.sleep(0.2)
+                assert status in slow.recv(1000)
+        wait_for(lambda: service.in_flight == 0)
+
+
+@pytest.mark.parametrize(
+    ("charset", "error", "status"),
+    [("undefined", None, 400), ("utf-8", OSError(errno.ENOSPC, "No space left on device"), 507)],
+)
+def test_forms_that_cannot_be_stored(
+    client: openai.OpenAI,
+    service: Service,
+    monkeypatch: pytest.MonkeyPatch,
+    charset: str,
+    error: Exception | None,
+    status: int,
+) -> None:
+    """Their charset is no text, or the disk of temporary files is full."""
+
+    async def write(self: UploadFile, data: bytes) -> None:
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(UploadFile, "write", write)
+    form = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\nabc\r\n--x--\r\n'
+    kind = {"Content-Type": f"multipart/form-data; boundary=x; charset={charset}"}
+    answer = httpx2.post(f"{client.base_url}files", content=form, headers=kind)
+    assert (answer.status_code, list(service.uploads.list())) == (status, [])
 
 
 def test_a_cancelled_upload_is_gone(client: openai.OpenAI, service: Service) -> None:

@@ -127,6 +127,17 @@ def test_ctrl_c_in_a_callback_is_noticed() -> None:
     assert (run.returncode, run.stdout, run.stderr) == (130, b"", b"interrupted\n")
 
 
+def test_ctrl_c_does_not_wait_for_threads() -> None:
+    """Those of copies of a model still compute then. A second Ctrl-C, while they are waited for, would be a traceback."""
+    body = """import signal, threading, time
+ threading.Thread(target=time.sleep, args=(50,)).start()
+ signal.raise_signal(signal.SIGINT)"""
+    started = time.monotonic()
+    run = shell("$COMMAND", f"import signal\n signal.signal(signal.SIGINT, signal.default_int_handler)\n {body}")
+    assert (run.returncode, run.stdout, run.stderr) == (130, b"", b"interrupted\n")
+    assert time.monotonic() - started < 30
+
+
 @pytest.mark.parametrize(
     ("error", "words"),
     [
@@ -136,6 +147,7 @@ def test_ctrl_c_in_a_callback_is_noticed() -> None:
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "out of host memory"),
         (RuntimeError("can't start new thread"), "no more threads"),
         (OSError(errno.EMFILE, "Too many open files"), "too many files are open"),
+        (RuntimeError("Unable to initialize backend 'cpu': INVALID_ARGUMENT"), "XLA_FLAGS may be wrong"),
         (ValueError("a fault of the program"), None),
     ],
 )

@@ -35,7 +35,7 @@ def test_sampling_equals_upstreams(goldens: Path) -> None:
 
 
 @given(
-    st.integers(1, 200_000), st.floats(1, 120), st.sampled_from([None, 0.1, 0.5, 1, 2]), st.sampled_from([None, 1, 4]),
+    st.integers(1, 200_000), st.floats(1, 120), st.sampled_from([None, 5e-324, 0.1, 0.5, 1, 2]), st.sampled_from([None, 1, 4]),
     st.integers(4, 1000),
 )  # fmt: skip
 def test_sampling_properties(

@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import math
+import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import jax
+import numpy as np
 import tyro
 
 from xl2jax.bench.setup import Setup, random_params
@@ -80,6 +84,8 @@ def answer_rows(args: AnswersArgs) -> Iterator[dict[str, Any]]:
 
     `one_after_another` is the same answers, each decoded alone, in the same run. `bound` is the ratio of the two if
     only the reading of weights and KV took time: the weights are read once for all answers, the KV of each for itself.
+    `cpu_bound`, on CPUs, is that ratio with times of reading so many bytes again and again, measured beside the answers: what
+    an answer alone reads may stay in the cache.
     """
     setups = _setups(args)
     config, dtype = setups[0].network.config, setups[0].network.dtype
@@ -94,21 +100,25 @@ def answer_rows(args: AnswersArgs) -> Iterator[dict[str, Any]]:
     )
     for count in args.counts():
         each = list(itertools.islice(itertools.cycle(zip(setups, contexts, strict=True)), count))
-        alone, together = [], []
+        kv = [int(context.length) * slot for _, context in each]
+        alone, together, read_alone, read_together = [], [], [], []
         for run in range(args.repeats + 1):
             separate = [decode_seconds([one], args.tokens) for one in each]
             taken = decode_seconds(each, args.tokens)
             if run:  # the first one compiles
                 alone.append(sum(separate))
                 together.append(taken)
+                if jax.default_backend() == "cpu":
+                    read_alone.append(sum(_read_seconds(weights + one) for one in kv))
+                    read_together.append(_read_seconds(weights + sum(kv)))
         tokens = count * (args.tokens - 1)
-        kv = [int(context.length) * slot for _, context in each]
         yield {
             "together": count,
             "tokens_per_s": tokens / min(together),
             "one_after_another": tokens / min(alone),
             "ratio": min(alone) / min(together),
             "bound": (count * weights + sum(kv)) / (weights + sum(kv)),
+            **({"cpu_bound": min(read_alone) / min(read_together)} if read_alone else {}),
             "step_ms": 1e3 * min(together) / (args.tokens - 1),
             "weight_mb": weights / 1e6,
             "kv_mb": sum(kv) / 1e6,
@@ -125,6 +135,19 @@ def decode_seconds(answers: list[tuple[Setup, KVCache]], tokens: int) -> float:
         while running := [answer for answer in started if not answer.finished]:
             decode_together(answers[0][0].network, running)
         return time.perf_counter() - begin
+
+
+def _read_seconds(count: int) -> float:
+    """Seconds in which all cores together read so many bytes, which they have read before; the best of a few times."""
+    cores = len(os.sched_getaffinity(0))
+    parts = [np.ones(int(count) // 4 // cores, np.float32) for _ in range(cores)]
+    best = math.inf
+    with ThreadPoolExecutor(cores) as pool:
+        for _ in range(12):
+            begin = time.perf_counter()
+            list(pool.map(np.max, parts))
+            best = min(best, time.perf_counter() - begin)
+    return best
 
 
 def _setups(args: AnswersArgs) -> list[Setup]:

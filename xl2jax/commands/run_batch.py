@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from xl2jax.commands.flags import parse_shard
-from xl2jax.commands.service import ServiceArgs, build_service, check_service
+from xl2jax.commands.service import ServiceArgs, build_service, check_service, spool_folder
 from xl2jax.errors import UserError
 from xl2jax.system.terminal import flag_errors
 
@@ -44,8 +43,8 @@ def main() -> int:
     from xl2jax.serving.batch import check_input, run_batch
 
     count = check_input(args.input, shard)
-    with tempfile.TemporaryDirectory(prefix="xl2jax-batch-") as spool:
-        service = build_service(args, Path(spool))
+    with spool_folder("xl2jax-batch") as spool:
+        service = build_service(args, spool)
         answered, failed = run_batch(service, args.input, args.output, shard, count)
     logger.info("%d requests answered, %d of them with an error", answered, failed)
     return 0

@@ -6,13 +6,11 @@ import dataclasses
 import ipaddress
 import logging
 import os
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tyro
 
-from xl2jax.commands.service import ServiceArgs, build_service, check_service
+from xl2jax.commands.service import ServiceArgs, build_service, check_service, spool_folder
 from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.errors import UserError, require_whole
 from xl2jax.system.terminal import flag_errors
@@ -82,8 +80,8 @@ def main() -> int:
 
     access = args.access
     listening = server.listen(access.host, access.port)  # a taken port is reported before the model is loaded
-    with listening, tempfile.TemporaryDirectory(prefix="xl2jax-serve-") as spool:
-        service = build_service(args, Path(spool), args.warm_up, live_limits_of(args.live))
+    with listening, spool_folder("xl2jax-serve") as spool:
+        service = build_service(args, spool, args.warm_up, live_limits_of(args.live))
         service.api_key, service.hosts = key, LOOPBACK if is_loopback(access.host) else None
         shown = f"[{access.host}]" if ":" in access.host else access.host
         address = f"http://{shown}:{listening.getsockname()[1]}"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
+import os
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -13,6 +16,7 @@ import tyro
 from xl2jax.commands.flags import DEFAULT_CHECKPOINT, PrefillFlags, TensorFlags, require_checkpoint
 from xl2jax.config import FRAMES_PER_GROUP, Weights
 from xl2jax.errors import UserError, require_whole
+from xl2jax.system.atomic import scratch_folder
 
 if TYPE_CHECKING:
     from xl2jax.serving.limits import Limits, LiveLimits
@@ -61,9 +65,10 @@ class LimitArgs:
     max_request_seconds: float = 3600.0
     """A request that is not answered by then ends with status 504."""
     max_fetch_seconds: float = 300.0
-    """Time for the download of a video."""
+    """Time for the download of a video, and for the arrival of a request that is not an upload."""
     max_idle_seconds: float = 60.0
-    """An upload of which nothing comes for so long ends with status 408."""
+    """An upload of which nothing comes for so long, or from then on less than 8 KiB a second, ends with status 408; a
+    connection without a request, or whose client takes nothing of an answer, is closed."""
     max_body_mib: int = 64
     """Size of a request that is not an upload."""
     max_video_mib: int = 8192
@@ -138,6 +143,11 @@ def check_service(args: ServiceArgs) -> None:
         value = getattr(keep, name)
         if value is not None and not 0 <= value < 1e6:
             raise UserError(f"--{name.replace('_', '-')} must be 0 or more")
+
+
+def spool_folder(name: str) -> contextlib.AbstractContextManager[Path]:
+    """A folder for the files of requests. It lies where temporary files do, and what a killed server left is removed."""
+    return scratch_folder(Path(tempfile.gettempdir()), f"{name}-{os.getuid()}")
 
 
 def limits_of(given: LimitArgs) -> Limits:

@@ -14,6 +14,7 @@ from xl2jax.ops.kv import (
     KVArray,
     QuantizedKV,
     Source,
+    TurnedKeys,
     exact_channels,
     kv_dtype,
     kv_shape,
@@ -61,10 +62,11 @@ class KVCache(NamedTuple):
 
 type KV = tuple[KVArray, KVArray]
 
-type RowArray = KVArray | tuple[KVArray, ...]
+type RowArray = KVArray | tuple[KVArray | TurnedKeys, ...]
 """Keys or values of the caches of B answers: `[L * B, K, S, H]`, or `[B, K, S, H]` for each layer.
 
-GPU kernels read their rows of the first form in place. XLA on CPUs would copy them out of it for every product.
+GPU kernels read their rows of the first form in place. XLA on CPUs would copy them out of it for every product. Keys that
+are copied there anyway are turned.
 """
 
 
@@ -145,14 +147,18 @@ def write_row_tokens(x: RowArray, layer: jax.Array, new: jax.Array, slots: jax.A
     """Writes one token of each of B answers, new [B, K, H], into one layer of their caches, each to its own slot."""
     count, zero = new.shape[0], jnp.int32(0)
     if isinstance(x, tuple):
-        written = x[layer]
+        old = x[layer]
+        turned = isinstance(old, TurnedKeys)
+        written = old.values if isinstance(old, TurnedKeys) else old
         assert isinstance(written, jax.Array)
         for row in range(count):
-            at = (jnp.int32(row), zero, slots[row], zero)
-            written = jax.lax.dynamic_update_slice(written, new[row, None, :, None].astype(written.dtype), at)
+            token = new[row, None, :, :, None] if turned else new[row, None, :, None]
+            at = (jnp.int32(row), zero, *((zero, slots[row]) if turned else (slots[row], zero)))
+            written = jax.lax.dynamic_update_slice(written, token.astype(written.dtype), at)
         # Otherwise XLA writes twice, for the product and for the next token, to copies of the cache.
         written = jax.lax.optimization_barrier(written)
-        return tuple(written if i == layer else each for i, each in enumerate(x))  # type: ignore[misc]
+        changed = TurnedKeys(written) if turned else written
+        return tuple(changed if i == layer else each for i, each in enumerate(x))  # type: ignore[misc]
     if count == 1:
         return jax.lax.dynamic_update_slice(x, new[:, :, None].astype(x.dtype), (layer, zero, slots[0], zero))
     return x.at[_rows(layer, count), :, slots].set(new.astype(x.dtype), unique_indices=True)

@@ -28,7 +28,7 @@ from xl2jax.inference.network import Network
 from xl2jax.inference.prefill import Step, Stretch
 from xl2jax.inference.relevance import AttentionScorer
 from xl2jax.models.video_xl2 import normalise
-from xl2jax.ops.kv import KVArray, QuantizedKV
+from xl2jax.ops.kv import KVArray, QuantizedKV, TurnedKeys
 from xl2jax.ops.split import on_parts, part_of, splits, whole
 from xl2jax.system.backend import COMPILER_OPTIONS
 
@@ -279,7 +279,8 @@ def decode(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "rows", "slots", "dtype", "quantized", "key_channels", "separate", "mesh")
+    jax.jit,
+    static_argnames=("config", "rows", "slots", "dtype", "quantized", "key_channels", "separate", "turned", "mesh"),
 )
 def empty_rows(
     config: LLMConfig,
@@ -290,12 +291,13 @@ def empty_rows(
     quantized: bool = False,
     key_channels: int = 0,
     separate: bool = False,
+    turned: bool = False,
     mesh: Mesh | None = None,
 ) -> RowCache:
     """Caches of `rows` answers with `slots` slots each, in which nothing is seen: see `cache.RowArray`.
 
     `key_channels`: how many channels of each key are kept exactly in 8 bits. `separate`: each layer has an array of its
-    own.
+    own. `turned`: keys of 16 or 32 bits are `TurnedKeys`, in arrays of their own.
     """
     layers, none = config.layers, jnp.zeros(rows, jnp.int32)
 
@@ -309,15 +311,27 @@ def empty_rows(
     def arrays(exact: int = 0) -> RowArray:
         return tuple(array(rows, exact) for _ in range(layers)) if separate else array(layers * rows, exact)
 
-    return _split_kv(RowCache(arrays(key_channels), arrays(), none, none, none), mesh)
+    k = arrays(key_channels)
+    if turned and not quantized:
+        k = tuple(
+            TurnedKeys(jnp.zeros((rows, config.kv_heads, config.head_width, slots), dtype)) for _ in range(layers)
+        )
+    return _split_kv(RowCache(k, arrays(), none, none, none), mesh)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "rows", "slots", "dtype", "separate", "mesh"))
+@functools.partial(jax.jit, static_argnames=("config", "rows", "slots", "dtype", "separate", "turned", "mesh"))
 def empty_state(
-    config: LLMConfig, rows: int, slots: int, dtype: str, *, separate: bool, mesh: Mesh | None = None
+    config: LLMConfig,
+    rows: int,
+    slots: int,
+    dtype: str,
+    *,
+    separate: bool,
+    turned: bool = False,
+    mesh: Mesh | None = None,
 ) -> tuple[RowState, Sampling]:
     """The state of `rows` answers that have ended, with `slots` slots of text each, and their sampling."""
-    text = empty_rows(config, rows, slots, dtype, separate=separate, mesh=mesh)
+    text = empty_rows(config, rows, slots, dtype, separate=separate, turned=turned, mesh=mesh)
     keys = jnp.broadcast_to(jax.random.key(0), (rows,))
     none, zero = jnp.zeros(rows, jnp.int32), jnp.zeros(rows)
     state = RowState(none, text, keys, jnp.ones(rows, bool), jnp.ones(rows, bool)), Sampling(zero, zero)
@@ -332,14 +346,21 @@ def move_row[T](target: T, source: T, row: jax.Array, source_row: jax.Array, *, 
     `target` lacks are left out, and those that `source` lacks become zeros: an answer before it may have left NaN there.
     """
 
-    def move(new: jax.Array, old: jax.Array) -> jax.Array:
-        if new.ndim == 1:
-            return new.at[row].set(old[source_row])
+    def move(new: jax.Array | TurnedKeys, old: jax.Array | TurnedKeys) -> jax.Array | TurnedKeys:
+        if isinstance(new, TurnedKeys):
+            turned = old.values if isinstance(old, TurnedKeys) else jnp.swapaxes(old, 2, 3)
+            return TurnedKeys(put(new.values, turned, 3))
+        assert isinstance(old, jax.Array)
+        return put(new, old, 2) if new.ndim > 1 else new.at[row].set(old[source_row])
+
+    def put(new: jax.Array, old: jax.Array, slots: int) -> jax.Array:
+        """`slots`: the axis of the slots."""
         by_layer, old_by_layer = (x.reshape(layers or 1, -1, *x.shape[1:]) for x in (new, old))
-        moved = jax.lax.dynamic_slice_in_dim(old_by_layer, source_row, 1, axis=1)[:, :, :, : new.shape[2]]
-        behind = max(new.shape[2] - old.shape[2], 0)
-        moved = jnp.pad(moved, [(0, behind if axis == 3 else 0) for axis in range(moved.ndim)])
+        moved = jax.lax.dynamic_slice_in_dim(old_by_layer, source_row, 1, axis=1)
+        moved = jax.lax.slice_in_dim(moved, 0, min(new.shape[slots], old.shape[slots]), axis=slots + 1)
+        behind = max(new.shape[slots] - old.shape[slots], 0)
+        moved = jnp.pad(moved, [(0, behind if axis == slots + 1 else 0) for axis in range(moved.ndim)])
         at = [jnp.int32(0), row, *(jnp.int32(0) for _ in new.shape[1:])]
         return jax.lax.dynamic_update_slice(by_layer, moved, at).reshape(new.shape)
 
-    return jax.tree.map(move, target, source)
+    return jax.tree.map(move, target, source, is_leaf=lambda x: isinstance(x, TurnedKeys))

@@ -92,12 +92,17 @@ class _Rows:
       slots: of the contexts.
     """
 
-    def __init__(self, network: Network, count: int, contexts: RowCache, slots: int, tokens: int):
-        """Rows without answers. `contexts` has `count` rows, and there is space for `tokens` tokens of text in each."""
+    def __init__(
+        self, network: Network, count: int, contexts: RowCache, slots: int, tokens: int, *, turned: bool = False
+    ):
+        """Rows without answers. `contexts` has `count` rows, and there is space for `tokens` tokens of text in each.
+
+        `turned`: keys are `TurnedKeys`, those of `contexts` too.
+        """
         # An answer that is closed, or that nobody holds any more, leaves its row to others.
         self._answers: list[Callable[[], Decoding | None]] = [_nobody] * count
         self.slots = slots
-        self._network, self._contexts = network, contexts
+        self._network, self._contexts, self._turned = network, contexts, turned
         self._state, self._sampling = self._empty(tokens)
 
     @classmethod
@@ -116,7 +121,8 @@ class _Rows:
     @classmethod
     def of_many(cls, network: Network, answers: Sequence[Decoding]) -> _Rows:
         """Rows for answers that are in other rows, and for some more where the number is no power of two."""
-        count, slots = row_count(len(answers)), row_slots(max(answer.slots for answer in answers))
+        count, slots = row_count(len(answers)), row_slots(network, max(answer.slots for answer in answers))
+        turned = network.layers is not None and network.attention.name == "blockwise"
         contexts = compiled.empty_rows(
             network.config.llm,
             count,
@@ -125,9 +131,11 @@ class _Rows:
             quantized=answers[0].quantized,
             key_channels=answers[0].key_channels,
             separate=network.layers is not None,
+            turned=turned,
             mesh=network.mesh,
         )
-        rows = cls(network, count, contexts, slots, max(answer.text_tokens for answer in answers) + STREAM_TOKENS)
+        tokens = max(answer.text_tokens for answer in answers) + STREAM_TOKENS
+        rows = cls(network, count, contexts, slots, tokens, turned=turned)
         for answer in answers:
             rows.admit(answer)
         return rows
@@ -182,7 +190,13 @@ class _Rows:
         self._text_slots = text_slots(network, tokens)
         separate = network.layers is not None
         return compiled.empty_state(
-            network.config.llm, self.count, self._text_slots, network.dtype, separate=separate, mesh=network.mesh
+            network.config.llm,
+            self.count,
+            self._text_slots,
+            network.dtype,
+            separate=separate,
+            turned=self._turned,
+            mesh=network.mesh,
         )
 
     def _hold_text(self, tokens: int) -> None:
@@ -210,8 +224,13 @@ def row_count(answers: int) -> int:
     return 1 << (answers - 1).bit_length()
 
 
-def row_slots(slots: int) -> int:
-    """Slots of rows for contexts of up to so many: 2 or 3 times a power of two, so that few programs are compiled."""
+def row_slots(network: Network, slots: int) -> int:
+    """Slots of rows for contexts of up to so many: 2 or 3 times a power of two, so that few programs are compiled.
+
+    CPUs read all slots of an answer, so that there they are no more than the longest context has.
+    """
+    if network.layers is not None:
+        return slots
     power = 1 << (slots - 1).bit_length()
     return 3 * power // 4 if 4 * slots <= 3 * power else power
 
@@ -265,7 +284,7 @@ def _in_rows(network: Network, group: list[Decoding]) -> list[tuple[_Rows, list[
     bytes_of = functools.partial(memory.slot_bytes, network.config, network.dtype, tensor=network.tensor)
     slot = bytes_of(quantized=first.quantized, key_channels=first.key_channels)
     text = text_slots(network, max(answer.text_tokens + answer.limit for answer in group))
-    need = count * (row_slots(first.slots) * slot + text * bytes_of())
+    need = count * (row_slots(network, first.slots) * slot + text * bytes_of())
     if need > memory.available_bytes(network.mesh) // 2:
         if all(answer.rows is first.rows for answer in group):
             return [(first.rows, group)]  # they stay where they are, beside rows that nobody needs any more

@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec
 
 from xl2jax.errors import UserError
 from xl2jax.ops.blockwise import attend_blockwise, backward_blockwise
-from xl2jax.ops.kv import QuantizedKV, Source, kv_dtype, unpack_row
+from xl2jax.ops.kv import QuantizedKV, Source, kv_dtype, kv_shape, unpack_row
 from xl2jax.ops.ranges import merge
 from xl2jax.ops.reference import attend_reference
 from xl2jax.ops.split import on_parts, part_of, splits
@@ -218,7 +218,7 @@ def arena_attention(q: jax.Array, *sources: Source, attention: Attention = BLOCK
                 if x.exact is not None:
                     chex.assert_shape(x.exact, (kv_rows, kv_heads, slots, None))
             else:
-                chex.assert_shape(x, (kv_rows, kv_heads, slots, head_width))
+                assert kv_shape(x) == (kv_rows, kv_heads, slots, head_width)
         chex.assert_equal(kv_dtype(source.k), kv_dtype(source.v))
         if source.rows is None:
             assert kv_rows == batch, f"{kv_rows} rows of keys for {batch} batch rows"

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from xl2jax.arithmetic import ceil_div, round_up
-from xl2jax.ops.kv import Source, unpack
+from xl2jax.ops.kv import Source, TurnedKeys, unpack
 from xl2jax.ops.precision import accumulator, product
 from xl2jax.ops.ranges import NEGATIVE, Ranges
 
@@ -45,9 +45,12 @@ def attend_blockwise(q: jax.Array, source: Source) -> tuple[jax.Array, jax.Array
 def _attend_rows(q: jax.Array, source: Source) -> tuple[jax.Array, jax.Array]:
     """A token for each row of keys and values, which are read whole: XLA on CPUs copies the blocks that a product reads."""
     b, _, n, h = q.shape
-    k, v = unpack(source.k), unpack(source.v)
-    kv_heads, slots = k.shape[1:3]
-    scores = product("bkgh,bksh->bkgs", q.reshape(b, kv_heads, -1, h), k) * h**-0.5
+    _, kv_heads, slots, _ = source.shape
+    queries, v = q.reshape(b, kv_heads, -1, h), unpack(source.v)
+    if isinstance(source.k, TurnedKeys):
+        scores = product("bkgh,bkhs->bkgs", queries, source.k.values) * h**-0.5
+    else:
+        scores = product("bkgh,bksh->bkgs", queries, unpack(source.k)) * h**-0.5
     scores = jnp.where(source.ranges.mask(jnp.arange(slots, dtype=jnp.int32))[:, None], scores, NEGATIVE)
     top = jnp.max(scores, axis=-1, keepdims=True)
     p = jnp.exp(scores - top)

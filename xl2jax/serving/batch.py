@@ -98,9 +98,12 @@ async def _answer_all(service: Service, todo: Iterator[_Line], out: IO[bytes], b
     async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as http:
         # Twice as many as are decoded at a time: the videos of the next ones are watched meanwhile.
         workers = min(2 * service.limits.answers, service.limits.queue)
-        async with asyncio.TaskGroup() as group:
-            for _ in range(workers):
-                group.create_task(work(http))
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(workers):
+                    group.create_task(work(http))
+        except ExceptionGroup as failures:  # the output cannot be written, say, which all would find
+            raise failures.exceptions[0] from None
     return answered, failed
 
 

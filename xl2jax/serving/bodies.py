@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 
 from starlette.datastructures import FormData, UploadFile
@@ -15,8 +16,12 @@ from starlette.types import Message
 from xl2jax.serving.addresses import too_large
 from xl2jax.serving.errors import RequestError
 from xl2jax.serving.limits import Limits
+from xl2jax.serving.uploads import no_room
 
 _FORM_BYTES = 1 << 20  # of an upload, beside the file
+
+SLOWEST = 1 << 13
+"""Bytes a second that an upload must have on average, from `idle_seconds` behind its beginning on."""
 
 
 async def json_body(request: Request, limits: Limits) -> bytes:
@@ -51,15 +56,17 @@ async def form_with_file(
     """The file `name` of a form, which lies on disk unless it is small, and the whole form.
 
     Raises RequestError where the form has more than `limit` bytes beside its fields, or no such file, or where nothing of
-    it comes for `idle_seconds`.
+    it comes for `idle_seconds`, or less than `SLOWEST` on average, or there is no room for it.
     """
-    count = 0
+    count, started = 0, time.monotonic()
     inner = request.receive
 
     async def bounded() -> Message:
         nonlocal count
         try:
-            async with asyncio.timeout(idle_seconds):
+            async with asyncio.timeout(
+                min(idle_seconds, idle_seconds + count / SLOWEST - (time.monotonic() - started))
+            ):
                 message = await inner()
         except TimeoutError:
             raise _late() from None
@@ -71,10 +78,15 @@ async def form_with_file(
     if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise RequestError(415, "the body should be multipart/form-data", code="wrong_content_type")
     try:
-        async with Request(request.scope, bounded).form(max_files=1, max_fields=16) as form:
-            file = form.get(name)
-            if not isinstance(file, UploadFile):
-                raise RequestError(400, f"the form has no file {name!r}", param=name)
-            yield file, form
-    except (MultiPartException, HTTPException):
+        form = await Request(request.scope, bounded).form(max_files=1, max_fields=16)
+    except OSError:
+        raise no_room() from None
+    except (MultiPartException, HTTPException, LookupError, ValueError):  # the last two: of the charset that it names
         raise RequestError(400, "the body is not a form with one file") from None
+    try:
+        file = form.get(name)
+        if not isinstance(file, UploadFile):
+            raise RequestError(400, f"the form has no file {name!r}", param=name)
+        yield file, form
+    finally:
+        await form.close()

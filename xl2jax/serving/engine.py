@@ -167,6 +167,7 @@ class Engine:
         if job.live is not None:
             self._ready.append(job)
             return
+        job.key = self._videos.first_key(job.key)
         place = self._videos.place(job.key)
         self._metrics.lookups.labels(place or "none").inc()
         for watch in self._watches:
@@ -374,6 +375,8 @@ class Engine:
             case Exception() as e:
                 raise e
             case Clip() | Surroundings() as opened:
+                if isinstance(opened, Clip) and self._accept_as_known(watch, opened):
+                    return
                 watch.opened = opened
                 self._start(watch, opened)
             case np.ndarray() as images:
@@ -391,6 +394,16 @@ class Engine:
         """One step of a live video, if frames of one wait."""
         if self._live.step():
             self._wake()
+
+    def _accept_as_known(self, watch: NewVideo, clip: Clip) -> bool:
+        """Whether other settings chose the same frames before: the jobs then wait for the video that has them."""
+        if self._videos.same_frames(watch.key, clip).name == watch.key.name:
+            return False
+        self._close_watch(watch)
+        for job in watch.jobs:
+            job.cached = True
+            self._accept(job)
+        return True
 
     def _add_part(self, watch: NewVideo, parts: Iterator[None]) -> None:
         """Computes a part of a segment of frames, or of tiles."""

@@ -34,8 +34,9 @@ class Limits:
     queue: requests that are in the server at a time, from their first byte to their last.
     answers: answers that are decoded at a time.
     request_seconds: a request that is not answered by then ends with status 504.
-    fetch_seconds: time for the download of a video, with all redirects.
-    idle_seconds: an upload of which nothing comes for so long ends with status 408.
+    fetch_seconds: time for the download of a video, with all redirects, and for the body of a request but an upload.
+    idle_seconds: an upload of which nothing comes for so long ends with status 408; a connection without a request, or on
+      which nothing of an answer is taken, is closed.
     body_bytes: size of a request other than an upload.
     video_bytes: size of a video file, whether it is uploaded, downloaded, local or part of a request.
     video_seconds: length of a video.

@@ -202,7 +202,14 @@ class Library:
         return about
 
     def _new_folder(self) -> Path:
-        return Path(tempfile.mkdtemp(dir=self._spool))
+        try:
+            return Path(tempfile.mkdtemp(dir=self._spool))
+        except OSError:
+            raise _no_room() from None
+
+
+def _no_room() -> RequestError:
+    return RequestError(507, "the server has no room for the video", code="no_space")
 
 
 def _unreadable() -> RequestError:
@@ -216,5 +223,5 @@ def _removed_on_error(folder: Path) -> Iterator[None]:
     except BaseException as e:
         shutil.rmtree(folder, ignore_errors=True)
         if isinstance(e, OSError):
-            raise RequestError(507, "the server has no room for the video", code="no_space") from None
+            raise _no_room() from None
         raise

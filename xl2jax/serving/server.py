@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import uvicorn
 
 from xl2jax.errors import UserError
-from xl2jax.serving.app import make_app
+from xl2jax.serving.connections import server_config
 from xl2jax.serving.service import Service
 
 logger = logging.getLogger(__name__)
@@ -42,28 +42,13 @@ def listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def server_config(service: Service, grace_seconds: float) -> uvicorn.Config:
-    """How uvicorn serves a service."""
-    return uvicorn.Config(
-        make_app(service),
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        lifespan="off",
-        timeout_graceful_shutdown=max(int(grace_seconds), 1),
-        timeout_keep_alive=30,
-        ws_max_size=2 * service.limits.live.frame_bytes,  # beyond it the connection is cut; below, there is an error
-        ws_per_message_deflate=False,  # images are compressed already
-    )
-
-
 def run(service: Service, listening: socket.socket, *, grace_seconds: float) -> None:
     """Serves until SIGTERM or SIGINT.
 
     What runs then is finished within `grace_seconds`, new requests are refused, and cache files that are being written
     are completed. A second signal ends what runs at once.
     """
-    server = _Server(server_config(service, grace_seconds))
+    server = _Server(server_config(service, max(int(grace_seconds), 1)))
 
     async def serve() -> None:
         loop = asyncio.get_running_loop()

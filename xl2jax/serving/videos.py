@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 type Place = Literal["device", "host", "disk"]
 
+_REMEMBERED = 4096
+
 
 @dataclasses.dataclass(frozen=True)
 class Budgets:
@@ -87,6 +89,8 @@ class WatchedVideos:
         self.prefill, self.cache = prefill, cache
         self._model_key = model_key(model, cache)
         self._kept: dict[str, _Kept] = {}  # the most recently used one last
+        self._by_frames: dict[str, VideoKey] = {}
+        self._same: dict[str, VideoKey] = {}
         self._reserved = self._live = 0
         self._writer = ThreadPoolExecutor(1, "write videos")
         self._writing: set[Future[None]] = set()
@@ -98,6 +102,23 @@ class WatchedVideos:
     def key(self, content: str, frames: FrameSampling, folder_fps: float | None) -> VideoKey:
         """The key of a video by its content hash. `folder_fps` is None for a file. Any thread may ask."""
         return VideoKey(content_key(content, frames, folder_fps, self.prefill) | self._model_key)
+
+    def first_key(self, key: VideoKey) -> VideoKey:
+        """The key under which the frames of another key are kept, where `same_frames` has found one. Or `key` itself."""
+        return self._same.get(key.name, key)
+
+    def same_frames(self, key: VideoKey, clip: Clip) -> VideoKey:
+        """`first_key` of a video that has been opened: other settings may have chosen the same frames of it before."""
+        fields = {name: value for name, value in key.fields.items() if name != "sampling"}
+        fields["frames"] = hashlib.blake2b(clip.indices.tobytes(), digest_size=16).hexdigest()
+        fields |= {name: key.fields["sampling"][name] for name in ("folder_fps", "times")}
+        first = self._by_frames.setdefault(VideoKey(fields).name, key)
+        if first.name != key.name:
+            self._same[key.name] = first
+        for known in (self._by_frames, self._same):
+            if len(known) > _REMEMBERED:
+                del known[next(iter(known))]
+        return first
 
     def place(self, key: VideoKey) -> Place | None:
         """Where a video is, if anywhere. Any thread may ask."""

@@ -83,15 +83,15 @@ def replacing_folder(path: Path, need_bytes: int = 0) -> Iterator[Path]:
 def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
     """Gives a new empty folder in `parent`, which is removed after the block. What killed processes left is removed too.
 
-    Raises UserError where it cannot be made.
+    Only this user can read it. Raises UserError where it cannot be made.
     """
     # A folder with a temporary name that never gets another one.
     with _temporary(parent / name, parents=True) as (_, temporary):
-        temporary.mkdir()
-        try:
-            yield temporary
-        finally:
-            _remove(temporary)
+        temporary.mkdir(mode=0o700)
+    try:
+        yield temporary
+    finally:
+        _remove(temporary)
 
 
 def check_file_target(path: Path) -> None:

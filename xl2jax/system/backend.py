@@ -51,7 +51,7 @@ def start_backend(*, keep_programs: bool = True) -> jax.Device:
         reason = first_line(e, "it has no device here")
         raise UserError(
             f"JAX cannot start on the platform {requested} ({reason}); install jax[cuda12] for NVIDIA GPUs, or choose "
-            "another with JAX_PLATFORMS (cpu always works)"
+            "another with JAX_PLATFORMS (cpu works, unless XLA_FLAGS are wrong)"
         ) from None
     if device.platform == "gpu":
         source = f"set by {', '.join(by_user)}" if by_user else "XLA_CLIENT_MEM_FRACTION changes it"

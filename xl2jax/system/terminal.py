@@ -103,6 +103,9 @@ def run_command(main: Callable[[], int | None]) -> None:
         except KeyboardInterrupt:  # it came while another end was being reported
             interrupts.ignore()
             status = INTERRUPTED
+    if interrupts.received:
+        # Threads may still compute, for which Python would wait, or from under which JAX would take what they use.
+        os._exit(status)
     sys.exit(status)
 
 
@@ -114,6 +117,7 @@ def _run(main: Callable[[], int | None], interrupts: _Interrupts) -> int:
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
+        interrupts.received = True
         interrupts.ignore()
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -141,6 +145,8 @@ def explain(error: Exception) -> str | None:
         if "RESOURCE_EXHAUSTED" in text:
             return f"out of memory on the device ({reason}); use fewer frames"
         return None
+    if isinstance(error, RuntimeError) and text.startswith("Unable to initialize backend"):
+        return f"JAX cannot start ({reason}): JAX_PLATFORMS or XLA_FLAGS may be wrong"
     number = getattr(error, "errno", None)
     if isinstance(error, MemoryError) or number == errno.ENOMEM or "Cannot allocate memory" in text:
         return f"out of host memory ({reason}): free some, or raise the limit of this process (ulimit -v)"
@@ -323,7 +329,8 @@ class _Interrupts:
             self._timer.join()
         sys.unraisablehook = self._hook
         if self._handler is signal.default_int_handler:
-            signal.signal(signal.SIGINT, self._handler)
+            # A second Ctrl-C would be a traceback at this point.
+            signal.signal(signal.SIGINT, signal.SIG_DFL if self.received else self._handler)
 
     def ignore(self) -> None:
         """From here on Ctrl-C does nothing."""

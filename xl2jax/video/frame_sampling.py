@@ -92,7 +92,7 @@ def _candidates(total: int, video_fps: float, fps: float | None, max_fps: int | 
         return np.linspace(0, total - 1, max_frames).astype(np.int64)
 
     def every(rate: float) -> np.ndarray:
-        return np.arange(0, total, max(round(video_fps / rate), 1))
+        return np.arange(0, total, max(round(min(video_fps / rate, total)), 1))
 
     if fps is None:
         return spread()
