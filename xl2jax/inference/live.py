@@ -21,6 +21,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from xl2jax.arithmetic import round_up
 from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.errors import NotEnoughMemory, UserError, first_line, require_number
 from xl2jax.inference import session
@@ -145,7 +146,7 @@ class LiveVideo:
         visual_tokens = network.config.visual_tokens
         plan = live_plan(len(around.before.ids), time_cap, visual_tokens, config, ledger, step)
         self._plan = plan
-        self._check_fits(ledger, cache, memory)
+        piece_groups = self._piece_groups(ledger, cache, memory)
         self._lock, self._seen = threading.RLock(), threading.Condition()
         self._blocks = BlockStore(int(memory.host_gib * 2**30), int(memory.disk_gib * 2**30), memory.folder)
         self._arena = LiveArena(
@@ -158,6 +159,7 @@ class LiveVideo:
             quantized=cache.quantized,
             quantized_pooled=memory.pooled_dtype == "int8",
             renumber=memory.renumber,
+            piece_groups=piece_groups,
         )
         minutes = [n / rate for n in (ledger.dense_limit, ledger.group_limit)]
         logger.info(
@@ -176,8 +178,11 @@ class LiveVideo:
         self._failure: str | None = None
         self.started_at: float | None = None
 
-    def _check_fits(self, ledger: Ledger, cache: CacheConfig, memory: LiveMemory) -> None:
-        """Raises NotEnoughMemory where the arrays and one question do not fit into the memory of the device."""
+    def _piece_groups(self, ledger: Ledger, cache: CacheConfig, memory: LiveMemory) -> int:
+        """How many groups a question scores by their dense KV at a time: as many as half of the free memory allows.
+
+        Raises NotEnoughMemory where the arrays and one question do not fit into the memory of the device.
+        """
         network, plan, bilevel = self._network, self._plan, self._bilevel
         channels = network.exact_key_channels() if cache.quantized or memory.pooled_dtype else None
         kept = 0 if channels is None else channels.shape[-1]
@@ -198,17 +203,25 @@ class LiveVideo:
             network.config, network.dtype, quantized=memory.pooled_dtype == "int8", key_channels=kept
         )
         pooled = pooled_slot * ledger.group_limit * (plan.visual_tokens // bilevel.pool)
-        # Chunks are scored in pieces, which are gathered and mixed.
-        most = max((bilevel.top(layout) + 2) * bilevel.select_chunk_groups, ledger.piece)
-        mixed = mixed_slots(layout, most, bilevel) * slot
-        fetched = (plan.visual_start + bucket(most) * plan.visual_tokens) * slot
-        total, free = need.cache + pooled + mixed + fetched + need.workspace, available_bytes(network.mesh)
+        # No more dense KV than this exists anywhere.
+        stored = int((memory.host_gib + memory.disk_gib) * 2**30) // (plan.visual_tokens * slot)
+        most_dense = round_up(ledger.dense_limit + stored, ledger.unit)
+        free = available_bytes(network.mesh)
+        for parts in (1, 2, 4, 8, 16):
+            piece = min(ledger.piece(parts), most_dense)
+            most = max((bilevel.top(layout) + 2) * bilevel.select_chunk_groups, piece)
+            # It is gathered and then mixed with all others.
+            question = mixed_slots(layout, most, bilevel) + plan.visual_start + bucket(most) * plan.visual_tokens
+            total = need.cache + pooled + question * slot + need.workspace
+            if total <= free // 2:
+                break
         if total > free:
             raise NotEnoughMemory(
                 f"a live video with {memory.dense_minutes:g} minutes dense and {memory.minutes:g} remembered needs "
                 f"{total / 2**30:.2f} GiB beside the model, {free / 2**30:.2f} GiB are free: keep fewer minutes, or KV in 8 "
                 "bits"
             )
+        return piece
 
     # --- watching --------------------------------------------------------------------------------
 
