@@ -155,11 +155,12 @@ class LiveArena:
         quantized: bool = False,
         quantized_pooled: bool = False,
         renumber: bool = True,
+        piece_groups: int,
     ):
-        """`renumber`: where groups leave, the keys of the rest are rotated to positions without a gap. Otherwise positions
+        """`piece_groups`: see `VideoKV`. `renumber`: where groups leave, the keys of the rest are rotated to positions without a gap. Otherwise positions
         count on for ever."""
         self._network, self.plan, self.ledger, self._blocks = network, plan, ledger, blocks
-        self._pool, self._renumber = pool, renumber
+        self._pool, self._renumber, self._piece_groups = pool, renumber, piece_groups
         self._prefix, self._shift, self._most = len(prefix.ids), 0, 0
         self._capacity = ledger.group_limit + plan.segment_groups
         self._lengths, self._times, self._visuals = (np.zeros(self._capacity, np.int32) for _ in range(3))
@@ -303,7 +304,7 @@ class LiveArena:
             pooled={self._pool: self.pooled},
             capacity=self._capacity,
             most_groups=self._most,
-            piece_groups=ledger.piece,
+            piece_groups=self._piece_groups,
             evicted=ledger.evicted,
             first_block=ledger.forgotten // ledger.unit,
             unit=ledger.unit,

@@ -61,10 +61,9 @@ class Ledger:
         """Groups on the device."""
         return self.groups - self.evicted
 
-    @property
-    def piece(self) -> int:
-        """Groups whose dense KV a question brings back together: as many as fit on the device, or a 16th of all."""
-        return max(self.dense_limit, round_up(ceil_div(self.group_limit, 16), self.unit))
+    def piece(self, parts: int) -> int:
+        """Groups of each of so many parts, but no fewer than fit on the device."""
+        return max(self.dense_limit, round_up(ceil_div(self.group_limit, parts), self.unit))
 
     def make_room(self, new: int) -> Move:
         """What has to leave before `new` groups are added. Counts it as gone."""

@@ -349,9 +349,10 @@ def score_groups(
     found = jnp.zeros(capacity)
     if scorer.keys != "pooled" and kv.piece_groups is not None:
         # Each piece is dense in its turn while all others are pooled, so that the scores of all pieces can be compared.
-        for first in range(0, kv.layout.groups, kv.piece_groups):
+        # The newest come first: where old ones were dropped, the rest is in few pieces.
+        for end in range(kv.layout.groups, 0, -kv.piece_groups):
             piece = nothing.copy()
-            piece[first : min(first + kv.piece_groups, kv.layout.groups)] = True
+            piece[max(end - kv.piece_groups, 0) : end] = True
             piece = np.asarray(kv.readable(piece))
             if piece.any():
                 found = jnp.where(piece, mixed_scores(piece, kv.piece_groups), found)
