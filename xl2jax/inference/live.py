@@ -19,7 +19,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from xl2jax.arithmetic import round_up
 from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.errors import UserError, first_line
 from xl2jax.inference import session
@@ -94,23 +93,8 @@ class LiveVideo:
         self._network, self._tokenizer, self._bilevel = network, tokenizer, bilevel
         self.path, self.lead, self.clock = path, around.lead, LiveClock(fps, clock)
         self._pause = max(PAUSE_SECONDS, 8 / fps if fps else 0.0)
-<<<<<<< HEAD
         self.sizes, self._plan = sizes, sizes.plan
-        sizes.check(network, memory)
-=======
-        step = default_steps(network.platform)[0]
-        unit = math.lcm(config.chunk_groups, bilevel.select_chunk_groups)
-        keep = (0 if config.window_chunks is None else config.window_chunks + 1) * config.chunk_groups
-        rate = 60 * (fps or UNKNOWN_FPS) / FRAMES_PER_GROUP
-        ledger = Ledger.of_limits(
-            math.ceil(memory.dense_minutes * rate), math.ceil(memory.minutes * rate), unit, keep, step
-        )
-        time_cap = len(tokenizer.encode(time_text(MAX_SECONDS)))
-        visual_tokens = network.config.visual_tokens
-        plan = live_plan(len(around.before.ids), time_cap, visual_tokens, config, ledger, step)
-        self._plan = plan
-        piece_groups = self._piece_groups(ledger, cache, memory)
->>>>>>> 82f6ea6e7b11ed9908677716392231a7f4dadcb4
+        piece_groups = sizes.piece_groups(network, memory)
         self._lock, self._seen = threading.RLock(), threading.Condition()
         self._blocks = BlockStore(int(memory.host_gib * 2**30), int(memory.disk_gib * 2**30), memory.folder)
         self._arena = LiveArena(
@@ -148,54 +132,6 @@ class LiveVideo:
         self._failure: str | None = None
         self.started_at: float | None = None
 
-<<<<<<< HEAD
-=======
-    def _piece_groups(self, ledger: Ledger, cache: CacheConfig, memory: LiveMemory) -> int:
-        """How many groups a question scores by their dense KV at a time: as many as half of the free memory allows.
-
-        Raises NotEnoughMemory where the arrays and one question do not fit into the memory of the device.
-        """
-        network, plan, bilevel = self._network, self._plan, self._bilevel
-        channels = network.exact_key_channels() if cache.quantized or memory.pooled_dtype else None
-        kept = 0 if channels is None else channels.shape[-1]
-        # The plan is that of all groups, so that what a question needs is that of the longest one.
-        layout = VideoLayout(plan.prefix_cap, (plan.time_cap,) * ledger.group_limit, plan.visual_tokens)
-        need = memory_need(
-            network.config,
-            plan,
-            layout,
-            bilevel,
-            network.dtype,
-            network.platform,
-            quantized=cache.quantized,
-            key_channels=kept,
-        )
-        slot = slot_bytes(network.config, network.dtype, quantized=cache.quantized, key_channels=kept)
-        pooled_slot = slot_bytes(
-            network.config, network.dtype, quantized=memory.pooled_dtype == "int8", key_channels=kept
-        )
-        pooled = pooled_slot * ledger.group_limit * (plan.visual_tokens // bilevel.pool)
-        # No more dense KV than this exists anywhere.
-        stored = int((memory.host_gib + memory.disk_gib) * 2**30) // (plan.visual_tokens * slot)
-        most_dense = round_up(ledger.dense_limit + stored, ledger.unit)
-        free = available_bytes(network.mesh)
-        for parts in (1, 2, 4, 8, 16):
-            piece = min(ledger.piece(parts), most_dense)
-            most = max((bilevel.top(layout) + 2) * bilevel.select_chunk_groups, piece)
-            # It is gathered and then mixed with all others.
-            question = mixed_slots(layout, most, bilevel) + plan.visual_start + bucket(most) * plan.visual_tokens
-            total = need.cache + pooled + question * slot + need.workspace
-            if total <= free // 2:
-                break
-        if total > free:
-            raise NotEnoughMemory(
-                f"a live video with {memory.dense_minutes:g} minutes dense and {memory.minutes:g} remembered needs "
-                f"{total / 2**30:.2f} GiB beside the model, {free / 2**30:.2f} GiB are free: keep fewer minutes, or KV in 8 "
-                "bits"
-            )
-        return piece
-
->>>>>>> 82f6ea6e7b11ed9908677716392231a7f4dadcb4
     # --- watching --------------------------------------------------------------------------------
 
     def add(self, seconds: float | None, frame: Frame) -> bool:

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Literal
 
+from xl2jax.arithmetic import round_up
 from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.errors import NotEnoughMemory, UserError, require_number
 from xl2jax.inference.bilevel import BilevelConfig, mixed_slots
@@ -70,7 +71,8 @@ class LiveSizes:
         they were too small.
       plan: the sizes of the arena.
       kept: bytes that the arrays hold on the device all the time.
-      needed: the same with what the longest question needs beside them.
+      needed: the same with what the longest question needs at least beside them.
+      pieces: how many groups a question may score by their dense KV at a time, most first, and what is then needed.
       dense_minutes, minutes: what holds.
     """
 
@@ -78,6 +80,7 @@ class LiveSizes:
     plan: PrefillPlan
     kept: int
     needed: int
+    pieces: dict[int, int]
     dense_minutes: float
     minutes: float
 
@@ -123,12 +126,27 @@ class LiveSizes:
             network.config, network.dtype, quantized=memory.pooled_dtype == "int8", key_channels=key_channels
         )
         kept = need.cache + pooled_slot * ledger.group_limit * (plan.visual_tokens // bilevel.pool)
-        # Chunks are scored in pieces, which are gathered and mixed.
-        most = max((bilevel.top(layout) + 2) * bilevel.select_chunk_groups, ledger.piece)
-        mixed = mixed_slots(layout, most, bilevel) * slot
-        fetched = (plan.visual_start + bucket(most) * plan.visual_tokens) * slot
-        needed = kept + mixed + fetched + need.workspace
-        return cls(ledger, plan, kept, needed, ledger.dense_limit / rate, ledger.group_limit / rate)
+        # No more dense KV than this exists anywhere.
+        stored = int((memory.host_gib + memory.disk_gib) * 2**30) // (plan.visual_tokens * slot)
+        most_dense = round_up(ledger.dense_limit + stored, ledger.unit)
+        pieces = {}
+        for parts in (1, 2, 4, 8, 16):
+            piece = min(ledger.piece(parts), most_dense)
+            most = max((bilevel.top(layout) + 2) * bilevel.select_chunk_groups, piece)
+            # It is gathered and then mixed with all others.
+            question = mixed_slots(layout, most, bilevel) + plan.visual_start + bucket(most) * plan.visual_tokens
+            pieces[piece] = kept + question * slot + need.workspace
+        needed = min(pieces.values())
+        return cls(ledger, plan, kept, needed, pieces, ledger.dense_limit / rate, ledger.group_limit / rate)
+
+    def piece_groups(self, network: Network, memory: LiveMemory) -> int:
+        """How many groups a question scores by their dense KV at a time: as many as half of the free memory allows.
+
+        Raises NotEnoughMemory where the arrays and one question do not fit into the memory of the device.
+        """
+        self.check(network, memory)
+        half = available_bytes(network.mesh) // 2
+        return next((piece for piece, needed in self.pieces.items() if needed <= half), min(self.pieces))
 
     def check(self, network: Network, memory: LiveMemory) -> None:
         """Raises NotEnoughMemory where the arrays and one question do not fit into the memory of the device."""
