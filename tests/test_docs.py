@@ -146,10 +146,14 @@ OTHERS = {"--gpus", "--help", "--local-dir", "--rm"} | {
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.name != "cli.md"], ids=name_of)
 def test_flags_exist(page: Path, dump_case: ModuleType) -> None:
-    """Every flag that a page names is one of the commands, of the case dumper, or of another program."""
+    """Every flag that a page names is one of the commands, of a tool that the page names, or of another program."""
     known = set(re.findall(r"`(--[\w-]+)`", (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")))
     known |= set(re.findall(r"--[\w-]+", dump_case.parser().format_help())) | OTHERS
-    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text(encoding="utf-8"))) <= known
+    text = page.read_text(encoding="utf-8")
+    for tool in set(re.findall(r"tools/\w+\.py", text)):  # flags are the fields of its arguments
+        fields = re.findall(r"^    (\w+): ", (ROOT / tool).read_text(encoding="utf-8"), re.MULTILINE)
+        known |= {f"--{name.replace('_', '-')}" for name in fields}
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) <= known
 
 
 @pytest.fixture(scope="module")
