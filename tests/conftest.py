@@ -93,6 +93,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
 
     def run(main: Callable[[], int | None], *argv: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["command", *map(str, argv)])
+        monkeypatch.setattr(os, "_exit", sys.exit)  # how a command ends after Ctrl-C
         capfd.readouterr()
         with pytest.raises(SystemExit) as e:
             run_command(main)

@@ -15,6 +15,7 @@ from xl2jax.inference import session
 from xl2jax.inference.live import LiveMemory, LiveVideo
 from xl2jax.models.param_tree import flatten
 from xl2jax.prompt import PREFIX
+from xl2jax.video.read_ahead import resize
 
 CHUNK, WINDOW, POOL = 2, 1, 4
 SCENE = make_scene(7, 60)
@@ -162,8 +163,9 @@ def watched_by_reference(model: xl2jax.Model, live: LiveVideo, reference: Refere
     """Feeds groups to both. The live video takes them in one step."""
     for i in range(4 * first, 4 * (first + new)):
         live.add(float(i), SCENE.frame(i, 112, 112))
-    frames = np.stack([image for group in live._waiting for _, image in group])
     live.flush()
+    size = model.config.vision.image_size
+    frames = np.stack([resize(SCENE.frame(i, 112, 112), size) for i in range(4 * first, 4 * (first + new))])
     ledger = live._arena.ledger
     visual = np.asarray(session.encode(model.network, live._plan, frames))[:new]
     ids = model.tokenizer.time_ids([float(i) for i in range(4 * first, 4 * (first + new))])

@@ -42,7 +42,7 @@ def test_attention_scores_are_attention_mass(
     ids = rng.integers(0, c.vocab, tokens).astype(np.int32)
     first, last, end = 2, tokens - 4, tokens - 1
     text = compiled.new_cache(c, 128, "float32")
-    scorer = AttentionScorer(0.4, 0.7, exponent)
+    scorer = AttentionScorer(0.4, 0.7, exponent, question_weight=0.3)
     suffix = SuffixIds(ids, np.int32(first), np.int32(last), np.int32(end))
     where = jnp.asarray(group)
     scores = compiled.attention_scores(model.network, context, where, text, suffix, scorer=scorer, groups=groups)
@@ -72,7 +72,7 @@ def test_attention_scores_are_attention_mass(
     assert len(per_layer) == c.layers
     by_group = np.stack([[w[:, :, group[:length] == g].sum(-1) for g in range(groups)] for w in per_layer])
     by_group = by_group.astype(np.float64) ** exponent  # [L, G, N, T]
-    by_group = (by_group[..., first:last].mean(-1) + by_group[..., last:end].mean(-1)).mean(-1) / 2
+    by_group = (0.3 * by_group[..., first:last].mean(-1) + 0.7 * by_group[..., last:end].mean(-1)).mean(-1)
     a, b = scorer.layers(c.layers)
     assert (a, b) == (1, 2)
     assert np.allclose(scores, by_group[a:b].mean(0) ** (1 / exponent), rtol=1e-4)

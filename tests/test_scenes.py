@@ -71,7 +71,7 @@ def test_needle_is_alone_in_its_group(seed: int, groups: int, data: st.DataObjec
 @given(seeds, st.integers(1, 40), st.sampled_from(list(TEMPLATES)), st.sampled_from([0.25, 1.0, 4.0]))
 def test_answers_are_true_of_the_scene(seed: int, groups: int, kind: Kind, seconds: float) -> None:
     scene = make_scene(seed, groups)
-    question = ask(scene, kind, seconds, np.random.default_rng(seed))
+    question = ask(scene, kind, scene.times(seconds), np.random.default_rng(seed))
     if question is None:
         assert kind in ("first", "colour_of", "shape_of")
         assert kind != "first" or len(scene.events) == 1
