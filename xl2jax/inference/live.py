@@ -346,6 +346,8 @@ class LiveVideo:
             if self._waiting:
                 self._prefill()
             jax.block_until_ready(self._previous)
+        if frames and not self._drops:
+            self._room.release(len(frames))
         self._blocks.settle()
         self._tell_dropped()
         return bool(frames)
@@ -469,6 +471,7 @@ class LiveVideo:
         self._stop.set()
         if isinstance(self._source, Stream):
             self._source.close()
+        self._room.release()  # a reader that waits for room ends
         with self._lock:
             if not self.closed:
                 self.closed = True
