@@ -218,6 +218,27 @@ def test_chunks_are_scored_by_their_dense_kv_wherever_it_is(
     live.close()
 
 
+def test_pieces_are_scored_one_after_the_other(model: xl2jax.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory holds the cache of one: it is gathered when the scores of the one before are there."""
+    live, _ = start(model, small(), 38)
+    live._arena._piece_groups = 2
+    gather, score, passes = live_programs.gather_groups, compiled.attention_scores, list[jax.Array]()
+
+    def gathering(*args: Any, **options: Any) -> Any:
+        assert all(scores.is_ready() for scores in passes)
+        return gather(*args, **options)
+
+    def scoring(*args: Any, **options: Any) -> jax.Array:
+        passes.append(score(*args, **options))
+        return passes[-1]
+
+    monkeypatch.setattr(live_programs, "gather_groups", gathering)
+    monkeypatch.setattr(compiled, "attention_scores", scoring)
+    context(model, live)
+    assert len(passes) > 10
+    live.close()
+
+
 @pytest.mark.slow
 def test_needles_that_have_left_the_device_are_found() -> None:
     """The bundled model finds and reads shapes in parts whose dense KV the host holds. By pooled KV it misses most."""
