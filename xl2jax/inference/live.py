@@ -138,8 +138,7 @@ class LiveVideo:
         """Adds a frame, uint8 RGB [height, width, 3] of any size, and says whether it is kept.
 
         `seconds` is the time by the source's clock; without it the frame follows the last one by as much as it comes after
-        it. Frames that are out of order or above the
-        frame rate are left out (`LiveClock`).
+        it. Frames that are out of order or above the frame rate are left out (`LiveClock`).
 
         Raises UserError where the frame is no picture, or the video was closed.
         """
