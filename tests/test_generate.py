@@ -521,6 +521,7 @@ def test_settings_may_be_numpy_scalars() -> None:
         (lambda: PrefillConfig(window_chunks=-1), "window chunks must be a whole number from 0"),
         (lambda: xl2jax.AttentionScorer(0.5, 0.2), "relevance layers"),
         (lambda: xl2jax.AttentionScorer(exponent=0.5), "exponent of relevance"),
+        (lambda: xl2jax.AttentionScorer(question_weight=1.5), "question's weight in relevance"),
         (lambda: xl2jax.RelevanceConfig("file"), "go together"),
     ],
 )

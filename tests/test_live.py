@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -217,6 +218,27 @@ def test_chunks_are_scored_by_their_dense_kv_wherever_it_is(
     live.close()
 
 
+def test_pieces_are_scored_one_after_the_other(model: xl2jax.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory holds the cache of one: it is gathered when the scores of the one before are there."""
+    live, _ = start(model, small(), 38)
+    live._arena._piece_groups = 2
+    gather, score, passes = live_programs.gather_groups, compiled.attention_scores, list[jax.Array]()
+
+    def gathering(*args: Any, **options: Any) -> Any:
+        assert all(scores.is_ready() for scores in passes)
+        return gather(*args, **options)
+
+    def scoring(*args: Any, **options: Any) -> jax.Array:
+        passes.append(score(*args, **options))
+        return passes[-1]
+
+    monkeypatch.setattr(live_programs, "gather_groups", gathering)
+    monkeypatch.setattr(compiled, "attention_scores", scoring)
+    context(model, live)
+    assert len(passes) > 10
+    live.close()
+
+
 @pytest.mark.slow
 def test_needles_that_have_left_the_device_are_found() -> None:
     """The bundled model finds and reads shapes in parts whose dense KV the host holds. By pooled KV it misses most."""
@@ -398,6 +420,32 @@ def test_a_source_of_frames_waits_for_the_model(model: xl2jax.Model) -> None:
         with pytest.raises(OSError, match="unplugged"):
             live.run()
         assert (live.frames, live.dropped) == (WAITING_FRAMES + 12, 0)
+
+
+def test_a_source_that_is_read_for_steps_waits_for_them(model: xl2jax.Model) -> None:
+    """Its reader waits for room, gets it from `step`, and ends with the video."""
+    frames = [(float(i), np.zeros((8, 8, 3), np.uint8)) for i in range(2 * WAITING_FRAMES)]
+    for seen in (len(frames), 16):
+        with model.watch_live(iter(frames), config=PREFILL, bilevel=BILEVEL, memory=small()) as live:
+            reader = threading.Thread(target=live.read, daemon=True)
+            reader.start()
+            end = time.monotonic() + 30
+            while live.frames < seen and time.monotonic() < end:
+                live.step()
+            assert live.frames >= seen
+            assert live.dropped == 0
+        reader.join(10)
+        assert not reader.is_alive()
+
+
+@pytest.mark.parametrize("cache", [xl2jax.CacheConfig(), xl2jax.CacheConfig("int8")])
+@pytest.mark.parametrize("pooled", [None, "int8"])
+def test_sizes_count_the_arrays(model: xl2jax.Model, cache: xl2jax.CacheConfig, pooled: Any) -> None:
+    """They are what the arrays take, so that a server reserves as much as there will be."""
+    settings: Any = {"config": PREFILL, "bilevel": BILEVEL, "cache": cache}
+    settings["memory"] = dataclasses.replace(small(), pooled_dtype=pooled)
+    with model.watch_live(**settings) as live:
+        assert model.live_sizes(**settings).kept == live.device_bytes
 
 
 def test_a_step_that_fails_ends_the_video(model: xl2jax.Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -381,6 +381,22 @@ def test_what_a_playlist_names_is_opened_by_the_caller_alone(tmp_path: Path) -> 
             listening.accept()
 
 
+@pytest.mark.parametrize("data", [b"", b"garbage" * 1000, b"#EXTM3U\nno playlist"])
+def test_what_is_no_video_is_closed(data: bytes) -> None:
+    class Opened(io.BytesIO):
+        url, length, is_playlist = "http://camera/stream", None, data.startswith(b"#EXTM3U")
+
+    opened = list[Opened]()
+
+    def connect(url: str) -> Opened:
+        opened.append(Opened(data))
+        return opened[-1]
+
+    with pytest.raises(UserError, match="gives no video"):
+        list(Stream("http://camera/stream", retries=1, first_wait=0.01, connect=connect))
+    assert [each.closed for each in opened] == [True, True]
+
+
 def test_pathlib_does_not_change_an_address() -> None:
     assert address_of(Path("rtsp://host:554/a/b")) == "rtsp://host:554/a/b"
     assert address_of("http://host/a") == "http://host/a"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import socket
 import threading
@@ -11,11 +12,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx2
 import pytest
 from serving import make_service, served, wait_for
+from websockets.sync.client import connect
 
 import xl2jax
-from xl2jax.serving.limits import Limits
+from xl2jax.serving.limits import Limits, LiveLimits
 from xl2jax.serving.service import Service
 
 IDLE = 0.5
@@ -23,7 +26,8 @@ IDLE = 0.5
 
 @pytest.fixture
 def service(model: xl2jax.Model, tmp_path: Path) -> Service:
-    return make_service(model, tmp_path, limits=Limits(idle_seconds=IDLE))
+    live = LiveLimits(sessions=1, minutes=0.5, dense_minutes=0.1, host_gib=0.0)
+    return make_service(model, tmp_path, limits=Limits(idle_seconds=IDLE, live=live))
 
 
 @pytest.fixture
@@ -70,3 +74,19 @@ def test_an_answer_that_is_not_taken(place: tuple[str, int], service: Service) -
         slow.sendall(f"GET /v1/files/{stored['id']}/content HTTP/1.1\r\nHost: {place[0]}\r\n\r\n".encode())
         wait_for(is_open, 5)
         wait_for(lambda: not is_open(), 10)
+
+
+@pytest.mark.parametrize("before", [b"", b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"])
+def test_a_websocket_without_frames_stays(place: tuple[str, int], before: bytes) -> None:
+    """Heads of requests are not waited for on it, neither on a new connection nor behind a request."""
+    host = f"{place[0]}:{place[1]}"
+    about = httpx2.post(f"http://{host}/v1/live", json={}, timeout=60).json()
+    connection = socket.create_connection(place, timeout=10)
+    if before:
+        connection.sendall(before)
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200")
+    with connect(f"ws://{host}{about['socket']}", sock=connection) as live:
+        assert json.loads(live.recv(10))["received"] == 0
+        time.sleep(2.5 * IDLE)
+        live.send(b"no image")
+        assert json.loads(live.recv(10))["damaged"] == 1

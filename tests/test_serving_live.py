@@ -31,6 +31,7 @@ from xl2jax.inference.live_sizes import LiveMemory
 from xl2jax.serving import live_http
 from xl2jax.serving.addresses import Downloads, is_public
 from xl2jax.serving.limits import Limits, LiveLimits
+from xl2jax.serving.live import LiveSession
 from xl2jax.serving.live_http import BAD_MESSAGE, ENDED, REPLACED
 from xl2jax.serving.media import MediaRules
 from xl2jax.serving.service import Service
@@ -429,6 +430,31 @@ def test_a_session_that_nobody_uses_ends(model: xl2jax.Model, tmp_path: Path, fi
         assert words in error["message"]
         wait_for(lambda: metric(service, "xl2jax_live_videos") == 0)
         assert service.videos._reserved == service.videos._live == 0
+
+
+def test_a_session_that_is_not_opened_in_time(
+    model: xl2jax.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is ended when it is open at last. Other requests do not suffer from it."""
+    service = make(model, tmp_path, limits=dataclasses.replace(LIMITS, request_seconds=0.5))
+    given_up, opened = threading.Event(), threading.Event()
+    really_open = LiveSession.open
+
+    def slowly(session: LiveSession, *args: Any) -> None:
+        really_open(session, *args)
+        given_up.wait(30)
+        opened.set()
+
+    monkeypatch.setattr(LiveSession, "open", slowly)
+    with served(service) as address:
+        late = httpx2.post(f"{address}/v1/live", json={}, timeout=60)
+        assert (late.status_code, late.json()["error"]["code"]) == (504, "timeout")
+        wait_for(lambda: service.videos._live > 0)
+        given_up.set()
+        assert opened.wait(30)
+        wait_for(lambda: service.videos._live == 0, 10)
+        assert service.live.list() == []
+    assert "the engine failed" not in caplog.text
 
 
 def test_the_end_of_the_server(model: xl2jax.Model, tmp_path: Path) -> None:

@@ -138,8 +138,7 @@ class LiveVideo:
         """Adds a frame, uint8 RGB [height, width, 3] of any size, and says whether it is kept.
 
         `seconds` is the time by the source's clock; without it the frame follows the last one by as much as it comes after
-        it. Frames that are out of order or above the
-        frame rate are left out (`LiveClock`).
+        it. Frames that are out of order or above the frame rate are left out (`LiveClock`).
 
         Raises UserError where the frame is no picture, or the video was closed.
         """
@@ -346,6 +345,8 @@ class LiveVideo:
             if self._waiting:
                 self._prefill()
             jax.block_until_ready(self._previous)
+        if frames and not self._drops:
+            self._room.release(len(frames))
         self._blocks.settle()
         self._tell_dropped()
         return bool(frames)
@@ -469,6 +470,7 @@ class LiveVideo:
         self._stop.set()
         if isinstance(self._source, Stream):
             self._source.close()
+        self._room.release()  # a reader that waits for room ends
         with self._lock:
             if not self.closed:
                 self.closed = True

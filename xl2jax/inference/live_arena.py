@@ -47,6 +47,11 @@ def live_plan(
     return dataclasses.replace(plan, slots=round_up(plan.visual_start + dense, 128))
 
 
+def group_capacity(plan: PrefillPlan, ledger: Ledger) -> int:
+    """Groups that the pooled KV and the tables have room for: a padded step needs room behind the last group."""
+    return ledger.group_limit + plan.segment_groups
+
+
 @dataclasses.dataclass(eq=False, kw_only=True)
 class LiveKV(session.VideoKV):
     """The KV of all groups that a live video remembers at one moment. It is valid while the video's lock is held."""
@@ -157,12 +162,12 @@ class LiveArena:
         renumber: bool = True,
         piece_groups: int,
     ):
-        """`piece_groups`: see `VideoKV`. `renumber`: where groups leave, the keys of the rest are rotated to positions without a gap. Otherwise positions
-        count on for ever."""
+        """`piece_groups`: see `VideoKV`. `renumber`: where groups leave, the keys of the rest are rotated to positions
+        without a gap. Otherwise positions count on for ever."""
         self._network, self.plan, self.ledger, self._blocks = network, plan, ledger, blocks
         self._pool, self._renumber, self._piece_groups = pool, renumber, piece_groups
         self._prefix, self._shift, self._most = len(prefix.ids), 0, 0
-        self._capacity = ledger.group_limit + plan.segment_groups
+        self._capacity = group_capacity(plan, ledger)
         self._lengths, self._times, self._visuals = (np.zeros(self._capacity, np.int32) for _ in range(3))
         self.finite = jnp.bool_(True)
         self.cache = session.empty_video_cache(network, plan.slots, plan.visual_start, quantized=quantized)

@@ -12,7 +12,7 @@ from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.errors import NotEnoughMemory, UserError, require_number
 from xl2jax.inference.bilevel import BilevelConfig, mixed_slots
 from xl2jax.inference.layout import PrefillConfig, VideoLayout, bucket
-from xl2jax.inference.live_arena import live_plan
+from xl2jax.inference.live_arena import group_capacity, live_plan
 from xl2jax.inference.live_ledger import Ledger
 from xl2jax.inference.memory import available_bytes, memory_need, slot_bytes
 from xl2jax.inference.network import Network
@@ -110,7 +110,8 @@ class LiveSizes:
         channels = network.exact_key_channels() if cache.quantized or memory.pooled_dtype else None
         key_channels = 0 if channels is None else channels.shape[-1]
         # The plan is that of all groups, so that what a question needs is that of the longest one.
-        layout = VideoLayout(plan.prefix_cap, (plan.time_cap,) * ledger.group_limit, plan.visual_tokens)
+        capacity = group_capacity(plan, ledger)
+        layout = VideoLayout(plan.prefix_cap, (plan.time_cap,) * capacity, plan.visual_tokens)
         need = memory_need(
             network.config,
             plan,
@@ -125,7 +126,7 @@ class LiveSizes:
         pooled_slot = slot_bytes(
             network.config, network.dtype, quantized=memory.pooled_dtype == "int8", key_channels=key_channels
         )
-        kept = need.cache + pooled_slot * ledger.group_limit * (plan.visual_tokens // bilevel.pool)
+        kept = need.cache + pooled_slot * capacity * (plan.visual_tokens // bilevel.pool)
         # No more dense KV than this exists anywhere.
         stored = int((memory.host_gib + memory.disk_gib) * 2**30) // (plan.visual_tokens * slot)
         most_dense = round_up(ledger.dense_limit + stored, ledger.unit)

@@ -356,6 +356,7 @@ def score_groups(
             piece = np.asarray(kv.readable(piece))
             if piece.any():
                 found = jnp.where(piece, mixed_scores(piece, kv.piece_groups), found)
+                jax.block_until_ready(found)  # otherwise the caches of several pieces are there at once
             read |= piece
     return found if read.all() else jnp.where(read, found, mixed_scores(nothing, 0))
 

@@ -1,9 +1,9 @@
 """The one thread that owns the model: it answers questions, and watches videos a part at a time between them.
 
 In each round all answers are decoded by up to eight tokens, one part of a stored video is read, and one part of a new
-video is watched: a segment is encoded, or prefilled. A step of one of the live videos follows. Before each of these steps the questions that have come begin, if
-their video is on the device, and get their first token. A question about a watched video therefore waits for at most one
-of them: half a segment of another client's video, say.
+video is watched: a segment is encoded, or prefilled. A step of one of the live videos follows. Before each of these steps
+the questions that have come begin, if their video is on the device, and get their first token. A question about a watched
+video therefore waits for at most one of them: half a segment of another client's video, say.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from xl2jax.errors import NotEnoughMemory, UserError
 from xl2jax.inference.answering import Answering, decode
 from xl2jax.inference.api import Model
 from xl2jax.inference.pictures import Surroundings
-from xl2jax.serving.errors import RequestError, internal_error, not_kept, request_error
+from xl2jax.serving.errors import RequestError, internal_error, not_kept, request_error, shutting_down
 from xl2jax.serving.jobs import Begun, Ended, Failed, Job, Piece, Watched
 from xl2jax.serving.limits import Limits
 from xl2jax.serving.live import LiveSessions, unknown_live
@@ -138,7 +138,7 @@ class Engine:
             except Exception:  # none is expected here: each step handles its own
                 logger.exception("the engine failed in a round")
                 self._fail_all(internal_error())
-        self._fail_all(RequestError(503, "the server is shutting down", code="shutting_down"))
+        self._fail_all(shutting_down())
         self._live.close()
 
     def _round(self) -> None:

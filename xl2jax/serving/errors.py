@@ -58,6 +58,11 @@ def late(limits: Limits) -> RequestError:
     return RequestError(504, f"not answered within {limits.request_seconds:g} s", code="timeout")
 
 
+def shutting_down() -> RequestError:
+    """For a request that the end of the server leaves unanswered."""
+    return RequestError(503, "the server is shutting down", code="shutting_down", retry_after=10)
+
+
 def internal_error() -> RequestError:
     """For a fault of the server, whose trace is logged."""
     return RequestError(500, "the server failed on this request; its log has the reason", code="internal_error")

@@ -59,7 +59,8 @@ type Event = Watched | Begun | Piece | Ended | Failed
 class Job:
     """One question on its way through the engine.
 
-    media: None where the video is only known by name. live: the live video that is asked about. emit: called in the engine's thread with each event.
+    media: None where the video is only known by name. live: the live video that is asked about. emit: called in the engine's
+    thread with each event.
     """
 
     asked: Asked

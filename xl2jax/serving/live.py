@@ -22,7 +22,7 @@ from xl2jax.inference.api import Model
 from xl2jax.inference.bilevel import BilevelConfig
 from xl2jax.inference.live import LiveVideo
 from xl2jax.inference.live_sizes import LiveMemory
-from xl2jax.serving.errors import RequestError, internal_error, public_error, request_error
+from xl2jax.serving.errors import RequestError, internal_error, public_error, request_error, shutting_down
 from xl2jax.serving.limits import Limits
 from xl2jax.serving.metrics import Metrics
 from xl2jax.serving.videos import WatchedVideos
@@ -279,6 +279,8 @@ class LiveSessions:
         session = LiveSession(settings, self._limits, connect)
         most = self._limits.live.sessions
         with self._lock:
+            if self._closed:
+                raise shutting_down()
             if len(self._sessions) >= most:
                 raise RequestError(
                     429,
@@ -287,10 +289,8 @@ class LiveSessions:
                     retry_after=30,
                 )
             self._sessions[session.id] = session
-        self._new.append(session)
+            self._new.append(session)
         self.wake()
-        if self._closed:
-            self._refuse_new()
         return session
 
     def get(self, name: str) -> LiveSession:
@@ -335,8 +335,9 @@ class LiveSessions:
                 self._open.remove(session)
         while self._new:
             session = self._new.popleft()
-            if session.over is not None:
-                continue  # nobody waits for it any more
+            if not session.opened.set_running_or_notify_cancel():
+                self.end(session, "nobody waited for it")
+                continue
             try:
                 session.open(self._model, self._bilevel, self._videos, self.wake)
             except Exception as e:
@@ -358,17 +359,17 @@ class LiveSessions:
 
     def close(self) -> None:
         """Ends all sessions."""
-        self._closed = True
-        self._refuse_new()
-        for session in self._open:
-            self.end(session, "the server is shutting down")
-        self.tend()
-
-    def _refuse_new(self) -> None:
+        with self._lock:
+            self._closed = True
+        error = shutting_down()
         while self._new:
             session = self._new.popleft()
-            self.end(session, "the server is shutting down")
-            session.opened.set_exception(RequestError(503, "the server is shutting down", code="shutting_down"))
+            self.end(session, error.message)
+            if session.opened.set_running_or_notify_cancel():
+                session.opened.set_exception(error)
+        for session in self._open:
+            self.end(session, error.message)
+        self.tend()
 
 
 def unknown_live() -> RequestError:

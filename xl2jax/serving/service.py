@@ -11,7 +11,7 @@ from starlette.requests import HTTPConnection
 from xl2jax.inference.bilevel import BilevelConfig
 from xl2jax.prompt import PromptTokenizer
 from xl2jax.serving.engine import Engine
-from xl2jax.serving.errors import RequestError, not_kept
+from xl2jax.serving.errors import RequestError, not_kept, shutting_down
 from xl2jax.serving.limits import Limits
 from xl2jax.serving.live import LIVE_ID, LiveSessions
 from xl2jax.serving.media import Library
@@ -82,7 +82,7 @@ class Place:
     def __init__(self, service: Service):
         limit = service.limits.queue
         if service.draining:
-            raise RequestError(503, "the server is shutting down", code="shutting_down", retry_after=10)
+            raise shutting_down()
         if service.in_flight >= limit:
             wait = math.ceil(service.mean_seconds * limit / max(service.limits.answers, 1))
             raise RequestError(

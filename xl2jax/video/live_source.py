@@ -164,6 +164,7 @@ class Stream:
                     # What is opened past `connect` is refused, whatever makes FFmpeg open it.
                     options = {"protocol_whitelist": "none", "format_whitelist": _FORMATS, "http_persistent": "0"}
                     first = connect(self.address)
+                    opened.callback(first.close)  # FFmpeg leaves it open where it is no video
                     name, self._length, waiting = first.url, first.length, [first]
                     others["io_open"] = lambda url, flags, options: waiting.pop() if waiting else connect(url)
                     if first.is_playlist:
