@@ -236,6 +236,7 @@ def test_what_is_no_image_is_counted(address: str, begin: Callable[..., Any]) ->
         ('{"seconds": NaN}', "bad_message", "message"),
         ('{"second": 1}', "bad_message", "second"),
         ("[" * 1000, "bad_message", "more than the 256 characters"),
+        (f'{{"seconds": "{"é" * 90}"}}', "bad_message", "seconds"),
         (b"x" * 150_000, "frame_too_large", "more than the 100,000 bytes"),
     ],
 )
@@ -271,6 +272,7 @@ def test_a_picture_of_too_many_pixels_is_not_decoded(model: xl2jax.Model, tmp_pa
         ({"fps": 5}, 400, "fps: should be at most 4"),
         ({"fps": 0}, 400, "fps"),
         ({"fps": "1"}, 400, "fps"),
+        ({"fps": 1e-310}, 400, "fps of a live video must be at least 0.001"),
         ({"host_gib": 1}, 400, "host_gib: should be at most 0.1"),
         ({"minutes": 0.01, "dense_minutes": 0.05}, 400, "must not be below dense minutes"),
         ({"clock": "sun"}, 400, "clock"),
@@ -429,6 +431,33 @@ def test_a_session_that_nobody_uses_ends(model: xl2jax.Model, tmp_path: Path, fi
         assert words in error["message"]
         wait_for(lambda: metric(service, "xl2jax_live_videos") == 0)
         assert service.videos._reserved == service.videos._live == 0
+
+
+def test_a_session_that_opens_too_late(
+    model: xl2jax.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its memory is freed, and the engine goes on with the work of others."""
+    failures: list[Exception] = []
+    videos: list[Any] = []
+    opened = threading.Event()
+    make_video = model.watch_live
+
+    def slow(*args: Any, **settings: Any) -> Any:
+        assert opened.wait(60)
+        videos.append(make_video(*args, **settings))
+        return videos[0]
+
+    service = make(model, tmp_path, limits=dataclasses.replace(LIMITS, request_seconds=0.3))
+    monkeypatch.setattr(model, "watch_live", slow)
+    monkeypatch.setattr(service.engine, "_fail_all", lambda error: failures.append(error))
+    with served(service) as address:
+        late = httpx2.post(f"{address}/v1/live", json={}, timeout=60)
+        assert (late.status_code, late.json()["error"]["code"]) == (504, "timeout")
+        assert httpx2.get(f"{address}/v1/live").json()["data"] == []
+        opened.set()
+        wait_for(lambda: videos and videos[0].closed)
+        assert service.videos._reserved == service.videos._live == 0
+        assert failures == []
 
 
 def test_the_end_of_the_server(model: xl2jax.Model, tmp_path: Path) -> None:

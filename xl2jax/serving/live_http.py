@@ -27,6 +27,7 @@ from xl2jax.system.schema import Schema, parse_json
 
 _TELL_SECONDS = 1.0
 _TEXT_CHARACTERS = 256
+_REASON_BYTES = 100  # the protocol has room for 123
 
 BAD_MESSAGE, ENDED, REPLACED = 4400, 4404, 4409
 """Codes with which the server closes a WebSocket: a message that is not understood, a live video that has ended or failed,
@@ -74,7 +75,7 @@ async def start(request: Request, service: Service, place: Place) -> Response:
     session = service.live.open(settings, connect)
     try:
         async with asyncio.timeout(service.limits.request_seconds):
-            await asyncio.wrap_future(session.opened)
+            await asyncio.shield(asyncio.wrap_future(session.opened))  # the engine sets it even if it is late
     except TimeoutError:
         service.live.end(session, "it was not opened in time")
         raise late(service.limits) from None
@@ -136,7 +137,8 @@ async def frames(socket: WebSocket) -> None:
                 task.result()
             except _End as end:
                 await socket.send_json({"type": "error", **end.error.body})
-                await socket.close(end.code, end.error.message[:100])
+                reason = end.error.message.encode()[:_REASON_BYTES].decode(errors="ignore")
+                await socket.close(end.code, reason)
 
 
 class _End(Exception):
