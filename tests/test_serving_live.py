@@ -433,9 +433,7 @@ def test_a_session_that_nobody_uses_ends(model: xl2jax.Model, tmp_path: Path, fi
         assert service.videos._reserved == service.videos._live == 0
 
 
-def test_a_session_that_opens_too_late(
-    model: xl2jax.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_session_that_opens_too_late(model: xl2jax.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its memory is freed, and the engine goes on with the work of others."""
     failures: list[Exception] = []
     videos: list[Any] = []
@@ -492,6 +490,9 @@ class _Camera(http.server.BaseHTTPRequestHandler):
             self.send_header("Location", target)
             self.end_headers()
             return
+        if path == "/drip":
+            self.drip(target)
+            return
         data = b"This is no video." * 999
         if path == "/live":
             number = self.asked.count("/live")
@@ -515,6 +516,15 @@ class _Camera(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         with contextlib.suppress(OSError):
             self.wfile.write(data)
+
+    def drip(self, where: str) -> None:
+        """An answer that never ends, a few bytes at a time."""
+        start = {"head": b"", "body": b"\r\n", "chunk": b"Transfer-Encoding: chunked\r\n\r\n1;"}[where]
+        with contextlib.suppress(OSError):
+            self.wfile.write(b"HTTP/1.1 200 OK\r\n" + start)
+            while True:
+                self.wfile.write(b"A: b\r\n" if where == "head" else b"a")
+                time.sleep(0.1)
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -572,6 +582,20 @@ def test_what_an_address_may_not_lead_to(
     wait_for(lambda: state(address, about)["bytes"]["device"] == 0)  # it can be asked nothing
     refused = ask(address, about)
     assert refused.status_code in (400, 404)
+
+
+@pytest.mark.parametrize("where", ["head", "body", "chunk"])
+def test_an_address_that_never_ends_is_left(address: str, begin: Callable[..., Any], camera: str, where: str) -> None:
+    """The thread that reads it ends with the session."""
+    about = begin(url=f"{camera}/drip?{where}")
+
+    def reads() -> bool:
+        return any(about["id"] in thread.name for thread in threading.enumerate())
+
+    wait_for(reads)
+    time.sleep(0.3)
+    httpx2.delete(f"{address}/v1/live/{about['id']}")
+    wait_for(lambda: not reads(), 10)
 
 
 def test_private_networks_and_no_downloads(model: xl2jax.Model, tmp_path: Path, camera: str) -> None:

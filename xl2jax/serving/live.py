@@ -28,7 +28,7 @@ from xl2jax.serving.metrics import Metrics
 from xl2jax.serving.videos import WatchedVideos
 from xl2jax.video.image_files import decode_image
 from xl2jax.video.live_clock import ClockMode
-from xl2jax.video.live_source import Readable, Stream
+from xl2jax.video.live_source import Connect, Stream
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class LiveSession:
 
     video: LiveVideo
 
-    def __init__(self, settings: LiveSettings, limits: Limits, connect: Callable[[str], Readable] | None):
+    def __init__(self, settings: LiveSettings, limits: Limits, connect: Connect | None):
         """`connect`: opens addresses, where `settings` has one."""
         self.id = f"live_{secrets.token_hex(16)}"
         self.settings, self._limits, self._connect = settings, limits, connect
@@ -274,7 +274,7 @@ class LiveSessions:
 
     # --- from other threads -----------------------------------------------------------------------
 
-    def open(self, settings: LiveSettings, connect: Callable[[str], Readable] | None = None) -> LiveSession:
+    def open(self, settings: LiveSettings, connect: Connect | None = None) -> LiveSession:
         """Begins a session. It can be used when it is `opened`. Raises RequestError where there are too many."""
         session = LiveSession(settings, self._limits, connect)
         most = self._limits.live.sessions

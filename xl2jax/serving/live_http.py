@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -69,8 +70,8 @@ async def start(request: Request, service: Service, place: Place) -> Response:
         downloads = service.library.downloads
         await downloads.check_host(settings.url)
 
-        def connect(url: str) -> OpenAddress:
-            return OpenAddress(downloads, url)
+        def connect(url: str, closed: threading.Event) -> OpenAddress:
+            return OpenAddress(downloads, url, closed)
 
     session = service.live.open(settings, connect)
     try:
