@@ -28,7 +28,7 @@ from websockets.sync.client import ClientConnection, connect
 
 import xl2jax
 from xl2jax.inference.live_sizes import LiveMemory
-from xl2jax.serving import live_http
+from xl2jax.serving import live, live_http
 from xl2jax.serving.addresses import Downloads, is_public
 from xl2jax.serving.limits import Limits, LiveLimits
 from xl2jax.serving.live_http import BAD_MESSAGE, ENDED, REPLACED
@@ -397,6 +397,29 @@ def test_two_sessions_beside_a_video(
     with model.watch(clip, xl2jax.FrameSampling(fps=2, max_frames=40)) as watched:
         expected = model.ask(watched, QUESTION, max_new_tokens=12).text
     assert plain.result().json()["choices"][0]["message"]["content"] == expected
+
+
+def test_connections_that_wait_hold_up_nobody_else(
+    address: str, begin: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many feed one session while an image of it is decoded slowly."""
+    done, decode = threading.Event(), live.decode_image
+
+    def slow(data: bytes, pixels: int) -> np.ndarray:
+        assert data != b"slow" or done.wait(60)
+        return decode(data, pixels)
+
+    monkeypatch.setattr(live, "decode_image", slow)
+    crowded, other = begin(), begin()
+    with contextlib.ExitStack() as opened:
+        opened.callback(done.set)
+        opened.enter_context(feeding(address, crowded)).send(b"slow")
+        wait_for(lambda: state(address, crowded)["received"] == 1)
+        for _ in range(40):  # more than asyncio has threads
+            opened.enter_context(feeding(address, crowded))
+        with feeding(address, other) as socket:
+            send(socket, range(4))
+            wait_for(lambda: state(address, other)["frames"] == 4, 10)
 
 
 def test_an_answer_outlives_its_session(address: str, begin: Callable[..., Any], model: xl2jax.Model) -> None:

@@ -6,6 +6,7 @@ closes live videos, and watches a step of one of them between its other work.
 
 from __future__ import annotations
 
+import asyncio
 import collections
 import dataclasses
 import logging
@@ -55,6 +56,7 @@ class LiveSession:
       id, settings, created_at, expires_at: `time.time()` seconds.
       opened: done when the engine has opened it; then `video` is there.
       feeder: stands for the connection that feeds it now.
+      turn: of its connections, so that those that wait for each other hold none of the threads that others need.
       received, damaged: images that came over a WebSocket, and those of them that could not be read.
       connections: how often a client connected.
       over: why it has ended for everybody, once it has.
@@ -70,6 +72,7 @@ class LiveSession:
         self.expires_at = self.created_at + limits.live.seconds
         self.opened: Future[None] = Future()
         self.feeder: object | None = None
+        self.turn = asyncio.Lock()
         self.received = self.damaged = self.connections = 0
         self.over: str | None = None
         self._failure: str | None = None

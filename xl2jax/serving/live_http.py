@@ -126,7 +126,8 @@ async def frames(socket: WebSocket) -> None:
         await socket.send_denial_response(error_response(e))
         return
     await socket.accept(SUBPROTOCOL if SUBPROTOCOL in socket.scope["subprotocols"] else None)
-    mine = await asyncio.to_thread(session.connect)
+    async with session.turn:
+        mine = await asyncio.to_thread(session.connect)
     work = [asyncio.create_task(_receive(socket, session, mine)), asyncio.create_task(_tell(socket, session, mine))]
     done, running = await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)
     for task in running:
@@ -170,7 +171,10 @@ async def _receive(socket: WebSocket, session: LiveSession, mine: object) -> Non
             )
         else:
             try:
-                await asyncio.to_thread(session.feed, data, seconds)
+                async with session.turn:
+                    if session.feeder is not mine:
+                        raise _replaced()
+                    await asyncio.to_thread(session.feed, data, seconds)
             except UserError:
                 raise _ended(session) from None
             seconds = None
