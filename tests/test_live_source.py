@@ -361,7 +361,7 @@ def test_what_a_playlist_names_is_opened_by_the_caller_alone(tmp_path: Path) -> 
             f"rtp://{at}/a.ts",
         ):
 
-            def connect(url: str, item: str = item) -> Any:
+            def connect(url: str, closed: threading.Event, item: str = item) -> Any:
                 asked.append(url)
                 if url.endswith("b.ts"):
                     return Opened(mpeg_ts(1))

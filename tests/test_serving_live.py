@@ -28,7 +28,7 @@ from websockets.sync.client import ClientConnection, connect
 
 import xl2jax
 from xl2jax.inference.live_sizes import LiveMemory
-from xl2jax.serving import live_http
+from xl2jax.serving import live, live_http
 from xl2jax.serving.addresses import Downloads, is_public
 from xl2jax.serving.limits import Limits, LiveLimits
 from xl2jax.serving.live import LiveSession
@@ -237,6 +237,7 @@ def test_what_is_no_image_is_counted(address: str, begin: Callable[..., Any]) ->
         ('{"seconds": NaN}', "bad_message", "message"),
         ('{"second": 1}', "bad_message", "second"),
         ("[" * 1000, "bad_message", "more than the 256 characters"),
+        (f'{{"seconds": "{"é" * 90}"}}', "bad_message", "seconds"),
         (b"x" * 150_000, "frame_too_large", "more than the 100,000 bytes"),
     ],
 )
@@ -272,6 +273,7 @@ def test_a_picture_of_too_many_pixels_is_not_decoded(model: xl2jax.Model, tmp_pa
         ({"fps": 5}, 400, "fps: should be at most 4"),
         ({"fps": 0}, 400, "fps"),
         ({"fps": "1"}, 400, "fps"),
+        ({"fps": 1e-310}, 400, "fps of a live video must be at least 0.001"),
         ({"host_gib": 1}, 400, "host_gib: should be at most 0.1"),
         ({"minutes": 0.01, "dense_minutes": 0.05}, 400, "must not be below dense minutes"),
         ({"clock": "sun"}, 400, "clock"),
@@ -398,6 +400,29 @@ def test_two_sessions_beside_a_video(
     assert plain.result().json()["choices"][0]["message"]["content"] == expected
 
 
+def test_connections_that_wait_hold_up_nobody_else(
+    address: str, begin: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many feed one session while an image of it is decoded slowly."""
+    done, decode = threading.Event(), live.decode_image
+
+    def slow(data: bytes, pixels: int) -> np.ndarray:
+        assert data != b"slow" or done.wait(60)
+        return decode(data, pixels)
+
+    monkeypatch.setattr(live, "decode_image", slow)
+    crowded, other = begin(), begin()
+    with contextlib.ExitStack() as opened:
+        opened.callback(done.set)
+        opened.enter_context(feeding(address, crowded)).send(b"slow")
+        wait_for(lambda: state(address, crowded)["received"] == 1)
+        for _ in range(40):  # more than asyncio has threads
+            opened.enter_context(feeding(address, crowded))
+        with feeding(address, other) as socket:
+            send(socket, range(4))
+            wait_for(lambda: state(address, other)["frames"] == 4, 10)
+
+
 def test_an_answer_outlives_its_session(address: str, begin: Callable[..., Any], model: xl2jax.Model) -> None:
     """Memory is freed at once; what feeds it is told."""
     about = begin()
@@ -432,6 +457,7 @@ def test_a_session_that_nobody_uses_ends(model: xl2jax.Model, tmp_path: Path, fi
         assert service.videos._reserved == service.videos._live == 0
 
 
+<<<<<<< HEAD
 def test_a_session_that_is_not_opened_in_time(
     model: xl2jax.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -455,6 +481,31 @@ def test_a_session_that_is_not_opened_in_time(
         wait_for(lambda: service.videos._live == 0, 10)
         assert service.live.list() == []
     assert "the engine failed" not in caplog.text
+=======
+def test_a_session_that_opens_too_late(model: xl2jax.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory is freed, and the engine goes on with the work of others."""
+    failures: list[Exception] = []
+    videos: list[Any] = []
+    opened = threading.Event()
+    make_video = model.watch_live
+
+    def slow(*args: Any, **settings: Any) -> Any:
+        assert opened.wait(60)
+        videos.append(make_video(*args, **settings))
+        return videos[0]
+
+    service = make(model, tmp_path, limits=dataclasses.replace(LIMITS, request_seconds=0.3))
+    monkeypatch.setattr(model, "watch_live", slow)
+    monkeypatch.setattr(service.engine, "_fail_all", lambda error: failures.append(error))
+    with served(service) as address:
+        late = httpx2.post(f"{address}/v1/live", json={}, timeout=60)
+        assert (late.status_code, late.json()["error"]["code"]) == (504, "timeout")
+        assert httpx2.get(f"{address}/v1/live").json()["data"] == []
+        opened.set()
+        wait_for(lambda: videos and videos[0].closed)
+        assert service.videos._reserved == service.videos._live == 0
+        assert failures == []
+>>>>>>> 79010905de6aafddafcd5c5e98ff7e0e3ed0db99
 
 
 def test_the_end_of_the_server(model: xl2jax.Model, tmp_path: Path) -> None:
@@ -489,6 +540,9 @@ class _Camera(http.server.BaseHTTPRequestHandler):
             self.send_header("Location", target)
             self.end_headers()
             return
+        if path == "/drip":
+            self.drip(target)
+            return
         data = b"This is no video." * 999
         if path == "/live":
             number = self.asked.count("/live")
@@ -512,6 +566,15 @@ class _Camera(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         with contextlib.suppress(OSError):
             self.wfile.write(data)
+
+    def drip(self, where: str) -> None:
+        """An answer that never ends, a few bytes at a time."""
+        start = {"head": b"", "body": b"\r\n", "chunk": b"Transfer-Encoding: chunked\r\n\r\n1;"}[where]
+        with contextlib.suppress(OSError):
+            self.wfile.write(b"HTTP/1.1 200 OK\r\n" + start)
+            while True:
+                self.wfile.write(b"A: b\r\n" if where == "head" else b"a")
+                time.sleep(0.1)
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -569,6 +632,20 @@ def test_what_an_address_may_not_lead_to(
     wait_for(lambda: state(address, about)["bytes"]["device"] == 0)  # it can be asked nothing
     refused = ask(address, about)
     assert refused.status_code in (400, 404)
+
+
+@pytest.mark.parametrize("where", ["head", "body", "chunk"])
+def test_an_address_that_never_ends_is_left(address: str, begin: Callable[..., Any], camera: str, where: str) -> None:
+    """The thread that reads it ends with the session."""
+    about = begin(url=f"{camera}/drip?{where}")
+
+    def reads() -> bool:
+        return any(about["id"] in thread.name for thread in threading.enumerate())
+
+    wait_for(reads)
+    time.sleep(0.3)
+    httpx2.delete(f"{address}/v1/live/{about['id']}")
+    wait_for(lambda: not reads(), 10)
 
 
 def test_private_networks_and_no_downloads(model: xl2jax.Model, tmp_path: Path, camera: str) -> None:

@@ -55,12 +55,12 @@ def test_the_bundled_checkpoint(tmp_path: Path) -> None:
 
 
 def test_the_example_of_the_documentation(model: xl2jax.Model, tmp_path: Path) -> None:
-    """It runs as it is written, but for the address and the model's name."""
+    """It runs as it is written, but for the address."""
     text = (ROOT / "docs" / "live.md").read_text()
     section = text[text.index("## On the server") :]
     section = section[: section.index("## What is remembered")]
     with served(make(model, tmp_path, limits=Limits(live=LiveLimits(minutes=30)))) as address:
-        section = section.replace("127.0.0.1:8000", address.removeprefix("http://")).replace("video-xl-2", "tiny")
+        section = section.replace("127.0.0.1:8000", address.removeprefix("http://"))
         blocks = re.findall(r"^```(\w*)\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
         (python,) = (block for kind, block in blocks if kind == "python")
         (curl,) = (block for kind, block in blocks if not kind)

@@ -20,13 +20,12 @@ from xl2jax.inference.answering import Answer
 from xl2jax.inference.bilevel import BilevelConfig
 from xl2jax.inference.generate import TokenSampling, check_answer_options
 from xl2jax.inference.live import LiveVideo
-from xl2jax.inference.live_sizes import LiveMemory
+from xl2jax.inference.live_sizes import LiveMemory, check_rate
 from xl2jax.inference.selection import check_pool
 from xl2jax.inference.video_cache import CacheConfig
 from xl2jax.prompt import check_unicode, suffix
 from xl2jax.system.backend import start_backend
 from xl2jax.system.terminal import OutputError, stdin_is_closed
-from xl2jax.video.clip import FrameSampling
 from xl2jax.video.live_source import Stream
 
 if TYPE_CHECKING:
@@ -82,8 +81,9 @@ def _checked(args: Args) -> tuple[dict[str, Any], Stream]:
     if args.split.devices().tensor > 1:
         raise UserError("--live watches on one device: leave --tensor out")
     assert frames.fps != "uniform"
+    check_rate(frames.fps)
     settings = {
-        "fps": FrameSampling(frames.fps).fps,
+        "fps": frames.fps,
         "clock": flags.clock,
         "config": PrefillFlags(window_chunks=compute.window_chunks).config(),
         "bilevel": BilevelConfig(

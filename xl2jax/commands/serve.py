@@ -99,11 +99,10 @@ def check_warm_up(frames: int, most: int) -> None:
 
 def check_live(live: LiveArgs) -> None:
     """Raises UserError where a flag of live videos is out of range."""
-    from xl2jax.inference.live_sizes import LiveMemory
-    from xl2jax.video.frame_sampling import FrameSampling
+    from xl2jax.inference.live_sizes import LiveMemory, check_rate
 
     require_whole("--live-sessions", live.live_sessions, 0, 64)
-    FrameSampling(live.live_fps)
+    check_rate(live.live_fps)
     LiveMemory(live.live_dense_minutes, live.live_minutes, live.live_host_gib)
     for name in ("live_idle_seconds", "live_hours"):
         if not 0 < getattr(live, name) < 1e6:

@@ -40,7 +40,7 @@ from xl2jax.inference.devices import Devices
 from xl2jax.inference.generate import TokenSampling, check_answer_options
 from xl2jax.inference.layout import PrefillConfig, VideoLayout
 from xl2jax.inference.live import Frame, LiveVideo
-from xl2jax.inference.live_sizes import LiveMemory, LiveSizes
+from xl2jax.inference.live_sizes import LiveMemory, LiveSizes, check_rate
 from xl2jax.inference.network import LARGE_KEY_BIAS, Network
 from xl2jax.inference.pictures import Surroundings, surroundings
 from xl2jax.inference.prefill import PrefillPlan, make_plan
@@ -313,7 +313,7 @@ class Model:
         Raises UserError where the settings do not suit the model or each other.
         """
         if fps is not None:
-            FrameSampling(fps=fps)  # raises UserError for a rate out of range
+            check_rate(fps)
         if cache.offload:
             raise UserError("a live video keeps old KV in host memory by itself: leave offload out")
         if self.network.tensor > 1:

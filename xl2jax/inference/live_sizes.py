@@ -19,12 +19,23 @@ from xl2jax.inference.network import Network
 from xl2jax.inference.prefill import PrefillPlan, default_steps
 from xl2jax.inference.video_cache import CacheConfig
 from xl2jax.prompt import PromptTokenizer, time_text
+from xl2jax.video.frame_sampling import FrameSampling
 
 MAX_SECONDS = 9_999_999.9
 """The longest time that a live video's times have room for, 115 days."""
 
 UNKNOWN_FPS = 4.0
 """The rate at which minutes of `LiveMemory` are counted where all frames of a source are seen."""
+
+LEAST_FPS = 0.001
+"""The lowest rate at which a live video is seen. Times and minutes of one far below are no numbers."""
+
+
+def check_rate(fps: float) -> None:
+    """Raises UserError for a rate at which no live video is seen."""
+    FrameSampling(fps=fps)
+    if fps < LEAST_FPS:
+        raise UserError(f"fps of a live video must be at least {LEAST_FPS:g}, not {fps:g}")
 
 
 @dataclasses.dataclass(frozen=True)

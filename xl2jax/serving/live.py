@@ -6,6 +6,7 @@ closes live videos, and watches a step of one of them between its other work.
 
 from __future__ import annotations
 
+import asyncio
 import collections
 import dataclasses
 import logging
@@ -28,7 +29,7 @@ from xl2jax.serving.metrics import Metrics
 from xl2jax.serving.videos import WatchedVideos
 from xl2jax.video.image_files import decode_image
 from xl2jax.video.live_clock import ClockMode
-from xl2jax.video.live_source import Readable, Stream
+from xl2jax.video.live_source import Connect, Stream
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class LiveSession:
       id, settings, created_at, expires_at: `time.time()` seconds.
       opened: done when the engine has opened it; then `video` is there.
       feeder: stands for the connection that feeds it now.
+      turn: of its connections, so that those that wait for each other hold none of the threads that others need.
       received, damaged: images that came over a WebSocket, and those of them that could not be read.
       connections: how often a client connected.
       over: why it has ended for everybody, once it has.
@@ -62,7 +64,7 @@ class LiveSession:
 
     video: LiveVideo
 
-    def __init__(self, settings: LiveSettings, limits: Limits, connect: Callable[[str], Readable] | None):
+    def __init__(self, settings: LiveSettings, limits: Limits, connect: Connect | None):
         """`connect`: opens addresses, where `settings` has one."""
         self.id = f"live_{secrets.token_hex(16)}"
         self.settings, self._limits, self._connect = settings, limits, connect
@@ -70,6 +72,7 @@ class LiveSession:
         self.expires_at = self.created_at + limits.live.seconds
         self.opened: Future[None] = Future()
         self.feeder: object | None = None
+        self.turn = asyncio.Lock()
         self.received = self.damaged = self.connections = 0
         self.over: str | None = None
         self._failure: str | None = None
@@ -274,7 +277,7 @@ class LiveSessions:
 
     # --- from other threads -----------------------------------------------------------------------
 
-    def open(self, settings: LiveSettings, connect: Callable[[str], Readable] | None = None) -> LiveSession:
+    def open(self, settings: LiveSettings, connect: Connect | None = None) -> LiveSession:
         """Begins a session. It can be used when it is `opened`. Raises RequestError where there are too many."""
         session = LiveSession(settings, self._limits, connect)
         most = self._limits.live.sessions

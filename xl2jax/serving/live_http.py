@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -27,6 +28,7 @@ from xl2jax.system.schema import Schema, parse_json
 
 _TELL_SECONDS = 1.0
 _TEXT_CHARACTERS = 256
+_REASON_BYTES = 100  # the protocol has room for 123
 
 BAD_MESSAGE, ENDED, REPLACED = 4400, 4404, 4409
 """Codes with which the server closes a WebSocket: a message that is not understood, a live video that has ended or failed,
@@ -68,13 +70,13 @@ async def start(request: Request, service: Service, place: Place) -> Response:
         downloads = service.library.downloads
         await downloads.check_host(settings.url)
 
-        def connect(url: str) -> OpenAddress:
-            return OpenAddress(downloads, url)
+        def connect(url: str, closed: threading.Event) -> OpenAddress:
+            return OpenAddress(downloads, url, closed)
 
     session = service.live.open(settings, connect)
     try:
         async with asyncio.timeout(service.limits.request_seconds):
-            await asyncio.wrap_future(session.opened)
+            await asyncio.shield(asyncio.wrap_future(session.opened))  # the engine sets it even if it is late
     except TimeoutError:
         service.live.end(session, "it was not opened in time")
         raise late(service.limits) from None
@@ -124,7 +126,8 @@ async def frames(socket: WebSocket) -> None:
         await socket.send_denial_response(error_response(e))
         return
     await socket.accept(SUBPROTOCOL if SUBPROTOCOL in socket.scope["subprotocols"] else None)
-    mine = await asyncio.to_thread(session.connect)
+    async with session.turn:
+        mine = await asyncio.to_thread(session.connect)
     work = [asyncio.create_task(_receive(socket, session, mine)), asyncio.create_task(_tell(socket, session, mine))]
     done, running = await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)
     for task in running:
@@ -136,7 +139,8 @@ async def frames(socket: WebSocket) -> None:
                 task.result()
             except _End as end:
                 await socket.send_json({"type": "error", **end.error.body})
-                await socket.close(end.code, end.error.message[:100])
+                reason = end.error.message.encode()[:_REASON_BYTES].decode(errors="ignore")
+                await socket.close(end.code, reason)
 
 
 class _End(Exception):
@@ -167,7 +171,10 @@ async def _receive(socket: WebSocket, session: LiveSession, mine: object) -> Non
             )
         else:
             try:
-                await asyncio.to_thread(session.feed, data, seconds)
+                async with session.turn:
+                    if session.feeder is not mine:
+                        raise _replaced()
+                    await asyncio.to_thread(session.feed, data, seconds)
             except UserError:
                 raise _ended(session) from None
             seconds = None

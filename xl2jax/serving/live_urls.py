@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import ssl
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import httpcore2
 
@@ -25,11 +28,37 @@ _SECONDS = 15.0  # without a byte, after which an address counts as cut off
 _PLAYLIST_BYTES = 1 << 20
 
 
-class _CheckedNetwork(httpcore2.NetworkBackend):
-    """Connects to addresses that were checked, as `addresses` does for downloads."""
+class _EndingStream(httpcore2.NetworkStream):
+    """A connection of which nothing more is read once `closed` is set, however slowly bytes come."""
 
-    def __init__(self, is_allowed: Callable[[str], bool]):
-        self._is_allowed, self._network = is_allowed, httpcore2.SyncBackend()
+    def __init__(self, stream: httpcore2.NetworkStream, closed: threading.Event):
+        self._stream, self._closed = stream, closed
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        if self._closed.is_set():
+            raise httpcore2.ReadError("the video was closed")
+        return self._stream.read(max_bytes, timeout)
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self._stream.write(buffer, timeout)
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> httpcore2.NetworkStream:
+        return _EndingStream(self._stream.start_tls(ssl_context, server_hostname, timeout), self._closed)
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._stream.get_extra_info(info)
+
+
+class _CheckedNetwork(httpcore2.NetworkBackend):
+    """Connects to addresses that were checked, as `addresses` does for downloads, until `closed` is set."""
+
+    def __init__(self, is_allowed: Callable[[str], bool], closed: threading.Event):
+        self._is_allowed, self._closed, self._network = is_allowed, closed, httpcore2.SyncBackend()
 
     def connect_tcp(
         self,
@@ -44,7 +73,8 @@ class _CheckedNetwork(httpcore2.NetworkBackend):
         except (OSError, UnicodeError):
             raise unknown_host() from None
         address = checked_address(found, self._is_allowed)
-        return self._network.connect_tcp(address, port, timeout, local_address, socket_options)
+        opened = self._network.connect_tcp(address, port, timeout, local_address, socket_options)
+        return _EndingStream(opened, self._closed)
 
 
 class OpenAddress:
@@ -56,12 +86,13 @@ class OpenAddress:
       is_playlist: whether the server says that they are a playlist.
     """
 
-    def __init__(self, downloads: Downloads, url: str):
-        """Raises UserError where the address is not allowed, and RequestError where it does not answer."""
+    def __init__(self, downloads: Downloads, url: str, closed: threading.Event):
+        """Raises UserError where the address is not allowed, and RequestError where it does not answer, or not before
+        `closed` is set."""
         self._rest, self._count, self._is_playlist = b"", 0, False
         with contextlib.ExitStack() as opened:
             try:
-                network = _CheckedNetwork(downloads.is_allowed)
+                network = _CheckedNetwork(downloads.is_allowed, closed)
                 pool = opened.enter_context(httpcore2.ConnectionPool(network_backend=network))
                 response = self._get(opened, pool, downloads, url)
             except RequestError as e:

@@ -52,6 +52,10 @@ class Readable(Protocol):
     def close(self) -> None: ...
 
 
+type Connect = Callable[[str, threading.Event], Readable]
+"""Opens an address. Once the event is set, nothing waits for its bytes any more."""
+
+
 def address_of(text: str | Path) -> str:
     """The address that a path stands for: pathlib merges two slashes into one."""
     match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)", str(text))
@@ -77,7 +81,7 @@ class Stream:
         retries: int = 6,
         first_wait: float = 1.0,
         timeout: float = 15.0,
-        connect: Callable[[str], Readable] | None = None,
+        connect: Connect | None = None,
     ):
         """`follow`: the address is a file that another program is writing. It may be empty yet, and it has ended when nothing
         was added for `timeout` seconds. `retries`: how often in a row a URL is tried again before the stream counts as
@@ -130,6 +134,8 @@ class Stream:
                         logger.warning("%s: ended early (%s)", self.address, reason)
                         return
                     raise UserError(f"{self.address}: not a video that can be read ({reason})") from None
+            if self._closed.is_set():
+                return
             seen |= got
             if failures == self._retries:
                 if seen:
@@ -163,10 +169,16 @@ class Stream:
                 if (connect := self._connect) is not None:
                     # What is opened past `connect` is refused, whatever makes FFmpeg open it.
                     options = {"protocol_whitelist": "none", "format_whitelist": _FORMATS, "http_persistent": "0"}
+<<<<<<< HEAD
                     first = connect(self.address)
                     opened.callback(first.close)  # FFmpeg leaves it open where it is no video
+=======
+                    first = connect(self.address, self._closed)
+>>>>>>> 79010905de6aafddafcd5c5e98ff7e0e3ed0db99
                     name, self._length, waiting = first.url, first.length, [first]
-                    others["io_open"] = lambda url, flags, options: waiting.pop() if waiting else connect(url)
+                    others["io_open"] = lambda url, flags, options: (
+                        waiting.pop() if waiting else connect(url, self._closed)
+                    )
                     if first.is_playlist:
                         others["format"] = "hls"
                 timeout = self._timeout if self.is_url else None
