@@ -457,7 +457,6 @@ def test_a_session_that_nobody_uses_ends(model: xl2jax.Model, tmp_path: Path, fi
         assert service.videos._reserved == service.videos._live == 0
 
 
-<<<<<<< HEAD
 def test_a_session_that_is_not_opened_in_time(
     model: xl2jax.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -481,7 +480,8 @@ def test_a_session_that_is_not_opened_in_time(
         wait_for(lambda: service.videos._live == 0, 10)
         assert service.live.list() == []
     assert "the engine failed" not in caplog.text
-=======
+
+
 def test_a_session_that_opens_too_late(model: xl2jax.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its memory is freed, and the engine goes on with the work of others."""
     failures: list[Exception] = []
@@ -505,7 +505,6 @@ def test_a_session_that_opens_too_late(model: xl2jax.Model, tmp_path: Path, monk
         wait_for(lambda: videos and videos[0].closed)
         assert service.videos._reserved == service.videos._live == 0
         assert failures == []
->>>>>>> 79010905de6aafddafcd5c5e98ff7e0e3ed0db99
 
 
 def test_the_end_of_the_server(model: xl2jax.Model, tmp_path: Path) -> None:

@@ -169,12 +169,8 @@ class Stream:
                 if (connect := self._connect) is not None:
                     # What is opened past `connect` is refused, whatever makes FFmpeg open it.
                     options = {"protocol_whitelist": "none", "format_whitelist": _FORMATS, "http_persistent": "0"}
-<<<<<<< HEAD
-                    first = connect(self.address)
-                    opened.callback(first.close)  # FFmpeg leaves it open where it is no video
-=======
                     first = connect(self.address, self._closed)
->>>>>>> 79010905de6aafddafcd5c5e98ff7e0e3ed0db99
+                    opened.callback(first.close)  # FFmpeg leaves it open where it is no video
                     name, self._length, waiting = first.url, first.length, [first]
                     others["io_open"] = lambda url, flags, options: (
                         waiting.pop() if waiting else connect(url, self._closed)
