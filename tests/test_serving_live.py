@@ -281,6 +281,7 @@ def test_a_picture_of_too_many_pixels_is_not_decoded(model: xl2jax.Model, tmp_pa
         ({"url": "rtsp://127.0.0.1/a"}, 400, "should be https://HOST/PATH"),
         ({"url": "file:///etc/passwd"}, 400, "should be https://HOST/PATH"),
         ({"url": "http://example.com/a.ts"}, 400, "not allowed here"),
+        ({"url": "http://127.0.0.1:1/a\nserving"}, 400, "characters that no address has"),
     ],
 )
 def test_wrong_settings(address: str, settings: dict[str, Any], status: int, words: str) -> None:

@@ -139,6 +139,8 @@ class Downloads:
             host, _ = (parts.hostname or "").rstrip("."), parts.port
         except ValueError:
             raise refused("the video's address is not one") from None
+        if not url.isprintable():  # it may be logged
+            raise refused("the video's address has characters that no address has")
         if parts.scheme not in ("http", "https") or not host or parts.username or parts.password:
             raise refused("the video's address should be https://HOST/PATH, without a name or password")
         allowed = self.domains is None or any(host == d or host.endswith(f".{d}") for d in self.domains)
