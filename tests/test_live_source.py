@@ -388,7 +388,7 @@ def test_what_is_no_video_is_closed(data: bytes) -> None:
 
     opened = list[Opened]()
 
-    def connect(url: str) -> Opened:
+    def connect(url: str, closed: object) -> Opened:
         opened.append(Opened(data))
         return opened[-1]
 
