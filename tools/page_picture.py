@@ -59,7 +59,7 @@ def main() -> None:
         lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
         sandbox = [] if os.geteuid() else ["--no-sandbox"]  # Chromium refuses to run as root with it
         browser = playwright.chromium.launch(executable_path=chromium, args=sandbox)
-        page = browser.new_page(viewport={"width": 1280, "height": 800}, reduced_motion="reduce")
+        page = browser.new_page(viewport={"width": 1280, "height": 800}, reduced_motion="reduce", bypass_csp=True)
         page.goto(address)
         page.get_by_label("Choose a file").set_input_files(video)
         expect(page.locator("#status")).to_contain_text("Ready", timeout=SECONDS)

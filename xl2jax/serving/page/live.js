@@ -48,7 +48,9 @@ export class LivePanel {
   async start() {
     this.#page.failed(null);
     const camera = (this.#camera ??= this.#newCamera());
+    const before = this.#seen;
     this.ready = new Promise((resolve, reject) => (this.#seen = { resolve, reject }));
+    before?.resolve(this.ready); // a question that waited for the camera before waits for this one
     this.ready.catch(() => {}); // where nobody asks, the panel's error is enough
     this.#draw("Starting the camera…");
     this.#page.announce("Starting the camera…");
