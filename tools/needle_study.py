@@ -195,7 +195,9 @@ def plot(path: Path, results: list[dict[str, Any]], scored: list[dict[str, Any]]
     image = right.imshow(heads, vmin=0, vmax=1, cmap="viridis", aspect="auto")
     for (i, j), value in np.ndenumerate(heads):
         right.text(j, i, f"{value:.0%}", ha="center", va="center", color="white" if value < 0.6 else "black")
-    right.set(xticks=range(heads.shape[1]), xlabel="head", ylabel="layer", title="needle's chunk among this head's best two")
+    right.set(
+        xticks=range(heads.shape[1]), xlabel="head", ylabel="layer", title="needle's chunk among this head's best two"
+    )
     figure.colorbar(image, ax=right)
     save_figure(figure, path)
 
