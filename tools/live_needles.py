@@ -142,9 +142,9 @@ def answered(model: xl2jax.Model, live: LiveVideo, question: Question, age: int)
 
 
 def questions_of(scene: Scene, ages: Sequence[int]) -> list[tuple[int, Question]]:
-    rng = np.random.default_rng([scene.seed, 7])
+    rng, times = np.random.default_rng([scene.seed, 7]), scene.times()
     asked = [
-        (age, ask(scene, kind, FRAMES_PER_GROUP, rng, event=event))
+        (age, ask(scene, kind, times, rng, event=event))
         for age, event in zip(sorted(ages), scene.events, strict=True)
         for kind in NEEDLE_KINDS
     ]
