@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,6 +50,17 @@ def test_cases_about_the_whole_video() -> None:
     assert [q.kind for q in alone.questions] == ["time"]
     ranged = make_cases(NeedleConfig((64,), (0.5,), 5, others=(0, 3), kinds=("count",)))
     assert [c.questions[0].answer for c in ranged] == ["1.", "2.", "3.", "4.", "1."]
+
+
+@pytest.mark.parametrize("frame_seconds", [0.25, 8.0])
+def test_the_clock_of_the_cases(frame_seconds: float) -> None:
+    """Questions and answers have the times of the clip: of the group that shows the answer."""
+    config = NeedleConfig((400,), (0.6,), 3, kinds=("colour", "time"), frame_seconds=frame_seconds)
+    for case in make_cases(config):
+        times = scene_clip(case.scene, 4 * frame_seconds).times
+        for question in case.questions:
+            assert question.group is not None
+            assert f" {times[4 * question.group]} seconds" in question.text + question.answer
 
 
 def test_frames_that_were_drawn_before_are_those_of_the_clip() -> None:
@@ -144,6 +157,8 @@ def test_needle_refusals(checkpoint: Path, refused: Callable[..., str]) -> None:
     assert "--depths: numbers from 0 to 1" in refuse("--depths", "0,2")
     assert "relevance layers" in refuse("--relevance-layers", 0.5, 0.5)
     assert "exponent of relevance" in refuse("--relevance-exponent", 9)
+    assert "question's weight" in refuse("--relevance-question-weight", 1.5)
+    assert "--frame-seconds" in refuse("--frame-seconds", 0.01)
     assert "--others: a number, or a range such as 0-8" in refuse("--others", "3-")
     assert "--others" in refuse("--others", "5-3")
     assert "--processes" in refuse("--processes", -1)
@@ -151,6 +166,24 @@ def test_needle_refusals(checkpoint: Path, refused: Callable[..., str]) -> None:
     assert "--modes" in refuse("--modes", "sparse")
     assert "--modes" in refuse("--modes", "top")
     assert parse_modes("dense,top12") == (Mode("dense", "dense", 0), Mode("top12", "top", 12))
+
+
+@pytest.mark.slow
+def test_the_study_runs(tmp_path: Path) -> None:
+    """At a short length, in one dtype: it finds all needles, writes each question's scores, and draws."""
+    flags = ["--frames", "512", "--dense-up-to", "512", "--dtypes", "float32", "--cases", "1"]
+    files = ["--json", tmp_path / "study.json", "--plot", tmp_path / "study.png"]
+    tool = Path(__file__).parent.parent / "tools" / "needle_study.py"
+    run = subprocess.run([sys.executable, tool, *flags, *files], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert len(run.stdout.splitlines()) == 2  # one and four frames a second
+    stored = json.loads((tmp_path / "study.json").read_text())
+    assert np.mean([r["correct"] for r in stored["results"] if r["mode"] == "top2"]) > 0.9
+    layers, heads = np.shape([r["heads"] for r in stored["scores"]])[1:]
+    assert (layers, heads) == (6, 4)
+    assert np.mean([r["all"] for r in stored["scores"]]) > 0.9
+    with Image.open(tmp_path / "study.png") as image:
+        assert image.width > 1000
 
 
 def test_random_chunks_differ_by_question(model: xl2jax.Model, watched: xl2jax.WatchedVideo) -> None:

@@ -120,7 +120,7 @@ class Args:
             bilevel=BilevelConfig(self.select_chunk_groups, self.pool),
             cache=CacheConfig(self.cache_dtype),
             scorer=AttentionScorer(
-                *self.relevance_layers, self.relevance_exponent, self.relevance_question_weight, self.relevance_keys
+                *self.relevance_layers, self.relevance_exponent, self.relevance_keys, self.relevance_question_weight
             ),
         )
 

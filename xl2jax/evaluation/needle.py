@@ -137,11 +137,11 @@ def make_cases(config: NeedleConfig) -> Iterator[Case]:
                 fewest, most = config.others
                 others = fewest + number % (most - fewest + 1)
                 scene = make_scene(scene_seed, groups, events=others + 1, needle_at=needle_at)
+                times = scene.times(FRAMES_PER_GROUP * config.frame_seconds)
                 rng = np.random.default_rng([scene_seed, 3])
                 questions = []
                 for kind in config.kinds:
                     template = len(TEMPLATES[kind]) - 1 if config.held_out_template else None
-                    times = scene.times(FRAMES_PER_GROUP * config.frame_seconds)
                     question = ask(scene, kind, times, rng, template=template, event=scene.events[0])
                     if question is not None:  # some scenes do not allow every kind
                         questions.append(question)

@@ -32,12 +32,12 @@ class AttentionScorer:
     exponent: float = 6.0
     """Of the power mean. 1 is the ordinary mean. Large exponents favour tokens and heads that attend to one group over
     those that attend to many alike."""
-    question_weight: float = 0.1
-    """From 0 to 1. The tokens of a question attend to all that it could mean; at the tokens behind it the model looks for
-    what it says next."""
     keys: Literal["auto", "dense", "pooled"] = "auto"
     """The KV that the question attends to. auto is the dense KV, or the pooled KV where the dense KV was offloaded.
     For a live video auto and dense bring back what has left the device, a piece at a time; pooled takes less time."""
+    question_weight: float = 0.1
+    """From 0 to 1. The tokens of a question attend to all that it could mean; at the tokens behind it the model looks for
+    what it says next."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.first_layer < self.last_layer <= 1:
