@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from virtual_devices import on_devices
 
 from xl2jax.commands import infer, needle, plan, verify
 from xl2jax.config import PRESETS
@@ -39,20 +37,6 @@ from xl2jax.models.video_xl2 import abstract_model
 
 RELEASED = PRESETS["video-xl-2"]
 GIB = 2**30
-
-
-def on_devices(code: str, *arguments: object, devices: int = 8) -> Any:
-    """The JSON that Python code prints last, in a process that has so many virtual devices."""
-    environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_PLATFORMS": "cpu",
-    }
-    run = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        env=environment, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout.splitlines()[-1])
 
 
 # --- how parameters are split ---------------------------------------------------------------------
@@ -322,100 +306,3 @@ def test_answers_and_cache_files_are_those_of_one_device(
         assert all("'tensor'" in s for s in shardings)
     assert out["read"] == texts[0]
     assert out["at_once"] == texts
-
-
-PROGRAMS = """
-import collections, dataclasses, functools, json, re, sys
-import jax
-import jax.experimental.mosaic.gpu.utils as mosaic_utils
-import jax.numpy as jnp
-from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
-from xl2jax.config import PRESETS
-from xl2jax.inference import compiled, prefill
-from xl2jax.inference.layout import PrefillConfig, VideoLayout
-from xl2jax.inference.network import Network
-from xl2jax.models.param_tree import flatten, unflatten
-from xl2jax.models.sharding import inference_sharding, tensor_mesh
-from xl2jax.models.video_xl2 import abstract_model
-from xl2jax.ops import quantized_product
-from xl2jax.ops.attention import Attention
-
-name, weights, kept = sys.argv[1], None if sys.argv[2] == "None" else sys.argv[2], sys.argv[3]
-if name != "blockwise":
-    mosaic_utils._infer_arch = lambda: (9, 0)
-    quantized_product.cuda_capability = lambda: (9, 0)
-released = PRESETS["video-xl-2"]
-config = dataclasses.replace(released, llm=dataclasses.replace(released.llm, layers=2, weights=weights))
-mesh, struct = tensor_mesh(jax.devices()), jax.ShapeDtypeStruct
-stored = flatten(nnx.state(abstract_model(config, jnp.bfloat16)))
-params = {n: struct(x.shape, x.dtype, sharding=inference_sharding(n, x.shape, mesh)) for n, x in stored.items()}
-network = Network(config, unflatten(params, config), Attention(name), "gpu", mesh)
-
-def placed(tree):
-    def one(x):
-        spec = PartitionSpec(None, "tensor") if x.ndim >= 3 else PartitionSpec()
-        return struct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
-    return jax.tree.map(one, tree)
-
-answers, quantized = 8, kept == "int8"
-contexts = placed(jax.eval_shape(functools.partial(
-    compiled.empty_rows, config.llm, answers, 6144, "bfloat16", quantized=quantized)))
-state, sampling = placed(jax.eval_shape(
-    lambda: compiled.empty_state(config.llm, answers, 512, "bfloat16", separate=False)))
-limits, stop = (struct((n,), jnp.int32) for n in (answers, 1))
-layout = VideoLayout(14, (9,) * 128, 144)
-plan = prefill.make_plan(layout, PrefillConfig(), "gpu")
-cache = placed(jax.eval_shape(functools.partial(
-    compiled.new_cache, config.llm, plan.slots, "bfloat16", plan.visual_start, quantized=quantized)))
-segment = next(prefill.segments(prefill.steps(layout, plan, [[0] * 9] * 128), plan))
-visual = struct((plan.segment_groups, 144, config.llm.width), jnp.bfloat16)
-traced = {
-    "decode": compiled.decode.trace(network, None, contexts, state, limits, stop, sampling, size=8),
-    "prefill": compiled.prefill_segment.trace(network, cache, visual, segment),
-}
-out = {}
-for program, t in traced.items():
-    if name == "blockwise":
-        lowered = t.lower().compile()
-        text = lowered.as_text()
-        kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
-        found = re.findall(rf"= \\(?\\w+(\\[[\\d,]*\\])[^=\\n]*? ({kinds})(?:-start)?\\(", text)
-        out[program] = sorted(collections.Counter(f"{kind} {shape}" for shape, kind in found).items())
-    else:
-        text = t.lower(lowering_platforms=("cuda",)).as_text()
-        out[program] = {n: text.count(n) for n in ("custom_call @mosaic_gpu", "call @_attend(", "call @_by_kernel")}
-print(json.dumps(out))
-"""
-
-
-@pytest.mark.slow
-def test_only_what_must_be_is_exchanged() -> None:
-    """With the released widths and 2 layers: a sum of activations behind each half of a layer and the embedding, and the
-    logits. Neither weights nor KV leave their device."""
-    out = on_devices(PROGRAMS, "blockwise", None, None, devices=2)
-    width, vocab, step = RELEASED.llm.width, RELEASED.llm.vocab, 32 * (144 + 12)
-    assert out["decode"] == [
-        [f"all-gather [8,{vocab}]", 1],
-        [f"all-reduce [8,{width}]", 5],
-    ]
-    assert out["prefill"] == [  # the scan over layers is compiled once
-        [f"all-reduce [{32 * 12},{width}]", 1],
-        [f"all-reduce [{step},{width}]", 2],
-    ]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("attention", "devices", "weights", "kept"),
-    [("wgmma", 2, None, None), ("wgmma", 4, "int8", "int8"), ("mma", 2, "int4", None)],
-)
-def test_split_programs_are_lowered_with_the_kernels(
-    attention: str, devices: int, weights: str | None, kept: str | None
-) -> None:
-    """At the released widths, for CUDA: each device attends with its own heads, and multiplies with its own codes."""
-    out = on_devices(PROGRAMS, attention, weights, kept, devices=devices)
-    assert out["decode"]["call @_attend("] == 2
-    assert out["prefill"]["custom_call @mosaic_gpu"] == 2  # of visual tokens and of time tokens
-    # Query, key and value together, the projection out, gate and up together, down; and lm_head.
-    assert out["decode"]["call @_by_kernel"] == (0 if weights is None else 2 * 4 + 1)

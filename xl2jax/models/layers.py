@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from xl2jax.models.sharding import gathered
 from xl2jax.ops.precision import accumulator
 
 
@@ -51,7 +52,7 @@ def scan_layers[C, Y](
 
     def step(carry: C, xs: tuple[Any, jax.Array]) -> tuple[C, Y]:
         layer_params, index = xs
-        return body(nnx.merge(graphdef, layer_params), carry, index)
+        return body(nnx.merge(graphdef, gathered(layer_params, "stack.layers.")), carry, index)
 
     if separate is not None:
         each = []

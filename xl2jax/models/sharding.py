@@ -11,10 +11,11 @@ import dataclasses
 import fnmatch
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from xl2jax.config import VideoXL2Config
 from xl2jax.errors import UserError
@@ -37,10 +38,15 @@ _SCALES, _SCALES_OF_INPUTS = ("llm.*.codes_*",), ("*.layers.o.codes_*", "*.layer
 """Scales and zero points, and those of matrices whose inputs are split."""
 
 
-def param_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """How the parameter with a dotted name is split. The layer axis is never split, and vectors only over `tensor`."""
+def param_spec(
+    name: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, *, layer_axis: bool = True
+) -> PartitionSpec:
+    """How the parameter with a dotted name is split. The layer axis is never split, and vectors only over `tensor`.
+
+    `layer_axis`: parameters of layers are those of all layers, stacked along a first axis.
+    """
     spec: list[str | None] = [None] * len(shape)
-    first = 1 if ".layers." in name else 0
+    first = 1 if layer_axis and ".layers." in name else 0
     axis = _tensor_axis(name, len(shape), first)
     if axis is not None and shape[axis] % mesh.shape[TENSOR] == 0:
         spec[axis] = TENSOR
@@ -68,6 +74,27 @@ def _tensor_axis(name: str, axes: int, first: int) -> int | None:
 def param_sharding(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     """The sharding of `param_spec`."""
     return NamedSharding(mesh, param_spec(name, shape, mesh))
+
+
+def gathered(params: Any, prefix: str) -> Any:
+    """Parameters as a device uses them in training: whole, but for what `tensor` splits.
+
+    Without this XLA may leave a matrix split over `fsdp` and split the activations along its inputs instead, so that
+    every device computes all rows of the batch, and sums of activations are exchanged.
+
+    `params` is a dictionary or a state whose dotted names begin with `prefix`. It stays as it is outside the meshes of
+    training.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if dict(mesh.shape).get("fsdp", 1) == 1:
+        return params
+
+    def whole(path: Any, x: jax.Array) -> jax.Array:
+        name = prefix + jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+        spec = param_spec(name, x.shape, mesh, layer_axis=False)
+        return jax.lax.with_sharding_constraint(x, PartitionSpec(*[None if a == "fsdp" else a for a in spec]))
+
+    return jax.tree_util.tree_map_with_path(whole, params)
 
 
 def inference_sharding(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:

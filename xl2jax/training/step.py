@@ -17,6 +17,7 @@ from flax import nnx
 from xl2jax.config import VideoXL2Config
 from xl2jax.models.lora import LoRAConfig
 from xl2jax.models.param_tree import is_quantized, unflatten
+from xl2jax.models.sharding import gathered
 from xl2jax.models.video_xl2 import VideoXL2, abstract_model, normalise
 from xl2jax.system.backend import COMPILER_OPTIONS
 from xl2jax.training.config import TrainConfig
@@ -132,6 +133,9 @@ def gradients(
     def loss_of(params: Params) -> tuple[jax.Array, jax.Array]:
         whole = frozen | params
         compute = {n: p if is_quantized(n) else p.astype(config.compute_dtype) for n, p in whole.items()}
+        # `scan_layers` gathers a layer at a time. Rows of the embedding are looked up where they are.
+        outside = {n: p for n, p in compute.items() if ".layers." not in n and n != "llm.embed.embedding"}
+        compute |= gathered(outside, "")
         shown = None if tiles is None else normalise(tiles)
         return token_loss(assemble(config, compute), normalise(pixels), tokens, shown, remat=config.remat)
 
