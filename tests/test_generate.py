@@ -22,7 +22,7 @@ from xl2jax.errors import UserError
 from xl2jax.inference import bilevel, compiled, decoding, generate, memory, relevance, session
 from xl2jax.inference.answering import Answering, decode
 from xl2jax.inference.decoding import answer_tokens
-from xl2jax.inference.generate import extend, sample
+from xl2jax.inference.generate import best, extend, sample
 from xl2jax.models.param_tree import flatten, unflatten
 from xl2jax.ops.attention import BLOCKWISE
 from xl2jax.prompt import PromptTokenizer
@@ -39,7 +39,8 @@ def test_greedy_takes_the_largest() -> None:
 def drawn(logits: jax.Array, configs: list[TokenSampling], seed: int = 0) -> list[int]:
     """A token from each row of logits."""
     settings = generate.Sampling(*(np.stack(x) for x in zip(*(c.traced() for c in configs), strict=True)))
-    return sample(logits, jax.random.split(jax.random.key(seed), len(configs)), settings).tolist()  # type: ignore[no-any-return]
+    keys = jax.random.split(jax.random.key(seed), len(configs))
+    return sample(logits, best(logits)[0], keys, settings).tolist()  # type: ignore[no-any-return]
 
 
 def test_sampling_follows_temperature_and_top_p() -> None:

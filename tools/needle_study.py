@@ -150,7 +150,7 @@ def main() -> None:
                     if dtype == first and frames <= args.scores_up_to and case.scene.seed % 4 == 1:
                         clip = scene_clip(case.scene, FRAMES_PER_GROUP * seconds, drawn)
                         scored += score_rows(model, case, model.watch(clip, bilevel=None), seconds)
-                args.json.write_text(json.dumps({"results": results, "scores": scored}))
+                    args.json.write_text(json.dumps({"results": results, "scores": scored}))
                 report(results, dtype, frames, seconds)
     plot(args.plot, [r for r in results if r["dtype"] == first], scored)
 

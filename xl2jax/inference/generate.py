@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from xl2jax.errors import UserError, require_number, require_whole
 from xl2jax.inference.cache import KV, KVCache, RowArray, RowCache, attend_text, row_source, write_row_tokens
 from xl2jax.models.qwen2 import Qwen2, pad_tokens
 from xl2jax.ops.attention import Attention, arena_attention
 from xl2jax.ops.ranges import Ranges, first_slots
+from xl2jax.ops.split import TENSOR, on_parts, part_of, splits, whole
 
 MAX_TEMPERATURE = 1_000_000
 
@@ -118,9 +120,29 @@ def extend(
     return text._replace(k=k, v=v, global_length=start + length), hidden
 
 
-def sample(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
-    """float32 logits [B, vocab] -> token ids [B]."""
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+def best(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """float32 logits [B, vocab] -> (ids of the largest ones, the first of equals, [B]; whether all are finite, [B]).
+
+    Devices that have parts of the vocabulary exchange one small sum.
+    """
+    count = splits()
+    if count == 1 or logits.shape[-1] % count:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.all(jnp.isfinite(logits), axis=-1)
+
+    def of_part(own: jax.Array) -> tuple[jax.Array, jax.Array]:
+        part = jax.lax.axis_index(TENSOR)
+        ids = jnp.argmax(own, axis=-1) + part * own.shape[-1]
+        found = jnp.stack([jnp.max(own, axis=-1), ids.astype(own.dtype), jnp.any(~jnp.isfinite(own), axis=-1)])
+        # Each device adds what it found to zeros at its own place. float32 holds integers up to 2**24.
+        found = jax.lax.psum(jnp.zeros((count, *found.shape), own.dtype).at[part].set(found), TENSOR)
+        first = jnp.argmax(found[:, 0], axis=0)
+        return found[first, 1, jnp.arange(len(ids))].astype(jnp.int32), jnp.all(found[:, 2] == 0, axis=0)
+
+    return on_parts(of_part, part_of(1), PartitionSpec())(logits)
+
+
+def sample(logits: jax.Array, greedy: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
+    """float32 logits [B, vocab] and the ids of the largest ones -> token ids [B]."""
 
     def drawn(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
         scaled = logits / sampling.temperature
@@ -133,11 +155,12 @@ def sample(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
         return jax.random.categorical(key, jnp.where(allowed, scaled, -jnp.inf)).astype(jnp.int32)
 
     cold = sampling.temperature < GREEDY_BELOW
-    # Rows of their own, so that a token does not depend on what else is decoded. Sorting is left out where none is drawn.
+    # Rows of their own, so that a token does not depend on what else is decoded. Sorting, and gathering logits that are
+    # split over devices, are left out where none is drawn.
     return jax.lax.cond(
         jnp.all(cold),
         lambda: greedy,
-        lambda: jnp.where(cold, greedy, jax.vmap(drawn)(logits, keys, sampling)),
+        lambda: jnp.where(cold, greedy, jax.vmap(drawn)(whole(logits, -1), keys, sampling)),
     )
 
 
@@ -150,7 +173,8 @@ class _Sampled(NamedTuple):
 def _sampled(logits: jax.Array, keys: jax.Array, stop: jax.Array, sampling: Sampling) -> tuple[jax.Array, _Sampled]:
     """The next keys [B], and the tokens that were sampled from logits [B, vocab]."""
     following = jax.vmap(jax.random.split)(keys)
-    tokens, finite = sample(logits, following[:, 1], sampling), jnp.all(jnp.isfinite(logits), axis=-1)
+    greedy, finite = best(logits)
+    tokens = sample(logits, greedy, following[:, 1], sampling)
     return following[:, 0], _Sampled(tokens, jnp.any(tokens[:, None] == stop, axis=-1) | ~finite, finite)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import jax
@@ -103,17 +104,17 @@ def head_scores(
     share = jnp.where(at < last, asked / jnp.maximum(last - first, 1), (1 - asked) / jnp.maximum(end - last, 1))
 
     def mass(q: jax.Array, lse: jax.Array, layer: jax.Array) -> jax.Array:
-        """The attention of the counted tokens to each group, to the power, reduced over tokens: [groups, N]."""
-        heads = q.shape[1]
+        """The attention of the counted tokens to each group, to the power, reduced over tokens: [K, groups, N / K]."""
         queries = q.reshape(q.shape[0], kv_heads, -1, h)
-        norm = lse.reshape(queries.shape[:3])
+        each = queries.shape[2]
+        norm = jnp.moveaxis(lse.reshape(queries.shape[:3]), 1, 0)
 
         def of_rows(number: jax.Array, total: jax.Array) -> jax.Array:
             top = jnp.minimum(number * rows, at.shape[0] - rows)
             row = top + jnp.arange(rows)
             counted = (row >= number * rows) & (row >= first) & (row < end)
             block_queries = jax.lax.dynamic_slice_in_dim(queries, top, rows)
-            block_norm = jax.lax.dynamic_slice_in_dim(norm, top, rows)
+            block_norm = jax.lax.dynamic_slice_in_dim(norm, top, rows, axis=1)
 
             def to_block(i: jax.Array, attended: jax.Array) -> jax.Array:
                 start = jnp.minimum(i * block, slots - block)
@@ -125,18 +126,21 @@ def head_scores(
                         context.k,
                     )
                 )
-                scores = product("tkgh,ksh->tkgs", block_queries, k)
+                scores = product("tkgh,ksh->kstg", block_queries, k)
                 to = jax.lax.dynamic_slice_in_dim(group, start, block)
-                use = counted[:, None, None, None] & (start + jnp.arange(block) >= i * block) & (to < groups)
-                p = jnp.where(use, jnp.exp(jnp.where(use, scores * h**-0.5 - block_norm[..., None], 0.0)), 0.0)
-                return attended + jax.ops.segment_sum(p.reshape(-1, block).T, to, num_segments=groups + 1)
+                seen = (start + jnp.arange(block) >= i * block) & (to < groups)
+                use = seen[:, None, None] & counted[:, None]
+                p = jnp.where(use, jnp.exp(jnp.where(use, scores * h**-0.5 - block_norm[:, None], 0.0)), 0.0)
+                to_groups = functools.partial(jax.ops.segment_sum, segment_ids=to, num_segments=groups + 1)
+                return attended + jax.vmap(to_groups)(p.reshape(kv_heads, block, -1))
 
-            attended = jax.lax.fori_loop(0, ceil_div(slots, block), to_block, jnp.zeros((groups + 1, rows * heads)))
-            attended = attended.reshape(groups + 1, rows, heads)
-            return total + jnp.sum(attended**scorer.exponent * share[row][:, None], axis=1)
+            none = jnp.zeros((kv_heads, groups + 1, rows * each))
+            attended = jax.lax.fori_loop(0, ceil_div(slots, block), to_block, none)
+            attended = attended.reshape(kv_heads, groups + 1, rows, each)
+            return total + jnp.sum(attended**scorer.exponent * share[row][:, None], axis=2)
 
-        total = jax.lax.fori_loop(first // rows, ceil_div(end, rows), of_rows, jnp.zeros((groups + 1, heads)))
-        return total[:groups]
+        none = jnp.zeros((kv_heads, groups + 1, each))
+        return jax.lax.fori_loop(first // rows, ceil_div(end, rows), of_rows, none)[:, :groups]
 
     def attend(state: Any, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[Any, jax.Array]:
         kv, sums = state
@@ -146,9 +150,9 @@ def head_scores(
         return (kv, sums + add), out
 
     positions = context.length + text.global_length + at
-    init = ((text.k, text.v), jnp.zeros((groups, llm.heads), jnp.float32))
+    init = ((text.k, text.v), jnp.zeros((kv_heads, groups, llm.heads // kv_heads), jnp.float32))
     _, (_, sums) = llm.forward(llm.embed_tokens(ids), positions, attend, init)
-    return sums / (last_layer - first_layer)
+    return jnp.moveaxis(sums, 0, 1).reshape(groups, -1) / (last_layer - first_layer)
 
 
 def block_scores(group_scores: jax.Array, groups: jax.Array, select_chunk_groups: int) -> jax.Array:

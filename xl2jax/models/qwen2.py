@@ -17,7 +17,7 @@ from xl2jax.models.linear import QuantizedEmbed, QuantizedLinear, apply_all
 from xl2jax.models.lora import LoRAConfig, LoRALinear, LoRAQuantizedLinear
 from xl2jax.ops.precision import accumulator, product
 from xl2jax.ops.quantized_product import multiply
-from xl2jax.ops.split import whole
+from xl2jax.ops.split import look_up, splits
 from xl2jax.ops.weights import unpack
 
 type Attend[S] = Callable[[S, jax.Array, jax.Array, jax.Array, jax.Array], tuple[S, jax.Array]]
@@ -67,9 +67,11 @@ class DecoderLayer(nnx.Module):
     def __call__[S](
         self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend[S], state: S, index: jax.Array
     ) -> tuple[jax.Array, S]:
-        y = self.input_norm(x)[..., : cos.shape[-3], :]
+        y, tokens = self.input_norm(x), cos.shape[-3]
+        # For one row of a matrix that is split XLA on GPUs writes all products before it sums them, not for padded rows.
+        y = y if splits() > 1 else y[..., :tokens, :]
         q, k, v = (
-            einops.rearrange(x, "... t (n h) -> ... t n h", h=self.head_width)
+            einops.rearrange(x[..., :tokens, :], "... t (n h) -> ... t n h", h=self.head_width)
             for x in apply_all(y, self.q, self.k, self.v)
         )
         state, out = attend(state, index, rotate(q, cos, sin), rotate(k, cos, sin), v)
@@ -121,7 +123,7 @@ class Qwen2(nnx.Module):
         if isinstance(self.embed, QuantizedEmbed):
             return self.embed.lookup(ids, self.dtype)
         # A call of nnx.Embed would cast to the dtype that it was built with, whatever dtype its parameters have.
-        return self.embed.embedding[...][ids]
+        return look_up(lambda table, ids: table[ids], self.embed.embedding[...], ids)
 
     def forward[S](
         self,
@@ -193,13 +195,16 @@ class Qwen2(nnx.Module):
         return head.embedding[...].T if isinstance(head, nnx.Embed) else head.kernel[...]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Hidden states [..., D] -> logits [..., vocab], float32 (float64 for float64)."""
+        """Hidden states [..., D] -> logits [..., vocab], float32 (float64 for float64).
+
+        Where the vocabulary is split over devices, so are they.
+        """
         head = self.embed if self.tied else self.lm_head
         if isinstance(head, QuantizedEmbed | QuantizedLinear):
-            return whole(multiply(hidden, (head.matrix,), accumulator(hidden.dtype))[0], -1)
+            return multiply(hidden, (head.matrix,), accumulator(hidden.dtype))[0]
         kernel = self.unembedding()
         if hidden.ndim > 1:
-            return whole(product("...d,dv->...v", hidden, kernel), -1)
+            return product("...d,dv->...v", hidden, kernel)
         # For one 16-bit row XLA would first write all of lm_head as float32. For eight rows it does not.
         rows = jax.lax.optimization_barrier(jnp.pad(hidden[None], ((0, 7), (0, 0))))
-        return whole(product("td,dv->tv", rows, kernel), -1)[0]
+        return product("td,dv->tv", rows, kernel)[0]

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 TENSOR = "tensor"
@@ -40,3 +41,24 @@ def whole(x: jax.Array, axis: int = 0) -> jax.Array:
     if x.shape[axis] % count == 0:  # otherwise XLA may gather what x is computed from instead
         x = jax.lax.with_sharding_constraint(x, part_of(axis % x.ndim))
     return jax.lax.with_sharding_constraint(x, PartitionSpec())
+
+
+def look_up[T](rows: Callable[[T, jax.Array], jax.Array], table: T, ids: jax.Array) -> jax.Array:
+    """`rows(table, ids)`, the rows of a table at ids [...], where the devices may hold parts of the table.
+
+    Each device looks up the ids of its own part, and the devices sum. For a single id XLA on GPUs would gather the whole
+    table instead, in every step of decoding.
+
+    `table` is a tree of arrays with as many rows each.
+    """
+    count, size = splits(), jax.tree.leaves(table)[0].shape[0]
+    if count == 1 or size % count:
+        return rows(table, ids)
+
+    def own(table: T, ids: jax.Array) -> jax.Array:
+        at = ids - jax.lax.axis_index(TENSOR) * (size // count)
+        mine = (at >= 0) & (at < size // count)
+        found = rows(table, jnp.where(mine, at, 0))
+        return jax.lax.psum(jnp.where(mine[..., None], found, 0), TENSOR)
+
+    return on_parts(own, (part_of(0), PartitionSpec()), PartitionSpec())(table, ids)

@@ -19,6 +19,7 @@ import numpy as np
 
 from xl2jax.config import Weights
 from xl2jax.ops.precision import accumulator
+from xl2jax.ops.split import look_up
 
 GROUP = 128
 """Inputs that share a scale and a zero point in 4 bits. Where it does not divide n, their greatest common divisor does."""
@@ -112,4 +113,4 @@ def unpack(matrix: QuantizedMatrix, dtype: jax.typing.DTypeLike) -> jax.Array:
 
 def lookup(matrix: QuantizedMatrix, ids: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """The rows [..., n] of a matrix [m, n] at integer ids [...], in `dtype`."""
-    return unpack(jax.tree.map(lambda part: part[ids], matrix), dtype)
+    return look_up(lambda matrix, ids: unpack(jax.tree.map(lambda part: part[ids], matrix), dtype), matrix, ids)
