@@ -306,3 +306,19 @@ def test_answers_and_cache_files_are_those_of_one_device(
         assert all("'tensor'" in s for s in shardings)
     assert out["read"] == texts[0]
     assert out["at_once"] == texts
+
+
+def test_each_card_of_every_copy_needs_room_for_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card that others use refuses the model before it is read, also where it is not the first copy's."""
+    need = memory.weight_bytes(RELEASED, "bfloat16", 1)
+
+    def card(number: int, free: int) -> Any:
+        stats = {"bytes_limit": 2 * need, "bytes_in_use": 2 * need - free}
+        return SimpleNamespace(id=number, memory_stats=lambda: stats)
+
+    def meshes(*free: int) -> list[Any]:
+        return [SimpleNamespace(size=1, local_devices=[card(i, n)]) for i, n in enumerate(free)]
+
+    memory.check_weights_fit(RELEASED, "bfloat16", meshes(need, need))
+    with pytest.raises(UserError, match=r"the model needs .* are free"):
+        memory.check_weights_fit(RELEASED, "bfloat16", meshes(need, need - 1))

@@ -305,12 +305,13 @@ def _answer_rows(args: CardsArgs, params: nnx.State) -> Iterator[dict[str, Any]]
 
 
 def _train_rows(args: CardsArgs, counts: list[int]) -> Iterator[dict[str, Any]]:
-    """Steps on one card, then on more cards with copies, with fsdp, and with tensor."""
+    """Steps on one card, then on more cards with copies, with fsdp, with tensor, and with half of each."""
     if jax.process_count() > 1:
         raise UserError("--parts train is for one process")
     meshes = [(1, 1, 1)]
     for count in counts[1:]:
         meshes += [(count, 1, 1), (count, count, 1), (count, 1, count)]
+        meshes += [(count, count // 2, 2)] if count >= 4 and count % 2 == 0 else []
     first: dict[str, Any] | None = None
     for count, fsdp, tensor in meshes:
         bench = TrainBenchArgs(

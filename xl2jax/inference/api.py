@@ -589,7 +589,7 @@ def load_copies(
     reader = ParamReader(folder, dtype, weights, verify=verify_checksums)
     devices.check(reader.config)
     meshes = devices.meshes()
-    memory.check_weights_fit(reader.config, reader.dtype, meshes[0])
+    memory.check_weights_fit(reader.config, reader.dtype, meshes)
     if weights is None and reader.config.llm.weights is not None:
         logger.info("the LLM's matrices are %s, as the checkpoint stores them", reader.config.llm.weights)
     split = [mesh for mesh in meshes if mesh is not None]

@@ -9,7 +9,7 @@ import itertools
 import os
 import resource
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -204,7 +204,10 @@ def available_bytes(mesh: Mesh | None = None) -> int:
 
     For CPUs it is the free memory of the host, which the devices of a mesh share.
     """
-    devices = _devices(mesh)
+    return _free_bytes(_devices(mesh))
+
+
+def _free_bytes(devices: Sequence[jax.Device]) -> int:
     stats = [device.memory_stats() or {} for device in devices]
     if all("bytes_limit" in each for each in stats):
         return min(each["bytes_limit"] - each["bytes_in_use"] for each in stats)
@@ -274,10 +277,13 @@ def each_of(mesh: Mesh | None) -> str:
     return "" if mesh is None or mesh.size == 1 else f" on each of {mesh.size} devices"
 
 
-def check_weights_fit(config: VideoXL2Config, dtype: str, mesh: Mesh | None = None) -> None:
-    """Raises UserError if the parameters need more memory than is free. The message says which bits would fit."""
+def check_weights_fit(config: VideoXL2Config, dtype: str, meshes: Sequence[Mesh | None] = (None,)) -> None:
+    """Raises UserError if the parameters of a copy on each mesh need more memory than is free. The message says which bits
+    would fit."""
+    mesh = meshes[0]
     tensor = 1 if mesh is None else mesh.size
-    free, need = available_bytes(mesh), weight_bytes(config, dtype, tensor)
+    free = _free_bytes([device for each in meshes for device in _devices(each)])
+    need = weight_bytes(config, dtype, tensor)
     if need <= free:
         return
     kinds: tuple[Weights, ...] = ("int8", "int4") if config.llm.weights is None else ()
