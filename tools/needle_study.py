@@ -168,7 +168,7 @@ def report(results: list[dict[str, Any]], dtype: str, frames: int, seconds: floa
 
 
 def plot(path: Path, results: list[dict[str, Any]], scored: list[dict[str, Any]]) -> None:
-    """Accuracy by length, the scores of empty chunks by place, and which heads find the needle's chunk."""
+    """Accuracy by length, the scores of empty chunks by distance, and which heads find the needle's chunk."""
     if not scored:
         return
     figure = new_figure(15, 4.2)
@@ -185,11 +185,13 @@ def plot(path: Path, results: list[dict[str, Any]], scored: list[dict[str, Any]]
                 label = f"{mode}, {family.replace('_', ' ')}, {seconds:g} s a frame"
                 left.plot(lengths, means, style, color=colour, marker=marker, label=label)
     left.set(xscale="log", xlabel="frames", ylabel="accuracy", ylim=(-0.02, 1.02), title="accuracy")
-    left.legend(fontsize=6)
+    left.legend(fontsize=6, loc="lower left")
     for frames in sorted({r["frames"] for r in scored}):
         mean = np.mean([r["empty_by_place"] for r in scored if r["frames"] == frames], axis=0)
-        middle.plot((np.arange(BINS) + 0.5) / BINS, mean, marker="o", label=f"{frames} frames")
-    middle.set(xlabel="place in the video", ylabel="score relative to the mean", title="chunks without a shape")
+        behind = frames * (1 - (np.arange(BINS) + 0.5) / BINS)
+        middle.plot(behind, mean, marker="o", label=f"{frames} frames")
+    middle.set(xscale="log", xlabel="frames between the chunk and the question", ylabel="score relative to the mean")
+    middle.set(title="chunks without a shape")
     middle.legend(fontsize=7)
     heads = np.mean([r["heads"] for r in scored], axis=0)
     image = right.imshow(heads, vmin=0, vmax=1, cmap="viridis", aspect="auto")
