@@ -186,7 +186,7 @@ arrays = [tuple(int(n) for n in dims.split(",") if n) for types, _ in found for 
 
 largest = max(int(np.prod(s.shape)) for s in shapes.values())
 print(json.dumps({
-    "others": sorted({str(a) for a in arrays if np.prod(a) > largest}), "count": len(arrays),
+    "kinds": sorted({kind for _, kind in found}), "others": sorted({str(a) for a in arrays if np.prod(a) > largest}), "count": len(arrays),
     "activations": batch[0].shape[1] * model.vision.patch_grid**2 * model.vision.width / largest, "tokens": batch[1].ids.shape[1],
 }))
 """
@@ -203,3 +203,9 @@ def test_fsdp_exchanges_parameters_and_gradients(rank: int) -> None:
     # Embeddings of the text are looked up where their channels are, and then exchanged.
     others = [shape for shape in out["others"] if str(out["tokens"]) not in shape]
     assert not others, others
+
+
+@pytest.mark.slow
+def test_tensor_sums_activations_only() -> None:
+    """Each device attends with its own heads, and what they return is not gathered."""
+    assert on_devices(TRAINING, 1, 2, 0, devices=2)["kinds"] == ["all-reduce"]

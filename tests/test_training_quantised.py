@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -149,3 +150,14 @@ def test_every_quantised_part_is_split_where_its_matrix_is(weights: Weights) -> 
             inward = name.split(".")[-2] in ("o", "down")
             assert spec[len(shape.shape) - (1 if inward else 2)] == "tensor", name
             assert "fsdp" in spec
+
+
+@pytest.mark.parametrize("weights", [None, "int8", "int4"])
+def test_a_layer_is_split_as_the_stacked_layers_are(weights: Weights | None) -> None:
+    """Also under the name that `scan_layers` gives to its parameters."""
+    mesh: Any = jax.sharding.AbstractMesh((1, 2, 2), ("data", "fsdp", "tensor"))
+    shapes = parameter_shapes(RELEASED.with_weights(weights), LoRAConfig())
+    layers = {n: s.shape for n, s in shapes.items() if ".layers." in n}
+    for name, shape in layers.items():
+        own = param_spec("stack.layers." + name.split(".layers.")[1], shape[1:], mesh, layer_axis=False)
+        assert (None, *own) == tuple(param_spec(name, shape, mesh)), name

@@ -34,7 +34,7 @@ _TENSOR = (
     (("*.layers.[qkv].codes", "*.layers.gate.codes", "*.layers.up.codes", "llm.embed.codes", "llm.lm_head.codes"), -2),
     (("*.layers.o.codes", "*.layers.down.codes"), -1),
 )
-_SCALES, _SCALES_OF_INPUTS = ("llm.*.codes_*",), ("*.layers.o.codes_*", "*.layers.down.codes_*")
+_SCALES, _SCALES_OF_INPUTS = ("*.codes_*",), ("*.layers.o.codes_*", "*.layers.down.codes_*")
 """Scales and zero points, and those of matrices whose inputs are split."""
 
 

@@ -61,8 +61,11 @@ def batch_devices(mesh: Mesh) -> int:
 
 
 def split_batch(x: jax.Array) -> jax.Array:
-    """Constrains the first axis to be split over the batch axes of the current mesh. Without a mesh it returns x."""
+    """Constrains the first axis to be split over the batch axes of the current mesh. Without a mesh it returns x.
+
+    The others stay as they are: heads may be split over `tensor`.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not set(BATCH_AXES) <= set(mesh.axis_names):
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES, *[PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)))

@@ -133,8 +133,10 @@ def gradients(
     def loss_of(params: Params) -> tuple[jax.Array, jax.Array]:
         whole = frozen | params
         compute = {n: p if is_quantized(n) else p.astype(config.compute_dtype) for n, p in whole.items()}
-        # `scan_layers` gathers a layer at a time. Rows of the embedding are looked up where they are.
-        outside = {n: p for n, p in compute.items() if ".layers." not in n and n != "llm.embed.embedding"}
+        # `scan_layers` gathers a layer at a time. Rows of the embedding are looked up where they are, unless it is also
+        # the matrix of the logits.
+        apart = (".layers.",) if config.model.llm.tied_embeddings else (".layers.", "llm.embed.")
+        outside = {n: p for n, p in compute.items() if not any(part in n for part in apart)}
         compute |= gathered(outside, "")
         shown = None if tiles is None else normalise(tiles)
         return token_loss(assemble(config, compute), normalise(pixels), tokens, shown, remat=config.remat)
