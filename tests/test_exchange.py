@@ -164,7 +164,7 @@ from xl2jax.training.sharding import batch_sharding, make_mesh
 from xl2jax.training.state import abstract_state, parameter_shapes
 from xl2jax.training.step import StepConfig, Steps, learning_rate, optimizer
 
-fsdp, tensor, rank = map(int, sys.argv[1:])
+fsdp, tensor, rank, remat = map(int, sys.argv[1:])
 model = PRESETS["tiny"]
 config = dataclasses.replace(TRAINING["stage4"], checkpoint="random", data=Path(), output=Path(), fsdp=fsdp, tensor=tensor,
     compute_dtype="float32", lora_rank=rank, train=None)
@@ -178,26 +178,33 @@ frozen = {n: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=param_sharding(n, s
 rows = mesh.shape["data"] * mesh.shape["fsdp"]
 batch = _batch(rows, 40, model.visual_tokens, model.vision.image_size, model.llm.vocab, 8)
 batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh)), batch)
-steps = Steps(StepConfig(model, config.lora, "float32", remat=True), tx, schedule, abstract)
+steps = Steps(StepConfig(model, config.lora, "float32", remat=bool(remat)), tx, schedule, abstract)
 with jax.set_mesh(mesh):
     text = steps._whole.lower(abstract, frozen, *batch).compile().as_text()
 found = re.findall(r"= (.*?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\\(", text)
 arrays = [tuple(int(n) for n in dims.split(",") if n) for types, _ in found for dims in re.findall(r"\\[([\\d,]*)\\]", types)]
 
 largest = max(int(np.prod(s.shape)) for s in shapes.values())
+split = [s.shape for n, s in shapes.items() if ".layers." in n and "fsdp" in param_sharding(n, s.shape, mesh).spec]
+head = "[" + ",".join(map(str, shapes["llm.lm_head.kernel"].shape[::-1])) + "]"
 print(json.dumps({
     "kinds": sorted({kind for _, kind in found}), "others": sorted({str(a) for a in arrays if np.prod(a) > largest}), "count": len(arrays),
+    "stacked": sorted({str(shape) for shape in split if "[" + ",".join(map(str, shape)) + "]" in text}),
+    "heads": [line for line in text.splitlines() if " all-reduce" in line and head in line and "while/body" in line],
     "activations": batch[0].shape[1] * model.vision.patch_grid**2 * model.vision.width / largest, "tokens": batch[1].ids.shape[1],
 }))
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 4])
-def test_fsdp_exchanges_parameters_and_gradients(rank: int) -> None:
-    """Each device computes its own rows of the batch with whole matrices. Without a word XLA splits activations along the
-    inputs of the vision tower's matrices instead, has every device compute all rows, and sums the activations."""
-    out = on_devices(TRAINING, 4, 1, rank, devices=4)
+@pytest.mark.parametrize(("rank", "remat"), [(0, True), (4, True), (0, False)])
+def test_fsdp_exchanges_parameters_and_gradients(rank: int, remat: bool) -> None:
+    """Each device computes its own rows of the batch with whole matrices, one layer at a time. Without a word XLA splits
+    activations along the inputs of the vision tower's matrices instead, has every device compute all rows, and sums the
+    activations. The gradient of lm_head is not summed in every block of tokens."""
+    out = on_devices(TRAINING, 4, 1, rank, int(remat), devices=4)
+    assert out["stacked"] == []
+    assert out["heads"] == []
     assert out["count"] > 20
     assert out["activations"] > 2
     # Embeddings of the text are looked up where their channels are, and then exchanged.
@@ -208,4 +215,4 @@ def test_fsdp_exchanges_parameters_and_gradients(rank: int) -> None:
 @pytest.mark.slow
 def test_tensor_sums_activations_only() -> None:
     """Each device attends with its own heads, and what they return is not gathered."""
-    assert on_devices(TRAINING, 1, 2, 0, devices=2)["kinds"] == ["all-reduce"]
+    assert on_devices(TRAINING, 1, 2, 0, 1, devices=2)["kinds"] == ["all-reduce"]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from xl2jax.models.sharding import gathered
+from xl2jax.models.sharding import gathered, splits_parameters
 from xl2jax.ops.precision import accumulator
 
 
@@ -63,6 +63,8 @@ def scan_layers[C, Y](
 
     if remat:
         step = jax.checkpoint(step, prevent_cse=False)
+    elif splits_parameters():  # the backward pass gathers parameters again, rather than keep those of all layers
+        step = jax.checkpoint(step, prevent_cse=False, policy=lambda p, *_, **__: p.name != "sharding_constraint")
     carry, outputs = jax.lax.scan(step, carry, (params, jnp.arange(layers, dtype=jnp.int32)), unroll=unroll)
     return carry, outputs
 

@@ -68,11 +68,12 @@ class DecoderLayer(nnx.Module):
         self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend[S], state: S, index: jax.Array
     ) -> tuple[jax.Array, S]:
         y, tokens = self.input_norm(x), cos.shape[-3]
-        # For one row of a matrix that is split XLA on GPUs writes all products before it sums them, not for padded rows.
+        # With one row XLA on GPUs would write all products of a split matrix before it sums them. With padded rows it does
+        # not; but of three whole matrices it would make one in every step.
         y = y if splits() > 1 else y[..., :tokens, :]
         q, k, v = (
-            einops.rearrange(x[..., :tokens, :], "... t (n h) -> ... t n h", h=self.head_width)
-            for x in apply_all(y, self.q, self.k, self.v)
+            einops.rearrange(out[..., :tokens, :], "... t (n h) -> ... t n h", h=self.head_width)
+            for out in apply_all(y, self.q, self.k, self.v)
         )
         state, out = attend(state, index, rotate(q, cos, sin), rotate(k, cos, sin), v)
         out = pad_tokens(einops.rearrange(out, "... t n h -> ... t (n h)"), x.shape[-2])

@@ -76,6 +76,11 @@ def param_sharding(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedShardi
     return NamedSharding(mesh, param_spec(name, shape, mesh))
 
 
+def splits_parameters() -> bool:
+    """Whether the current mesh is one of training with the axis `fsdp`."""
+    return bool(dict(jax.sharding.get_abstract_mesh().shape).get("fsdp", 1) > 1)
+
+
 def gathered(params: Any, prefix: str) -> Any:
     """Parameters as a device uses them in training: whole, but for what `tensor` splits.
 
@@ -85,9 +90,9 @@ def gathered(params: Any, prefix: str) -> Any:
     `params` is a dictionary or a state whose dotted names begin with `prefix`. It stays as it is outside the meshes of
     training.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if dict(mesh.shape).get("fsdp", 1) == 1:
+    if not splits_parameters():
         return params
+    mesh = jax.sharding.get_abstract_mesh()
 
     def whole(path: Any, x: jax.Array) -> jax.Array:
         name = prefix + jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")

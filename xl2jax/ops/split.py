@@ -44,7 +44,7 @@ def whole(x: jax.Array, axis: int = 0) -> jax.Array:
 
 
 def look_up[T](rows: Callable[[T, jax.Array], jax.Array], table: T, ids: jax.Array) -> jax.Array:
-    """`rows(table, ids)`, the rows of a table at ids [...], where the devices may hold parts of the table.
+    """`rows(table, ids)`, the rows of a table at ids [...] within it, where the devices may hold parts of the table.
 
     Each device looks up the ids of its own part, and the devices sum. For a single id XLA on GPUs would gather the whole
     table instead, in every step of decoding.

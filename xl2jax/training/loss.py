@@ -14,7 +14,7 @@ from xl2jax.models.video_xl2 import VideoXL2
 from xl2jax.ops.dense import dense_attention
 from xl2jax.ops.packed import packed_attention, sample_starts
 from xl2jax.ops.precision import accumulator, product
-from xl2jax.training.sharding import split_batch
+from xl2jax.training.sharding import batch_parts, split_batch
 
 IGNORE = -100
 """Label of a token that the loss does not count."""
@@ -137,15 +137,23 @@ def _sum_of_blocks_forward(*args: jax.Array) -> tuple[jax.Array, tuple[jax.Array
 def _sum_of_blocks_backward(residuals: _Residuals, gradient: jax.Array) -> tuple[jax.Array, jax.Array, None, None]:
     hidden, kernel, labels, used = residuals
 
-    def add(i: jax.Array, grads: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        d_hidden, d_kernel = grads
-        _, pullback = jax.vjp(lambda hidden, kernel: _loss_of_block(hidden, kernel, labels[i]), hidden[i], kernel)
-        d_block, d_part = pullback(gradient)
-        return d_hidden.at[i].set(d_block), d_kernel + d_part.astype(d_kernel.dtype)
+    # Each part of the batch has a gradient of the kernel of its own, so that devices sum them once and not in every block.
+    parts = batch_parts(hidden.shape[1])
 
-    zeros = jnp.zeros_like(hidden), jnp.zeros(kernel.shape, accumulator(kernel.dtype))
+    def add(i: jax.Array, grads: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        def of_part(hidden: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+            _, pullback = jax.vjp(lambda hidden, kernel: _loss_of_block(hidden, kernel, labels), hidden, kernel)
+            return pullback(gradient)
+
+        d_hidden, d_kernel = grads
+        block = (split_batch(x[i].reshape(parts, -1, *x.shape[2:])) for x in (hidden, labels))
+        d_block, d_part = jax.vmap(of_part)(*block)
+        d_block = d_block.reshape(hidden.shape[1:])
+        return d_hidden.at[i].set(d_block), split_batch(d_kernel + d_part.astype(d_kernel.dtype))
+
+    zeros = jnp.zeros_like(hidden), split_batch(jnp.zeros((parts, *kernel.shape), accumulator(kernel.dtype)))
     d_hidden, d_kernel = jax.lax.fori_loop(0, used, add, zeros)
-    return d_hidden, d_kernel.astype(kernel.dtype), None, None
+    return d_hidden, jnp.sum(d_kernel, axis=0).astype(kernel.dtype), None, None
 
 
 _sum_of_blocks.defvjp(_sum_of_blocks_forward, _sum_of_blocks_backward)

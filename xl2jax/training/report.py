@@ -53,8 +53,23 @@ def memory_per_device(
         "gradients": master * gradient,
         "compute copies": compute * training if master != compute else 0.0,
         "activations (estimate)": _activations(config, step.model, compute, tiles),
+        **({"gathered parameters": _gathered(shapes, trained, compute, mesh)} if mesh.shape["fsdp"] > 1 else {}),
         **({"an unpacked layer": _unpacked(step.model, compute, mesh)} if step.model.llm.weights is not None else {}),
     }
+
+
+def _gathered(shapes: Mapping[str, jax.ShapeDtypeStruct], trained: Sequence[str], itemsize: int, mesh: Mesh) -> float:
+    """Bytes of what a device holds whole, but for `tensor`, while it computes: a layer of the LLM, all parameters outside
+    the layers but the embedding, and the gradient of lm_head."""
+    needed = 0.0
+    for name, s in shapes.items():
+        if name.startswith("llm.embed.") or name.startswith("vision.layers."):
+            continue
+        size = _share(name, s.shape, mesh) * (mesh.shape["fsdp"] if "fsdp" in param_spec(name, s.shape, mesh) else 1)
+        size /= s.shape[0] if ".layers." in name else 1
+        needed += size * (s.dtype.itemsize if is_quantized(name) else itemsize)
+        needed += size * jnp.dtype(MASTER).itemsize if name == "llm.lm_head.kernel" and name in trained else 0
+    return needed
 
 
 def _unpacked(model: VideoXL2Config, itemsize: int, mesh: Mesh) -> float:

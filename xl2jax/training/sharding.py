@@ -60,6 +60,15 @@ def batch_devices(mesh: Mesh) -> int:
     return math.prod(mesh.shape[a] for a in BATCH_AXES)
 
 
+def batch_parts(rows: int) -> int:
+    """Number of parts that the current mesh splits so many rows into: 1 without a mesh, and where it does not divide."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not set(BATCH_AXES) <= set(mesh.axis_names):
+        return 1
+    parts = math.prod(mesh.shape[a] for a in BATCH_AXES)
+    return parts if rows % parts == 0 else 1
+
+
 def split_batch(x: jax.Array) -> jax.Array:
     """Constrains the first axis to be split over the batch axes of the current mesh. Without a mesh it returns x.
 
