@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 # Programs are compiled with few optimisations: most of the suite's time is compiling, and what it checks is not speed.
 # (`make slow-test` sets this to 0: upstream's numbers are also checked with all optimisations.)
@@ -131,3 +133,19 @@ def refused(command: Callable[..., tuple[int, str, str]]) -> Callable[..., str]:
         return errors[0].removeprefix("error: ")
 
     return run
+
+
+@pytest.fixture(scope="session")
+def load_tool() -> Callable[[str], ModuleType]:
+    """Imports a program of tools/ by its name."""
+
+    def load(name: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "tools" / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # dataclasses look up their annotations there
+        spec.loader.exec_module(module)
+        return module
+
+    return load

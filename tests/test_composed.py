@@ -43,6 +43,7 @@ from xl2jax.recipes.demo.composed_training import (
     weighted_layer_outputs,
 )
 from xl2jax.training.loss import IGNORE, TokenBatch, token_loss
+from xl2jax.training.processes import locked
 
 CHECKPOINT = Path(DEFAULT_CHECKPOINT)
 VISUAL = 16
@@ -292,6 +293,15 @@ def test_auxiliary_loss_counts_tokens_with_targets() -> None:
     loss, counts = auxiliary_loss(identity, jnp.asarray(logits), jnp.asarray(targets), jnp.asarray(tokens))
     assert counts.tolist() == [1, 2]
     assert float(loss) == pytest.approx(100 * float(logits[0, 1].max() / scale[0, 1, 0]), rel=1e-3)
+
+
+def test_the_recipe_refuses(tmp_path: Path) -> None:
+    """No process at all, and a folder in which another run trains."""
+    with pytest.raises(UserError, match="--processes must be 1 or more, not 0"):
+        stages.RecipeArgs(tmp_path, processes=0)
+    with locked(tmp_path), pytest.raises(UserError, match="another run uses this folder"):
+        stages.run_recipe(stages.RecipeArgs(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import importlib.util
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -157,13 +157,8 @@ def test_flags_exist(page: Path, dump_case: ModuleType) -> None:
 
 
 @pytest.fixture(scope="module")
-def dump_case() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("dump_case", ROOT / "tools" / "dump_case.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def dump_case(load_tool: Callable[[str], ModuleType]) -> ModuleType:
+    return load_tool("dump_case")
 
 
 def test_a_dumped_case_has_the_inputs_that_verify_computes(dump_case: ModuleType) -> None:

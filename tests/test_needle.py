@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -152,6 +153,8 @@ def test_needle_refusals(checkpoint: Path, refused: Callable[..., str]) -> None:
 
     assert "--frames" in refuse("--frames", "some")
     assert "multiples of 4" in refuse("--frames", "30")
+    assert "--frames: 64,64 names one more than once" in refuse("--frames", "64,64")
+    assert "--modes: top2,top2 names" in refuse("--modes", "top2,top2")
     assert "--kinds" in refuse("--kinds", "colour,size")
     assert "no such question about 8 frames" in refuse("--frames", "8", "--kinds", "first", "--others", "0")
     assert "--depths: numbers from 0 to 1" in refuse("--depths", "0,2")
@@ -170,20 +173,62 @@ def test_needle_refusals(checkpoint: Path, refused: Callable[..., str]) -> None:
 
 @pytest.mark.slow
 def test_the_study_runs(tmp_path: Path) -> None:
-    """At a short length, in one dtype: it finds all needles, writes each question's scores, and draws."""
+    """At a short length, in one dtype: it finds all needles, writes each question's scores, and draws.
+
+    A second run asks about the videos that are missing, and gives the same table.
+    """
+    results, drawn = tmp_path / "study.jsonl", tmp_path / "study.png"
     flags = ["--frames", "512", "--dense-up-to", "512", "--dtypes", "float32", "--cases", "1"]
-    files = ["--json", tmp_path / "study.json", "--plot", tmp_path / "study.png"]
     tool = Path(__file__).parent.parent / "tools" / "needle_study.py"
-    run = subprocess.run([sys.executable, tool, *flags, *files], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert len(run.stdout.splitlines()) == 2  # one and four frames a second
-    stored = json.loads((tmp_path / "study.json").read_text())
-    assert np.mean([r["correct"] for r in stored["results"] if r["mode"] == "top2"]) > 0.9
-    layers, heads = np.shape([r["heads"] for r in stored["scores"]])[1:]
+
+    def run() -> str:
+        command = [sys.executable, tool, *flags, "--json", results, "--plot", drawn]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    table = run()
+    assert len(table.splitlines()) == 2  # one and four frames a second
+    first, *rows = map(json.loads, lines := results.read_text().splitlines())
+    assert (first["frames"], first["checkpoint"], len(rows)) == ("512", "demo", 6)
+    assert np.mean([r["correct"] for row in rows for r in row["results"] if r["mode"] == "top2"]) > 0.9
+    scores = [score for row in rows for score in row["scores"]]
+    layers, heads = np.shape([r["heads"] for r in scores])[1:]
     assert (layers, heads) == (6, 4)
-    assert np.mean([r["all"] for r in stored["scores"]]) > 0.9
-    with Image.open(tmp_path / "study.png") as image:
-        assert image.width > 1000
+    assert np.mean([r["all"] for r in scores]) > 0.9
+    assert picture(drawn).shape[1] > 1000
+
+    drawn.unlink()
+    results.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:50])  # it was killed while it wrote
+    assert run() == table
+    assert results.read_text().splitlines() == lines
+    assert drawn.exists()
+
+
+def test_the_study_refuses(tmp_path: Path, refused: Callable[..., str], load_tool: Callable[[str], ModuleType]) -> None:
+    """Before a model is loaded, and without a trace on the disk."""
+    study = load_tool("needle_study")
+
+    def refuse(*flags: object) -> str:
+        files = {"--json": tmp_path / "a.jsonl", "--plot": tmp_path / "a.png"} | dict(
+            zip(flags[::2], flags[1::2], strict=True)
+        )
+        return refused(study.main, *(x for pair in files.items() for x in pair))
+
+    assert "multiples of 4" in refuse("--frames", "64,30")
+    assert "--frames: whole numbers" in refuse("--frames", "some")
+    assert "--dtypes: choose from float32,bfloat16" in refuse("--dtypes", "float32,float8")
+    assert "--cases" in refuse("--cases", 0)
+    assert "--seed" in refuse("--seed", -1)
+    assert "no such checkpoint" in refuse("--checkpoint", tmp_path / "none")
+    assert "no such folder" in refuse("--plot", tmp_path / "none" / "a.png")
+    assert "cannot be written" in refuse("--json", tmp_path / "none" / "a.jsonl")
+    assert list(tmp_path.iterdir()) == []
+    other = tmp_path / "other.json"
+    for text in ('{"frames": "64"}\n{"half', '{"in": "one line"}', "words\n"):
+        other.write_text(text)
+        assert "other.json: " in refuse("--json", other)
+        assert other.read_text() == text
 
 
 def test_random_chunks_differ_by_question(model: xl2jax.Model, watched: xl2jax.WatchedVideo) -> None:

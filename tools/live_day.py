@@ -19,11 +19,13 @@ from collections.abc import Iterator
 import tyro
 
 import xl2jax
-from xl2jax.commands.flags import DEFAULT_CHECKPOINT
+from xl2jax.commands.flags import DEFAULT_CHECKPOINT, require_checkpoint
+from xl2jax.errors import UserError
 from xl2jax.evaluation.scenes import make_scene
 from xl2jax.inference.live_sizes import LiveMemory
 from xl2jax.inference.memory import used_bytes
 from xl2jax.system.backend import program_count
+from xl2jax.system.terminal import flag_errors, run_command
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,17 +67,22 @@ def most_bytes() -> Iterator[Most]:
 
 
 def main() -> None:
-    args = tyro.cli(Args)
+    with flag_errors():
+        args = tyro.cli(Args, prog="python tools/live_day.py")
+    if args.hours < 1:
+        raise UserError(f"--hours must be 1 or more, not {args.hours}")
+    memory = LiveMemory(args.dense_minutes, args.minutes, args.host_gib)
+    require_checkpoint(args.checkpoint)
     with most_bytes() as most:
-        run(args, most)
+        run(args, memory, most)
 
 
-def run(args: Args, most: Most) -> None:
+def run(args: Args, memory: LiveMemory, most: Most) -> None:
     programs = program_count()
     model = xl2jax.load(args.checkpoint)
     scene = make_scene(1, 64)
     images = [scene.frame(i, 112, 112) for i in range(scene.frames)]
-    live = model.watch_live(memory=LiveMemory(args.dense_minutes, args.minutes, args.host_gib))
+    live = model.watch_live(memory=memory)
     print("| hour | frames/s | device MiB | host store MiB | process MiB | at most | programs | first token s |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for hour in range(1, args.hours + 1):
@@ -92,4 +99,4 @@ def run(args: Args, most: Most) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

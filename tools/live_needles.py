@@ -31,6 +31,8 @@ import tyro
 
 import xl2jax
 from xl2jax.bench.setup import machine
+from xl2jax.checkpoint.params import stored_config
+from xl2jax.checkpoint.sources import find_checkpoint
 from xl2jax.commands.flags import DEFAULT_CHECKPOINT, choices, require_checkpoint, whole_numbers
 from xl2jax.config import FRAMES_PER_GROUP
 from xl2jax.errors import UserError
@@ -42,10 +44,10 @@ from xl2jax.inference.live_sizes import LiveMemory
 from xl2jax.system.atomic import check_file_target
 from xl2jax.system.backend import start_backend
 from xl2jax.system.figures import new_figure, save_figure
-from xl2jax.system.json_lines import append_line, finished_lines
+from xl2jax.system.json_lines import finished_lines, resumed_rows
 from xl2jax.system.process_pool import in_processes
 from xl2jax.system.tables import print_table
-from xl2jax.system.terminal import run_command
+from xl2jax.system.terminal import flag_errors, run_command
 from xl2jax.video.read_ahead import resize
 
 BUDGETS = {
@@ -271,33 +273,41 @@ def plot(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    args = tyro.cli(Args)
+    with flag_errors():
+        args = tyro.cli(Args, prog="python tools/live_needles.py")
     ages, budgets = whole_numbers("--ages", args.ages), choices("--budgets", args.budgets, tuple(BUDGETS))
     if not len(set(ages)) == len(ages) <= len(COLOURS):
         raise UserError(f"--ages: up to {len(COLOURS)} different ones, not {args.ages}")
+    for name, least in (("streams", 0), ("seed", 0), ("processes", 1)):
+        if (number := getattr(args, name)) < least:
+            raise UserError(f"--{name} must be {least} or more, not {number}")
+    for budget in budgets:
+        memory_of(budget, args, max(ages))
+    if args.plot is not None:
+        check_file_target(args.plot)
+    if not args.streams:
+        header, *rows = [{}] if args.json is None else [*finished_lines(args.json, dict, repair=False), {}]
+        report(args, header, [row for row in rows if "stream" in row])
+        return
     require_checkpoint(args.checkpoint)
+    stored_config(find_checkpoint(args.checkpoint))
     start_backend()
     settings = {"ages": ages, "seed": args.seed, "dense_minutes": args.dense_minutes, "host_gib": args.host_gib}
     settings |= {"checkpoint": Path(args.checkpoint).name, "machine": machine()}
-    lines = [] if args.json is None else list(finished_lines(args.json, dict, repair=True))
-    if lines and (was := lines[0]) != settings and args.streams:
-        raise UserError(f"{args.json}: was made with other settings ({was}): give another file")
-    rows = [line for line in lines if "stream" in line]
-    if args.plot is not None:
-        check_file_target(args.plot)
     with contextlib.ExitStack() as opened:
-        out = None
-        if args.json is not None and args.streams:
-            out = opened.enter_context(open(args.json, "ab", buffering=0))
-            if not lines:
-                append_line(out, settings)
+        rows = []
+        add = rows.append
+        if args.json is not None:
+            rows, add = opened.enter_context(resumed_rows(args.json, settings))
         for row in run(args, ages, budgets, rows):
-            rows.append(row)
-            if out is not None:
-                append_line(out, row)
+            add(row)
+    report(args, settings, rows)
+
+
+def report(args: Args, header: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     if not rows:
         raise UserError("there are no results: give --streams")
-    print((lines[0] if lines else settings)["machine"])
+    print(header["machine"])
     print_summary(rows)
     if args.plot is not None:
         plot(args.plot, rows)

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
-import fcntl
 import json
 import re
 import threading
@@ -20,8 +18,8 @@ from pydantic import Field, field_validator
 
 from xl2jax.errors import UserError
 from xl2jax.system.atomic import replacing_file
-from xl2jax.system.json_lines import append_line, finished_lines
-from xl2jax.system.schema import Schema, is_file, read_json
+from xl2jax.system.json_lines import append_line, finished_lines, locked_lines
+from xl2jax.system.schema import Schema, read_json
 
 RUN, ANSWERS = "run.json", re.compile(r"answers-(\d+)-of-(\d+)\.jsonl")
 
@@ -166,19 +164,7 @@ def open_log(folder: Path, shard: tuple[int, int]) -> Iterator[AnswerLog]:
     Raises UserError where another process has it open, or where it holds something else.
     """
     path = answers_file(folder, shard)
-    try:
-        is_file(path)  # opening a pipe would wait for a reader
-        out = open(path, "ab", buffering=0)  # noqa: SIM115 (closed below)
-    except OSError as e:
-        raise UserError(f"{path}: cannot be written ({e.strerror})") from None
-    with out:
-        try:
-            fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{path}: another process is writing it: give each its own --shard") from None
-        except OSError as e:
-            if e.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                raise
+    with locked_lines(path, "give each its own --shard") as out:
         done = {record.key for record in finished_lines(path, Record, repair=True) if record.text is not None}
         yield AnswerLog(path, done, out)
 

@@ -53,7 +53,9 @@ class Args:
     modes: str = "dense,chunked,top1,top2,top4,random2"
     """Ways of reading: dense, chunked, topN and randomN (N chunks stay dense besides the first and the last)."""
     others: str = "5"
-    """How many other shapes a video shows: a number, or a range such as 0-8 whose numbers the cases take in turn."""
+    """How many other shapes a video shows: a number, or a range such as 0-8 whose numbers the cases take in turn.
+    A short video shows as many as find room, and none shows more than there are pairs of colour and shape unlike the
+    needle's."""
     kinds: str = ",".join(NEEDLE_KINDS)
     """Kinds of question: by content (colour_of, shape_of), by time (colour, shape), for a time (time), and about the
     whole video (exists, count, first)."""

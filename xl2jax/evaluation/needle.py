@@ -72,6 +72,9 @@ class NeedleConfig:
     def __post_init__(self) -> None:
         if any(f < FRAMES_PER_GROUP or f % FRAMES_PER_GROUP for f in self.frames):
             raise UserError(f"--frames: multiples of {FRAMES_PER_GROUP}, not {','.join(map(str, self.frames))}")
+        for name, values in (("frames", self.frames), ("depths", self.depths), ("modes", [m.name for m in self.modes])):
+            if len(set(values)) < len(values):
+                raise UserError(f"--{name}: {','.join(map(str, values))} names one more than once")
         if self.cases < 1:
             raise UserError("--cases must be 1 or more")
         if not 0.1 <= self.frame_seconds <= 60:

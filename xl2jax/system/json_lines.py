@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from xl2jax.system.schema import parse_json, require_regular, unreadable
+from xl2jax.errors import UserError
+from xl2jax.system.schema import is_file, parse_json, require_regular, unreadable
 
 
 def append_line(out: IO[bytes], row: Mapping[str, Any]) -> None:
@@ -41,3 +45,59 @@ def finished_lines[T](path: Path, schema: type[T], *, repair: bool) -> Iterator[
         return
     except OSError as e:
         raise unreadable(path, e) from None
+
+
+@contextlib.contextmanager
+def locked_lines(path: Path, advice: str) -> Iterator[IO[bytes]]:
+    """Opens a file for `append_line`, which no other process may do meanwhile; makes it where it does not exist.
+
+    Raises UserError where it cannot be written, or where another process has it open; `advice` says what to do then.
+    """
+    try:
+        is_file(path)  # opening a pipe would wait for a reader
+        out = open(path, "ab", buffering=0)  # noqa: SIM115 (closed below)
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written ({e.strerror})") from None
+    with out:
+        try:
+            fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{path}: another process is writing it: {advice}") from None
+        except OSError as e:
+            if e.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise
+        yield out
+
+
+@contextlib.contextmanager
+def resumed_rows(
+    path: Path, settings: Mapping[str, Any]
+) -> Iterator[tuple[list[dict[str, Any]], Callable[[dict[str, Any]], None]]]:
+    """The rows that an earlier run with the same settings left in a file, and what adds a row to these and to the file.
+
+    The first line of the file holds the settings, which are as JSON gives them back (lists, and no tuples).
+
+    Raises UserError where the file cannot be written, where another process writes it, and where it holds anything else,
+    in which case it is left as it is.
+    """
+    with locked_lines(path, "give each run a file of its own") as out:
+        header, *_ = [*finished_lines(path, dict, repair=False), None]
+        if header is None and os.fstat(out.fileno()).st_size:
+            raise UserError(f"{path}: holds something else than results of this program: give another file")
+        if header is not None and header != settings:
+            raise UserError(f"{path}: was made with other settings ({header}): give another file")
+        rows: list[dict[str, Any]] = list(finished_lines(path, dict, repair=True))[1:]
+
+        def write(row: Mapping[str, Any]) -> None:
+            try:
+                append_line(out, row)
+            except OSError as e:
+                raise UserError(f"{path}: cannot be written ({e.strerror})") from None
+
+        def add(row: dict[str, Any]) -> None:
+            write(row)
+            rows.append(row)
+
+        if header is None:
+            write(settings)
+        yield rows, add

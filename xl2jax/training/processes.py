@@ -65,7 +65,7 @@ def locked(folder: Path) -> Iterator[None]:
             holder = file.read(200).decode("utf-8", "replace").strip()
             raise UserError(
                 f"{folder}: another run uses this folder ({holder or 'just started'}); "
-                "wait until it ends or choose another --output"
+                "wait until it ends or choose another folder"
             ) from None
         except OSError as e:
             if e.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):

@@ -20,6 +20,7 @@ from xl2jax.recipes.demo.composed_training import encode_groups, train_composed
 from xl2jax.recipes.demo.figures import plot_losses
 from xl2jax.recipes.demo.vision_training import train_vision
 from xl2jax.testing import make_checkpoint
+from xl2jax.training.processes import locked
 
 VISION_STEPS = 1000
 # The model learns to look up by time on short videos, so these come first.
@@ -40,14 +41,24 @@ class RecipeArgs:
     processes: int = 2
     """Processes that draw frames and compose rows."""
 
+    def __post_init__(self) -> None:
+        if self.processes < 1:
+            raise UserError(f"--processes must be 1 or more, not {self.processes}")
+
 
 def run_recipe(args: RecipeArgs) -> None:
     """Trains the vision tower and runs every phase, each from the weights of the one before. The last weights are the
     bundled checkpoint.
 
     Phases whose results are in the folder are not run again. loss.png shows the loss curves of the LLM.
+
+    Raises UserError where another run uses the folder, or where it cannot be written.
     """
-    folder, processes = args.folder, args.processes
+    with locked(args.folder):
+        _run_recipe(args.folder, args.processes)
+
+
+def _run_recipe(folder: Path, processes: int) -> None:
     weights = _random_weights(folder / "random")
     vision = folder / "vision"
     if not vision.exists():
