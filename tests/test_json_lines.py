@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from xl2jax.errors import UserError
-from xl2jax.system.json_lines import resumed_rows
+from xl2jax.system.json_lines import finished_lines, resumed_rows
 
 
 def test_rows_are_resumed(tmp_path: Path) -> None:
@@ -43,6 +43,18 @@ def test_other_files_are_left_as_they_are(tmp_path: Path, text: str) -> None:
     with pytest.raises(UserError, match=r"other\.json: "), resumed_rows(path, {"seed": 1}):
         pass
     assert path.read_text() == text
+
+
+@pytest.mark.parametrize("text", ['{"one": "line"}', "words", '{"n": 1}\nwords', '{"n": 1}\n{"n": 2}'])
+def test_only_a_line_that_was_cut_is_removed(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "other.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match="the end of line . is missing"):
+        list(finished_lines(path, dict, repair=True))
+    assert path.read_text() == text
+    path.write_text('{"n": 1}\n{"n": 2')
+    assert list(finished_lines(path, dict, repair=True)) == [{"n": 1}]
+    assert path.read_text() == '{"n": 1}\n'
 
 
 def test_places_that_cannot_be_written(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from xl2jax.errors import UserError
 from xl2jax.serving.app import make_app
 from xl2jax.serving.service import Service
-from xl2jax.system.json_lines import append_line, finished_lines
+from xl2jax.system.json_lines import append_line, finished_lines, locked_lines
 from xl2jax.system.schema import Schema, parse_json, require_regular, unreadable
 
 logger = logging.getLogger(__name__)
@@ -59,13 +59,16 @@ def run_batch(service: Service, source: Path, target: Path, shard: tuple[int, in
 
     `shard` (i, n) takes the lines i, i + n, i + 2 n and so on, counted from 0; `count` is their number.
 
-    Raises UserError where `target` cannot be written or holds something else.
+    Raises UserError where `target` cannot be written, holds something else, or is written by another process.
     """
-    done = {line.custom_id for line in finished_lines(target, _Done, repair=True)}
     lines = (line for number, line in enumerate(_read(source)) if number % shard[1] == shard[0])
-    todo = (line for line in lines if line.custom_id not in done)
     try:
-        with open(target, "ab", buffering=0) as out, tqdm(total=count, desc="answer", unit="request") as bar:
+        with (
+            locked_lines(target, "give each run an --output of its own") as out,
+            tqdm(total=count, desc="answer", unit="request") as bar,
+        ):
+            done = {line.custom_id for line in finished_lines(target, _Done, repair=True)}
+            todo = (line for line in lines if line.custom_id not in done)
             bar.update(len(done))
             service.engine.start()
             try:
