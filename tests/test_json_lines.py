@@ -49,8 +49,9 @@ def test_other_files_are_left_as_they_are(tmp_path: Path, text: str) -> None:
 def test_only_a_line_that_was_cut_is_removed(tmp_path: Path, text: str) -> None:
     path = tmp_path / "other.json"
     path.write_text(text)
-    with pytest.raises(UserError, match="the end of line . is missing"):
-        list(finished_lines(path, dict, repair=True))
+    for repair in (False, True):
+        with pytest.raises(UserError, match="the end of line . is missing"):
+            list(finished_lines(path, dict, repair=repair))
     assert path.read_text() == text
     path.write_text('{"n": 1}\n{"n": 2')
     assert list(finished_lines(path, dict, repair=True)) == [{"n": 1}]

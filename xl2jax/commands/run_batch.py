@@ -40,8 +40,9 @@ def main() -> int:
         raise UserError("--input and --output name the same file")
     if not args.output.absolute().parent.is_dir():
         raise UserError(f"{args.output}: no such folder")
-    from xl2jax.serving.batch import check_input, run_batch
+    from xl2jax.serving.batch import check_input, check_output, run_batch
 
+    check_output(args.output)
     count = check_input(args.input, shard)
     with spool_folder("xl2jax-batch") as spool:
         service = build_service(args, spool)

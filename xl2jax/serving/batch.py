@@ -54,6 +54,12 @@ def check_input(path: Path, shard: tuple[int, int]) -> int:
     return len(range(shard[0], len(seen), shard[1]))
 
 
+def check_output(path: Path) -> None:
+    """Raises UserError for a file of answers that cannot be read or that holds something else."""
+    for _ in finished_lines(path, _Done, repair=False):
+        pass
+
+
 def run_batch(service: Service, source: Path, target: Path, shard: tuple[int, int], count: int) -> tuple[int, int]:
     """Appends an answer to `target` for each line of `source`: (answered, of which failed) in this run.
 

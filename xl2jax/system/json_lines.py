@@ -28,8 +28,8 @@ def finished_lines[T](path: Path, schema: type[T], *, repair: bool) -> Iterator[
 
     A killed run may leave its last line incomplete. That line is passed over, and removed with `repair`.
 
-    Raises UserError for a file that cannot be read, for a line that is not a `schema`, and with `repair` for a last line
-    without an end that no killed run leaves: the file is another program's, and is left as it is.
+    Raises UserError for a file that cannot be read, for a line that is not a `schema`, and for a last line without an end
+    that no killed run leaves: the file is another program's, and is left as it is.
     """
     try:
         require_regular(path)
@@ -37,7 +37,7 @@ def finished_lines[T](path: Path, schema: type[T], *, repair: bool) -> Iterator[
             end = 0
             for number, text in enumerate(f, 1):
                 if not text.endswith(b"\n"):
-                    if repair and not _is_cut(text):
+                    if not _is_cut(text):
                         raise UserError(
                             f"{path}: the end of line {number} is missing: give another file, or mend this one"
                         )
