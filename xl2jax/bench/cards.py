@@ -67,7 +67,8 @@ class CardsArgs:
     train: Literal["lora", "all"] = "lora"
     """Which parameters `train` trains."""
     save: Path | None = None
-    """With --parts train: also saves each state in a new folder here, and resumes on half of the cards."""
+    """With --parts train: also saves each state in a new folder here, and resumes on half of the cards; the folder is
+    removed, but not where the process is killed."""
     attention: str = "auto"
     """auto (the fastest one for this device and dtype), blockwise, reference, wgmma or mma."""
     profile: int = 0

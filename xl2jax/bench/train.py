@@ -51,7 +51,7 @@ class TrainBenchArgs:
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """The type of activations."""
     fsdp: int | None = None
-    """Devices over which parameters are sharded; by default all."""
+    """Devices over which parameters are split; by default all divided by --tensor."""
     tensor: int = 1
     """Devices over which each layer is split."""
     devices: int | None = None
@@ -62,7 +62,7 @@ class TrainBenchArgs:
     """Tokens of each answer."""
     save: Path | None = None
     """Also saves the state in a new folder here, and resumes on half of the devices, or on the only one; the folder is
-    removed."""
+    removed, but not where the process is killed."""
     json: bool = False
     """Prints the rows as JSON."""
 
