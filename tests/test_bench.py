@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from xl2jax.bench import cards as bench_cards
 from xl2jax.bench import command as bench
 from xl2jax.bench import matrices
+from xl2jax.bench import train as bench_train
 from xl2jax.bench.e2e import E2EArgs
 from xl2jax.bench.file import file_row, plot_rows
 from xl2jax.bench.read import write_long
@@ -196,7 +200,49 @@ def test_bad_options(refused: Callable[..., str]) -> None:
     assert "needs a GPU" in refused(bench.main, "kernels")
     assert "cannot be trained" in refused(bench.main, "train", "--train", "all", "--weights", "int8")
     assert "no such folder" in refused(bench.main, "train", "--save", "/nowhere")
+    for flag, value in (("--answer-tokens", 0), ("--lora-rank", 0), ("--lora-rank", -3)):
+        assert f"{flag} must be" in refused(bench.main, "train", "--preset", "tiny", flag, value)
     assert "goes with --parts train" in refused(bench.main, "cards", "--save", ".")
+    assert "--profile must be" in refused(bench.main, "cards", "--profile", -1)
+    train = ("cards", "--parts", "train")
+    assert "cannot be trained" in refused(bench.main, *train, "--train", "all", "--weights", "int8")
+
+
+def test_training_is_timed_only_as_train_divides_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smallest preset has 2 KV heads. Nothing is timed before a refusal."""
+    monkeypatch.setattr(bench_train, "ceilings", lambda: pytest.fail("began"))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(UserError, match="--tensor 4 does not divide 2 KV heads"):
+        next(bench_train.train_rows(bench_train.TrainBenchArgs(preset="tiny", tensor=4)))
+    with pytest.raises(UserError, match="--fsdp 2 with --tensor 1 does not divide 1 devices"):
+        next(bench_train.train_rows(bench_train.TrainBenchArgs(preset="tiny", fsdp=2, devices=1)))
+
+
+def test_half_of_a_mesh_takes_the_whole_batch() -> None:
+    assert bench_train.halved(1, 1, 1) == (1, 1, 1)
+    for mesh in itertools.product(range(1, 7), repeat=3):
+        if math.prod(mesh) % 2:
+            continue
+        half = bench_train.halved(*mesh)
+        assert 2 * math.prod(half) == math.prod(mesh)
+        assert (mesh[0] * mesh[1]) % (half[0] * half[1]) == 0
+    for mesh in ((3, 1, 1), (1, 5, 1), (1, 3, 3)):
+        with pytest.raises(UserError, match="is odd"):
+            bench_train.halved(*mesh)
+
+
+def test_a_fault_of_the_device_is_not_called_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows(failure: str) -> list[dict[str, Any]]:
+        def fails(*_: Any, **__: Any) -> Iterator[dict[str, Any]]:
+            raise jax.errors.JaxRuntimeError(failure)
+            yield {}
+
+        monkeypatch.setattr(bench_cards, "train_rows", fails)
+        return list(bench_cards._train_rows(bench_cards.CardsArgs(parts="train"), [1]))
+
+    assert [row["left_out"] for row in rows("RESOURCE_EXHAUSTED: Out of memory")] == ["training does not fit"]
+    with pytest.raises(jax.errors.JaxRuntimeError, match="NCCL"):
+        rows("INTERNAL: NCCL operation failed")
 
 
 @pytest.mark.slow

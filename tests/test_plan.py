@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xl2jax.commands import plan
-from xl2jax.commands.flags import BilevelFlags
+from xl2jax.commands.flags import BilevelFlags, TensorFlags
 from xl2jax.commands.plan import DEVICES, PlanArgs, alternatives, largest, layout_of, predict
 from xl2jax.config import PRESETS, Weights
 from xl2jax.inference import compiled, memory, prefill, session
@@ -172,6 +172,25 @@ def test_what_is_said_to_fit_fits_and_no_more_does(device: Any, frames: int, poo
     assert 0 <= limit <= frames
     assert limit == 0 or fits(limit)
     assert limit == frames or not fits(limit + 4)
+
+
+def test_the_page_about_several_cards_says_what_plan_says() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "scale.md").read_text()
+    head, _, *rows = page[page.index("| `--tensor` | default |") :].split("\n\n")[0].splitlines()
+    layout = layout_of(RELEASED, None, 120_000, 1.0)
+    changes: dict[str, dict[str, Any]] = {
+        "default": {},
+        "`--pool 16`": {"decode": BilevelFlags(pool=16)},
+        "`--weights int8`": {"weights": "int8"},
+        "`--offload`": {"offload": True},
+        "`--cache-dtype int8`": {"cache_dtype": "int8"},
+    }
+    for row in rows:
+        tensor, *cells = row.strip("| ").split(" | ")
+        args = PlanArgs(device="rtx4090", split=TensorFlags(int(tensor)))
+        for column, cell in zip(head.strip("| ").split(" | ")[1:], cells, strict=True):
+            limit = largest(RELEASED, layout, dataclasses.replace(args, **changes[column]))
+            assert cell == f"{limit:,}", (tensor, column)
 
 
 def test_command(checkpoint: Path, command: Callable[..., tuple[int, str, str]], refused: Callable[..., str]) -> None:

@@ -19,10 +19,10 @@ from xl2jax.bench.answers import decode_seconds
 from xl2jax.bench.e2e import Profiler, random_frames, watch
 from xl2jax.bench.kernels import ceilings
 from xl2jax.bench.setup import DECODE_TOKENS, Setup, random_params, timed
-from xl2jax.bench.train import TrainBenchArgs, train_rows
+from xl2jax.bench.train import TrainBenchArgs, halved, train_rows
 from xl2jax.commands.flags import BilevelFlags, choices, whole_numbers
 from xl2jax.config import FRAMES_PER_GROUP, PRESETS, VideoXL2Config, Weights
-from xl2jax.errors import UserError
+from xl2jax.errors import UserError, require_whole
 from xl2jax.inference import memory, session
 from xl2jax.inference.copies import share
 from xl2jax.inference.decoding import MOST_TOGETHER
@@ -67,7 +67,8 @@ class CardsArgs:
     train: Literal["lora", "all"] = "lora"
     """Which parameters `train` trains."""
     save: Path | None = None
-    """With --parts train: also saves each state in a new folder here, and resumes on half of the cards."""
+    """With --parts train: also saves each state in a new folder here, and resumes on half of the cards; the folder is
+    removed, but not where the process is killed."""
     attention: str = "auto"
     """auto (the fastest one for this device and dtype), blockwise, reference, wgmma or mma."""
     profile: int = 0
@@ -93,6 +94,9 @@ class CardsArgs:
             raise UserError(f"--answer-frames: a multiple of {FRAMES_PER_GROUP}, not {self.answer_frames}")
         if not 2 <= self.together <= MOST_TOGETHER or self.videos < 1:
             raise UserError(f"--together must be from 2 to {MOST_TOGETHER}, and --videos 1 or more")
+        require_whole("--profile", self.profile, 0)
+        if "train" in self.chosen() and self.train == "all" and self.weights is not None:
+            raise UserError("--weights has no use with --train all: quantised matrices cannot be trained themselves")
         if self.save is not None:
             if "train" not in self.chosen():
                 raise UserError("--save goes with --parts train")
@@ -111,6 +115,9 @@ class CardsArgs:
         counts = sorted(set(whole_numbers("--cards", self.cards)) | {1})
         if counts[-1] > there:
             raise UserError(f"--cards {counts[-1]}: {there} are there")
+        if self.save is not None:
+            for count in counts:
+                halved(count, 1, 1)
         return counts
 
 
@@ -318,7 +325,7 @@ def _train_rows(args: CardsArgs, counts: list[int]) -> Iterator[dict[str, Any]]:
             preset=args.preset,
             train=args.train,
             compute_dtype=args.dtype,
-            weights=args.weights if args.train == "lora" else None,
+            weights=args.weights,
             devices=count,
             fsdp=fsdp,
             tensor=tensor,
@@ -334,5 +341,7 @@ def _train_rows(args: CardsArgs, counts: list[int]) -> Iterator[dict[str, Any]]:
                 first = first or {"rate": rate}
                 yield {"part": "train", "cards": count, **row, "samples_s": rate, "x_one": rate / first["rate"]}
         except (UserError, jax.errors.JaxRuntimeError) as e:
-            kind = "training does not fit" if isinstance(e, jax.errors.JaxRuntimeError) else str(e)
+            if isinstance(e, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(e):
+                raise
+            kind = str(e) if isinstance(e, UserError) else "training does not fit"
             yield {"part": "train", "cards": count, "fsdp": fsdp, "tensor": tensor, "left_out": kind}

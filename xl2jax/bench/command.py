@@ -127,13 +127,7 @@ def _kernels(args: KernelArgs) -> None:
 
 
 def _train(args: TrainBenchArgs) -> None:
-    _check_preset(args.preset)
-    if args.frames < FRAMES_PER_GROUP or args.rows < 1 or args.steps < 1:
-        raise UserError(f"--frames must be {FRAMES_PER_GROUP} or more, --rows and --steps 1 or more")
-    if args.train == "all" and args.weights is not None:
-        raise UserError("--weights has no use with --train all: quantised matrices cannot be trained themselves")
-    if args.save is not None and not args.save.is_dir():
-        raise UserError(f"--save {args.save}: no such folder")
+    args.check()
     start_backend(keep_programs=False)
     _print_rows(train_rows(args), args.json)
 

@@ -17,6 +17,7 @@ import numpy as np
 from xl2jax.bench.kernels import ceilings
 from xl2jax.bench.setup import PREFIX, TIMES, timed
 from xl2jax.config import FRAMES_PER_GROUP, PRESETS, Weights
+from xl2jax.errors import UserError, require_whole
 from xl2jax.inference import memory
 from xl2jax.inference.compiled import checksum
 from xl2jax.models.param_tree import is_quantized
@@ -25,7 +26,7 @@ from xl2jax.training.batches import padded_groups, padded_tokens
 from xl2jax.training.config import PRESETS as TRAINING
 from xl2jax.training.config import TrainConfig, trained_names
 from xl2jax.training.loss import IGNORE, TokenBatch
-from xl2jax.training.sharding import batch_devices, batch_sharding, make_mesh
+from xl2jax.training.sharding import batch_devices, batch_sharding, check_tensor, make_mesh
 from xl2jax.training.state import Checkpoints, abstract_state, new_state, parameter_shapes
 from xl2jax.training.step import MASTER, Metrics, Params, StepConfig, Steps, TrainState, learning_rate, optimizer
 from xl2jax.training.telemetry import sample_flops
@@ -50,7 +51,7 @@ class TrainBenchArgs:
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """The type of activations."""
     fsdp: int | None = None
-    """Devices over which parameters are sharded; by default all."""
+    """Devices over which parameters are split; by default all divided by --tensor."""
     tensor: int = 1
     """Devices over which each layer is split."""
     devices: int | None = None
@@ -61,9 +62,23 @@ class TrainBenchArgs:
     """Tokens of each answer."""
     save: Path | None = None
     """Also saves the state in a new folder here, and resumes on half of the devices, or on the only one; the folder is
-    removed."""
+    removed, but not where the process is killed."""
     json: bool = False
     """Prints the rows as JSON."""
+
+    def check(self) -> None:
+        """Raises UserError for flags that are out of range."""
+        if self.preset not in PRESETS:
+            raise UserError(f"--preset: choose from {', '.join(PRESETS)}, not {self.preset!r}")
+        if self.frames < FRAMES_PER_GROUP or self.rows < 1 or self.steps < 1:
+            raise UserError(f"--frames must be {FRAMES_PER_GROUP} or more, --rows and --steps 1 or more")
+        require_whole("--answer-tokens", self.answer_tokens, 1)
+        if self.train != "all":
+            require_whole("--lora-rank", self.lora_rank, 1)
+        elif self.weights is not None:
+            raise UserError("--weights has no use with --train all: quantised matrices cannot be trained themselves")
+        if self.save is not None and not self.save.is_dir():
+            raise UserError(f"--save {self.save}: no such folder")
 
 
 class _Training:
@@ -121,7 +136,15 @@ class _Training:
 
 def train_rows(args: TrainBenchArgs, rates: dict[str, float] | None = None) -> Iterator[dict[str, Any]]:
     """Yields the rates of the card, unless they are given, then the step: its median seconds after a first step that
-    compiles; then, with `args.save`, how long the state takes to the disk and back."""
+    compiles; then, with `args.save`, how long the state takes to the disk and back.
+
+    Raises:
+      UserError: the devices cannot be divided in this way, or the model not over `tensor` of them.
+    """
+    check_tensor(PRESETS[args.preset], args.tensor)
+    mesh = make_mesh(args.fsdp, args.tensor, args.devices)
+    if args.save is not None:
+        halved(*mesh.shape.values())
     if rates is None:
         rates = ceilings() if jax.default_backend() == "gpu" else {}
         yield rates
@@ -161,14 +184,26 @@ def train_rows(args: TrainBenchArgs, rates: dict[str, float] | None = None) -> I
         yield _saved(args, training, args.save)
 
 
+def halved(data: int, fsdp: int, tensor: int) -> tuple[int, int, int]:
+    """The axes of a mesh of half of the devices, over which a batch of the whole mesh can be split; one device stays.
+
+    Raises UserError for other odd numbers of devices.
+    """
+    if data % 2 == 0:
+        return data // 2, fsdp, tensor
+    if fsdp % 2 == 0:
+        return data, fsdp // 2, tensor
+    if tensor % 2 and data * fsdp * tensor > 1:
+        raise UserError(f"--save resumes on half of the devices, and {data * fsdp * tensor} is odd")
+    return data, fsdp, max(tensor // 2, 1)
+
+
 def _saved(args: TrainBenchArgs, training: _Training, parent: Path) -> dict[str, Any]:
     """Saves the state, and goes on with it on half of the devices. Frees `training`."""
     state, rows, devices = training.state, training.rows, training.mesh.size
     assert state is not None
-    step, fewer = int(state.step), max(devices // 2, 1)
-    fsdp, tensor = args.fsdp, args.tensor
-    if fewer % ((fsdp or 1) * tensor):
-        fsdp, tensor = (fsdp // 2, tensor) if fsdp is not None and fsdp > 1 else (fsdp, max(tensor // 2, 1))
+    step, (data, fsdp, tensor) = int(state.step), halved(*training.mesh.shape.values())
+    fewer = data * fsdp * tensor
     args = dataclasses.replace(args, fsdp=fsdp, tensor=tensor)
     with (
         tempfile.TemporaryDirectory(dir=parent, prefix="xl2jax-bench-") as folder,

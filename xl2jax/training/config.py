@@ -86,10 +86,13 @@ class TrainConfig:
     fsdp: int | None = None
     """Number of devices over which parameters are split; by default all devices divided by --tensor."""
     tensor: int = 1
+    """Number of devices over which each layer is split: its heads, the columns of its MLP, and the vocabulary."""
     coordinator: str | None = None
     """HOST:PORT of process 0, if several processes train together."""
     processes: int | None = None
+    """How many processes these are."""
     process: int | None = None
+    """The number of this one, from 0."""
 
     workers: int = 0
     """Processes that measure the data before training and read it during training; 0 uses threads of this process."""
