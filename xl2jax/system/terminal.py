@@ -7,6 +7,7 @@ that Ctrl-C during the imports also ends it with one line.
 from __future__ import annotations
 
 import _thread
+import atexit
 import contextlib
 import errno
 import io
@@ -106,6 +107,7 @@ def run_command(main: Callable[[], int | None]) -> None:
     if interrupts.received:
         # Threads may still compute, for which Python would wait, or from under which JAX would take what they use.
         os._exit(status)
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # while Python ends, Ctrl-C would change the status
     sys.exit(status)
 
 
