@@ -199,15 +199,12 @@ def simplest(fitting: Iterable[str]) -> list[str]:
     return out
 
 
-def available_bytes(mesh: Mesh | None = None) -> int:
-    """Free bytes of the default device, or of the fullest device of `mesh`: what XLA may still take there.
+def available_bytes(*meshes: Mesh | None) -> int:
+    """Free bytes of the default device, or of the fullest device of the meshes: what XLA may still take there.
 
-    For CPUs it is the free memory of the host, which the devices of a mesh share.
+    For CPUs it is the free memory of the host, which the devices of all meshes share.
     """
-    return _free_bytes(_devices(mesh))
-
-
-def _free_bytes(devices: Sequence[jax.Device]) -> int:
+    devices = [device for mesh in meshes or (None,) for device in _devices(mesh)]
     stats = [device.memory_stats() or {} for device in devices]
     if all("bytes_limit" in each for each in stats):
         return min(each["bytes_limit"] - each["bytes_in_use"] for each in stats)
@@ -282,8 +279,7 @@ def check_weights_fit(config: VideoXL2Config, dtype: str, meshes: Sequence[Mesh 
     would fit."""
     mesh = meshes[0]
     tensor = 1 if mesh is None else mesh.size
-    free = _free_bytes([device for each in meshes for device in _devices(each)])
-    need = weight_bytes(config, dtype, tensor)
+    free, need = available_bytes(*meshes), weight_bytes(config, dtype, tensor)
     if need <= free:
         return
     kinds: tuple[Weights, ...] = ("int8", "int4") if config.llm.weights is None else ()
