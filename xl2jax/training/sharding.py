@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from xl2jax.config import VideoXL2Config
 from xl2jax.errors import UserError
@@ -55,17 +55,21 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def batch_devices(mesh: Mesh) -> int:
+def batch_devices(mesh: Mesh | AbstractMesh) -> int:
     """Number of parts that a batch is split into."""
     return math.prod(mesh.shape[a] for a in BATCH_AXES)
 
 
+def _current_mesh() -> AbstractMesh | None:
+    """The mesh of training that is current, if there is one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh if set(BATCH_AXES) <= set(mesh.axis_names) else None
+
+
 def batch_parts(rows: int) -> int:
     """Number of parts that the current mesh splits so many rows into: 1 without a mesh, and where it does not divide."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or not set(BATCH_AXES) <= set(mesh.axis_names):
-        return 1
-    parts = math.prod(mesh.shape[a] for a in BATCH_AXES)
+    mesh = _current_mesh()
+    parts = 1 if mesh is None else batch_devices(mesh)
     return parts if rows % parts == 0 else 1
 
 
@@ -74,7 +78,6 @@ def split_batch(x: jax.Array) -> jax.Array:
 
     The others stay as they are: heads may be split over `tensor`.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or not set(BATCH_AXES) <= set(mesh.axis_names):
+    if _current_mesh() is None:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES, *[PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)))
